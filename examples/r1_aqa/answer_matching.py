@@ -1,0 +1,345 @@
+"""Does a response agree with the reference? R1-AQA's accuracy rule, made total and bounded.
+
+R1-AQA (``src/utils/rewards.py``) scores an answer 1 when ``math_verify`` finds response and reference equal **or** when
+their answer texts are equal. An OR may be evaluated in any order, so the cheap half goes first:
+
+1. the text rule, two linear scans; it settles every right answer that is written as the reference writes it;
+2. a linear scan that proves that ``math_verify`` can extract nothing from one of the two texts (nothing extracted is
+   never equal to anything); it settles nearly every other sample of AVQA, whose choices are words;
+3. ``math_verify`` itself for the rest, in a worker process.
+
+Why a process: ``math_verify`` bounds its own time by signals, which work in the main thread only and which cannot
+interrupt one long step in C; ``9**9**9**9`` is such a step. The worker is an exec'd interpreter that imports neither
+torch nor CUDA, is started when first needed, answers one request at a time, and is killed by the kernel when a check
+has used :data:`CHECK_CPU_LIMIT_S`. A check that is cut off, or that exhausts the worker's memory, counts as "not
+equal", as a time-out does in R1-AQA.
+
+Where the values may differ from R1-AQA's: checks that take longer than the limit here and less than R1-AQA's 5 s a
+step, and texts longer than :data:`MATH_MAX_CHARS`, for which only the text rule counts. A response of 256 tokens, the
+recipe's limit, is far shorter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+logger = logging.getLogger(__name__)
+
+ANSWER_OPEN = "<answer>"
+ANSWER_CLOSE = "</answer>"
+
+CHECK_CPU_LIMIT_S = 2.0
+"""CPU time of one check. CPU, not wall time: a busy machine must not change a reward."""
+CHECK_WALL_LIMIT_S = 15.0
+"""Wall time of one check, for a worker that is stopped or starved rather than busy."""
+START_LIMIT_S = 120.0
+"""Wall time to import ``math_verify``: about 1 s from a local disk, far longer from a busy network disk."""
+RESTART_PAUSE_S = 60.0
+"""How long to do without the worker after it could not be started."""
+WORKER_MEMORY_BYTES = 2 << 30
+"""Address space of the worker: room for any honest expression, none for towers of powers."""
+MATH_MAX_CHARS = 16_384
+"""Longest text that is handed to ``math_verify``."""
+
+_READY, _EQUAL, _DIFFERENT = b"r", b"1", b"0"
+_EXIT_NO_MATH_VERIFY = 3
+_WORKER_FILE = os.path.abspath(__file__)  # resolved on import: the host may change its working directory later
+
+# What math_verify can extract (0.7.0 to 0.9.0, default configuration) holds one of: a `$` environment, `\(` or `\[`,
+# ` [...] `, `\frac{`, `\boxed{`, or a number that stands at the start of the text or after white space or `=`, with at
+# most `**`, a currency sign, `-`, `(` and `.` before its first digit. This pattern matches wherever one of these can;
+# tests/test_rewards.py compares it with the installed math_verify.
+_MATH_CANDIDATE = re.compile(r"\$|\\(?:[(\[]|frac\{|boxed\{)|\s\[|(?:^|[\s=])[^\w\s]{0,6}\d")
+
+
+class MathCheckUnavailable(RuntimeError):
+    """The worker could not be started, so nothing can be said about equality."""
+
+
+def first_answer(text: str) -> str | None:
+    r"""Text inside the first ``<answer>...</answer>`` that lies on one line.
+
+    Equal to ``re.search(r"<answer>(.*?)</answer>", text)`` (R1-AQA's pattern, where ``.`` does not match a line feed),
+    but linear in the length of the text: the pattern takes minutes on a megabyte of ``<answer>``.
+
+    :param text: Response or reference.
+    :return: The text between the tags, not stripped, or None where there is no such pair.
+    """
+    start = text.find(ANSWER_OPEN)
+    close = -1
+    while start >= 0:
+        start += len(ANSWER_OPEN)
+        if close < start:
+            close = text.find(ANSWER_CLOSE, start)
+            if close < 0:
+                return None
+        line_end = text.find("\n", start, close)
+        if line_end < 0:
+            return text[start:close]
+        # No tag on this line closes, so no later opening tag of this line does either.
+        start = text.find(ANSWER_OPEN, line_end + 1)
+    return None
+
+
+def texts_equal(content: str, solution: str) -> bool:
+    """R1-AQA's text rule: the stripped answers are the same string.
+
+    :param content: Response.
+    :param solution: Reference as R1-AQA writes it, ``<answer>GOLD</answer>``.
+    :return: Whether the first answers, or the whole texts where there is no tag, are equal.
+    """
+    answer, gold = first_answer(content), first_answer(solution)
+    return (content if answer is None else answer).strip() == (solution if gold is None else gold).strip()
+
+
+def may_hold_math(text: str) -> bool:
+    """Whether ``math_verify.parse(text)`` could find anything at all.
+
+    :param text: Response or reference.
+    :return: False only if ``parse`` returns an empty list, which ``verify`` never finds equal to anything.
+    """
+    return _MATH_CANDIDATE.search(text) is not None
+
+
+class MathChecker:
+    """``verify(parse(content), parse(solution))`` of ``math_verify`` in a worker process of bounded time and memory.
+
+    Safe to call from any thread (one check at a time). After a fork the child must call :meth:`abandon`; the module
+    arranges that for its own checker. The worker ends with :meth:`close`, and on its own once its parent has died.
+
+    :param cpu_limit_s: CPU time of one check, in seconds.
+    :param worker_file: Script that serves the checks.
+    """
+
+    def __init__(self, cpu_limit_s: float = CHECK_CPU_LIMIT_S, worker_file: str = _WORKER_FILE) -> None:
+        self._cpu_limit_s = cpu_limit_s
+        self._worker_file = worker_file
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._no_start_before = 0.0
+
+    def agree(self, content: str, solution: str) -> bool:
+        """Whether ``math_verify`` finds the two texts equal; False where the check had to be cut off.
+
+        :param content: Response; R1-AQA passes it as ``verify``'s first argument.
+        :param solution: Reference as R1-AQA writes it.
+        :return: True if equal.
+        :raises MathCheckUnavailable: The worker could not be started, or ended before it read the texts.
+        """
+        request = json.dumps([content, solution]).encode("ascii") + b"\n"
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._stop()  # it died while idle; this says nothing about the texts
+            process = self._process or self._start()
+            reply = b""
+            try:
+                deadline = time.monotonic() + CHECK_WALL_LIMIT_S
+                _write_all(process, request, deadline)
+                reply = _read_byte(process, deadline)
+            except BrokenPipeError as error:
+                raise MathCheckUnavailable("the worker ended before the check") from error
+            except TimeoutError:
+                logger.debug("math_verify gave no answer within %s s", CHECK_WALL_LIMIT_S)
+            finally:
+                # Also on KeyboardInterrupt: a reply that nobody read would be taken for that of the next check.
+                if reply not in (_EQUAL, _DIFFERENT):
+                    self._stop()
+            return reply == _EQUAL
+
+    def close(self) -> None:
+        """End the worker, if there is one. A later check starts a new one."""
+        self._stop()
+
+    def abandon(self) -> None:
+        """Forget the worker without ending it: called in a forked child, where it belongs to the parent."""
+        self._lock = threading.Lock()  # another thread of the parent may have held it
+        process, self._process = self._process, None
+        if process is not None:
+            process.stdin.close()
+            process.stdout.close()
+            process.returncode = 0  # not this process's child: keeps Popen from warning about it
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if time.monotonic() < self._no_start_before:
+            raise MathCheckUnavailable("its last start failed; it is tried again later")
+        reason = "it ended while starting"
+        process, ready = None, False
+        try:
+            # PYTHONSAFEPATH: the worker must not import the example's modules by accident.
+            process = subprocess.Popen(
+                [sys.executable, self._worker_file, str(os.getpid()), str(self._cpu_limit_s)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
+            )
+            os.set_blocking(process.stdin.fileno(), False)
+            ready = _read_byte(process, time.monotonic() + START_LIMIT_S) == _READY
+            if not ready and process.wait(timeout=START_LIMIT_S) == _EXIT_NO_MATH_VERIFY:
+                reason = "math_verify is absent or broken (pip install 'math-verify[antlr4_13_2]')"
+        except (OSError, subprocess.TimeoutExpired) as error:  # TimeoutError is an OSError
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            if process is not None and not ready:
+                _end(process)
+        if not ready:
+            self._no_start_before = time.monotonic() + RESTART_PAUSE_S
+            raise MathCheckUnavailable(reason)
+        self._process = process
+        return process
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill and reap the worker; it holds nothing that wants saving."""
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def _write_all(process: subprocess.Popen[bytes], data: bytes, deadline: float) -> None:
+    """Write to the worker without ever blocking beyond ``deadline`` (seconds of ``time.monotonic``)."""
+    view = memoryview(data)
+    while view:
+        if not _wait(process.stdin.fileno(), select.POLLOUT, deadline):
+            raise TimeoutError("the worker does not read")
+        try:
+            view = view[os.write(process.stdin.fileno(), view) :]
+        except BlockingIOError:
+            continue
+
+
+def _read_byte(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    """Read one byte from the worker; ``b""`` when it has ended. Raises TimeoutError at ``deadline``."""
+    if not _wait(process.stdout.fileno(), select.POLLIN, deadline):
+        raise TimeoutError("the worker does not answer")
+    return os.read(process.stdout.fileno(), 1)
+
+
+def _wait(descriptor: int, event: int, deadline: float) -> bool:
+    """Wait until ``descriptor`` is ready; poll, because select fails on descriptors above 1023."""
+    poller = select.poll()
+    poller.register(descriptor, event)
+    return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000.0))
+
+
+_CHECKER = MathChecker()
+atexit.register(_CHECKER.close)
+os.register_at_fork(after_in_child=_CHECKER.abandon)
+
+
+@lru_cache(maxsize=8192)
+def _math_equal(content: str, solution: str) -> bool:
+    return _CHECKER.agree(content, solution)
+
+
+@lru_cache(maxsize=1)
+def _warn_unavailable(reason: str) -> None:
+    logger.warning("math_verify does not run, so answers are compared as text only: %s", reason)
+
+
+def answers_agree(content: str, solution: str) -> bool:
+    """R1-AQA's accuracy rule: equal for ``math_verify``, or equal as text.
+
+    Never raises, whatever the texts hold, in any thread, and takes bounded time. Without ``math_verify`` only the text
+    rule counts, and that is warned of.
+
+    :param content: Response.
+    :param solution: Reference as R1-AQA writes it, ``<answer>GOLD</answer>``.
+    :return: True if they agree.
+    """
+    if texts_equal(content, solution):
+        return True
+    if max(len(content), len(solution)) > MATH_MAX_CHARS or not (may_hold_math(solution) and may_hold_math(content)):
+        return False
+    try:
+        return _math_equal(content, solution)
+    except MathCheckUnavailable as error:
+        _warn_unavailable(str(error))
+        return False
+
+
+def _requests(parent_pid: int) -> Iterator[bytes]:
+    """Yield request lines until the pipe closes or the parent is gone (a fork of it may keep the pipe open)."""
+    pending = b""
+    while os.getppid() == parent_pid:
+        if not _wait(0, select.POLLIN, time.monotonic() + 1.0):
+            continue
+        chunk = os.read(0, 1 << 16)
+        if not chunk:
+            return
+        *lines, pending = (pending + chunk).split(b"\n")
+        yield from lines
+
+
+def _load_math_verify() -> Callable[[str, str], bool]:
+    """Import ``math_verify``, put it to the test, and return R1-AQA's call of it.
+
+    :return: Function of (content, solution).
+    :raises ImportError: It is absent, or does not understand LaTeX (its parser lacks the antlr runtime that it needs).
+    """
+    from math_verify import parse, verify
+
+    def equal(content: str, solution: str) -> bool:
+        return bool(verify(parse(content), parse(solution)))
+
+    # Also a warm-up: what these import late is on no check's clock.
+    if not (equal(r"$\frac{x^2 - 1}{x - 1}$", "$x + 1$") and equal("it is 0.50", "= 0.5")):
+        raise ImportError("math_verify does not find equal expressions equal")
+    return equal
+
+
+def _serve(parent_pid: int, cpu_limit_s: float) -> int:
+    """Answer checks from standard input; the worker's main function.
+
+    :param parent_pid: Process whose end is the worker's end.
+    :param cpu_limit_s: CPU time of one check, in seconds.
+    :return: Exit status.
+    """
+    import resource
+
+    # Libraries may print (antlr does): replies go to a private copy of standard output.
+    replies = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    # SIGPROF's default action ends the process from within the kernel, also amid one endless step in C.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    try:
+        equal = _load_math_verify()
+    except ImportError:
+        return _EXIT_NO_MATH_VERIFY
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = WORKER_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(WORKER_MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    os.write(replies, _READY)
+    for line in _requests(parent_pid):
+        content, solution = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
+        agreed = equal(content, solution)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        os.write(replies, _EQUAL if agreed else _DIFFERENT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_serve(parent_pid=int(sys.argv[1]), cpu_limit_s=float(sys.argv[2])))

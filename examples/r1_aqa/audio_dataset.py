@@ -1,0 +1,280 @@
+"""Prompts with audio for LightRFT: the dataset, and the processor that fills the image slot.
+
+The ``patch_*`` functions that make LightRFT's image pipeline carry audio live in ``audio_patches.py`` and are exported
+from here too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from audio_io import HOP_LENGTH, MAX_SECONDS, SAMPLING_RATE, AudioError, load_audio, probe_all
+from audio_patches import (
+    patch_actor_for_audio,
+    patch_experience_maker_for_audio,
+    patch_strategy_for_audio,
+)
+from audio_slots import GUARD_ROWS, MAX_FRAMES, audio_token_count, grid_of, pack_clip
+from torch.utils.data import Dataset
+
+__all__ = [
+    "AudioError",
+    "AudioMultimodalProcessor",
+    "AudioPromptDataset",
+    "patch_actor_for_audio",
+    "patch_experience_maker_for_audio",
+    "patch_strategy_for_audio",
+]
+
+Waveform = tuple[np.ndarray, int]  # samples and rate in Hz
+
+
+class DataError(ValueError):
+    """Rows that cannot be trained on; the message names them."""
+
+
+def render_prompt(processor: Any, messages: list[dict[str, Any]]) -> str:
+    """Apply the chat template to a message list that may come from parquet.
+
+    Parquet gives all content parts the same keys, so the text part comes back with ``audio_url: None``, and
+    Qwen2-Audio's template takes every part that *has* the key for an audio: the question would be lost. Keys without a
+    value are dropped first.
+
+    :param processor: Qwen2-Audio processor.
+    :param messages: Chat messages.
+    :return: Prompt text that ends where the answer begins.
+    """
+    clean = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [{k: v for k, v in part.items() if v is not None} for part in content]
+        clean.append({"role": message["role"], "content": content})
+    return processor.apply_chat_template(clean, tokenize=False, add_generation_prompt=True)
+
+
+class AudioPromptDataset(Dataset):
+    """Rows of ``avqa.py`` as prompts.
+
+    All rows are checked when it is made: the audio files exist and have a readable header, the reference is there,
+    the rendered prompt holds the question and one placeholder a clip, and is not longer than allowed. A row without
+    audio (``audio_path`` empty, no audio part) is a text-only prompt.
+
+    :param dataset: ``datasets.Dataset`` (or any sequence of mappings) with the columns of ``avqa.py``.
+    :param tokenizer: Tokenizer.
+    :param processor: Qwen2-Audio processor.
+    :param max_length: Longest prompt in tokens, a clip's placeholder counted as one.
+    :param strategy: Its ``args`` name the columns (``input_key``, ``images_key``, ``reference_key``, ``label_key``).
+    :param input_template: Text with one ``{}`` for the rendered prompt.
+    :raises DataError: if a row cannot be trained on; all such rows are counted, the first are named.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        tokenizer: Any,
+        processor: Any,
+        max_length: int,
+        strategy: Any,
+        input_template: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.max_length = max_length
+        args = strategy.args
+        columns = {
+            key: list(dataset[name])
+            for key, name in {
+                "prompt": args.input_key,
+                "audio": args.images_key,
+                "reference": args.reference_key,
+                "label": args.label_key,
+            }.items()
+        }
+        self.audio_paths: list[str | None] = [path or None for path in columns["audio"]]
+        self.references: list[str] = columns["reference"]
+        self.labels: list[str] = columns["label"]
+        self.prompts = [render_prompt(processor, messages) for messages in columns["prompt"]]
+        if input_template is not None:
+            self.prompts = [input_template.format(prompt) for prompt in self.prompts]
+        problems = self._check_texts() + self._check_files(strategy)
+        if problems:
+            shown = "\n".join(f"  {p}" for p in problems[:20])
+            more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise DataError(
+                f"{len(problems)} problems in {len(self.prompts)} rows of training data:\n{shown}{more}\n"
+                "Run data_preprocess/avqa.py again where the audio is; --skip_bad leaves such rows out."
+            )
+
+    def _check_texts(self) -> list[str]:
+        problems = []
+        if not self.prompts:
+            return ["the data has no row"]
+        token = self.processor.audio_token
+        lengths = [len(ids) for ids in self.tokenizer(self.prompts, add_special_tokens=False)["input_ids"]]
+        for i, (prompt, length) in enumerate(zip(self.prompts, lengths, strict=True)):
+            placeholders, clips = prompt.count(token), int(self.audio_paths[i] is not None)
+            if placeholders != clips:
+                problems.append(f"row {i}: {placeholders} audio placeholders for {clips} clips in {prompt!r}")
+            if length > self.max_length:
+                problems.append(
+                    f"row {i}: {length} prompt tokens, more than --prompt_max_len {self.max_length}; nothing is cut"
+                )
+            if not isinstance(self.references[i], str) or not self.references[i].strip():
+                problems.append(f"row {i}: the reference answer is {self.references[i]!r}")
+        return problems
+
+    def _check_files(self, strategy: Any) -> list[str]:
+        paths = [path for path in self.audio_paths if path is not None]
+        relative = [f"{path}: is relative; avqa.py writes absolute paths" for path in paths if not os.path.isabs(path)]
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
+            return relative + probe_all(paths)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        shares: list[list[str]] = [[] for _ in range(world)]
+        dist.all_gather_object(shares, probe_all(paths[rank::world]))
+        return relative + [problem for share in shares for problem in share]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> tuple[str, Waveform | None, str, str]:
+        """One prompt.
+
+        :param index: Row.
+        :return: Prompt text, (waveform ``(samples,)`` float32, 16000) or None, reference, label.
+        :raises AudioError: if the file does not decode.
+        """
+        path = self.audio_paths[index]
+        audio = None if path is None else (load_audio(path), SAMPLING_RATE)
+        return self.prompts[index], audio, self.references[index], self.labels[index]
+
+    @staticmethod
+    def collate_fn(rows: Sequence[tuple[str, Waveform | None, str, str]]) -> tuple[list, list, list, list]:
+        """A batch: prompts, audio, references, labels, each a list.
+
+        :param rows: From :meth:`__getitem__`.
+        """
+        prompts, audio, references, labels = zip(*rows, strict=True)
+        return list(prompts), list(audio), list(references), list(labels)
+
+
+class AudioMultimodalProcessor:
+    """Fills LightRFT's image slot with audio; takes the place of its ``MultimodalDataProcessor``.
+
+    :param tokenizer: Tokenizer.
+    :param processor: Qwen2-Audio processor.
+    :param prompt_max_len: Longest prompt in tokens, a clip's placeholder counted as one. Nothing is ever cut.
+    """
+
+    def __init__(self, tokenizer: Any, processor: Any, prompt_max_len: int) -> None:
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.prompt_max_len = prompt_max_len
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
+        extractor = processor.feature_extractor
+        if (extractor.sampling_rate, extractor.hop_length) != (SAMPLING_RATE, HOP_LENGTH):
+            raise ValueError(
+                f"the feature extractor works at {extractor.sampling_rate} Hz with hop {extractor.hop_length}; "
+                f"the slot encoding was made for {SAMPLING_RATE} Hz and {HOP_LENGTH}"
+            )
+
+    def extract(self, audio: Waveform) -> tuple[torch.Tensor, int]:
+        """Mel rows and audio tokens of one clip.
+
+        The extractor pads to 30 s before it transforms. Only the valid frames and the two guard rows are wanted, and
+        they depend on the next few hundred samples alone, so that only these are padded: the same values, and a
+        one-second clip costs a thirtieth.
+
+        :param audio: Waveform ``(samples,)`` float32 and its rate, which must be 16,000 Hz.
+        :return: Rows ``(frames + 2, n_mels)`` float32, and the number of audio tokens.
+        :raises ValueError: if the rate is wrong or the waveform is no finite float vector.
+        """
+        wave, rate = audio
+        if rate != SAMPLING_RATE:
+            raise ValueError(f"audio at {rate} Hz; {SAMPLING_RATE} Hz are needed (load_audio resamples)")
+        if wave.ndim != 1 or not np.isfinite(wave).all():
+            raise ValueError(f"audio of shape {wave.shape} is no vector of finite samples")
+        extractor = self.processor.feature_extractor
+        wave = wave[: int(MAX_SECONDS * SAMPLING_RATE)]
+        frames = -(-len(wave) // HOP_LENGTH)
+        needed = (frames + GUARD_ROWS) * HOP_LENGTH + extractor.n_fft
+        padded = np.pad(wave, (0, max(0, min(needed, MAX_FRAMES * HOP_LENGTH) - len(wave))))
+        mel = extractor(padded, sampling_rate=rate, padding="do_not_pad", truncation=False, return_tensors="pt")
+        return pack_clip(mel["input_features"][0], frames), audio_token_count(frames)
+
+    def process_multimodal_batch(
+        self,
+        all_prompts: Sequence[str],
+        all_images: Sequence[Waveform | None] | None,
+        all_references: Sequence[str] | None,
+        images_num: Sequence[int] | None,
+        n_samples_per_prompt: int,
+        all_videos: Sequence[Any] | None = None,
+        videos_num: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """What LightRFT asks of its multimodal processor, for audio.
+
+        Text-only prompts (None in ``all_images``) may be mixed in. The mel spectrogram of a clip is computed once,
+        whatever ``n_samples_per_prompt``.
+
+        :param all_prompts: Prompt texts with one placeholder a clip.
+        :param all_images: One ``(waveform, rate)`` or None a prompt.
+        :param all_references: Gold answers.
+        :param images_num: Clips a prompt, as ``get_images_num`` counted them; None: count here.
+        :param n_samples_per_prompt: Every output list holds each prompt's entry this many times, next to each other.
+        :param all_videos: Must be None or hold None only.
+        :param videos_num: Ignored.
+        :return: LightRFT's mapping; ``all_images_pixel_values`` is ``(sum of rows, n_mels)`` or None,
+            ``all_images_grid_thw`` is ``(clips, 3)`` with ``(1, 1, rows)``.
+        :raises DataError: if a prompt is too long, or its placeholders do not match its clips.
+        """
+        if all_videos is not None and any(video is not None for video in all_videos):
+            raise DataError("the audio pipeline carries no videos")
+        n = n_samples_per_prompt
+        audio = list(all_images) if all_images is not None else [None] * len(all_prompts)
+        counts = [int(clip is not None) for clip in audio]
+        if images_num is not None and list(images_num) != counts:
+            raise DataError(f"images_num says {list(images_num)} clips a prompt, there are {counts}")
+        prompt_ids, rows, grids = [], [], []
+        token_ids = self.tokenizer(list(all_prompts), add_special_tokens=False)["input_ids"]
+        for i, ids in enumerate(token_ids):
+            if len(ids) > self.prompt_max_len:
+                raise DataError(
+                    f"prompt {i} has {len(ids)} tokens, more than {self.prompt_max_len}: {all_prompts[i]!r}"
+                )
+            if ids.count(self.audio_token_id) != counts[i]:
+                raise DataError(
+                    f"prompt {i} holds {ids.count(self.audio_token_id)} audio placeholders for {counts[i]} clips: "
+                    f"{all_prompts[i]!r}"
+                )
+            if audio[i] is not None:
+                clip, tokens = self.extract(audio[i])
+                rows += [clip] * n
+                grids += [grid_of(clip)] * n
+                at = ids.index(self.audio_token_id)
+                ids = ids[:at] + [self.audio_token_id] * tokens + ids[at + 1 :]
+            prompt_ids.append(ids)
+        no_grid = torch.empty((0, 3), dtype=torch.long)
+        total = n * len(prompt_ids)
+
+        def repeat(values: Sequence[Any]) -> list[Any]:
+            return [value for value in values for _ in range(n)]
+
+        return {
+            "all_prompt_token_ids": repeat(prompt_ids),
+            "all_prompts": repeat(all_prompts),
+            "all_images": repeat(audio),
+            "all_videos": [None] * total,
+            "all_images_num": repeat(counts),
+            "all_videos_num": [0] * total,
+            "all_images_pixel_values": torch.cat(rows) if rows else None,
+            "all_videos_pixel_values": None,
+            "all_images_grid_thw": torch.cat(grids) if grids else no_grid,
+            "all_videos_grid_thw": no_grid,
+            "all_references": None if all_references is None else repeat(all_references),
+        }

@@ -1,0 +1,238 @@
+"""Targeted patches that make LightRFT's image slots carry audio.
+
+One public function a target, one private helper a symbol. Each checks that the symbol is there and takes the expected
+arguments, does nothing when it has been applied already, and returns a :class:`Patch` that undoes it, by ``undo()`` or
+at the end of a ``with`` block.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from audio_slots import unpack_clips
+
+_MARK = "_r1_aqa_audio_patch"
+_MISSING = object()
+
+
+class Patch:
+    """Replaced attributes, and how to put them back."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute and remember what was there.
+
+        :param owner: Object, class or module.
+        :param name: Attribute.
+        :param value: New value.
+        """
+        self._undo.append((owner, name, vars(owner).get(name, _MISSING)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put everything back, last replacement first."""
+        while self._undo:
+            owner, name, old = self._undo.pop()
+            if old is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+
+class PatchError(ImportError):
+    """A spot to be patched is missing or takes other arguments than expected."""
+
+
+def _require(owner: Any, name: str, parameters: Sequence[str] | None = None) -> Any:
+    """The attribute, if it exists and takes the named parameters.
+
+    :raises PatchError: otherwise, naming the spot, the host and the versions that were tested.
+    """
+    import lightrft
+
+    where = f"{getattr(owner, '__module__', '')}.{getattr(owner, '__qualname__', type(owner).__qualname__)}.{name}"
+    if inspect.ismodule(owner):
+        where = f"{owner.__name__}.{name}"
+    host = f"lightrft {getattr(lightrft, '__version__', '(no version)')} in {lightrft.__file__}"
+    tested = "tested with LightRFT 0.1.1 and this project's runtime"
+    target = getattr(owner, name, _MISSING)
+    if target is _MISSING:
+        raise PatchError(f"{where} does not exist in {host} ({tested}); the audio patch has no place to go")
+    if parameters is not None:
+        present = list(inspect.signature(target).parameters)
+        missing = [p for p in parameters if p not in present]
+        if missing:
+            raise PatchError(f"{where} takes {present}, without {missing}, in {host} ({tested})")
+    return target
+
+
+def _marked(function: Callable, original: Any) -> Callable:
+    setattr(function, _MARK, True)
+    function.__wrapped__ = original
+    return function
+
+
+def _is_marked(owner: Any, name: str) -> bool:
+    return getattr(getattr(owner, name, None), _MARK, False)
+
+
+# ------------------------------------------------------------------------------------------------------------- strategy
+def patch_strategy_for_audio(strategy: Any, processor: Any = None) -> Patch:
+    """Make a strategy send audio to the engine, and save the processor with the model.
+
+    :param strategy: LightRFT strategy.
+    :param processor: If given, every folder that ``save_model`` writes also gets its files, which transformers and
+        vLLM need to load an audio model.
+    :return: Undoes it.
+    :raises PatchError: if ``_build_multimodal_inputs`` or ``save_model`` are not as expected.
+    """
+    patch = Patch()
+    _patch_build_multimodal_inputs(patch, strategy)
+    if processor is not None:
+        _patch_save_model(patch, strategy, processor)
+    return patch
+
+
+def _patch_build_multimodal_inputs(patch: Patch, strategy: Any) -> None:
+    """The engine's requests: LightRFT puts the slot's content under "image"; it is audio here.
+
+    Patched on the instance, where ``gather_and_generate`` looks it up. Needed until LightRFT builds audio requests.
+    """
+    name = "_build_multimodal_inputs"
+    original = _require(strategy, name, ("all_prompts", "all_images", "images_num", "all_videos", "videos_num"))
+    if not _is_marked(strategy, name):
+        patch.replace(strategy, name, _marked(functools.partial(build_audio_inputs), original))
+
+
+def build_audio_inputs(
+    all_prompts: Sequence[str],
+    all_images: Sequence[Any] | None,
+    images_num: Sequence[int] | None = None,
+    all_videos: Sequence[Any] | None = None,
+    videos_num: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Engine requests of prompts with audio.
+
+    :param all_prompts: Prompt texts, one unexpanded placeholder a clip.
+    :param all_images: One ``(waveform, rate)`` or None a prompt.
+    :param images_num: Clips a prompt; checked against ``all_images``.
+    :param all_videos: Unused.
+    :param videos_num: Unused.
+    :return: ``{"prompt": text}``, with ``"multi_modal_data": {"audio": [(waveform, rate)]}`` where there is a clip.
+    :raises ValueError: if the counts do not fit.
+    """
+    audio = list(all_images) if all_images is not None else [None] * len(all_prompts)
+    if len(audio) != len(all_prompts):
+        raise ValueError(f"{len(all_prompts)} prompts but {len(audio)} audio entries")
+    requests = []
+    for i, (prompt, clip) in enumerate(zip(all_prompts, audio, strict=True)):
+        if images_num is not None and images_num[i] != int(clip is not None):
+            raise ValueError(
+                f"prompt {i} should have {images_num[i]} clips and has {int(clip is not None)}: {prompt!r}"
+            )
+        request: dict[str, Any] = {"prompt": prompt}
+        if clip is not None:
+            request["multi_modal_data"] = {"audio": [clip]}
+        requests.append(request)
+    return requests
+
+
+def _patch_save_model(patch: Patch, strategy: Any, processor: Any) -> None:
+    """LightRFT saves model and tokenizer; without the processor's files an audio model cannot be loaded again."""
+    original = _require(strategy, "save_model", ("model", "tokenizer", "output_dir"))
+    if _is_marked(strategy, "save_model"):
+        return
+
+    @functools.wraps(original)
+    def save_model(model: Any, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
+        original(model, tokenizer, output_dir, **kwargs)
+        if strategy.is_rank_0():
+            processor.save_pretrained(output_dir)
+
+    patch.replace(strategy, "save_model", _marked(save_model, original))
+
+
+# ----------------------------------------------------------------------------------------------------- experience maker
+def patch_experience_maker_for_audio(exp_maker: Any, processor: Any, tokenizer: Any, prompt_max_len: int) -> Patch:
+    """Make an experience maker take ``(waveform, rate)`` where it expects images.
+
+    :param exp_maker: LightRFT's ``FastExperienceMaker``.
+    :param processor: Qwen2-Audio processor.
+    :param tokenizer: Tokenizer.
+    :param prompt_max_len: Longest prompt in tokens, a clip's placeholder counted as one.
+    :return: Undoes it.
+    :raises PatchError: if a spot is not as expected.
+    """
+    from audio_dataset import AudioMultimodalProcessor
+
+    patch = Patch()
+    _require(exp_maker, "multimodal_processor")
+    if not isinstance(exp_maker.multimodal_processor, AudioMultimodalProcessor):
+        audio_processor = AudioMultimodalProcessor(tokenizer, processor, prompt_max_len)
+        patch.replace(exp_maker, "multimodal_processor", audio_processor)
+    # the experience maker looks both up in its own module's namespace, whoever defined them
+    module = sys.modules[type(exp_maker).__module__]
+    for name, function in (("normalize_images", check_audio), ("get_images_num", count_audio)):
+        original = _require(module, name)
+        if not _is_marked(module, name):
+            patch.replace(module, name, _marked(functools.partial(function), original))
+    return patch
+
+
+def check_audio(raw_images: Sequence[Any]) -> list[Any]:
+    """What takes the place of ``normalize_images``: audio is decoded already, and only checked.
+
+    :param raw_images: One ``(waveform, rate)`` or None a prompt.
+    :return: The same entries.
+    :raises TypeError: if an entry is anything else.
+    """
+    for i, clip in enumerate(raw_images):
+        fits = clip is None or (isinstance(clip, tuple) and len(clip) == 2 and isinstance(clip[0], np.ndarray))
+        if not fits:
+            raise TypeError(f"prompt {i}: expected (waveform, sampling rate) or None, got {type(clip).__name__}")
+    return list(raw_images)
+
+
+def count_audio(all_images: Sequence[Any] | None) -> list[int] | None:
+    """What takes the place of ``get_images_num``.
+
+    :param all_images: One ``(waveform, rate)`` or None a prompt.
+    :return: 1 or 0 a prompt.
+    """
+    return None if all_images is None else [int(clip is not None) for clip in all_images]
+
+
+# ---------------------------------------------------------------------------------------------------------------- actor
+def patch_actor_for_audio(actor: Any) -> Patch:
+    """Make an actor read the image slot as packed clips, with the exact mask, each different clip encoded once.
+
+    This project's runtime has an extension point for it (``ActorAL.unpack_audio``). LightRFT's own ``ActorAL`` has
+    none yet: there the call is refused rather than half done.
+
+    :param actor: Actor or reference model.
+    :return: Undoes it.
+    :raises PatchError: if the actor has no such extension point.
+    """
+    patch = Patch()
+    _require(actor, "unpack_audio")
+    if not _is_marked(actor, "unpack_audio"):
+
+        def unpack_audio(audio_values: Any, image_grid_thw: Any) -> tuple[Any, Any, Any]:
+            clips = unpack_clips(audio_values, image_grid_thw)
+            return clips.features, clips.frames, clips.index
+
+        patch.replace(actor, "unpack_audio", _marked(unpack_audio, actor.unpack_audio))
+    return patch

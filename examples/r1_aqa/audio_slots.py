@@ -1,0 +1,145 @@
+"""Carry audio clips in LightRFT's image slot, and get them back exactly. Pure functions, no I/O.
+
+LightRFT moves image features as ``pixel_values`` of shape ``(patches, features)`` beside ``image_grid_thw`` of shape
+``(images, 3)``, and wherever it cuts a batch apart it cuts ``pixel_values`` by ``t * h * w``. Here a mel frame is a
+patch: the valid frames of a clip, and :data:`GUARD_ROWS` rows after them, are stacked one clip below the other, and
+each clip's grid is ``(1, 1, rows)``. Every cut that LightRFT makes is then right by construction.
+
+The guard rows exist because the tower's two convolutions look two frames beyond the last valid one, where the
+extractor's padding is not zero. With them a clip padded with zeros gives the tower's output of the original, exactly.
+There are always two, also after 3,000 frames, so that ``frames = rows - 2`` is never ambiguous; rows beyond
+:data:`MAX_FRAMES` are dropped on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+MAX_FRAMES = 3000  # frames the audio tower takes: 30 s at a hop of 10 ms
+GUARD_ROWS = 2  # rows after the valid frames that the two convolutions still see
+MIN_FRAMES = 3  # below this the tower's two poolings leave no audio token
+
+
+def audio_token_count(frames: int) -> int:
+    """Number of audio tokens that the tower makes of a clip.
+
+    :param frames: Valid mel frames, 0 to 3,000.
+    :return: Tokens (25 a second); 0 below :data:`MIN_FRAMES` frames.
+
+    Source: the stride-2 convolution followed by the stride-2 average pooling of the Qwen2-Audio encoder.
+    """
+    after_conv = (frames - 1) // 2 + 1
+    return max(0, (after_conv - 2) // 2 + 1)
+
+
+def pack_clip(mel: torch.Tensor, frames: int) -> torch.Tensor:
+    """Turn one clip's mel spectrogram into rows of the image slot.
+
+    :param mel: Mel spectrogram ``(n_mels, width)`` whose first ``frames`` columns are valid and whose next two, where
+        they exist, are the extractor's padding.
+    :param frames: Number of valid frames, at least :data:`MIN_FRAMES`, at most 3,000.
+    :return: Contiguous rows ``(frames + 2, n_mels)``.
+    :raises ValueError: if ``frames`` is out of range or wider than ``mel``.
+    """
+    if not MIN_FRAMES <= frames <= min(MAX_FRAMES, mel.shape[-1]):
+        raise ValueError(
+            f"a clip of {frames} valid mel frames (spectrogram {tuple(mel.shape)}) cannot be packed: "
+            f"{MIN_FRAMES} to {MAX_FRAMES} are needed"
+        )
+    rows = frames + GUARD_ROWS
+    if mel.shape[-1] < rows:
+        mel = torch.nn.functional.pad(mel, (0, rows - mel.shape[-1]))
+    return mel[:, :rows].T.contiguous()
+
+
+def grid_of(rows: torch.Tensor) -> torch.Tensor:
+    """Grid entry of one packed clip.
+
+    :param rows: Packed clip ``(rows, n_mels)``.
+    :return: ``(1, 3)`` int64, ``(1, 1, rows)``.
+    """
+    return torch.tensor([[1, 1, rows.shape[0]]], dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips of a micro-batch, each different one held once.
+
+    :param features: Mel spectrograms ``(clips, n_mels, 3000)`` of the different clips, zero beyond the guard rows.
+    :param frames: Valid frames of each, ``(clips,)`` int64; as a mask, ``arange(3000) < frames``.
+    :param index: For each grid entry, in order, which of ``features`` it is: ``(entries,)`` int64.
+    """
+
+    features: torch.Tensor
+    frames: torch.Tensor
+    index: torch.Tensor
+
+    def mask(self) -> torch.Tensor:
+        """The ``feature_attention_mask`` of the different clips, ``(clips, 3000)`` int64."""
+        positions = torch.arange(self.features.shape[-1], device=self.features.device)
+        return (positions[None, :] < self.frames[:, None]).long()
+
+
+def split_rows(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[torch.Tensor]:
+    """Cut stacked rows into one view per clip.
+
+    :param pixel_values: Stacked rows ``(sum of rows, n_mels)``.
+    :param image_grid_thw: ``(entries, 3)``.
+    :return: One ``(rows, n_mels)`` view per entry.
+    :raises ValueError: if the grid does not add up to the rows, or an entry is no packed clip.
+    """
+    sizes = image_grid_thw.reshape(-1, 3).prod(-1).tolist()
+    if sum(sizes) != pixel_values.shape[0]:
+        raise ValueError(f"the audio grid says {sum(sizes)} rows ({sizes}), but {pixel_values.shape[0]} are there")
+    for entry, size in enumerate(sizes):
+        if not MIN_FRAMES + GUARD_ROWS <= size <= MAX_FRAMES + GUARD_ROWS:
+            raise ValueError(f"grid entry {entry} has {size} rows; a packed clip has 5 to {MAX_FRAMES + GUARD_ROWS}")
+    return list(pixel_values.split(sizes))
+
+
+def unpack_clips(
+    pixel_values: torch.Tensor | Sequence[torch.Tensor], image_grid_thw: torch.Tensor, share: bool = True
+) -> Clips:
+    """Restore the clips of a micro-batch: the inverse of packing, stacking, splitting and joining.
+
+    The N responses of a GRPO group carry the same clip N times. With ``share`` such repeats are found, by comparing
+    contents, and returned once, so that the tower encodes each clip once.
+
+    :param pixel_values: Stacked rows ``(sum of rows, n_mels)``, or the clips' rows as a sequence of ``(rows, n_mels)``
+        tensors, which saves the stacking where the repeats are views of one tensor.
+    :param image_grid_thw: ``(entries, 3)`` with ``(1, 1, rows)`` each.
+    :param share: Merge equal clips.
+    :return: :class:`Clips` on the device of the rows.
+    :raises ValueError: if grid and rows disagree.
+    """
+    if isinstance(pixel_values, torch.Tensor):
+        parts = split_rows(pixel_values, image_grid_thw)
+    else:
+        parts = list(pixel_values)
+        expected = image_grid_thw.reshape(-1, 3).prod(-1).tolist()
+        if [part.shape[0] for part in parts] != expected:
+            raise ValueError(f"the audio grid says {expected} rows, the clips have {[p.shape[0] for p in parts]}")
+    unique: list[torch.Tensor] = []
+    index: list[int] = []
+    for part in parts:
+        known = next((i for i, other in enumerate(unique) if share and _same_clip(part, other)), None)
+        if known is None:
+            known = len(unique)
+            unique.append(part)
+        index.append(known)
+    features = unique[0].new_zeros(len(unique), unique[0].shape[1], MAX_FRAMES)
+    for i, part in enumerate(unique):
+        width = min(part.shape[0], MAX_FRAMES)
+        features[i, :, :width] = part[:width].T
+    device = features.device
+    frames = torch.tensor([part.shape[0] - GUARD_ROWS for part in unique], dtype=torch.long, device=device)
+    return Clips(features, frames, torch.tensor(index, dtype=torch.long, device=device))
+
+
+def _same_clip(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)

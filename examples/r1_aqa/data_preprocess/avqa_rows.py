@@ -1,0 +1,468 @@
+"""
+From the bytes of an AVQA file to checked rows, and from rows to a split. Pure functions: nothing here touches a disk.
+
+Two layouts are understood, and told apart by the first character of the file:
+
+- R1-AQA's JSON lines: one object a line, with ``dataset_name`` and ``audio_path``;
+- the raw AVQA file: one JSON array, whose rows name a video and no audio file.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import reprlib
+from collections import Counter
+from typing import NamedTuple
+
+DEFAULT_DATASET_NAME = "AVQA"
+REQUIRED_FIELDS = ("id", "question_text", "multi_choice", "answer")
+
+# The wording is R1-AQA's recipe: the model is compared with theirs on exactly these sentences.
+OPTIONS_SENTENCE = "Please choose the answer from the following options: {choices}."
+ANSWER_SENTENCE = "Output the final answer in <answer> </answer>."
+THINK_SENTENCE = "Output the thinking process in <think> </think> and final answer in <answer> </answer>."
+
+_ABSENT = (None, "")
+_UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+# <youtube id>_<start second, zero padded>; the id itself may hold "_" and "-".
+_VIDEO_NAME = re.compile(r"([^/\\\s\0]+)_([0-9]{1,9})")
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80  # enough to recognise a row by, little enough for one line on a screen
+
+
+class AvqaError(ValueError):
+    """The input or the settings cannot be used; the message names the place and the remedy."""
+
+
+class RowError(ValueError):
+    """
+    One row cannot be used.
+
+    :param kind: Short name of the reason, the key under which rows are counted.
+    :type kind: str
+    :param reason: The offending value and what is wrong with it.
+    :type reason: str
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.reason = reason
+
+
+class Record(NamedTuple):
+    """One row as it stands in the file: ``line`` counts from 1, ``error`` is set where the JSON is malformed."""
+
+    line: int
+    value: object
+    error: str | None = None
+
+
+class Row(NamedTuple):
+    """One usable row. ``index`` counts the file's rows from 0; ``choices`` and ``gold`` are text, as R1-AQA prints."""
+
+    line: int
+    index: int
+    id: int | str
+    question: str
+    choices: list[str]
+    answer_idx: int
+    gold: str
+    dataset_name: str
+    audio_name: str
+    prompt: str
+
+
+class Problem(NamedTuple):
+    """What is wrong with one row of the input."""
+
+    line: int
+    index: int
+    id: int | str | None
+    kind: str
+    reason: str
+
+
+def read_records(data: bytes, source: str) -> list[Record]:
+    """
+    Cut a file into rows, each with its line number. Blank lines are no rows.
+
+    :param data: The file, UTF-8 with or without a byte-order mark.
+    :type data: bytes
+    :param source: Name of the file, for messages.
+    :type source: str
+    :return: The rows in file order; a malformed line is a record with an ``error``.
+    :rtype: list[Record]
+    :raises AvqaError: for UTF-16, and for a JSON array that is broken: where its rows begin cannot be known then.
+    """
+    if data.startswith(_UTF16_BOMS):
+        raise AvqaError(f"{source}: the file is UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8")
+    data = data.removeprefix(_UTF8_BOM)
+    if re.match(rb"\s*\[", data):
+        records = _read_array(data, source)
+        if records is not None:
+            return records
+    return _read_lines(data)
+
+
+def _read_lines(data: bytes) -> list[Record]:
+    """
+    :param data: JSON lines.
+    :type data: bytes
+    :return: One record for each line that is not blank.
+    :rtype: list[Record]
+    """
+    records = []
+    # bytes.splitlines cuts at \n, \r\n and \r only; str.splitlines would also cut at U+2028 inside a question.
+    for number, raw in enumerate(data.splitlines(), start=1):
+        if not raw or raw.isspace():
+            continue
+        try:
+            records.append(Record(number, json.loads(raw.decode("utf-8"))))
+        except UnicodeDecodeError as error:
+            records.append(Record(number, None, f"not UTF-8: byte {raw[error.start]:#04x} at {error.start}"))
+        except RecursionError:
+            records.append(Record(number, None, "nested too deeply"))
+        except ValueError as error:  # JSONDecodeError, and an integer of more digits than Python converts
+            records.append(Record(number, None, f"{error}: {_REPR.repr(raw.decode('utf-8'))}"))
+    return records
+
+
+def _read_array(data: bytes, source: str) -> list[Record] | None:
+    """
+    Read a JSON array row by row, so that every row knows its line.
+
+    :param data: A file whose first character is ``[``.
+    :type data: bytes
+    :param source: Name of the file, for messages.
+    :type source: str
+    :return: The rows, or None where the array ends on the first line and more follows: these are JSON lines.
+    :rtype: list[Record] | None
+    :raises AvqaError: where the array is not well-formed.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise AvqaError(f"{source}, line {line}: not UTF-8. Convert the file with iconv") from error
+
+    records: list[Record] = []
+    decoder = json.JSONDecoder()
+    skip = _JSON_SPACE.match
+    opening = text.index("[")
+    position = skip(text, opening + 1).end()
+    line, counted = 1, 0
+    closed = text.startswith("]", position)
+    while not closed:
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            found = _REPR.repr(text[position : position + 60])
+            raise AvqaError(_broken_array(source, line, len(records), f"{found} is no JSON value ({error})")) from error
+        records.append(Record(line, value))
+        position = skip(text, position).end()
+        closed = text.startswith("]", position)
+        if not closed and not text.startswith(",", position):
+            what = "the array is not closed" if position >= len(text) else f"',' or ']' expected at {text[position]!r}"
+            line += text.count("\n", counted, position)
+            raise AvqaError(_broken_array(source, line, len(records), what))
+        if not closed:
+            position = skip(text, position + 1).end()
+
+    end = skip(text, position + 1).end()
+    if end == len(text):
+        return records
+    if "\n" not in text[opening:position]:
+        return None
+    line += text.count("\n", counted, end)
+    raise AvqaError(_broken_array(source, line, len(records), f"{text[end : end + 20]!r} follows the array's end"))
+
+
+def _broken_array(source: str, line: int, rows: int, what: str) -> str:
+    """
+    :param source: Name of the file.
+    :type source: str
+    :param line: Where the array breaks, from 1.
+    :type line: int
+    :param rows: How many whole rows precede.
+    :type rows: int
+    :param what: What was found there.
+    :type what: str
+    :return: The message, with the remedy.
+    :rtype: str
+    """
+    return (
+        f"{source}, line {line}: {what}, after {rows} whole rows. The file begins with '[', so it is read as one JSON "
+        f"array. Download it again or repair it there; JSON lines must hold one object a line and no '[' line."
+    )
+
+
+def parse_records(records: list[Record], enable_think: bool) -> tuple[list[Row], list[Problem]]:
+    """
+    Check every row; each record ends up in exactly one of the two lists.
+
+    :param records: The file's rows.
+    :type records: list[Record]
+    :param enable_think: Ask for ``<think>`` in the prompt.
+    :type enable_think: bool
+    :return: The usable rows and the problems of the others, both in file order.
+    :rtype: tuple[list[Row], list[Problem]]
+    """
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    first_line: dict[str, int] = {}
+    for index, record in enumerate(records):
+        try:
+            row = parse_record(record, index, enable_think)
+            key = str(row.id)  # 7 and "7" are one id: where both occur, the column is text and they would be equal
+            if key in first_line:
+                raise RowError("duplicate_id", f"id {_show(row.id)} was used before, on line {first_line[key]}")
+            first_line[key] = row.line
+        except RowError as error:
+            problems.append(Problem(record.line, index, _id_of(record.value), error.kind, error.reason))
+        else:
+            rows.append(row)
+    return rows, problems
+
+
+def parse_record(record: Record, index: int, enable_think: bool) -> Row:
+    """
+    Check one row and render its prompt.
+
+    :param record: The row as it stands in the file.
+    :type record: Record
+    :param index: Its number in the file, from 0.
+    :type index: int
+    :param enable_think: Ask for ``<think>`` in the prompt.
+    :type enable_think: bool
+    :return: The usable row.
+    :rtype: Row
+    :raises RowError: where a field is missing or has a value that cannot be used.
+    """
+    value = record.value
+    if record.error is not None:
+        raise RowError("malformed_json", record.error)
+    if not isinstance(value, dict):
+        raise RowError("not_an_object", f"the row is {_show(value)}, expected a JSON object")
+    identity, question, choices, answer = map(value.get, REQUIRED_FIELDS)
+    audio_path, video_name = value.get("audio_path"), value.get("video_name")
+    no_audio = audio_path in _ABSENT and video_name in _ABSENT
+    if no_audio or identity is None or question is None or choices is None or answer is None:
+        missing = [name for name in REQUIRED_FIELDS if value.get(name) is None]
+        missing += ["audio_path (or video_name)"] if no_audio else []
+        raise RowError("missing_field", f"no {', '.join(missing)}")
+
+    if not isinstance(question, str) or not question.strip():
+        raise RowError("bad_question", f"question_text is {_show(question)}, expected text")
+    choices = _check_choices(choices)
+    answer_idx = _check_answer(answer, len(choices))
+    # str() and the list's repr are what R1-AQA's format strings do: null reads as None, 3 as 3, in prompt and gold.
+    texts = list(map(str, choices))
+    gold = texts[answer_idx]
+    if not gold.strip():
+        raise RowError("bad_choice", f"the answer, choice {answer_idx}, is blank: {_show(gold)}")
+    row = Row(
+        line=record.line,
+        index=index,
+        id=_check_id(identity),
+        question=question,
+        choices=texts,
+        answer_idx=answer_idx,
+        gold=gold,
+        dataset_name=_check_dataset_name(value.get("dataset_name")),
+        audio_name=wav_name_of_video(video_name) if audio_path in _ABSENT else _check_audio_path(audio_path),
+        prompt=render_prompt(question, choices, enable_think),
+    )
+    try:
+        "".join((question, *texts, row.dataset_name, row.audio_name, str(row.id))).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError("bad_text", f"half a surrogate pair, {error.object[error.start]!a}, cannot be stored") from error
+    return row
+
+
+def render_prompt(question: str, choices: list, enable_think: bool) -> str:
+    """
+    R1-AQA's prompt: the question is asked of the audio, the options are printed as a Python list.
+
+    :param question: AVQA's question, which speaks of a video.
+    :type question: str
+    :param choices: The choices as they stand in the JSON: numbers unquoted, null as None.
+    :type choices: list
+    :param enable_think: Ask for ``<think>`` before the answer.
+    :type enable_think: bool
+    :return: The prompt.
+    :rtype: str
+    """
+    options = OPTIONS_SENTENCE.format(choices=choices)
+    return f"{question.replace('video', 'audio')} {options} {THINK_SENTENCE if enable_think else ANSWER_SENTENCE}"
+
+
+def wav_name_of_video(video_name: str) -> str:
+    """
+    Name of the audio file of a raw AVQA row: ``-HG3Omg_89c_000030`` becomes ``-HG3Omg_89c_30.wav``.
+
+    :param video_name: YouTube id, ``_``, start in seconds (zero padded).
+    :type video_name: str
+    :return: The file name.
+    :rtype: str
+    :raises RowError: for any other form.
+    """
+    match = _VIDEO_NAME.fullmatch(video_name) if isinstance(video_name, str) else None
+    if match is None:
+        raise RowError(
+            "bad_video_name", f"video_name is {_show(video_name)}, expected <id>_<second>; or give an audio_path"
+        )
+    return f"{match[1]}_{int(match[2])}.wav"
+
+
+def split_by_clip(clips: list[str], val_ratio: float, seed: int) -> tuple[list[int], list[int]]:
+    """
+    Choose the validation rows clip by clip, so that no clip is heard in both parts.
+
+    Clips are ranked by a hash of seed and file name, which depends neither on the order of the rows nor on where the
+    audio lies; then taken while they fit. The validation part never exceeds ``round(rows * val_ratio)`` rows.
+
+    :param clips: The audio file of every row (rows).
+    :type clips: list[str]
+    :param val_ratio: Wanted share of validation rows, 0 <= val_ratio < 1; 0 leaves them all in training.
+    :type val_ratio: float
+    :param seed: Another seed, another choice.
+    :type seed: int
+    :return: Row numbers of the training and of the validation part, both ascending.
+    :rtype: tuple[list[int], list[int]]
+    :raises AvqaError: if either part would be empty.
+    """
+    if val_ratio == 0:
+        return list(range(len(clips))), []
+    keys = [os.path.normpath(clip) for clip in clips]
+    sizes = Counter(keys)
+    target = round(len(keys) * val_ratio)
+
+    def rank(clip: str) -> tuple[bytes, str]:
+        return hashlib.sha256(f"{seed}:{os.path.basename(clip)}".encode()).digest(), clip
+
+    chosen: set[str] = set()
+    room = target
+    for clip in sorted(sizes, key=rank):
+        if sizes[clip] <= room:
+            chosen.add(clip)
+            room -= sizes[clip]
+        if room == 0:
+            break
+    if not chosen or len(chosen) == len(sizes):
+        part = "validation" if not chosen else "training"
+        raise AvqaError(
+            f"--val_ratio {val_ratio}: of {len(keys)} rows on {len(sizes)} clips, {target} would be for validation, "
+            f"which leaves the {part} part empty (a clip is never cut in two). Choose another ratio, or 0 for no split"
+        )
+    validation = [number for number, key in enumerate(keys) if key in chosen]
+    return [number for number, key in enumerate(keys) if key not in chosen], validation
+
+
+def _check_choices(choices: object) -> list:
+    """
+    :param choices: The row's ``multi_choice``.
+    :type choices: object
+    :return: The same list.
+    :rtype: list
+    :raises RowError: unless it is a list of text, finite numbers, booleans or null, with at least one member.
+    """
+    if not isinstance(choices, list):
+        raise RowError("bad_choice", f"multi_choice is {_show(choices)}, expected a list")
+    if not choices:
+        raise RowError("empty_choices", "multi_choice is empty")
+    for number, choice in enumerate(choices):
+        if isinstance(choice, str):
+            continue
+        if isinstance(choice, float) and not math.isfinite(choice):
+            raise RowError("bad_choice", f"choice {number} is {choice}, which is no number")
+        if isinstance(choice, (list, dict)):
+            raise RowError("bad_choice", f"choice {number} is {_show(choice)}, expected text, a number or null")
+    return choices
+
+
+def _check_answer(answer: object, choices: int) -> int:
+    """
+    :param answer: The row's ``answer``.
+    :type answer: object
+    :param choices: How many choices there are.
+    :type choices: int
+    :return: The number of the right choice, from 0.
+    :rtype: int
+    :raises RowError: unless it is a whole number within the choices. Text is refused although it may look like a
+        number: with numbers for choices it could as well be the answer itself.
+    """
+    # A table that once held a gap gives 1.0 for 1. bool is an int to Python, but no index to anybody.
+    index = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise RowError("bad_answer", f"answer is {_show(answer)}, expected the number of a choice, from 0")
+    if not 0 <= index < choices:
+        raise RowError("answer_out_of_range", f"answer is {_show(answer)}, but there are choices 0 to {choices - 1}")
+    return index
+
+
+def _check_id(identity: object) -> int | str:
+    """
+    :param identity: The row's ``id``.
+    :type identity: object
+    :return: The id, whole numbers as int.
+    :rtype: int | str
+    :raises RowError: unless it is a whole number or text.
+    """
+    if isinstance(identity, float) and identity.is_integer():
+        return int(identity)
+    if isinstance(identity, bool) or not isinstance(identity, (int, str)) or identity == "":
+        raise RowError("bad_id", f"id is {_show(identity)}, expected a whole number or text")
+    return identity
+
+
+def _check_dataset_name(name: object) -> str:
+    """
+    :param name: The row's ``dataset_name``; raw AVQA has none.
+    :type name: object
+    :return: The name, ``AVQA`` where there is none.
+    :rtype: str
+    :raises RowError: if it is not text.
+    """
+    if name is not None and not isinstance(name, str):
+        raise RowError("bad_dataset_name", f"dataset_name is {_show(name)}, expected text")
+    return name or DEFAULT_DATASET_NAME
+
+
+def _check_audio_path(path: object) -> str:
+    """
+    :param path: The row's ``audio_path``.
+    :type path: object
+    :return: The same path.
+    :rtype: str
+    :raises RowError: if it cannot be the path of a file.
+    """
+    if not isinstance(path, str) or "\0" in path or path.rpartition("/")[2] in ("", ".", ".."):
+        raise RowError("bad_audio_path", f"audio_path is {_show(path)}, expected the path of a file")
+    return path
+
+
+def _id_of(value: object) -> int | str | None:
+    """
+    :param value: A row, good or bad.
+    :type value: object
+    :return: Its id if it has one that can be printed.
+    :rtype: int | str | None
+    """
+    identity = value.get("id") if isinstance(value, dict) else None
+    return identity if isinstance(identity, (int, str)) else None
+
+
+def _show(value: object) -> str:
+    """
+    :param value: Any JSON value.
+    :type value: object
+    :return: Its shortened repr, in which nothing unprintable is left as it is.
+    :rtype: str
+    """
+    return _REPR.repr(value)

@@ -1,0 +1,258 @@
+"""The flags of ``train_colocate.py`` and the rules between them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+ESTIMATORS = ("group_norm", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
+REFUSED_ESTIMATORS = {"gae": "needs a critic, and none is trained here", "cpgd": "needs a loss that is not in here"}
+LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+GROUP_METHODS = ("group_norm", "rloo", "reinforce_baseline")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
+    """All flags.
+
+    :param add_host_arguments: ``lightrft.utils.add_arguments``: adds the host's own flags.
+    """
+    parser = argparse.ArgumentParser(
+        description="Train Qwen2-Audio with GRPO on audio question answering (R1-AQA's recipe).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flag = argparse.BooleanOptionalAction
+
+    g = parser.add_argument_group("model")
+    g.add_argument("--pretrain", help="folder (or hub name) of the Qwen2-Audio checkpoint to start from")
+    g.add_argument("--bf16", action=flag, default=False, help="weights and rollouts in bfloat16, else float32")
+    g.add_argument("--flash_attn", action=flag, default=False, help="use flash-attn kernels (must be installed)")
+    g.add_argument("--gradient_checkpointing", action=flag, default=False, help="recompute activations: less memory")
+    g.add_argument(
+        "--freeze_prefix",
+        nargs="*",
+        choices=("audio_tower", "multi_modal_projector"),
+        default=None,
+        help="freeze the audio tower (the flag alone), or the parts that are named",
+    )
+
+    g = parser.add_argument_group("data")
+    g.add_argument("--prompt_data", help="folder or parquet file that avqa.py wrote; several with commas")
+    g.add_argument("--prompt_data_probs", default="1.0", help="share of each source, with commas")
+    g.add_argument("--prompt_split", default="train", help="split to train on")
+    g.add_argument("--max_samples", type=int, default=1_000_000, help="use at most this many rows")
+    g.add_argument("--eval_data", help="data to evaluate on; default: the --eval_split of --prompt_data, if it exists")
+    g.add_argument("--eval_split", default="validation", help="split to evaluate on")
+    g.add_argument("--max_eval_samples", type=int, default=500, help="use at most this many evaluation rows")
+    g.add_argument("--input_key", default="prompt", help="column with the chat messages")
+    g.add_argument("--images_key", default="audio_path", help="column with the audio file (LightRFT's image slot)")
+    g.add_argument("--reference_key", default="reference", help="column with the gold answer")
+    g.add_argument("--label_key", default="label", help="column with the reward rule")
+    g.add_argument("--input_template", help="text with one {} around the rendered prompt")
+    g.add_argument("--prompt_max_len", type=int, default=512, help="longest prompt in tokens, a clip counted as one")
+    g.add_argument("--limit_mm_image_per_prompt", type=int, default=1, help="most clips a prompt")
+
+    g = parser.add_argument_group("batch sizes and length of the run")
+    g.add_argument("--rollout_batch_size", type=int, default=16, help="prompts a rollout, over all ranks")
+    g.add_argument("--n_samples_per_prompt", type=int, default=8, help="responses a prompt (the group)")
+    g.add_argument("--train_batch_size", type=int, default=128, help="responses an optimizer step, over all ranks")
+    g.add_argument("--micro_train_batch_size", type=int, default=4, help="responses in one forward and backward")
+    g.add_argument("--micro_rollout_batch_size", type=int, default=8, help="responses in one log-prob forward")
+    g.add_argument("--num_episodes", type=int, default=1, help="passes over the data")
+    g.add_argument("--max_epochs", type=int, default=1, help="passes over each rollout batch")
+
+    g = parser.add_argument_group("sampling")
+    g.add_argument("--engine_type", choices=("vllm", "sglang", "hf"), default="vllm", help="rollout engine")
+    g.add_argument("--generate_max_len", type=int, default=256, help="longest response in tokens")
+    g.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
+    g.add_argument("--top_p", type=float, default=1.0, help="nucleus mass; below 1 the log-prob gap includes the cut")
+    g.add_argument("--seed", type=int, default=42, help="seed of everything random")
+
+    g = parser.add_argument_group("GRPO")
+    g.add_argument("--advantage_estimator", choices=ESTIMATORS, default="group_norm", help="group_norm is GRPO")
+    g.add_argument("--eps_clip", type=float, default=0.2, help="PPO's clip range")
+    g.add_argument("--loss_agg_mode", choices=LOSS_AGG_MODES, default="seq-mean-token-mean", help="averaging of tokens")
+    g.add_argument("--gamma", type=float, default=1.0, help="discount a token")
+    g.add_argument("--init_kl_coef", type=float, default=0.04, help="weight of the KL to the start model; 0: none")
+    g.add_argument("--kl_target", type=float, help="adapt the weight so that the KL stays near this")
+    g.add_argument("--kl_estimator", choices=("k1", "k2", "k3"), default="k3", help="k3 is GRPO's")
+    g.add_argument("--use_kl_loss", action=flag, default=False, help="KL as a loss (GRPO), else in the reward")
+
+    g = parser.add_argument_group("optimizer and sharding")
+    g.add_argument("--actor_learning_rate", type=float, default=1e-6, help="peak learning rate")
+    g.add_argument("--lr_warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
+    g.add_argument("--l2", type=float, default=0.0, help="weight decay")
+    g.add_argument("--adam_betas", type=float, nargs=2, default=(0.9, 0.95), help="Adam's decay rates")
+    g.add_argument("--max_norm", type=float, default=1.0, help="gradient norm to clip at")
+    g.add_argument("--zero_stage", type=int, choices=(0, 2, 3), default=2, help="DeepSpeed ZeRO stage")
+    g.add_argument("--adam_offload", action=flag, default=False, help="optimizer states in CPU memory")
+
+    g = parser.add_argument_group("output")
+    g.add_argument("--save_path", default="./ckpt", help="folder of the run: metrics, logs and the final model")
+    g.add_argument("--ckpt_path", help="folder of the DeepSpeed checkpoints; default: --save_path")
+    g.add_argument("--save_steps", type=int, default=-1, help="checkpoint every so many steps; -1: never")
+    g.add_argument("--save_hf_ckpt", action=flag, default=False, help="with each checkpoint a Hugging Face folder too")
+    g.add_argument("--disable_ds_ckpt", action=flag, default=False, help="no DeepSpeed checkpoints")
+    g.add_argument("--max_ckpt_num", type=int, default=3, help="DeepSpeed checkpoints to keep")
+    g.add_argument("--load_checkpoint", action=flag, default=False, help="resume from --ckpt_path")
+    g.add_argument("--eval_steps", type=int, default=-1, help="evaluate every so many steps; -1: never")
+    g.add_argument("--save_trajectories", action=flag, default=False, help="write responses of each step as JSON Lines")
+    g.add_argument("--num_trajectories_to_save", type=int, default=10, help="how many a step")
+    g.add_argument("--use_wandb", action=flag, default=False, help="log to wandb (key from WANDB_API_KEY or a login)")
+    g.add_argument("--wandb_org", help="wandb entity")
+    g.add_argument("--wandb_group", help="wandb group")
+    g.add_argument("--wandb_project", default="lightrft_r1_aqa", help="wandb project")
+    g.add_argument("--wandb_run_name", default=f"r1_aqa_{datetime.now():%m%dT%H:%M}", help="name of the run")
+    g.add_argument("--use_tensorboard", help="folder for TensorBoard logs")
+    add_host_arguments(parser)
+    return parser
+
+
+def finish(args: argparse.Namespace) -> None:
+    """Fill in what depends on other flags.
+
+    :param args: Parsed flags, changed in place.
+    """
+    if args.freeze_prefix == []:
+        args.freeze_prefix = ["audio_tower"]
+    if args.ckpt_path is None:
+        args.ckpt_path = args.save_path
+    args.fsdp = getattr(args, "fsdp", False)  # a flag of the real LightRFT only
+
+
+def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
+    """Everything that is wrong with a configuration, before anything loads.
+
+    :param args: Finished flags.
+    :param world_size: Ranks of the run.
+    :return: One entry a problem, with values and a remedy; empty if all is well.
+    """
+    problems = _batch_problems(args, world_size)
+    problems += [
+        f"--{name} {getattr(args, name)}: must be {rule}"
+        for name, fits, rule in (
+            ("temperature", args.temperature > 0, "above 0"),
+            ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+            ("eps_clip", args.eps_clip > 0, "above 0"),
+            ("gamma", 0 < args.gamma <= 1, "in (0, 1]"),
+            ("init_kl_coef", args.init_kl_coef >= 0, "0 or more"),
+            ("actor_learning_rate", args.actor_learning_rate > 0, "above 0"),
+            ("lr_warmup_ratio", 0 <= args.lr_warmup_ratio < 1, "in [0, 1)"),
+            ("max_norm", args.max_norm >= 0, "0 (no clipping) or more"),
+            ("engine_mem_util", 0 < args.engine_mem_util < 1, "between 0 and 1"),
+            ("generate_max_len", args.generate_max_len >= 1, "1 or more"),
+            ("prompt_max_len", args.prompt_max_len >= 1, "1 or more"),
+            ("max_ckpt_num", args.max_ckpt_num >= 1, "1 or more"),
+            ("num_episodes", args.num_episodes >= 1, "1 or more"),
+            ("max_epochs", args.max_epochs >= 1, "1 or more"),
+            ("limit_mm_image_per_prompt", args.limit_mm_image_per_prompt >= 1, "1 or more"),
+        )
+        if not fits
+    ]
+    if args.advantage_estimator in REFUSED_ESTIMATORS:
+        problems.append(
+            f"--advantage_estimator {args.advantage_estimator} {REFUSED_ESTIMATORS[args.advantage_estimator]}; "
+            "use group_norm (GRPO), rloo, reinforce_baseline, reinforce or reinforce++"
+        )
+    if args.advantage_estimator in GROUP_METHODS and args.n_samples_per_prompt < 2:
+        problems.append(
+            f"--advantage_estimator {args.advantage_estimator} compares the responses of a group: "
+            f"--n_samples_per_prompt {args.n_samples_per_prompt} must be 2 or more"
+        )
+    if args.use_kl_loss and args.init_kl_coef == 0:
+        problems.append("--use_kl_loss with --init_kl_coef 0 asks for a KL of no weight: drop one of the two")
+    if args.kl_target is not None and args.init_kl_coef == 0:
+        problems.append(f"--kl_target {args.kl_target} needs a start value: set --init_kl_coef above 0")
+    if args.use_kl_loss and args.kl_estimator == "k1":
+        problems.append("--use_kl_loss with --kl_estimator k1: its gradient knows no reference model; use k3 or k2")
+    if args.engine_type == "sglang" and not args.fsdp:
+        problems.append("--engine_type sglang: only the real LightRFT runs it; use vllm or hf")
+    if args.engine_type == "hf" and args.engine_tp_size > 1:
+        problems.append(f"--engine_type hf has no tensor parallelism: --engine_tp_size {args.engine_tp_size} must be 1")
+    if args.input_template is not None and args.input_template.count("{}") != 1:
+        problems.append(f"--input_template {args.input_template!r}: must hold {{}} once")
+    return problems + _path_problems(args)
+
+
+def _batch_problems(args: argparse.Namespace, world: int) -> list[str]:
+    rollout, n, train = args.rollout_batch_size, args.n_samples_per_prompt, args.train_batch_size
+    micro, micro_rollout, tp = args.micro_train_batch_size, args.micro_rollout_batch_size, args.engine_tp_size
+    names = "rollout_batch_size n_samples_per_prompt train_batch_size micro_train_batch_size micro_rollout_batch_size"
+    problems = [
+        f"--{name} {getattr(args, name)}: must be 1 or more"
+        for name in (*names.split(), "engine_tp_size")
+        if getattr(args, name) < 1
+    ]
+    if problems:
+        return problems
+    if world % tp:
+        problems.append(f"--engine_tp_size {tp} does not divide the {world} ranks of this run")
+    if rollout % world:
+        problems.append(
+            f"--rollout_batch_size {rollout} prompts do not divide among {world} ranks; {_up(rollout, world)} would"
+        )
+        return problems
+    responses = rollout * n
+    share = responses // world
+    for name, size in (("micro_train_batch_size", micro), ("micro_rollout_batch_size", micro_rollout)):
+        if share % size:
+            fitting = max(d for d in range(1, min(size, share) + 1) if share % d == 0)
+            problems.append(
+                f"--{name} {size} does not divide the {share} responses of a rank "
+                f"({rollout} prompts x {n} samples / {world} ranks); {fitting} does"
+            )
+    if train < responses:
+        problems.append(
+            f"--train_batch_size {train} must be at least --rollout_batch_size x --n_samples_per_prompt "
+            f"= {rollout} x {n} = {responses}; use --train_batch_size {responses}"
+        )
+    elif train % responses:
+        problems.append(
+            f"--train_batch_size {train} is no multiple of --rollout_batch_size x --n_samples_per_prompt "
+            f"= {rollout} x {n} = {responses}: an optimizer step would end inside a rollout; "
+            f"use --train_batch_size {_up(train, responses)}"
+        )
+    if args.max_epochs > 1 and train != responses:
+        problems.append(
+            f"--max_epochs {args.max_epochs} repeats each rollout batch, so an optimizer step must be one rollout: "
+            f"use --train_batch_size {responses}"
+        )
+    return problems
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _path_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    if not args.pretrain:
+        problems.append("--pretrain is missing: the folder of a Qwen2-Audio checkpoint (make demo builds a tiny one)")
+    elif Path(args.pretrain).is_dir():
+        if not (Path(args.pretrain) / "config.json").is_file():
+            problems.append(f"--pretrain {args.pretrain}: holds no config.json; is it a model folder?")
+        elif not any((Path(args.pretrain) / name).is_file() for name in PROCESSOR_FILES):
+            problems.append(f"--pretrain {args.pretrain}: holds no processor ({' or '.join(PROCESSOR_FILES)})")
+    elif args.pretrain.startswith((".", "/", "~")) or args.pretrain.count("/") != 1:
+        problems.append(f"--pretrain {args.pretrain}: no such folder")
+    if not args.prompt_data:
+        problems.append("--prompt_data is missing: the folder that data_preprocess/avqa.py wrote")
+    else:
+        for source in args.prompt_data.split(","):
+            path = Path(source.strip())
+            if not path.exists():
+                problems.append(f"--prompt_data {source}: does not exist")
+            elif path.is_dir() and not any(path.glob(f"{args.prompt_split}.*")):
+                problems.append(f"--prompt_data {source}: holds no {args.prompt_split}.parquet (--prompt_split)")
+    sources = len((args.prompt_data or "").split(","))
+    if sources != len(args.prompt_data_probs.split(",")):
+        problems.append(
+            f"--prompt_data_probs {args.prompt_data_probs}: one share for each of {sources} sources is needed"
+        )
+    if args.eval_data and not Path(args.eval_data).exists():
+        problems.append(f"--eval_data {args.eval_data}: does not exist")
+    if args.load_checkpoint and not (Path(args.ckpt_path) / "_actor" / "latest").is_file():
+        problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/latest)")
+    return problems

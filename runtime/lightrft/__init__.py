@@ -1,0 +1,19 @@
+"""A small LightRFT-compatible runtime on DeepSpeed, vLLM and torch.distributed, for CPU and GPU.
+
+It provides the part of LightRFT 0.1.1's public interface that ``examples/r1_aqa`` uses, under the same names, so that
+the example runs from PyPI alone. A real LightRFT checkout takes its place when it stands first on ``PYTHONPATH``.
+"""
+
+import os as _os
+
+__version__ = "0.1.1"
+HOST = "runtime"  # tells this package from the real LightRFT, which has no such name
+
+for _name, _value in {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the training process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else vLLM pins this process, training included, to its own cores
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_PLUGINS": "",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    _os.environ.setdefault(_name, _value)

@@ -1,0 +1,1 @@
+"""Rollout engines: vLLM, and transformers for machines without vLLM."""

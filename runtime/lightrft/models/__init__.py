@@ -1,0 +1,1 @@
+"""Policies, log-probabilities and losses."""

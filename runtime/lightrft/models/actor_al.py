@@ -1,0 +1,114 @@
+"""The audio-language actor, with LightRFT's call signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Qwen2AudioForConditionalGeneration
+from transformers.integrations import HfDeepSpeedConfig
+
+from .actor_modality import ActorModality
+from .qwen2_audio import Qwen2AudioPolicy
+
+
+def load_policy(pretrain: str, **kwargs: Any) -> Qwen2AudioPolicy:
+    """Load a Qwen2-Audio checkpoint as a policy.
+
+    transformers finds the renaming of old checkpoints by the class's name, and leaves out a subclass: the weights are
+    loaded into the original class, which then changes its class.
+
+    :param pretrain: Folder or hub name.
+    :param kwargs: For ``from_pretrained``.
+    :raises ValueError: if the checkpoint lacks a parameter of the model, or holds one that the model has not: such a
+        model would train, from random weights.
+    """
+    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(pretrain, output_loading_info=True, **kwargs)
+    wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+    if any(wrong.values()):
+        raise ValueError(f"{pretrain} is not a whole Qwen2-Audio checkpoint: {wrong}")
+    model.__class__ = Qwen2AudioPolicy
+    return model
+
+
+class ActorAL(nn.Module):
+    """Policy or reference model that hears: Qwen2-Audio and what is needed to score its responses.
+
+    :param pretrain_or_model: Folder (or hub name) of a Qwen2-Audio checkpoint, or a loaded policy.
+    :param use_flash_attention_2: Use flash-attn kernels; otherwise PyTorch's scaled dot product attention.
+    :param bf16: Weights in bfloat16; otherwise float32.
+    :param ds_config: DeepSpeed configuration; with ZeRO-3 the weights are partitioned while loading.
+    """
+
+    modality = ActorModality.AUDIO_LANGUAGE
+
+    def __init__(
+        self,
+        pretrain_or_model: str | Qwen2AudioPolicy,
+        use_flash_attention_2: bool = False,
+        bf16: bool = True,
+        ds_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(pretrain_or_model, str):
+            if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
+                self._ds_config = HfDeepSpeedConfig(ds_config)  # from_pretrained looks for the living object
+            self.model = load_policy(
+                pretrain_or_model,
+                dtype=torch.bfloat16 if bf16 else torch.float32,
+                attn_implementation="flash_attention_2" if use_flash_attention_2 else "sdpa",
+            )
+        else:
+            self.model = pretrain_or_model
+        self.model.config.use_cache = False
+        # set by the trainer to the sampling's values, so that log-probs are those of the sampling distribution
+        self.temperature = 1.0
+        self.logit_bias: dict[int, float] = {}
+        # extension point: (audio_values, image_grid_thw) -> (features, frames, clip index); see forward
+        self.unpack_audio: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+
+    def forward(
+        self,
+        sequences: torch.Tensor,
+        num_actions: int,
+        attention_mask: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        audio_values: torch.Tensor | list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Log-probabilities of the responses.
+
+        :param sequences: ``(batch, length)``; the last ``num_actions`` columns are the response region.
+        :param num_actions: Width of the response region.
+        :param attention_mask: ``(batch, length)``, 1 at tokens.
+        :param image_grid_thw: ``(clips, 3)``: the grid of the clips in the image slot.
+        :param audio_values: What the image slot carries; turned into features by :attr:`unpack_audio`.
+        :return: ``(batch, num_actions)`` float32, 0 at padding.
+        :raises RuntimeError: if there is audio, and nothing set :attr:`unpack_audio`.
+        """
+        audio = {}
+        if audio_values is not None:
+            if self.unpack_audio is None:
+                raise RuntimeError(
+                    "the actor was given audio, but nothing that unpacks it from the image slot: "
+                    "call patch_actor_for_audio(actor) first"
+                )
+            features, frames, index = self.unpack_audio(audio_values, image_grid_thw)
+            device = sequences.device
+            audio = {"features": features.to(device), "frames": frames.to(device), "clip_index": index.to(device)}
+        return self.model(
+            sequences=sequences,
+            attention_mask=attention_mask,
+            response_mask=attention_mask[:, -num_actions:],
+            temperature=self.temperature,
+            logit_bias=self.logit_bias,
+            **audio,
+        )
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations in the backward pass instead of keeping them.
+
+        :param gradient_checkpointing_kwargs: Handed to transformers, e.g. ``{"use_reentrant": False}``.
+        """
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)

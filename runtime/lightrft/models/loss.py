@@ -1,0 +1,82 @@
+"""GRPO's losses and KL estimators as pure functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+
+LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def aggregate(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    mode: str,
+    tokens_per_micro_batch: float | None = None,
+    max_response_length: int | None = None,
+) -> torch.Tensor:
+    """Reduce per-token losses of a micro-batch to a scalar whose mean over micro-batches is the batch's loss.
+
+    :param values: ``(batch, length)``.
+    :param mask: ``(batch, length)``, 1 at response tokens.
+    :param mode: ``seq-mean-token-mean`` (mean of each response, then of the responses: GRPO), ``token-mean`` (every
+        token of the batch weighs the same: DAPO), ``seq-mean-token-sum``, or ``seq-mean-token-sum-norm`` (the sum
+        divided by the constant ``max_response_length``: Dr. GRPO).
+    :param tokens_per_micro_batch: For ``token-mean``: the whole batch's response tokens divided by its micro-batches,
+        so that micro-batches with more tokens weigh more.
+    :param max_response_length: For ``seq-mean-token-sum-norm``.
+    :return: Scalar.
+    :raises ValueError: if the mode is unknown.
+    """
+    mask = mask.to(values.dtype)
+    sums = (values * mask).sum(-1)
+    if mode == "seq-mean-token-mean":
+        return (sums / mask.sum(-1).clamp(min=1)).mean()
+    if mode == "token-mean":
+        total = mask.sum() if tokens_per_micro_batch is None else tokens_per_micro_batch
+        return sums.sum() / max(float(total), 1.0)
+    if mode == "seq-mean-token-sum":
+        return sums.mean()
+    if mode == "seq-mean-token-sum-norm":
+        return sums.mean() / max_response_length
+    raise ValueError(f"unknown loss aggregation {mode!r}; known: {', '.join(LOSS_AGG_MODES)}")
+
+
+def policy_loss_tokens(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, eps_clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate for each token.
+
+    :param log_probs: ``(batch, length)`` under the policy that is trained.
+    :param old_log_probs: ``(batch, length)`` under the policy that sampled.
+    :param advantages: ``(batch, length)`` or ``(batch, 1)``.
+    :param eps_clip: Clip range of the ratio.
+    :return: Loss ``(batch, length)`` to be minimised, and whether the clip was active, ``(batch, length)`` bool.
+
+    Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), equation 7.
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip) * advantages
+    return -torch.min(unclipped, clipped), clipped < unclipped
+
+
+def kl_tokens(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str) -> torch.Tensor:
+    """Estimate of KL(policy || reference) for each sampled token.
+
+    :param log_probs: ``(batch, length)`` under the policy.
+    :param ref_log_probs: ``(batch, length)`` under the reference model.
+    :param estimator: ``k1`` (log ratio), ``k2`` (half its square), ``k3`` (unbiased, never negative: GRPO).
+    :return: ``(batch, length)``.
+    :raises ValueError: if the estimator is unknown.
+
+    Source: J. Schulman, Approximating KL Divergence (2020).
+    """
+    log_ratio = log_probs - ref_log_probs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    if estimator == "k3":
+        return (-log_ratio).exp() - 1 + log_ratio
+    raise ValueError(f"unknown KL estimator {estimator!r}; known: {', '.join(KL_ESTIMATORS)}")

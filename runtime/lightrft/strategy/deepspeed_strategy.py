@@ -1,0 +1,434 @@
+"""Training on DeepSpeed, rollouts on an engine in the same process."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import get_scheduler
+
+from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling, checkpoint_name
+from lightrft.utils.console import console
+
+from . import checkpoint
+from .distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
+
+
+class DeepspeedStrategy:
+    """Everything that depends on how many processes there are and on what.
+
+    :param args: The run's arguments, also available as :attr:`config`, LightRFT's name for them.
+    """
+
+    def __init__(self, args: Any) -> None:
+        self.args = self.config = args
+        self.device = pick_device()
+        init_process_group(self.device)
+        self.rank = console.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.engine_mp_group = engine_groups(args.engine_tp_size)
+        self.inference_engine: RolloutEngine | None = None
+        self.set_seed(args.seed)
+
+    # ------------------------------------------------------------ small things
+    @staticmethod
+    def set_seed(seed: int) -> None:
+        """Seed Python, NumPy and torch.
+
+        :param seed: The same on every rank.
+        """
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    @staticmethod
+    def print(*parts: object) -> None:
+        """Print on rank 0.
+
+        :param parts: As for :func:`print`.
+        """
+        console.print(*parts)
+
+    def is_rank_0(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    def report_memory(self, prefix: str) -> str:
+        """Accelerator memory in use, in GiB; empty on the CPU.
+
+        :param prefix: Put before the figures.
+        """
+        if self.device.type != "cuda":
+            return ""
+        free, total = torch.cuda.mem_get_info()
+        return f"{prefix}: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use"
+
+    # ------------------------------------------------------------ training
+    @contextmanager
+    def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
+        """Where models are loaded.
+
+        :param meta_init: LightRFT's FSDP option; must be False here.
+        :raises ValueError: if it is not.
+        """
+        if meta_init:
+            raise ValueError("meta_init belongs to LightRFT's FSDP strategy; this runtime trains on DeepSpeed")
+        yield
+
+    def get_ds_train_config(self, is_actor: bool = True) -> dict[str, Any]:
+        """DeepSpeed configuration of the trained model.
+
+        :param is_actor: Kept for LightRFT's signature; there is one trained model, the actor.
+        """
+        args = self.args
+        zero: dict[str, Any] = {"stage": args.zero_stage, "overlap_comm": self.device.type == "cuda"}
+        if args.adam_offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        return {
+            "train_micro_batch_size_per_gpu": args.micro_train_batch_size,
+            "gradient_accumulation_steps": args.train_batch_size // (args.micro_train_batch_size * self.world_size),
+            "zero_optimization": zero,
+            "bf16": {"enabled": args.bf16},
+            "gradient_clipping": args.max_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+
+    def get_ds_eval_config(self, offload: bool = False) -> dict[str, Any]:
+        """DeepSpeed configuration of a model that is only read.
+
+        :param offload: Keep its parameters in CPU memory (ZeRO-3 only).
+        """
+        zero: dict[str, Any] = {"stage": 3 if self.args.zero_stage == 3 else 0}
+        if offload and zero["stage"] == 3:
+            zero["offload_param"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": self.args.micro_train_batch_size,
+            "zero_optimization": zero,
+            "bf16": {"enabled": self.args.bf16},
+            "steps_per_print": 10**9,
+        }
+
+    def prepare_models_and_optimizers(
+        self,
+        actor: nn.Module,
+        critic: None,
+        reward_models: list[Any],
+        initial_model: nn.Module | None,
+        args: Any,
+        max_steps: int,
+    ) -> tuple[tuple[Any, Any, Any], tuple[None, None, None], list[Any], nn.Module | None]:
+        """Wrap the models in DeepSpeed and make the optimizer.
+
+        :param actor: The trained model.
+        :param critic: None: group-relative methods have none.
+        :param reward_models: Rewards are rules; returned as they are.
+        :param initial_model: The frozen reference model, or None without KL.
+        :param args: The run's arguments.
+        :param max_steps: Optimizer steps of the run, for the learning-rate schedule.
+        :return: As LightRFT: (actor, optimizer, scheduler), (critic, ...), reward models, reference model.
+        """
+        import deepspeed
+
+        decay, no_decay = [], []
+        for name, parameter in actor.model.named_parameters():
+            if parameter.requires_grad:
+                (no_decay if exempt_from_decay(name) else decay).append(parameter)
+        groups = [{"params": decay, "weight_decay": args.l2}, {"params": no_decay, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=args.actor_learning_rate, betas=tuple(args.adam_betas)
+        )
+        scheduler = get_scheduler(
+            "cosine_with_min_lr",
+            optimizer,
+            num_warmup_steps=math.ceil(max_steps * args.lr_warmup_ratio),
+            num_training_steps=max_steps,
+            scheduler_specific_kwargs={"min_lr": args.actor_learning_rate * 0.1},
+        )
+        actor.model, optimizer, _, scheduler = deepspeed.initialize(
+            model=actor.model, optimizer=optimizer, lr_scheduler=scheduler, config=self.get_ds_train_config()
+        )
+        if initial_model is not None:
+            initial_model = self.prepare_model(initial_model)
+        return (actor, optimizer, scheduler), (None, None, None), reward_models, initial_model
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Put a model that is only read where it runs.
+
+        :param model: An actor used as reference model.
+        :return: The same object, frozen.
+        """
+        model.model.requires_grad_(False)
+        if self.args.zero_stage == 3:
+            import deepspeed
+
+            model.model, *_ = deepspeed.initialize(model=model.model, config=self.get_ds_eval_config())
+        else:
+            model.model.to(self.device)
+        return model.eval()
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Alias of :meth:`prepare_model`, LightRFT's name for models outside the optimizer."""
+        return self.prepare_model(model)
+
+    def offload_model(self, model: nn.Module) -> None:
+        """Move a read-only model to CPU memory (not under ZeRO-3, where it is partitioned).
+
+        :param model: From :meth:`prepare_model`.
+        """
+        if self.device.type == "cuda" and self.args.zero_stage != 3:
+            model.to("cpu")
+
+    def reload_model(self, model: nn.Module) -> None:
+        """Undo :meth:`offload_model`.
+
+        :param model: From :meth:`prepare_model`.
+        """
+        if self.args.zero_stage != 3:
+            model.to(self.device)
+
+    def setup_dataloader(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        pin_memory: bool = False,
+        shuffle: bool = True,
+        collate_fn: Callable | None = None,
+        drop_last: bool = True,
+    ) -> DataLoader:
+        """A loader of this rank's share of the data.
+
+        :param dataset: Map-style.
+        :param batch_size: Rows a batch on this rank.
+        :param pin_memory: Page-lock host memory.
+        :param shuffle: Reshuffle each epoch, by the run's seed.
+        :param collate_fn: Makes a batch of rows.
+        :param drop_last: Leave out an incomplete last batch.
+        """
+        sampler = ResumableSampler(
+            dataset, self.world_size, self.rank, shuffle=shuffle, seed=self.args.seed, drop_last=drop_last
+        )
+        return DataLoader(
+            dataset, batch_size, sampler=sampler, collate_fn=collate_fn, drop_last=drop_last, pin_memory=pin_memory
+        )
+
+    # ------------------------------------------------------------ rollout engine
+    def setup_inference_engine(self, args: Any, engine_type: str = "vllm", actor: nn.Module | None = None) -> Any:
+        """Start the rollout engine and give it the actor's weights.
+
+        :param args: The run's arguments.
+        :param engine_type: ``vllm`` or ``hf``.
+        :param actor: Prepared actor.
+        :return: The engine.
+        :raises ValueError: if the engine is not one of this runtime's.
+        """
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        if engine_type == "vllm":
+            from lightrft.engines.vllm_engine import VLLMEngine
+
+            audios = args.limit_mm_image_per_prompt
+            self.inference_engine = VLLMEngine(
+                model=args.pretrain,
+                dtype=dtype,
+                max_model_len=args.prompt_max_len + 750 * audios + args.generate_max_len,
+                audios_per_prompt=audios,
+                tensor_parallel_size=args.engine_tp_size,
+                memory_utilization=args.engine_mem_util,
+                enable_sleep=args.enable_engine_sleep,
+                seed=args.seed,
+            )
+        elif engine_type == "hf":
+            from transformers import AutoProcessor
+
+            from lightrft.engines.hf_engine import HFEngine
+
+            self.inference_engine = HFEngine(
+                AutoProcessor.from_pretrained(args.pretrain), lambda: self.gathered(actor.model)
+            )
+        else:
+            raise ValueError(f"engine_type {engine_type!r}: this runtime has vllm and hf; sglang needs LightRFT itself")
+        if actor is not None:
+            self.update_engine_weights(actor)
+        self.inference_engine.sleep()
+        return self.inference_engine
+
+    @staticmethod
+    def _build_multimodal_inputs(
+        all_prompts: Sequence[str],
+        all_images: Sequence[Any],
+        images_num: Sequence[int],
+        all_videos: Sequence[Any] | None,
+        videos_num: Sequence[int] | None,
+    ) -> list[dict[str, Any]]:
+        """Engine requests of prompts and what belongs to them.
+
+        :raises RuntimeError: always: this runtime carries audio only, and ``patch_strategy_for_audio`` says how.
+        """
+        raise RuntimeError("the image slot has no meaning yet: call patch_strategy_for_audio(strategy)")
+
+    def engine_generate_local(
+        self,
+        sampling_params: Sequence[Sampling],
+        prompt_token_ids: Sequence[list[int]] | None = None,
+        multi_modal_inputs: Sequence[dict[str, Any]] | None = None,
+    ) -> list[RolloutOutput]:
+        """Ask this rank's engine.
+
+        :param sampling_params: One a prompt.
+        :param prompt_token_ids: Text-only prompts, or
+        :param multi_modal_inputs: requests from :meth:`_build_multimodal_inputs`.
+        :return: All samples of the first prompt, then of the second, and so on.
+        """
+        prompts = multi_modal_inputs if multi_modal_inputs is not None else prompt_token_ids
+        return self.inference_engine.generate(list(prompts), sampling_params)
+
+    def gather_and_generate(
+        self,
+        sampling_params: Sequence[Sampling],
+        all_prompt_token_ids: Sequence[list[int]] | None = None,
+        all_prompts: Sequence[str] | None = None,
+        all_images: Sequence[Any] | None = None,
+        sleep_engine: bool = True,
+        images_num: Sequence[int] | None = None,
+        all_videos: Sequence[Any] | None = None,
+        videos_num: Sequence[int] | None = None,
+    ) -> list[RolloutOutput]:
+        """Generate for this rank's prompts; the ranks of a tensor-parallel engine put theirs together.
+
+        :param sampling_params: One a prompt.
+        :param all_prompt_token_ids: Token ids of text-only prompts.
+        :param all_prompts: Prompt texts of multimodal prompts.
+        :param all_images: What the image slot carries, one entry a prompt.
+        :param sleep_engine: Free the engine's memory afterwards.
+        :param images_num: Clips a prompt.
+        :param all_videos: Unused.
+        :param videos_num: Unused.
+        :return: This rank's responses: all samples of its first prompt, then of the second, and so on.
+        """
+        self.inference_engine.wake_up()
+        multimodal = all_images is not None
+        if multimodal:
+            inputs = self._build_multimodal_inputs(
+                all_prompts=all_prompts,
+                all_images=all_images,
+                images_num=images_num,
+                all_videos=all_videos,
+                videos_num=videos_num,
+            )
+        else:
+            inputs = list(all_prompt_token_ids)
+        shares = gather_objects((inputs, list(sampling_params)), self.engine_mp_group)
+        inputs = [x for share, _ in shares for x in share]
+        params = [p for _, share in shares for p in share]
+        outputs = self.engine_generate_local(params, None if multimodal else inputs, inputs if multimodal else None)
+        if len(outputs) != sum(p.n for p in params):
+            raise RuntimeError(f"the engine returned {len(outputs)} of {sum(p.n for p in params)} responses")
+        me = dist.get_rank(self.engine_mp_group)
+        start = sum(p.n for _, share in shares[:me] for p in share)
+        mine = outputs[start : start + sum(p.n for p in shares[me][1])]
+        if sleep_engine:
+            self.inference_engine.sleep()
+        return mine
+
+    def update_engine_weights(self, actor: nn.Module) -> None:
+        """Give the rollout engine the actor's present weights.
+
+        :param actor: Prepared actor.
+        :raises RuntimeError: if the engine's weights are not the new ones afterwards.
+        """
+        self.inference_engine.wake_up()
+        self.inference_engine.load_weights(self.named_weights(actor.model))
+
+    # ------------------------------------------------------------ weights and folders
+    @staticmethod
+    def unwrap_model(model: nn.Module) -> nn.Module:
+        """The transformers model below DeepSpeed.
+
+        :param model: With or without DeepSpeed around it.
+        """
+        return getattr(model, "module", model)
+
+    @contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The unwrapped model with whole parameters on every rank.
+
+        :param model: Prepared model.
+        """
+        import deepspeed
+
+        module = self.unwrap_model(model)
+        whole = self.args.zero_stage == 3
+        with deepspeed.zero.GatheredParameters(list(module.parameters())) if whole else nullcontext():
+            yield module
+
+    def named_weights(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """Checkpoint name and whole value of each parameter, one at a time.
+
+        :param model: Prepared model. A collective under ZeRO-3: all ranks iterate.
+        """
+        import deepspeed
+
+        whole = self.args.zero_stage == 3
+        for name, parameter in self.unwrap_model(model).named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]) if whole else nullcontext():
+                yield checkpoint_name(name), parameter.data
+
+    def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str) -> None:
+        """Write a Hugging Face folder that transformers and vLLM load.
+
+        :param model: Prepared actor.
+        :param tokenizer: Saved beside the weights.
+        :param output_dir: Folder; existing files are replaced one by one, each atomically.
+        """
+        inner = model.model
+        weights = {name: tensor.cpu() for name, tensor in self.named_weights(inner)}
+        if self.is_rank_0():
+            checkpoint.write_hf_folder(self.unwrap_model(inner), weights, tokenizer, output_dir)
+        dist.barrier()
+
+    def save_ckpt(
+        self, model: Any, save_dir: str, tag: str, max_num: int = 3, client_state: dict[str, Any] | None = None
+    ) -> None:
+        """Write a DeepSpeed checkpoint for resuming, then delete the oldest beyond ``max_num``.
+
+        :param model: DeepSpeed engine.
+        :param save_dir: Folder of the checkpoints.
+        :param tag: Name of this one.
+        :param max_num: Checkpoints to keep.
+        :param client_state: Stored with it and returned by :meth:`load_ckpt`.
+        """
+        model.save_checkpoint(save_dir, tag=tag, client_state=client_state or {})
+        dist.barrier()
+        if self.is_rank_0():
+            checkpoint.rotate(save_dir, keep=max_num)
+        dist.barrier()
+
+    def load_ckpt(self, model: Any, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
+        """Load the newest DeepSpeed checkpoint.
+
+        :param model: DeepSpeed engine.
+        :param load_dir: Folder of the checkpoints.
+        :return: Path and client state.
+        :raises FileNotFoundError: if there is none.
+        """
+        path, state = model.load_checkpoint(load_dir)
+        if path is None:
+            raise FileNotFoundError(f"no DeepSpeed checkpoint in {load_dir}")
+        return path, state
+
+
+def exempt_from_decay(name: str) -> bool:
+    """Whether weight decay leaves a parameter alone: biases and the gains of normalisation layers.
+
+    :param name: Parameter name. (The shape does not help: under ZeRO-3 every parameter is flat.)
+    """
+    return name.endswith(".bias") or "norm" in name

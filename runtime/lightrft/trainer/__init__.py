@@ -1,0 +1,1 @@
+"""Rollout, advantages, replay buffer and the GRPO loop."""

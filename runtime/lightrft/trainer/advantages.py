@@ -1,0 +1,116 @@
+"""Group-relative advantages and KL control as pure functions."""
+
+from __future__ import annotations
+
+import torch
+
+# what --advantage_estimator may be; the two refused ones are named so that the refusal can say why
+ESTIMATORS = ("group_norm", "rloo", "reinforce_baseline", "reinforce++", "reinforce")
+GROUP_ESTIMATORS = ("group_norm", "rloo", "reinforce_baseline")
+REFUSED_ESTIMATORS = {
+    "gae": "it needs a critic, which this runtime does not train",
+    "cpgd": "it needs LightRFT's own CPGD loss",
+}
+STD_EPS = 1e-4  # R1-AQA's; also keeps rounding noise in a group of equal rewards from being blown up
+
+
+def shape_rewards(rewards: torch.Tensor, estimator: str, n_samples: int) -> torch.Tensor:
+    """Rewards relative to their group, one value a response.
+
+    :param rewards: ``(prompts * n_samples,)``, a group's responses next to each other.
+    :param estimator: ``group_norm`` (minus mean, over standard deviation: GRPO), ``rloo`` (minus the mean of the
+        others), ``reinforce_baseline`` (minus mean), ``reinforce++`` and ``reinforce`` (unchanged).
+    :param n_samples: Responses a prompt.
+    :return: ``(prompts * n_samples,)``.
+    :raises ValueError: if the estimator is unknown.
+
+    Sources: Shao et al., DeepSeekMath (2024), section 4.1; Ahmadian et al., Back to Basics (2024).
+    """
+    groups = rewards.reshape(-1, n_samples)
+    if estimator == "group_norm":
+        shaped = (groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + STD_EPS)
+    elif estimator == "rloo":
+        others = (groups.sum(-1, keepdim=True) - groups) / (n_samples - 1)
+        shaped = groups - others
+    elif estimator == "reinforce_baseline":
+        shaped = groups - groups.mean(-1, keepdim=True)
+    elif estimator in ("reinforce++", "reinforce"):
+        shaped = groups
+    else:
+        raise ValueError(f"unknown advantage estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
+    return shaped.reshape(-1)
+
+
+def discounted_returns(token_rewards: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Sum of the rewards from each token on.
+
+    :param token_rewards: Rewards of one response's tokens ``(length,)``.
+    :param gamma: Discount a token.
+    :return: ``(length,)``.
+    """
+    if gamma == 1.0:
+        return token_rewards.flip(0).cumsum(0).flip(0)
+    returns = torch.zeros_like(token_rewards)
+    running = torch.zeros((), dtype=token_rewards.dtype)
+    for t in range(len(token_rewards) - 1, -1, -1):
+        running = token_rewards[t] + gamma * running
+        returns[t] = running
+    return returns
+
+
+def token_advantages(
+    shaped_reward: float | torch.Tensor, length: int, kl: torch.Tensor | None, kl_coef: float, gamma: float
+) -> torch.Tensor:
+    """Advantages of one response's tokens: the shaped reward at its last token, minus KL at each, summed to the end.
+
+    :param shaped_reward: From :func:`shape_rewards`.
+    :param length: Response tokens.
+    :param kl: Per-token KL estimates ``(length,)`` when KL is part of the reward; None when it is a loss.
+    :param kl_coef: Weight of the KL.
+    :param gamma: Discount a token.
+    :return: ``(length,)`` float32.
+    """
+    rewards = torch.zeros(length)
+    if kl is not None:
+        rewards -= kl_coef * kl
+    rewards[-1] += shaped_reward
+    return discounted_returns(rewards, gamma)
+
+
+def whiten(sum_: float, sum_of_squares: float, count: float) -> tuple[float, float]:
+    """Mean and inverse standard deviation from sums over all tokens of all ranks.
+
+    :param sum_: Sum of the advantages.
+    :param sum_of_squares: Sum of their squares.
+    :param count: Number of tokens.
+    :return: Mean, and the factor that makes the variance 1.
+    """
+    mean = sum_ / count
+    variance = max(sum_of_squares / count - mean * mean, 1e-8)
+    return mean, variance**-0.5
+
+
+class KLController:
+    """KL coefficient: fixed, or adapted towards a target.
+
+    :param init_kl_coef: Start value.
+    :param target: KL to steer to; None keeps the coefficient fixed.
+    :param horizon: Samples over which the coefficient is adapted.
+
+    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), section 2.2.
+    """
+
+    def __init__(self, init_kl_coef: float, target: float | None = None, horizon: int = 10_000) -> None:
+        self.value = init_kl_coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, n_samples: int) -> None:
+        """Take the KL of a step into account.
+
+        :param kl: Measured KL.
+        :param n_samples: Responses it was measured on.
+        """
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * n_samples / self.horizon

@@ -1,0 +1,266 @@
+"""From prompts to experiences: rollout, rewards, log-probs, advantages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightrft.engines.base import Sampling, stable_seed
+from lightrft.models.actor_modality import get_supported_parameters
+from lightrft.models.loss import kl_tokens
+
+from .advantages import KLController, shape_rewards, token_advantages, whiten
+from .replay_buffer import Experience, make_micro_batch
+
+
+def normalize_images(raw_images: Sequence[Any]) -> list[Any]:
+    """Bring the image slot's content into the form that the processor takes.
+
+    :raises RuntimeError: always: this runtime carries audio only, and ``patch_experience_maker_for_audio`` says how.
+    """
+    raise RuntimeError(
+        "the image slot has no meaning yet: call patch_experience_maker_for_audio(experience_maker, ...)"
+    )
+
+
+def get_images_num(all_images: Sequence[Any]) -> list[int]:
+    """Number of images of each prompt.
+
+    :raises RuntimeError: always, as :func:`normalize_images`.
+    """
+    raise RuntimeError(
+        "the image slot has no meaning yet: call patch_experience_maker_for_audio(experience_maker, ...)"
+    )
+
+
+class FastExperienceMaker:
+    """Makes experiences of a batch of prompts.
+
+    :param actor: Policy.
+    :param initial_model: Reference model, or None.
+    :param tokenizer: Tokenizer.
+    :param strategy: Strategy with a running engine.
+    :param kl_ctl: KL coefficient.
+    :param reward_fn: LightRFT's signature, see :meth:`score`.
+    :param reward_fn_label_map: Handed to it.
+    :param sampling: How to sample in training.
+    :param needs_old_log_probs: The update is not on-policy, or KL is part of the reward.
+    """
+
+    def __init__(
+        self,
+        actor: Any,
+        initial_model: Any,
+        tokenizer: Any,
+        strategy: Any,
+        kl_ctl: KLController,
+        reward_fn: Callable,
+        reward_fn_label_map: dict[str, int],
+        sampling: Sampling,
+        needs_old_log_probs: bool,
+    ) -> None:
+        self.actor = actor
+        self.initial_model = initial_model
+        self.tokenizer = tokenizer
+        self.strategy = strategy
+        self.kl_ctl = kl_ctl
+        self.reward_fn = reward_fn
+        self.reward_fn_label_map = reward_fn_label_map
+        self.sampling = sampling
+        self.needs_old_log_probs = needs_old_log_probs
+        self.multimodal_processor: Any = None  # set by patch_experience_maker_for_audio
+        self.timings: dict[str, float] = {}
+
+    def make_experience_list(
+        self,
+        all_prompts: Sequence[str],
+        all_images: Sequence[Any],
+        all_references: Sequence[str],
+        all_labels: Sequence[str],
+        step: int,
+    ) -> list[Experience]:
+        """Rollout, rewards, log-probs and advantages for this rank's prompts.
+
+        :param all_prompts: Rendered prompts.
+        :param all_images: What the image slot carries, one entry a prompt; None for text.
+        :param all_references: Gold answers.
+        :param all_labels: Reward rules.
+        :param step: Rollout step, which the sampling seeds depend on.
+        :return: ``n`` experiences a prompt, a group's next to each other.
+        """
+        started = time.perf_counter()
+        items = self.rollout(all_prompts, all_images, all_references, all_labels, self.sampling, step)
+        self.score(items)
+        rolled_out = time.perf_counter()
+        self.add_log_probs(items)
+        self.add_advantages(items)
+        self.timings = {"rollout": rolled_out - started, "logprobs": time.perf_counter() - rolled_out}
+        return items
+
+    def rollout(
+        self,
+        all_prompts: Sequence[str],
+        all_images: Sequence[Any],
+        all_references: Sequence[str],
+        all_labels: Sequence[str],
+        sampling: Sampling,
+        step: int,
+    ) -> list[Experience]:
+        """Sample responses, one engine request a prompt.
+
+        :param all_prompts: See :meth:`make_experience_list`, as the next three.
+        :param all_images: See there.
+        :param all_references: See there.
+        :param all_labels: See there.
+        :param sampling: How to sample; each prompt gets a seed of (run seed, step, position in the global batch).
+        :param step: Rollout step.
+        :return: Experiences without rewards.
+        :raises RuntimeError: if the engine saw other prompt tokens than the trainer will.
+        """
+        images = normalize_images(all_images)
+        images_num = get_images_num(images)
+        data = self.multimodal_processor.process_multimodal_batch(
+            all_prompts=all_prompts,
+            all_images=images,
+            all_references=all_references,
+            images_num=images_num,
+            n_samples_per_prompt=1,  # the engine samples n times from one request; a clip is prepared once
+            all_videos=None,
+            videos_num=None,
+        )
+        rows = data["all_images_pixel_values"]
+        sizes = data["all_images_grid_thw"].prod(-1).tolist()
+        clips = list(rows.split(sizes)) if rows is not None else []
+        rank, world, seed = self.strategy.rank, self.strategy.world_size, self.strategy.args.seed
+        outputs = self.strategy.gather_and_generate(
+            sampling_params=[
+                sampling.with_seed(stable_seed(seed, step, i * world + rank)) for i in range(len(all_prompts))
+            ],
+            all_prompt_token_ids=data["all_prompt_token_ids"],
+            all_prompts=data["all_prompts"],
+            all_images=data["all_images"],
+            sleep_engine=self.strategy.args.enable_engine_sleep,
+            images_num=data["all_images_num"],
+        )
+        items = []
+        first_clip = 0
+        for i, prompt_ids in enumerate(data["all_prompt_token_ids"]):
+            mine = clips[first_clip : first_clip + data["all_images_num"][i]]
+            first_clip += len(mine)
+            ids = torch.tensor(prompt_ids, dtype=torch.long)
+            for output in outputs[i * sampling.n : (i + 1) * sampling.n]:
+                if list(output.prompt_token_ids) != list(prompt_ids):
+                    raise RuntimeError(
+                        f"prompt {i} of step {step} is {len(output.prompt_token_ids)} tokens in the engine and "
+                        f"{len(prompt_ids)} in the trainer, or differs in content: {all_prompts[i]!r}"
+                    )
+                items.append(
+                    Experience(
+                        prompt=all_prompts[i],
+                        prompt_ids=ids,
+                        response_ids=torch.tensor(output.output_token_ids, dtype=torch.long),
+                        engine_log_probs=output.output_log_probs,
+                        truncated=output.truncated,
+                        clips=mine,
+                        reference=all_references[i],
+                        label=all_labels[i],
+                    )
+                )
+        return items
+
+    def score(self, items: list[Experience]) -> None:
+        """Set the rewards.
+
+        The reward function gets what LightRFT gives it: whole decoded sequences, special tokens included.
+
+        :param items: From :meth:`rollout`; changed in place.
+        :raises FloatingPointError: if a reward is not finite.
+        """
+        decode = self.tokenizer.batch_decode
+        queries = decode([torch.cat([item.prompt_ids, item.response_ids]) for item in items], skip_special_tokens=False)
+        rewards, metrics = self.reward_fn(
+            model_reward_list=[],
+            labels=[item.label for item in items],
+            queries=queries,
+            refs=[item.reference for item in items],
+            label_map=self.reward_fn_label_map,
+        )
+        if not torch.isfinite(rewards).all():
+            raise FloatingPointError(f"the reward function returned {rewards.tolist()}")
+        responses = decode([item.response_ids for item in items], skip_special_tokens=False)
+        for i, item in enumerate(items):
+            item.response = responses[i]
+            item.reward = float(rewards[i])
+            item.reward_metrics = {name: float(values[i]) for name, values in metrics.items()}
+
+    @torch.no_grad()
+    def log_probs(self, model: Any, items: Sequence[Experience]) -> list[torch.Tensor]:
+        """Log-probs of the responses under a model that hears the audio.
+
+        :param model: Actor or reference model.
+        :param items: Experiences.
+        :return: ``(response length,)`` each, in CPU memory.
+        """
+        size = self.strategy.args.micro_rollout_batch_size
+        out = []
+        for start in range(0, len(items), size):
+            part = items[start : start + size]
+            batch = make_micro_batch(part, self.tokenizer.pad_token_id, self.strategy.device)
+            values = forward(model, batch).cpu()
+            out += [values[i, : len(item.response_ids)] for i, item in enumerate(part)]
+        return out
+
+    def add_log_probs(self, items: list[Experience]) -> None:
+        """Set old and reference log-probs, where they are needed.
+
+        :param items: Changed in place.
+        """
+        if self.needs_old_log_probs:
+            for item, values in zip(items, self.log_probs(self.actor, items), strict=True):
+                item.old_log_probs = values
+        if self.initial_model is not None:
+            self.strategy.reload_model(self.initial_model)
+            for item, values in zip(items, self.log_probs(self.initial_model, items), strict=True):
+                item.ref_log_probs = values
+            self.strategy.offload_model(self.initial_model)
+
+    def add_advantages(self, items: list[Experience]) -> None:
+        """Set the advantages.
+
+        :param items: Whole groups; changed in place.
+        """
+        args = self.strategy.args
+        rewards = torch.tensor([item.reward for item in items])
+        shaped = shape_rewards(rewards, args.advantage_estimator, self.sampling.n)
+        in_reward = self.initial_model is not None and not args.use_kl_loss
+        for item, value in zip(items, shaped, strict=True):
+            kl = kl_tokens(item.old_log_probs, item.ref_log_probs, args.kl_estimator) if in_reward else None
+            item.advantages = token_advantages(value, len(item.response_ids), kl, self.kl_ctl.value, args.gamma)
+        if args.advantage_estimator != "group_norm":  # LightRFT whitens all others over the batch
+            flat = torch.cat([item.advantages for item in items]).double()
+            sums = torch.stack([flat.sum(), flat.square().sum(), flat.new_tensor(len(flat))]).to(self.strategy.device)
+            dist.all_reduce(sums)
+            mean, factor = whiten(*sums.tolist())
+            for item in items:
+                item.advantages = (item.advantages - mean) * factor
+
+
+def forward(model: Any, batch: Any) -> torch.Tensor:
+    """Call an actor with the inputs that its modality takes.
+
+    :param model: Actor.
+    :param batch: :class:`~lightrft.trainer.replay_buffer.MicroBatch`.
+    :return: Log-probs ``(batch, response width)``.
+    """
+    candidates = {"audio_values": batch.audio_values, "image_grid_thw": batch.image_grid_thw}
+    taken = get_supported_parameters(model.modality)
+    return model(
+        batch.sequences,
+        batch.response_mask.shape[1],
+        attention_mask=batch.attention_mask,
+        **{name: value for name, value in candidates.items() if name in taken},
+    )

@@ -1,0 +1,411 @@
+"""The GRPO loop.
+
+What differs from the textbook: a rollout batch is trained on in one optimizer step (or takes part in one, where
+``train_batch_size`` spans several rollouts), so the sampling policy *is* the trained one and old log-probs need no
+pass of their own unless ``max_epochs > 1`` or KL is part of the reward. The trainer's log-probs are compared with the
+engine's in every step, and the difference is a metric.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lightrft.engines.base import Sampling
+from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens
+from lightrft.strategy.distributed import reduce_metrics
+from lightrft.utils.console import console
+from lightrft.utils.metrics import MetricsWriter
+
+from .advantages import KLController
+from .fast_exp_maker import FastExperienceMaker, forward
+from .replay_buffer import Experience, make_micro_batch, pad_tokens
+
+GAP_WARNING = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |log p engine - log p trainer| that is worth a warning
+
+
+class SPMDPPOTrainerVL:
+    """Trains an actor with group-relative policy optimization.
+
+    :param strategy: Strategy with a running engine.
+    :param actor: Prepared policy.
+    :param critic: None.
+    :param reward_models: Empty: rewards are rules.
+    :param initial_model: Prepared reference model, or None.
+    :param ema_model: None.
+    :param actor_optim: Its optimizer (DeepSpeed steps it).
+    :param critic_optim: None.
+    :param actor_scheduler: Learning-rate schedule (DeepSpeed steps it).
+    :param critic_scheduler: None.
+    :param tokenizer: Tokenizer.
+    :param reward_fn: ``(model_reward_list, labels, queries, refs, label_map) -> (rewards, metrics)``.
+    :param reward_fn_label_map: Handed to it.
+    :param max_epochs: Passes over each rollout batch.
+    :param micro_train_batch_size: Responses in one forward and backward.
+    :param eps_clip: PPO's clip range.
+    :param loss_agg_mode: See :func:`lightrft.models.loss.aggregate`.
+    :param init_kl_coef: Weight of the KL.
+    :param kl_target: Adapt the weight to this KL; None keeps it.
+    :param save_hf_ckpt: Also write Hugging Face folders at ``save_steps``.
+    :param disable_ds_ckpt: Write no DeepSpeed checkpoints.
+    :param max_new_tokens: Longest response.
+    :param temperature: Sampling temperature.
+    :param top_p: Nucleus mass.
+    :param logit_bias: Bias on token ids at sampling.
+    """
+
+    def __init__(
+        self,
+        strategy: Any,
+        actor: Any,
+        critic: None,
+        reward_models: list[Any],
+        initial_model: Any,
+        ema_model: None,
+        actor_optim: Any,
+        critic_optim: None,
+        actor_scheduler: Any,
+        critic_scheduler: None,
+        *,
+        tokenizer: Any,
+        reward_fn: Any,
+        reward_fn_label_map: dict[str, int],
+        max_epochs: int,
+        micro_train_batch_size: int,
+        eps_clip: float,
+        loss_agg_mode: str,
+        init_kl_coef: float,
+        kl_target: float | None,
+        save_hf_ckpt: bool,
+        disable_ds_ckpt: bool,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        logit_bias: dict[int, float],
+    ) -> None:
+        args = strategy.args
+        self.strategy = strategy
+        self.actor = actor
+        self.tokenizer = tokenizer
+        self.scheduler = actor_scheduler
+        self.max_epochs = max_epochs
+        self.micro_train_batch_size = micro_train_batch_size
+        self.eps_clip = eps_clip
+        self.loss_agg_mode = loss_agg_mode
+        self.save_hf_ckpt = save_hf_ckpt
+        self.disable_ds_ckpt = disable_ds_ckpt
+        self.max_new_tokens = max_new_tokens
+        self.kl_ctl = KLController(init_kl_coef, kl_target)
+        for model in filter(None, (actor, initial_model)):
+            model.temperature, model.logit_bias = temperature, logit_bias
+        kl_in_reward = initial_model is not None and not args.use_kl_loss
+        self.experience_maker = FastExperienceMaker(
+            actor,
+            initial_model,
+            tokenizer,
+            strategy,
+            self.kl_ctl,
+            reward_fn,
+            reward_fn_label_map,
+            Sampling(
+                n=args.n_samples_per_prompt,
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_new_tokens,
+                logit_bias=logit_bias,
+            ),
+            needs_old_log_probs=max_epochs > 1 or kl_in_reward,
+        )
+
+    # ------------------------------------------------------------ loop
+    def fit(
+        self,
+        args: Any,
+        prompts_dataloader: Any,
+        pretrain_dataloader: None,
+        eval_dataloader: Any = None,
+        consumed_samples: int = 0,
+        num_update_steps_per_episodes: int = 1,
+    ) -> dict[str, float]:
+        """Train.
+
+        :param args: The run's arguments.
+        :param prompts_dataloader: This rank's prompts.
+        :param pretrain_dataloader: None.
+        :param eval_dataloader: Prompts for ``eval_steps``, or None.
+        :param consumed_samples: Prompts that a resumed run has already used, over all ranks.
+        :param num_update_steps_per_episodes: Unused here; LightRFT derives its rollouts from it.
+        :return: Metrics of the last step.
+        """
+        per_episode = len(prompts_dataloader)
+        total = per_episode * args.num_episodes
+        step = consumed_samples // args.rollout_batch_size
+        writer = MetricsWriter(Path(args.save_path), args) if self.strategy.is_rank_0() else None
+        show_bar = self.strategy.is_rank_0() and console.stream.isatty()
+        bar = tqdm(total=total, initial=step, desc="GRPO", file=console.stream, disable=not show_bar, leave=False)
+        started = time.perf_counter()
+        metrics: dict[str, float] = {}
+        try:
+            for episode in range(step // per_episode, args.num_episodes):
+                sampler = prompts_dataloader.sampler
+                sampler.set_epoch(episode)
+                sampler.start = step % per_episode * prompts_dataloader.batch_size
+                for batch in prompts_dataloader:
+                    step += 1
+                    metrics = self.train_on(batch, step)
+                    if eval_dataloader is not None and args.eval_steps > 0 and step % args.eval_steps == 0:
+                        metrics |= self.evaluate(eval_dataloader)
+                    self.report(writer, bar, step, total, metrics)
+                    if args.save_steps > 0 and step % args.save_steps == 0:
+                        self.save(args, step)
+                sampler.start = 0
+        finally:
+            bar.close()
+            if writer is not None:
+                writer.close()
+        seconds = time.perf_counter() - started
+        self.strategy.print(f"trained {step - consumed_samples // args.rollout_batch_size} steps in {seconds:.0f} s")
+        return metrics
+
+    def train_on(self, batch: tuple[Any, ...], step: int) -> dict[str, float]:
+        """One rollout batch: sample, score, train, synchronise.
+
+        :param batch: Prompts, image-slot contents, references, labels.
+        :param step: Rollout step, from 1.
+        :return: Metrics, the same on every rank.
+        """
+        started = time.perf_counter()
+        prompts, images, references, labels = batch
+        items = self.experience_maker.make_experience_list(prompts, images, references, labels, step)
+        train_started = time.perf_counter()
+        sums, maxima, updated = self.update(items, step)
+        sync_started = time.perf_counter()
+        if updated:
+            self.strategy.update_engine_weights(self.actor)
+        ended = time.perf_counter()
+        maxima |= {f"time/{name}": value for name, value in self.experience_maker.timings.items()}
+        maxima |= {
+            "time/train": sync_started - train_started,
+            "time/sync": ended - sync_started,
+            "time/step": ended - started,
+        }
+        sums |= rollout_sums(items)
+        reduce_metrics(sums, maxima, self.strategy.device)
+        metrics = step_metrics(sums, maxima)
+        if updated and not math.isfinite(maxima["grad_norm"]):
+            raise FloatingPointError(f"the gradient of step {step} has norm {maxima['grad_norm']}")
+        metrics["train/grad_norm"] = maxima["grad_norm"]
+        metrics["train/lr"] = self.scheduler.get_last_lr()[0]
+        self.kl_ctl.update(metrics["train/kl"], int(sums["responses"]))
+        self.check(metrics, step)
+        if self.strategy.args.save_trajectories and self.strategy.is_rank_0():
+            self.save_trajectories(items, step)
+        return metrics
+
+    def update(self, items: list[Experience], step: int) -> tuple[dict[str, float], dict[str, float], bool]:
+        """Forward and backward over all micro-batches; DeepSpeed steps the optimizer when its batch is full.
+
+        :param items: This rank's experiences.
+        :param step: Rollout step.
+        :return: Sums and maxima for the metrics, and whether the optimizer stepped.
+        :raises FloatingPointError: if a loss is not finite.
+        """
+        args, engine = self.strategy.args, self.actor.model
+        sums: dict[str, float] = defaultdict(float)
+        maxima = {"gap": 0.0, "grad_norm": math.nan}  # no norm where no optimizer step was due
+        updated = False
+        self.actor.train()
+        tokens = {"all": float(sum(len(item.response_ids) for item in items))}
+        reduce_metrics(tokens, {}, self.strategy.device)
+        parts = [items[i : i + self.micro_train_batch_size] for i in range(0, len(items), self.micro_train_batch_size)]
+        scale = {
+            "mode": self.loss_agg_mode,
+            "tokens_per_micro_batch": tokens["all"] / (len(parts) * self.strategy.world_size),
+            "max_response_length": self.max_new_tokens,
+        }
+        for epoch in range(self.max_epochs):
+            for number, part in enumerate(parts):
+                batch = make_micro_batch(part, self.tokenizer.pad_token_id, self.strategy.device)
+                mask, width = batch.response_mask, batch.response_mask.shape[1]
+                log_probs = forward(self.actor, batch)
+                detached = log_probs.detach()
+                on_policy = part[0].old_log_probs is None
+                old = detached if on_policy else self._padded(part, "old_log_probs", width)
+                losses, clipped = policy_loss_tokens(
+                    log_probs, old, self._padded(part, "advantages", width), self.eps_clip
+                )
+                policy_loss = loss = aggregate(losses, mask, **scale)
+                if part[0].ref_log_probs is not None:
+                    kl = kl_tokens(log_probs, self._padded(part, "ref_log_probs", width), args.kl_estimator)
+                    sums["kl"] += float((kl.detach() * mask).sum())
+                    if args.use_kl_loss:
+                        loss = loss + self.kl_ctl.value * aggregate(kl, mask, **scale)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the loss of step {step}, epoch {epoch}, micro-batch {number} is {loss.item()}; first prompt: "
+                        f"{part[0].prompt!r}"
+                    )
+                boundary = engine.is_gradient_accumulation_boundary()
+                engine.backward(loss)
+                if boundary:
+                    grad_norm = self._norm_before_step()
+                engine.step()
+                if boundary:
+                    norm = engine.get_global_grad_norm()
+                    maxima["grad_norm"] = float(grad_norm if norm is None else norm)
+                    updated = True
+                if epoch == 0:  # the weights are still those that sampled
+                    gap = ((old - self._padded(part, "engine_log_probs", width)).abs() * mask).cpu()
+                    sums["gap"] += float(gap.sum())
+                    maxima["gap"] = max(maxima["gap"], float(gap.max()))
+                sums["policy_loss"] += float(policy_loss.detach())
+                sums["clipped"] += float((clipped & mask).sum())
+                sums["tokens"] += float(mask.sum())
+                sums["micro_batches"] += 1
+        sums.setdefault("kl", 0.0)
+        return dict(sums), maxima, updated
+
+    def _padded(self, items: list[Experience], name: str, width: int) -> torch.Tensor:
+        return pad_tokens([getattr(item, name) for item in items], width, self.strategy.device)
+
+    def _norm_before_step(self) -> torch.Tensor | None:
+        """The gradient's norm where DeepSpeed does not keep it: plain data parallelism in float32."""
+        args = self.strategy.args
+        if args.zero_stage != 0 or args.bf16:
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.actor.model.parameters() if p.grad is not None])
+
+    def evaluate(self, dataloader: Any) -> dict[str, float]:
+        """Greedy answers to the evaluation prompts, scored with the training reward.
+
+        :param dataloader: This rank's evaluation prompts.
+        :return: ``eval/*`` metrics over all ranks.
+        """
+        maker = self.experience_maker
+        greedy = Sampling(n=1, temperature=0.0, max_tokens=self.max_new_tokens, logit_bias=maker.sampling.logit_bias)
+        sums: dict[str, float] = defaultdict(float)
+        for prompts, images, references, labels in dataloader:
+            items = maker.rollout(prompts, images, references, labels, greedy, step=0)
+            maker.score(items)
+            for name, value in rollout_sums(items).items():
+                sums[name] += value
+        reduce_metrics(sums, {}, self.strategy.device)
+        return {f"eval/{k.removeprefix('rollout/')}": v / sums["responses"] for k, v in sums.items() if "/" in k}
+
+    # ------------------------------------------------------------ output
+    def check(self, metrics: dict[str, float], step: int) -> None:
+        """Warn of an engine that no longer agrees with the trainer.
+
+        :param metrics: The step's metrics.
+        :param step: Rollout step.
+        """
+        dtype = torch.bfloat16 if self.strategy.args.bf16 else torch.float32
+        if metrics["rollout/logprob_gap_mean"] > GAP_WARNING[dtype] and self.strategy.is_rank_0():
+            console.warn(
+                f"step {step}: the engine's log-probs are {metrics['rollout/logprob_gap_mean']:.2g} from the trainer's "
+                f"on average (largest {metrics['rollout/logprob_gap_max']:.2g}); above {GAP_WARNING[dtype]:g} "
+                f"in {dtype} something differs: weights, audio or sampling"
+            )
+
+    def report(self, writer: MetricsWriter | None, bar: Any, step: int, total: int, metrics: dict[str, float]) -> None:
+        """Write the metrics and print the step's line.
+
+        :param writer: On rank 0.
+        :param bar: Progress bar.
+        :param step: Rollout step.
+        :param total: Steps of the run.
+        :param metrics: The step's metrics.
+        """
+        if writer is None:
+            return
+        writer.write(step, metrics)
+        bar.update()
+        bar.clear()
+        m = metrics
+        line = (
+            f"step {step:>{len(str(total))}}/{total}  reward {m['rollout/reward']:.3f}  "
+            f"acc {m['rollout/accuracy_reward']:.3f}  len {m['rollout/response_length']:.1f}  kl {m['train/kl']:.4f}  "
+            f"gap {m['rollout/logprob_gap_max']:.0e}  {m['time/step']:.1f} s"
+        )
+        if "eval/accuracy_reward" in m:
+            line += f"  eval acc {m['eval/accuracy_reward']:.3f}"
+        console.print(line)
+        bar.refresh()
+
+    def save(self, args: Any, step: int) -> None:
+        """Write a checkpoint for resuming and, if asked, a Hugging Face folder.
+
+        :param args: The run's arguments.
+        :param step: Rollout step.
+        """
+        if not self.disable_ds_ckpt:
+            state = {"consumed_samples": step * args.rollout_batch_size, "kl_coef": self.kl_ctl.value}
+            folder = str(Path(args.ckpt_path) / "_actor")
+            self.strategy.save_ckpt(self.actor.model, folder, f"step_{step:06d}", args.max_ckpt_num, state)
+        if self.save_hf_ckpt:
+            self.strategy.save_model(self.actor, self.tokenizer, str(Path(args.save_path) / f"hf_step_{step:06d}"))
+
+    def save_trajectories(self, items: list[Experience], step: int) -> None:
+        """Write the first responses of the step as JSON Lines.
+
+        :param items: Rank 0's experiences.
+        :param step: Rollout step.
+        """
+        args = self.strategy.args
+        folder = Path(args.save_path) / "trajectories"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+            for item in items[: args.num_trajectories_to_save]:
+                record = {
+                    "prompt": item.prompt,
+                    "response": item.response,
+                    "reference": item.reference,
+                    "label": item.label,
+                    "reward": item.reward,
+                    **item.reward_metrics,
+                    "advantage": float(item.advantages[-1]),
+                    "truncated": item.truncated,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def rollout_sums(items: list[Experience]) -> dict[str, float]:
+    """Sums over responses that the rollout metrics are made of.
+
+    :param items: Scored experiences.
+    """
+    sums = {
+        "responses": float(len(items)),
+        "rollout/reward": sum(item.reward for item in items),
+        "rollout/response_length": float(sum(len(item.response_ids) for item in items)),
+        "rollout/truncated_fraction": float(sum(item.truncated for item in items)),
+    }
+    for name in items[0].reward_metrics:
+        sums[f"rollout/{name}"] = sum(item.reward_metrics[name] for item in items)
+    return sums
+
+
+def step_metrics(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    """Metrics of a step from its sums and maxima over all ranks.
+
+    :param sums: From :func:`rollout_sums` and the update.
+    :param maxima: Largest log-prob gap and the times, in seconds.
+    """
+    metrics = {name: value / sums["responses"] for name, value in sums.items() if name.startswith("rollout/")}
+    sampled_tokens = sums["rollout/response_length"]
+    metrics |= {
+        "rollout/logprob_gap_mean": sums["gap"] / sampled_tokens,
+        "rollout/logprob_gap_max": maxima["gap"],
+        "train/policy_loss": sums["policy_loss"] / sums["micro_batches"],
+        "train/kl": sums["kl"] / sums["tokens"],
+        "train/clip_fraction": sums["clipped"] / sums["tokens"],
+        "samples_per_second": sums["responses"] / maxima["time/step"],
+    }
+    return metrics | {name: value for name, value in maxima.items() if name.startswith("time/")}

@@ -1,0 +1,37 @@
+"""Flags that belong to the runtime rather than to one example."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the runtime's flags to a parser.
+
+    :param parser: Gets a group "engine and runtime".
+    """
+    group = parser.add_argument_group("engine and runtime")
+    group.add_argument("--engine_tp_size", type=int, default=1, help="ranks that run one vLLM engine together")
+    group.add_argument(
+        "--engine_mem_util",
+        type=float,
+        default=0.5,
+        help="share of the GPU's memory for vLLM's weights and KV cache, 0 to 1 (unused on a CPU)",
+    )
+    group.add_argument(
+        "--enable_engine_sleep",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="free vLLM's GPU memory while training (a CPU has no such mode)",
+    )
+    group.add_argument(
+        "--disable_engine_sleep",
+        action="store_false",
+        dest="enable_engine_sleep",
+        help="the same as --no-enable_engine_sleep, LightRFT's spelling",
+    )
+    group.add_argument(
+        "--verbose",
+        action="store_true",
+        help="show what torch, vLLM and DeepSpeed print; otherwise it goes to <save_path>/logs/ alone",
+    )

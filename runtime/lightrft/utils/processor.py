@@ -1,0 +1,27 @@
+"""Tokenizer and processor of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+
+
+def get_tokenizer_processor_vl(
+    pretrain: str, model: Any, padding_side: str = "left", use_fast: bool = True
+) -> tuple[PreTrainedTokenizerBase, ProcessorMixin]:
+    """Load processor and tokenizer, and make sure that there is a padding token.
+
+    :param pretrain: Checkpoint folder or hub name.
+    :param model: Model whose configuration learns the padding token, if the tokenizer had none.
+    :param padding_side: ``left`` or ``right``.
+    :param use_fast: Use the Rust tokenizer.
+    :return: Tokenizer and processor.
+    """
+    processor = AutoProcessor.from_pretrained(pretrain, use_fast=use_fast)
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = padding_side
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, processor

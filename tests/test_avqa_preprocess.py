@@ -1,0 +1,413 @@
+"""avqa.py: both input layouts to parquet, what is left out and reported, and that a failed run changes nothing."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import wave
+from pathlib import Path
+
+import avqa
+import datasets
+import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+R1_ROW = {
+    "id": 183,
+    "video_name": "-HG3Omg_89c_000030",
+    "video_id": 341,
+    "question_text": "What happened in the video?",
+    "multi_choice": ["motorboat", "Yacht consignment", "Sailboat set sail", "Consignment car"],
+    "answer": 1,
+    "question_relation": "View",
+    "question_type": "Happening",
+    "dataset_name": "AVQA",
+    "audio_path": "wavs/-HG3Omg_89c_30.wav",
+}
+PROMPT = (
+    "What happened in the audio? Please choose the answer from the following options: ['motorboat', "
+    "'Yacht consignment', 'Sailboat set sail', 'Consignment car']. Output the final answer in <answer> </answer>."
+)
+
+
+def row(number: int, **changes) -> dict:
+    """A raw AVQA row of its own clip; a change to None removes the field."""
+    names = ("id", "video_name", "question_text", "multi_choice", "answer")
+    fields = {**{name: R1_ROW[name] for name in names}, "id": number, "video_name": f"clip{number:07d}_{number:06d}"}
+    return {name: value for name, value in {**fields, **changes}.items() if value is not None}
+
+
+def wav_of(number: int) -> str:
+    return f"clip{number:07d}_{number}.wav"
+
+
+def write_wav(path: Path, seconds: float, rate: int = 16000) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(bytes(2 * int(seconds * rate)))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run main on rows (dicts, or lines as they are); returns the exit status. Output is in tmp_path/out."""
+    (tmp_path / "audio").mkdir()
+
+    def call(rows: list | bytes, *flags: str) -> int:
+        source = tmp_path / "in.jsonl"
+        lines = [line if isinstance(line, str) else json.dumps(line) for line in rows if not isinstance(rows, bytes)]
+        source.write_bytes(rows if isinstance(rows, bytes) else "\n".join(lines).encode())
+        paths = ["--input_jsonl", source, "--audio_dir", tmp_path / "audio", "--local_save_dir", tmp_path / "out"]
+        return avqa.main([str(argument) for argument in [*paths, *flags]])
+
+    call.out, call.audio = tmp_path / "out", tmp_path / "audio"
+    call.rows = lambda name="train": pq.read_table(tmp_path / "out" / f"{name}.parquet").to_pylist()
+    call.report = lambda: json.loads((tmp_path / "out" / "report.json").read_text())
+    return call
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_row_as_r1_aqa_has_it(run, think):
+    assert run([R1_ROW], "--no_check_audio", *(["--enable_think"] if think else [])) == 0
+    path = str(run.audio / "-HG3Omg_89c_30.wav")
+    text = PROMPT.replace("final", "thinking process in <think> </think> and final") if think else PROMPT
+    parts = [{"type": "audio", "audio_url": path, "text": None}, {"type": "text", "audio_url": None, "text": text}]
+    assert run.rows() == [
+        {
+            "data_source": "r1-aqa-avqa",
+            "prompt": [{"role": "user", "content": parts}],
+            "reference": "Yacht consignment",
+            "label": "avqa_think_rule" if think else "avqa_rule",
+            "audio_path": path,
+            "reward_model": {"ground_truth": "Yacht consignment"},
+            "extra_info": {
+                "id": 183,
+                "index": 0,
+                "question_text": "What happened in the video?",
+                "multi_choice": R1_ROW["multi_choice"],
+                "answer_idx": 1,
+                "dataset_name": "AVQA",
+                "audio_path": path,
+                "solution": "<answer>Yacht consignment</answer>",
+            },
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "printed", "gold"),
+    [
+        ([3, None, 2.5, True], 0, "[3, None, 2.5, True]", "3"),
+        ([3, None, 2.5, True], 1, "[3, None, 2.5, True]", "None"),
+        (["it's", 'a "b"', "狗"], 2.0, "[\"it's\", 'a \"b\"', '狗']", "狗"),
+    ],
+)
+def test_choices_are_printed_as_python_prints_the_list(run, choices, answer, printed, gold):
+    assert run([row(1, multi_choice=choices, answer=answer)], "--no_check_audio") == 0
+    [written] = run.rows()
+    assert f"following options: {printed}. Output" in written["prompt"][0]["content"][1]["text"]
+    assert written["reference"] == written["reward_model"]["ground_truth"] == gold
+    info = written["extra_info"]
+    assert info["multi_choice"] == [str(choice) for choice in choices]
+    assert info["multi_choice"][info["answer_idx"]] == gold
+
+
+def test_the_readers_agree(run):
+    rows = [row(1), row(2, multi_choice=[7, None], answer=0), row(3, multi_choice=["雨\u2028", "b", "c"])]
+    assert run(rows, "--no_check_audio") == 0
+    file = str(run.out / "train.parquet")
+
+    def plain(value):
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    expected = run.rows()
+    assert [r["extra_info"]["id"] for r in expected] == [1, 2, 3]
+    assert [plain(r) for r in pandas.read_parquet(file).to_dict("records")] == expected
+    cache = str(run.out / "cache")
+    assert datasets.load_dataset("parquet", data_files=file, split="train", cache_dir=cache).to_list() == expected
+    schema = pq.read_schema(file)
+    assert schema.field("extra_info").type.field("id").type == pa.int64()
+
+
+def test_both_layouts_and_disguises_give_the_same_rows(run):
+    rows = [row(number, question_text="Which video,\u2028 said the 狗?") for number in range(3)]
+    lines = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+    inputs = {
+        "lines": lines.encode(),
+        "bom, crlf and blank lines": b"\xef\xbb\xbf\r\n" + lines.replace("\n", "\r\n \r\n").encode() + b"\r\n\r\n",
+        "array": json.dumps(rows).encode(),
+        "indented array with bom": b"\xef\xbb\xbf " + json.dumps(rows, indent=2).encode() + b"\n",
+    }
+    results = {}
+    for name, data in inputs.items():
+        assert run(data, "--no_check_audio") == 0, name
+        results[name] = run.rows()
+    assert [r["audio_path"] for r in results["lines"]] == [str(run.audio / wav_of(n)) for n in range(3)]
+    assert all(result == results["lines"] for result in results.values())
+
+
+@pytest.mark.parametrize(
+    ("tail", "says"),
+    [
+        ("", "line 4: the array is not closed, after 2 whole rows"),
+        (",", "line 4: '' is no JSON value"),
+        ("\n]\n]", "line 6: ']' follows the array's end"),
+        ('\n{"id": 3}]', "line 5: ',' or ']' expected at '{'"),
+    ],
+)
+def test_broken_array_is_an_error(run, capsys, tail, says):
+    assert run(("[\n" + json.dumps(row(1)) + ",\n\n" + json.dumps(row(2)) + tail).encode()) == 2
+    error = capsys.readouterr().err
+    assert f"in.jsonl, {says}" in error and "Traceback" not in error
+    assert not run.out.exists()
+
+
+BAD_ROWS = [
+    ("malformed_json", '{"id": 1, "question'),
+    ("malformed_json", "[" * 5000),
+    ("malformed_json", '{"id": ' + "9" * 5000 + "}"),
+    ("not_an_object", "[1, 2]"),
+    ("not_an_object", "NaN"),
+    *[("missing_field", row(1, **{name: None})) for name in row(1)],
+    ("missing_field", {**row(1), "answer": None}),
+    ("bad_id", row(1, id=True)),
+    ("bad_id", row(1, id=float("nan"))),
+    ("bad_question", row(1, question_text=" ")),
+    ("bad_question", row(1, question_text=5)),
+    ("empty_choices", row(1, multi_choice=[])),
+    ("bad_choice", row(1, multi_choice="abc")),
+    ("bad_choice", row(1, multi_choice=["a", float("nan")])),
+    ("bad_choice", row(1, multi_choice=["a", ["b"]])),
+    ("bad_choice", row(1, multi_choice=["a", " "])),
+    ("answer_out_of_range", row(1, answer=4)),
+    ("answer_out_of_range", row(1, answer=-1)),
+    ("bad_answer", row(1, answer=True)),
+    ("bad_answer", row(1, answer="1")),
+    ("bad_answer", row(1, answer=0.5)),
+    ("bad_answer", row(1, answer=float("nan"))),
+    ("bad_video_name", row(1, video_name="../x_000030")),
+    ("bad_video_name", row(1, video_name="noseconds")),
+    ("bad_video_name", row(1, video_name=7)),
+    ("bad_audio_path", row(1, audio_path="folder/")),
+    ("bad_audio_path", row(1, audio_path="a\0.wav")),
+    ("bad_audio_path", row(1, audio_path=False)),
+    ("bad_dataset_name", row(1, dataset_name=3)),
+    ("bad_text", row(1, question_text="\ud800?")),
+    ("bad_text", row(1, multi_choice=["a", "\udfff"])),
+    ("duplicate_id", row(1000)),
+    ("duplicate_id", row(1, id="1000")),
+]
+
+
+def test_every_bad_row_is_left_out_and_reported(run, capsys):
+    rows = ["", row(1000), *[bad for _, bad in BAD_ROWS], row(1001)]
+    assert run(rows, "--no_check_audio") == 0
+    report = run.report()
+    assert [problem["kind"] for problem in report["problems"]] == [kind for kind, _ in BAD_ROWS]
+    assert [problem["line"] for problem in report["problems"]] == list(range(3, 3 + len(BAD_ROWS)))
+    assert "was used before, on line 2" in report["problems"][-1]["reason"]
+    assert [r["extra_info"]["index"] for r in run.rows()] == [0, len(BAD_ROWS) + 1]
+    assert report["rows"]["read"] == len(BAD_ROWS) + 2 and report["rows"]["bad"] == len(BAD_ROWS)
+    shown = capsys.readouterr().err
+    assert shown.count("\n  line ") == 20 and f"... and {len(BAD_ROWS) - 20} more" in shown
+    assert "line 3: malformed_json: " in shown
+    assert run(rows, "--no_check_audio", "--strict") == 2
+
+
+def test_ids_that_are_not_all_numbers_become_text(run):
+    assert run([row(1), row(2, id="a"), row(3, id=2**70)], "--no_check_audio") == 0
+    assert [r["extra_info"]["id"] for r in run.rows()] == ["1", "a", str(2**70)]
+
+
+def test_audio_path_resolution(run, tmp_path):
+    write_wav(run.audio / "sub" / "nested.wav", 1)
+    (run.audio / "folder.wav").mkdir()
+    absolute = str(tmp_path / "else" / "where.wav")
+    names = [absolute, "sub/nested.wav", "./sub/../sub/nested.wav", "lost/flat.wav", "sub/flat.wav", "./flat.wav"]
+    resolve = avqa.make_resolver(os.path.relpath(run.audio))
+    nested, flat = str(run.audio / "sub" / "nested.wav"), str(run.audio / "flat.wav")
+    assert [resolve(name) for name in names] == [absolute, nested, nested, flat, flat, flat]
+
+
+def make_audio(folder: Path) -> list[dict]:
+    """Five clips for rows 0 to 4: two are fine; then no file, no sound, no audio. Row 5 hears clip 0 again."""
+    write_wav(folder / wav_of(0), 1.0)
+    write_wav(folder / wav_of(1), 3.0, rate=8000)
+    write_wav(folder / wav_of(3), 0.0)
+    (folder / wav_of(4)).write_bytes(b"no sound")
+    return [*map(row, range(5)), row(5, video_name=row(0)["video_name"])]
+
+
+def test_rows_without_audio_stay_in_and_are_reported(run, capsys):
+    assert run(make_audio(run.audio)) == 0
+    report = run.report()
+    assert [r["extra_info"]["id"] for r in run.rows()] == list(range(6))
+    kinds = [(problem["line"], problem["kind"]) for problem in report["problems"]]
+    assert kinds == [(3, "audio_missing"), (4, "audio_unreadable"), (5, "audio_unreadable")]
+    assert report["clips"] == {
+        "checked": True,
+        "train": 5,
+        "validation": 0,
+        "in_both_parts": 0,
+        "missing": 1,
+        "unreadable": 2,
+        "readable": 2,
+        "hours": round(4 / 3600, 6),
+        "seconds_min": 1.0,
+        "seconds_median": 2.0,
+        "seconds_max": 3.0,
+        "sampling_rates": {"8000": 1, "16000": 1},
+    }
+    assert f"line 3: audio_missing: no such file: {run.audio / wav_of(2)}" in capsys.readouterr().err
+
+
+def test_skip_bad_and_strict(run, capsys):
+    rows = make_audio(run.audio)
+    assert run(rows, "--skip_bad") == 0
+    assert [r["extra_info"]["id"] for r in run.rows()] == [0, 1, 5]
+    counts = run.report()["rows"]
+    assert (counts["read"], counts["written"], counts["left_out_for_audio"]) == (6, 3, 3)
+    before = {path.name: path.read_bytes() for path in run.out.iterdir()}
+    assert run(rows, "--strict") == 2
+    assert run(rows[2:5], "--skip_bad") == 2  # none is left
+    assert {path.name: path.read_bytes() for path in run.out.iterdir()} == before
+    assert "--strict: 0 unusable rows, 3 rows without audio" in capsys.readouterr().err
+    assert run([*rows[:2], rows[5]], "--strict") == 0
+
+
+def test_failed_write_leaves_the_old_files(run, monkeypatch, capsys):
+    rows = [row(number) for number in range(10)]
+    assert run(rows, "--no_check_audio", "--val_ratio", "0.2") == 0
+    before = {path.name: path.read_bytes() for path in run.out.iterdir()}
+    assert sorted(before) == ["report.json", "train.parquet", "validation.parquet"]
+
+    def disk_full(value, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(avqa, "dump_json", disk_full)  # the last of the files to be written
+    assert run(rows[:5], "--no_check_audio") == 2
+    assert {path.name: path.read_bytes() for path in run.out.iterdir()} == before
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(rows[:5], "--no_check_audio") == 0
+    assert sorted(path.name for path in run.out.iterdir()) == ["report.json", "train.parquet"]
+    assert "validation.parquet of an earlier run was removed" in capsys.readouterr().err
+
+
+def test_split_shares_no_clip_and_follows_the_seed(run):
+    rows = [row(number, video_name=row(number // 3)["video_name"]) for number in range(60)]
+    parts = {}
+    for seed in ("1", "1", "2"):
+        assert run(rows, "--no_check_audio", "--val_ratio", "0.27", "--seed", seed) == 0
+        train, validation = run.rows("train"), run.rows("validation")
+        ids = [r["extra_info"]["id"] for r in validation]
+        assert len(ids) == 15 and len(train) == 45  # of 16 wanted, since clips of three rows are not cut
+        assert not {r["audio_path"] for r in train} & {r["audio_path"] for r in validation}
+        assert run.report()["clips"]["in_both_parts"] == 0
+        assert parts.setdefault(seed, ids) == ids
+    assert parts["1"] != parts["2"]
+
+
+def test_split_is_that_of_the_clips_wherever_they_lie():
+    clips = [f"/a/{number % 20}.wav" for number in range(40)]
+    _, validation = avqa.split_by_clip(clips, 0.3, 7)
+    _, moved = avqa.split_by_clip([clip.replace("/a/", "/b/./") for clip in reversed(clips)], 0.3, 7)
+    assert {clips[i] for i in validation} == {clips[39 - i] for i in moved} and len(validation) == 12
+    for ratio, empty in ((0.01, "validation"), (0.99, "training")):
+        with pytest.raises(avqa.AvqaError, match=f"leaves the {empty} part empty"):
+            avqa.split_by_clip(clips[:20], ratio, 7)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--input_jsonl", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--input_jsonl", "."], "a folder; name the file in it"),
+        (["--audio_dir", __file__], "not a folder; name the one that holds the .wav files"),
+        (["--local_save_dir", __file__], "not a folder; choose another name"),
+        (["--val_ratio", "nan"], "--val_ratio nan: expected 0 <= ratio < 1"),
+        (["--val_ratio", "1"], "--val_ratio 1.0: expected"),
+        (["--val_ratio", "-0.1"], "--val_ratio -0.1: expected"),
+        (["--num_workers", "0"], "--num_workers 0: expected at least 1"),
+        (["--skip_bad", "--no_check_audio"], "drop one"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_read(run, capsys, flags, says):
+    assert run([row(1)], *flags) == 2
+    assert says in capsys.readouterr().err
+    assert not run.out.exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"\n\n", b"[]", b"\xff\xfe[\0", b"garbage", b"[1]", b"\xff\n[\xff", b"[\xff"])
+def test_no_usable_row_is_an_error(run, data):
+    assert run(data) == 2
+    assert not run.out.exists()
+
+
+def test_missing_audio_folder_means_all_audio_is_missing(run, capsys):
+    run.audio.rmdir()
+    assert run([row(1)]) == 0
+    assert run.report()["rows"]["audio_missing"] == len(run.rows()) == 1
+    assert "audio_missing 1" in capsys.readouterr().err
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("a_000001")
+values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(st.text(max_size=3), scalars, max_size=2)
+fields = ["id", "question_text", "multi_choice", "answer", "video_name", "audio_path", "dataset_name"]
+odd_rows = st.dictionaries(st.sampled_from(fields), values).map(lambda changes: json.dumps({**row(1), **changes}))
+odd_lines = (odd_rows | st.text(max_size=20) | values.map(json.dumps)).map(lambda line: line.encode("utf-8", "replace"))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(odd_lines | st.binary(max_size=20), max_size=6))
+def test_whatever_the_rows_each_is_written_or_reported(run, lines):
+    data = b"\n".join([json.dumps(row(0)).encode(), *lines])
+    assert run(data, "--no_check_audio") == 0
+    report, written = run.report(), run.rows()
+    indices = [r["extra_info"]["index"] for r in written] + [problem["index"] for problem in report["problems"]]
+    assert sorted(indices) == list(range(sum(bool(line.strip()) for line in data.splitlines())))
+    assert report["rows"]["written"] == len(written) and report["rows"]["bad"] == len(report["problems"])
+
+
+def cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_38000_rows_take_seconds(tmp_path):
+    with open(tmp_path / "in.jsonl", "w") as file:
+        file.writelines(json.dumps({**R1_ROW, "id": n, "audio_path": f"wavs/{n}.wav"}) + "\n" for n in range(38000))
+    paths = ["--input_jsonl", "in.jsonl", "--audio_dir", ".", "--local_save_dir", "out", "--no_check_audio"]
+    start, cpu = time.perf_counter(), cpu_of_children()
+    done = subprocess.run([sys.executable, avqa.__file__, *paths], cwd=tmp_path, capture_output=True, text=True)
+    seconds, cpu = time.perf_counter() - start, cpu_of_children() - cpu
+    assert done.returncode == 0, done.stderr
+    assert pq.read_metadata(tmp_path / "out" / "train.parquet").num_rows == 38000
+    print(f"38,000 rows: {seconds:.2f} s, of the processor {cpu:.2f} s")
+    assert cpu < 4  # processor time, which other jobs on the machine lengthen less than the time on the clock
+
+
+def test_runtime_needs_neither_pandas_nor_datasets_nor_torch(tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps(R1_ROW))
+    code = (
+        "import sys, avqa; status = avqa.main(sys.argv[1:]); "
+        "print(status, sorted({'pandas', 'datasets', 'torch', 'soundfile', 'tqdm'} & set(sys.modules)))"
+    )
+    paths = ["--input_jsonl", "in.jsonl", "--audio_dir", ".", "--local_save_dir", "out", "--no_check_audio"]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(avqa.__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == "0 []\n", done.stderr
