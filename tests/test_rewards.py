@@ -93,30 +93,19 @@ FORMAT = [
     ("<think>a</think><answer>", 0, 0, "not closed"),
     ("<think><answer>dog</answer>", 0, 0, "thinking not closed"),
     ("<answer>dog</answer><think>a</think>", 0, 0, "wrong order"),
+    ("hm</think><answer>dog</answer>", 0, 0, "thinking not opened"),
     ("<think>a</think><answer></answer", 0, 0, "last tag cut off"),
 ]
 
 TAGS = st.sampled_from(["<answer>", "</answer>", "<think>", "</think>", "\n", " ", "a", "<", "\r", "\u2028", "</"])
 TAGGED = st.lists(TAGS, max_size=12).map("".join)
 MATHS = st.lists(
-    st.sampled_from(
-        ["$", "\\", "(", ")", "[", "]", "\\frac{1}{2}", "\\boxed{", "}", "1", "٣", "²", ".5", "-", "**", "€", "=", " "]
-        + [
-            "\n",
-            "\x1c",
-            "\u00a0",
-            "\x85",
-            "answer",
-            "final answer is",
-            "</answer>",
-            "x",
-            "and",
-            ",",
-            "%",
-            "_",
-            "+",
-            "/",
-        ]
+    st.one_of(
+        st.sampled_from(
+            ["$", "\\", "(", ")", "[", "]", "\\frac{1}{2}", "\\boxed{", "}", "1", "٣", "²", ".5", "-", "**"]
+        ),
+        st.sampled_from(["€", "=", " ", "\n", "\x1c", "\u00a0", "\x85", "x", "and", ",", "%", "_", "+", "/"]),
+        st.sampled_from(["answer", "final answer is", "</answer>"]),
     ),
     max_size=9,
 ).map("".join)
@@ -178,20 +167,7 @@ def test_where_no_math_is_expected_math_verify_finds_none(text):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        " **$-(-5+1)",
-        "=**-.5",
-        " €5",
-        "5",
-        "٣",
-        "\x1c5",
-        " [x] ",
-        "\\(x\\)",
-        "\\[x\\]",
-        "$x$",
-        "\\frac{1}{2}",
-        "\\boxed{x}",
-    ],
+    [" **-(-5+1)", " **€-5", "=5", "5", "\x1c5", " [x] ", "\\(x\\)", "\\[x\\]", "$x$", "\\frac{1}{2}", "\\boxed{x}"],
 )
 def test_where_math_verify_finds_math_it_is_asked(text):
     parse = pytest.importorskip("math_verify").parse

@@ -1,6 +1,6 @@
 """From checked rows to what is written: the parquet columns, the report, and files that appear all at once."""
 
-import array, pandas
+import array
 import itertools
 import os
 from collections import Counter

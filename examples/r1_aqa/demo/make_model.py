@@ -1,14 +1,12 @@
-"""Make the demo's model: a Qwen2-Audio of under a million parameters that knows the answer's format and nothing of sounds.
+"""Make the demo's model: a Qwen2-Audio of under a million parameters that knows the answer's format, but no sound.
 
 The architecture, file layout, checkpoint names, special tokens and chat template behaviour are Qwen2-Audio's, so that
 transformers and vLLM load it as they load the real one. Three things stand in for pretraining:
 
 - a small byte-level tokenizer, trained on the demo's own sentences, in which every class is one token;
 - an audio tower that starts as a bank of triangular filters, so that its output follows the spectrum of the sound;
-- a short warm start of the language model on ``<answer>OPTION</answer>``, OPTION being drawn at random from the options.
-
-No label of any sound enters: the warm start draws sounds and questions independently of each other, and tower and
-projector are frozen while it runs. Listening is left for GRPO to learn.
+- a short warm start of the language model on ``<answer>OPTION</answer>``, every option being equally right (see
+  ``warm_start.py``). No label of any sound enters: listening is left for GRPO to learn.
 
     python examples/r1_aqa/demo/make_model.py --out_dir models/demo --seed 0
 """
@@ -31,10 +29,11 @@ from transformers import (
     Qwen2AudioProcessor,
     WhisperFeatureExtractor,
 )
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from demo.make_data import QUESTIONS, draw_options  # noqa: E402  (the folder above must be on the path first)
-from demo.sounds import CLASSES, SAMPLING_RATE, synthesize  # noqa: E402
+from demo.sounds import SAMPLING_RATE  # noqa: E402  (the folder above must be on the path first)
+from demo.warm_start import PROMPT, draw_warm_start_example, warm_start  # noqa: E402
 
 PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -44,15 +43,9 @@ PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
     "<|audio_bos|>",
     "<|audio_eos|>",
 )
-import os
-TEXTSHARE=float(os.environ.get('TS','0.6'))
 CLIP_SECONDS = 30  # what Qwen2-Audio's tower always works on; vLLM insists on its 3,000 frames
 N_MELS = 128
 TOWER_WIDTH = 64
-PROMPT = (
-    "{question} Please choose the answer from the following options: {options}. "
-    "Output the final answer in <answer> </answer>."
-)
 # A part is an audio if it has one of the keys, whatever the value: that is how Qwen2-Audio's template decides.
 CHAT_TEMPLATE = """\
 {%- set clips = namespace(seen=0) -%}
@@ -81,31 +74,6 @@ CHAT_TEMPLATE = """\
 """
 
 
-def render_prompt(processor: Qwen2AudioProcessor, question: str, options: list[str]) -> str:
-    """
-    Write R1-AQA's prompt about one clip as the model reads it.
-
-    :param processor: The demo's processor.
-    :param question: The question.
-    :param options: The options to choose from.
-    :return: The chat up to the assistant's turn, with one audio placeholder.
-    """
-    text = PROMPT.format(question=question.replace("video", "audio"), options=options)
-    content = [{"type": "audio", "audio_url": "clip.wav"}, {"type": "text", "text": text}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-
-
-def draw_warm_start_example(rng: np.random.Generator) -> tuple[str, list[str], str]:
-    """
-    Draw a question and the option to answer with. No sound takes part, so nothing about sounds can be learnt.
-
-    :param rng: Source of randomness.
-    :return: Question, options, and the option that the answer names, each option being equally likely.
-    """
-    options = draw_options(str(rng.choice(CLASSES)), rng)
-    return str(rng.choice(QUESTIONS)), options, str(rng.choice(options))
-
-
 def build_processor() -> Qwen2AudioProcessor:
     """
     Build tokenizer, feature extractor and chat template.
@@ -118,7 +86,7 @@ def build_processor() -> Qwen2AudioProcessor:
     rng = np.random.default_rng(0)  # the vocabulary must not depend on the model's seed
     corpus = ["system\nYou are a helpful assistant.\nuser\nAudio 1: \nassistant\n"] * 100
     for _ in range(400):
-        question, options, answer = draw_warm_start_example(rng)
+        question, options, answer, _ = draw_warm_start_example(rng, 1)
         corpus.append(PROMPT.format(question=question, options=options) + f"\n<answer>{answer}</answer>")
         corpus.append(question.replace("video", "audio"))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -179,16 +147,30 @@ def build_model(processor: Qwen2AudioProcessor, seed: int) -> Qwen2AudioForCondi
     torch.manual_seed(seed)
     model = Qwen2AudioForConditionalGeneration(config)
     initialise_tower(model)
-    with torch.no_grad():  # copying an option is easier to learn when a token is read and written alike
-        model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight)
-        for layer in model.model.language_model.layers:
-            torch.nn.init.orthogonal_(layer.self_attn.v_proj.weight)
-            layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T*float(__import__("os").environ.get("OV","1.0")))
+    initialise_copying(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
+@torch.no_grad()
+def initialise_copying(model: Qwen2AudioForConditionalGeneration) -> None:
+    """
+    Start the language model with a leaning towards words of the prompt, as pretrained ones have it.
+
+    A token is written as it is read (output matrix = input embeddings), and what attention fetches arrives unturned
+    (output projection = inverse of the value projection).
+
+    :param model: The model, changed in place.
+    """
+    language_model = model.model.language_model
+    model.lm_head.weight.copy_(language_model.embed_tokens.weight)
+    for layer in language_model.layers:
+        torch.nn.init.orthogonal_(layer.self_attn.v_proj.weight)
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+
+
+@torch.no_grad()
 def initialise_tower(model: Qwen2AudioForConditionalGeneration) -> None:
     """
     Start the tower as a bank of triangular filters over the mel bins, which no data has shaped.
@@ -202,109 +184,74 @@ def initialise_tower(model: Qwen2AudioForConditionalGeneration) -> None:
     distance = torch.arange(N_MELS)[None, :] - (torch.arange(TOWER_WIDTH)[:, None] * N_MELS / TOWER_WIDTH + 0.5)
     triangles = (1 - distance.abs() / 4).clamp(min=0)
     triangles = triangles / triangles.sum(1, keepdim=True)
-    with torch.no_grad():
-        # Log-mel values lie between about -0.5 and 1.8: the bias keeps them where GELU is nearly linear.
-        tower.conv1.weight.copy_(2 * triangles[:, :, None] * torch.tensor([0.25, 0.5, 0.25]))
-        tower.conv1.bias.fill_(1.0)
-        tower.conv2.weight.copy_(torch.eye(TOWER_WIDTH)[:, :, None] * torch.tensor([0.25, 0.5, 0.25]))
-        tower.conv2.bias.zero_()
-        projector.linear.weight.normal_(std=TOWER_WIDTH**-0.5)
-        projector.linear.bias.zero_()
+    # Log-mel values lie between about -0.5 and 1.8: the bias keeps them where GELU is nearly linear.
+    tower.conv1.weight.copy_(2 * triangles[:, :, None] * torch.tensor([0.25, 0.5, 0.25]))
+    tower.conv1.bias.fill_(1.0)
+    tower.conv2.weight.copy_(torch.eye(TOWER_WIDTH)[:, :, None] * torch.tensor([0.25, 0.5, 0.25]))
+    tower.conv2.bias.zero_()
+    projector.linear.weight.normal_(std=TOWER_WIDTH**-0.5)
+    projector.linear.bias.zero_()
 
 
-@torch.no_grad()
-def embed_sounds(model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, count: int, seed: int):
+def save(model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, out_dir: Path) -> None:
     """
-    Pass random sounds through tower and projector.
+    Write model and processor as a checkpoint of Qwen2-Audio; the folder appears only once it is complete.
+
+    transformers, given a model that was not loaded from a checkpoint, writes ``language_model.model.model.*`` where
+    Qwen2-Audio's checkpoints have ``language_model.model.*``; vLLM cannot load the former.
 
     :param model: The model.
     :param processor: Its processor.
-    :param count: Number of clips.
-    :param seed: Seed of the clips.
-    :return: For each clip its embeddings, of shape ``(audio tokens, hidden size)``.
+    :param out_dir: Folder to write; replaced if it exists.
     """
-    rng = np.random.default_rng([seed, 1])
-    clips = [synthesize(str(rng.choice(CLASSES)), rng) for _ in range(count)]
-    embeddings = []
-    for start in range(0, count, 16):
-        batch = processor.feature_extractor(
-            clips[start : start + 16],
-            sampling_rate=SAMPLING_RATE,
-            return_attention_mask=True,
-            padding="max_length",
-            return_tensors="pt",
-        )
-        frames = batch["attention_mask"].sum(-1)
-        inner, tokens = model.model.audio_tower._get_feat_extract_output_lengths(frames)
-        hidden = torch.arange(CLIP_SECONDS * 50)[None, None, None] < inner[:, None, None, None]
-        mask = torch.where(hidden, 0.0, float("-inf")).expand(-1, 1, CLIP_SECONDS * 50, -1)
-        output = model.model.audio_tower(batch["input_features"], attention_mask=mask).last_hidden_state
-        output = model.model.multi_modal_projector(output)
-        embeddings += [row[:length].clone() for row, length in zip(output, tokens.tolist())]
-    return embeddings
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as temporary:
+        folder = Path(temporary) / "model"
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        weights = folder / "model.safetensors"
+        renamed = {
+            name.replace("language_model.model.model.", "language_model.model."): tensor.clone()
+            for name, tensor in load_file(weights).items()
+        }
+        save_file(renamed, weights, metadata={"format": "pt"})
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        folder.rename(out_dir)
 
 
-def warm_start(
-    model: Qwen2AudioForConditionalGeneration,
-    processor: Qwen2AudioProcessor,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-) -> float:
+def build_parser() -> argparse.ArgumentParser:
     """
-    Teach the language model to answer in the right format with any of the options, whatever the sound.
-
-    :param model: The model; tower and projector stay as they are.
-    :param processor: Its processor.
-    :param steps: Optimizer steps.
-    :param batch_size: Examples a step.
-    :param learning_rate: Peak learning rate; it rises over a tenth of the steps and falls linearly to zero.
-    :param seed: Seed of sounds and answers.
-    :return: The last loss, in nats a token of the answer. Choosing among four at random costs ``log(4)`` an answer.
+    :return: The command line's parser.
     """
-    if steps < 1:
-        return float("nan")
-    rng = np.random.default_rng([seed, 2])
-    tokenizer, language_model = processor.tokenizer, model.model.language_model
-    class_ids = {name: tokenizer(name)["input_ids"][0] for name in CLASSES}
-    sounds = embed_sounds(model, processor, count=128, seed=seed)
-    parameters = [*language_model.parameters(), *model.lm_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.5 * steps), 1.0)
+    parser = argparse.ArgumentParser(
+        description="Make the demo's tiny Qwen2-Audio.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    for step in range(steps):
-        rows, targets, choices = [], [], []
-        for _ in range(batch_size):
-            question, options, answer = draw_warm_start_example(rng)
-            before, after = render_prompt(processor, question, options).split(AUDIO)
-            target = tokenizer(f"<answer>{answer}</answer>{END}")["input_ids"]
-            before, after = tokenizer(before)["input_ids"], tokenizer(after)["input_ids"] + target
-            sound = sounds[rng.integers(len(sounds))] if step >= TEXTSHARE * steps else sounds[0][:0]
-            text = language_model.embed_tokens(torch.tensor(before + after))
-            rows.append(torch.cat([text[: len(before)], sound, text[len(before) :]]))
-            targets.append(target)
-            choices.append([class_ids[option] for option in options])
-        # Padding on the right of a causal model: what comes before never sees it.
-        embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        targets, ends = torch.tensor(targets), torch.tensor([len(row) for row in rows])
-        places = ends[:, None] - targets.shape[1] - 1 + torch.arange(targets.shape[1])
-        hidden = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        log_probs = model.lm_head(hidden[torch.arange(batch_size)[:, None], places]).log_softmax(-1)
-        loss, option_loss = warm_start_loss(log_probs, targets, torch.tensor(choices))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 25 == 0 or step == steps - 1:
-            print(f"warm start: step {step + 1}/{steps} loss {loss.item():.4f} {option_loss.item():.3f}", flush=True)
-    return loss.item()
+    parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and warm start")
+    parser.add_argument("--warm_start_steps", type=int, default=150, help="optimizer steps of the warm start; 0: none")
+    parser.add_argument("--warm_start_batch_size", type=int, default=32, help="examples a step of the warm start")
+    parser.add_argument("--warm_start_lr", type=float, default=3e-3, help="peak learning rate of the warm start")
+    return parser
 
 
-def warm_start_loss(log_probs, targets, choices):
-    is_word = torch.isin(targets, choices)
-    nll = -log_probs.gather(-1, targets[..., None])[..., 0]
-    option_loss = -log_probs[is_word].gather(-1, choices).mean()
-    return (nll[~is_word].sum() / len(targets) + option_loss) / 4, option_loss
+def main(argv: list[str] | None = None) -> None:
+    """
+    :param argv: Command line without the program's name; the process's own by default.
+    """
+    args = build_parser().parse_args(argv)
+    if args.warm_start_steps < 0 or args.warm_start_batch_size < 1:
+        raise SystemExit("--warm_start_steps must be at least 0 and --warm_start_batch_size at least 1.")
+    start = time.perf_counter()
+    disable_progress_bar()
+    processor = build_processor()
+    model = build_model(processor, args.seed)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"demo model: {parameters:,} parameters, vocabulary of {len(processor.tokenizer)} tokens")
+    warm_start(model, processor, args.warm_start_steps, args.warm_start_batch_size, args.warm_start_lr, seed=args.seed)
+    save(model, processor, args.out_dir)
+    print(f"demo model: {time.perf_counter() - start:.1f} s -> {args.out_dir}")
+
+
+if __name__ == "__main__":
+    main()

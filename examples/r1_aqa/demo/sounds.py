@@ -1,10 +1,10 @@
-"""Synthetic sounds that a person can tell apart by ear, in ten classes, each with varied pitch, length, level and noise.
+"""Synthetic sounds that a person can tell apart by ear: ten classes, each with varied pitch, length, level and noise.
 
 A clip is a pure function of its class, a random generator and a sampling rate. The classes differ in their spectrum
 (where the energy lies) and in their rhythm; two clips of one class never have the same parameters.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -107,7 +107,9 @@ def _rain(t: np.ndarray, rate: int, rng: np.random.Generator) -> np.ndarray:
 def _siren(t: np.ndarray, rate: int, rng: np.random.Generator) -> np.ndarray:
     """A siren: a tone that wails up and down between about 1.2 kHz and 2 kHz."""
     speed, width = rng.uniform(1.5, 3.0), rng.uniform(300, 420)
-    phase = rng.uniform(1500, 1700) * t - width / (2 * np.pi * speed) * np.cos(2 * np.pi * speed * t + rng.uniform(0, 6))
+    phase = rng.uniform(1500, 1700) * t - width / (2 * np.pi * speed) * np.cos(
+        2 * np.pi * speed * t + rng.uniform(0, 6)
+    )
     return np.sin(2 * np.pi * phase)
 
 

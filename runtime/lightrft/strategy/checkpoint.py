@@ -23,7 +23,7 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict({k: v.contiguous() for k, v in weights.items()}, folder, max_shard_size="5GB")
+    save_torch_state_dict(weights, folder, max_shard_size="5GB")
     config = model.config.to_dict()
     # our class is the same model with another forward; others shall load it under its own name
     config["architectures"] = [Qwen2AudioForConditionalGeneration.__name__]

@@ -390,7 +390,7 @@ class DeepspeedStrategy:
         :param output_dir: Folder; existing files are replaced one by one, each atomically.
         """
         inner = model.model
-        weights = {name: tensor.cpu() for name, tensor in self.named_weights(inner)}
+        weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights(inner)}  # ZeRO keeps views
         if self.is_rank_0():
             checkpoint.write_hf_folder(self.unwrap_model(inner), weights, tokenizer, output_dir)
         dist.barrier()

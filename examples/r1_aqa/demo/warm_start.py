@@ -1,0 +1,177 @@
+"""Warm start of the demo's language model: answer in the right format, with any of the options.
+
+It stands in for the instruction tuning that the real Qwen2-Audio has had before GRPO. What it must not do is teach
+anything about sounds: questions and sounds are drawn independently of each other, every option counts as equally right,
+and the audio tower and the projector are frozen. Sounds are present at all only so that the model, once it hears them,
+still writes an answer.
+"""
+
+import numpy as np
+import torch
+from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
+
+from demo.make_data import QUESTIONS, draw_options
+from demo.sounds import CLASSES, SAMPLING_RATE, synthesize
+
+TEXT_ONLY_SHARE = 0.6  # of the steps; the first ones run without sound, which makes them cheap
+PROMPT = (
+    "{question} Please choose the answer from the following options: {options}. "
+    "Output the final answer in <answer> </answer>."
+)
+
+
+def render_prompt(processor: Qwen2AudioProcessor, question: str, options: list[str]) -> str:
+    """
+    Write R1-AQA's prompt about one clip as the model reads it.
+
+    :param processor: The demo's processor.
+    :param question: The question.
+    :param options: The options to choose from.
+    :return: The chat up to the assistant's turn, with one audio placeholder.
+    """
+    text = PROMPT.format(question=question.replace("video", "audio"), options=options)
+    content = [{"type": "audio", "audio_url": "clip.wav"}, {"type": "text", "text": text}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def draw_warm_start_example(rng: np.random.Generator, sounds: int) -> tuple[str, list[str], str, int]:
+    """
+    Draw a question, the option to answer with and, independently of both, a sound.
+
+    :param rng: Source of randomness.
+    :param sounds: Number of sounds to draw from.
+    :return: Question, options, the option that the answer names (each being equally likely), number of the sound.
+    """
+    options = draw_options(str(rng.choice(CLASSES)), rng)
+    return str(rng.choice(QUESTIONS)), options, str(rng.choice(options)), int(rng.integers(sounds))
+
+
+def draw_warm_start_sounds(count: int, seed: int) -> tuple[list[str], list[np.ndarray]]:
+    """
+    Draw the sounds that accompany the warm start's questions.
+
+    :param count: Number of clips.
+    :param seed: Seed of the clips.
+    :return: Class and waveform of each clip. The warm start uses the waveforms alone; the classes are for its test.
+    """
+    rng = np.random.default_rng([seed, 1])
+    labels = [str(rng.choice(CLASSES)) for _ in range(count)]
+    return labels, [synthesize(label, rng) for label in labels]
+
+
+@torch.no_grad()
+def embed_sounds(
+    model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, clips: list[np.ndarray]
+) -> list[torch.Tensor]:
+    """
+    Pass clips through tower and projector.
+
+    :param model: The model.
+    :param processor: Its processor.
+    :param clips: Waveforms of shape ``(samples,)`` at 16 kHz.
+    :return: For each clip its embeddings, of shape ``(audio tokens, hidden size)``.
+    """
+    embeddings = []
+    for start in range(0, len(clips), 16):
+        batch = processor.feature_extractor(
+            clips[start : start + 16],
+            sampling_rate=SAMPLING_RATE,
+            return_attention_mask=True,
+            padding="max_length",
+            return_tensors="pt",
+        )
+        frames = batch["attention_mask"].sum(-1)
+        inner, tokens = model.model.audio_tower._get_feat_extract_output_lengths(frames)
+        positions = model.config.audio_config.max_source_positions
+        heard = torch.arange(positions)[None, None, None] < inner[:, None, None, None]
+        mask = torch.where(heard, 0.0, float("-inf")).expand(-1, 1, positions, -1)  # (clips, 1, positions, positions)
+        output = model.model.audio_tower(batch["input_features"], attention_mask=mask).last_hidden_state
+        output = model.model.multi_modal_projector(output)
+        embeddings += [row[:length].clone() for row, length in zip(output, tokens.tolist(), strict=True)]
+    return embeddings
+
+
+def warm_start_loss(
+    log_probs: torch.Tensor, targets: torch.Tensor, options: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cross-entropy of the answer, the word in it being any of the options with equal probability.
+
+    Of the word, the target is the even mixture of the options: what drawing one at random gives in expectation, without
+    the noise of the draw. The best that can be reached is therefore ``log(options)`` for the word and 0 for the rest.
+
+    :param log_probs: Log-probabilities at the answer's tokens, shape ``(examples, tokens, vocabulary)``.
+    :param targets: The answer's tokens, one of which is an option, shape ``(examples, tokens)``.
+    :param options: The options' tokens, shape ``(examples, options)``.
+    :return: Loss of the word and loss of the other tokens together, in nats an answer, means over the examples.
+    :raises ValueError: If an answer does not hold exactly one of its options.
+    """
+    is_word = (targets[:, :, None] == options[:, None, :]).any(-1)
+    if not (is_word.sum(1) == 1).all():
+        raise ValueError("Every answer must hold exactly one token that is one of its options.")
+    format_loss = -log_probs.gather(-1, targets[..., None])[..., 0][~is_word].sum() / len(targets)
+    word_loss = -log_probs[is_word].gather(-1, options).mean()
+    return word_loss, format_loss
+
+
+def warm_start(
+    model: Qwen2AudioForConditionalGeneration,
+    processor: Qwen2AudioProcessor,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """
+    Teach the language model to answer in the right format with any of the options, whatever the sound.
+
+    :param model: The model; tower and projector stay as they are.
+    :param processor: Its processor.
+    :param steps: Optimizer steps.
+    :param batch_size: Examples a step.
+    :param learning_rate: Peak learning rate; it rises over a tenth of the steps and falls linearly over the last half.
+    :param seed: Seed of sounds and answers.
+    """
+    rng = np.random.default_rng([seed, 2])
+    tokenizer, language_model = processor.tokenizer, model.model.language_model
+    class_ids = {name: tokenizer(name)["input_ids"][0] for name in CLASSES}
+    _, clips = draw_warm_start_sounds(count=64, seed=seed)
+    sounds = embed_sounds(model, processor, clips)
+    parameters = [*language_model.parameters(), *model.lm_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.5 * steps), 1.0)
+    )
+    for step in range(steps):
+        rows, targets, options = [], [], []
+        for _ in range(batch_size):
+            question, names, answer, sound = draw_warm_start_example(rng, len(sounds))
+            before, after = render_prompt(processor, question, names).split(processor.audio_token)
+            target = tokenizer(f"<answer>{answer}</answer>{tokenizer.eos_token}")["input_ids"]
+            before, after = tokenizer(before)["input_ids"], tokenizer(after)["input_ids"] + target
+            text = language_model.embed_tokens(torch.tensor(before + after))
+            heard = sounds[sound] if step >= TEXT_ONLY_SHARE * steps else sounds[sound][:0]
+            rows.append(torch.cat([text[: len(before)], heard, text[len(before) :]]))
+            targets.append(target)
+            options.append([class_ids[name] for name in names])
+        # Padding on the right of a causal model: what comes before never sees it.
+        embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        targets, ends = torch.tensor(targets), torch.tensor([len(row) for row in rows])
+        # The token at place p is predicted at place p - 1.
+        places = ends[:, None] - targets.shape[1] - 1 + torch.arange(targets.shape[1])
+        hidden = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        log_probs = model.lm_head(hidden[torch.arange(batch_size)[:, None], places]).log_softmax(-1)
+        word_loss, format_loss = warm_start_loss(log_probs, targets, torch.tensor(options))
+        ((word_loss + format_loss) / 4).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 30 == 0 or step == steps - 1:
+            print(
+                f"warm start: step {step + 1}/{steps}, loss of the format {format_loss.item():.3f}, "
+                f"of the option {word_loss.item():.3f} (at random: {np.log(len(names)):.3f})",
+                flush=True,
+            )

@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Train Qwen2-Audio-7B-Instruct with GRPO on AVQA, with R1-AQA's settings. Every variable below can be set in the
+# environment:
+#
+#   PATH_TO_YOUR_BASE_MODEL=... PATH_TO_YOUR_AVQA_DATASET=... bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
+#
+# Further arguments are handed to train_colocate.py. LIGHTRFT_HOME=/path/to/LightRFT runs on LightRFT itself.
+# A wandb key is read from the environment (WANDB_API_KEY) or from a login; it never appears on a command line.
+set -euo pipefail
+
+# ---- model and data
+PATH_TO_YOUR_BASE_MODEL="${PATH_TO_YOUR_BASE_MODEL:-Qwen/Qwen2-Audio-7B-Instruct}"
+PATH_TO_YOUR_AVQA_DATASET="${PATH_TO_YOUR_AVQA_DATASET:-}"
+EXPERIMENT_NAME="${EXPERIMENT_NAME:-lightrft-r1-aqa-grpo-training}"
+
+# ---- recipe: 16 prompts x 8 responses = 128 a step; 38,000 rows are about 2,400 steps an episode
+EPISODE="${EPISODE:-1}"
+RBS="${RBS:-16}"                            # prompts a rollout
+N_SAMPLES="${N_SAMPLES:-8}"                 # responses a prompt
+TBS="${TBS:-128}"                           # responses an optimizer step, at least RBS x N_SAMPLES
+MICRO_TRAIN="${MICRO_TRAIN:-4}"             # responses a forward and backward
+MICRO_ROLLOUT="${MICRO_ROLLOUT:-4}"         # responses a log-prob forward
+KL="${KL:-0.04}"
+LR="${LR:-1e-6}"
+WARMUP="${WARMUP:-0.03}"
+TEMPERATURE="${TEMPERATURE:-1.0}"
+PROMPT_MAX_LEN="${PROMPT_MAX_LEN:-512}"
+GENERATE_MAX_LEN="${GENERATE_MAX_LEN:-256}"
+EVAL_STEPS="${EVAL_STEPS:-100}"             # -1: never
+SAVE_STEPS="${SAVE_STEPS:-100}"
+
+# ---- machines
+export MLP_WORKER_NUM="${MLP_WORKER_NUM:-1}"                    # nodes
+export MLP_WORKER_GPU="${MLP_WORKER_GPU:-8}"                    # processes a node: its GPUs
+export MLP_ROLE_INDEX="${MLP_ROLE_INDEX:-0}"                    # this node
+export MLP_WORKER_0_HOST="${MLP_WORKER_0_HOST:-localhost}"
+export MLP_WORKER_0_PORT="${MLP_WORKER_0_PORT:-20092}"
+ENGINE_TP="${ENGINE_TP:-1}"
+ENGINE_MEM_UTIL="${ENGINE_MEM_UTIL:-0.5}"
+
+# ---- tracking: WANDB_API_KEY or WANDB_MODE=offline turns wandb on
+export WANDB_PROJECT="${WANDB_PROJECT:-LightRFT-R1-AQA}"
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+PYTHON="${PYTHON:-python3}"
+if [ -z "$PATH_TO_YOUR_AVQA_DATASET" ]; then
+    echo "PATH_TO_YOUR_AVQA_DATASET is not set: the folder that data_preprocess/avqa.py wrote" >&2
+    exit 2
+fi
+
+# bfloat16 and ZeRO-3 are for GPUs; a CPU trains the demo's model in float32
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    precision=(--bf16 --zero_stage 3 --gradient_checkpointing)
+else
+    precision=(--no-bf16 --zero_stage 2)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DS_ACCELERATOR=cpu
+fi
+wandb=()
+if [ -n "${WANDB_API_KEY:-}" ] || [ "${WANDB_MODE:-}" = "offline" ]; then
+    wandb=(--use_wandb)
+fi
+
+started="$(date +%Y%m%d_%H%M%S)"
+run="${EXPERIMENT_NAME}-ep${EPISODE}-kl${KL}-lr${LR}-${started}"
+save_path="results/${EXPERIMENT_NAME}/${run}"
+log="rft_logs/${EXPERIMENT_NAME}/node${MLP_ROLE_INDEX}_${started}.log"
+mkdir -p "$save_path" "$(dirname "$log")"
+
+# pipefail: the exit status is the training's, not tee's
+"$PYTHON" -m torch.distributed.run \
+    --nnodes "$MLP_WORKER_NUM" \
+    --nproc-per-node "$MLP_WORKER_GPU" \
+    --node-rank "$MLP_ROLE_INDEX" \
+    --master-addr "$MLP_WORKER_0_HOST" \
+    --master-port "$MLP_WORKER_0_PORT" \
+    "$here/train_colocate.py" \
+    --pretrain "$PATH_TO_YOUR_BASE_MODEL" \
+    --prompt_data "$PATH_TO_YOUR_AVQA_DATASET" \
+    --save_path "$save_path" \
+    --ckpt_path "$save_path" \
+    --num_episodes "$EPISODE" \
+    --rollout_batch_size "$RBS" \
+    --n_samples_per_prompt "$N_SAMPLES" \
+    --train_batch_size "$TBS" \
+    --micro_train_batch_size "$MICRO_TRAIN" \
+    --micro_rollout_batch_size "$MICRO_ROLLOUT" \
+    --advantage_estimator group_norm \
+    --init_kl_coef "$KL" \
+    --use_kl_loss \
+    --kl_estimator k3 \
+    --actor_learning_rate "$LR" \
+    --lr_warmup_ratio "$WARMUP" \
+    --temperature "$TEMPERATURE" \
+    --prompt_max_len "$PROMPT_MAX_LEN" \
+    --generate_max_len "$GENERATE_MAX_LEN" \
+    --engine_type vllm \
+    --engine_tp_size "$ENGINE_TP" \
+    --engine_mem_util "$ENGINE_MEM_UTIL" \
+    --eval_steps "$EVAL_STEPS" \
+    --save_steps "$SAVE_STEPS" \
+    --save_trajectories \
+    --wandb_project "$WANDB_PROJECT" \
+    --wandb_run_name "$run" \
+    "${precision[@]}" "${wandb[@]}" "$@" \
+    2>&1 | tee "$log"

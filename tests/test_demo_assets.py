@@ -1,0 +1,279 @@
+"""The demo's sounds, data and model: deterministic, well formed, loadable as a Qwen2-Audio, and honest."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from demo import make_data, make_model, sounds, warm_start
+from safetensors import safe_open
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+PLACEHOLDER = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    make_data.main(
+        ["--out_dir", str(folder), "--train_clips", "120", "--train_questions", "400", "--test_questions", "60"]
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    make_model.main(["--out_dir", str(folder), "--warm_start_steps", "2", "--warm_start_batch_size", "4"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_model.build_processor()
+
+
+def read_rows(data: Path) -> tuple[list[dict], list[dict]]:
+    train = [json.loads(line) for line in (data / "train_qa.data").read_text().splitlines()]
+    return train, json.loads((data / "demo-test.json").read_text())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- sounds
+
+
+@pytest.mark.parametrize("label", sounds.CLASSES)
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_sound_is_deterministic_and_varied(label: str, rate: int) -> None:
+    first, again = (sounds.synthesize(label, np.random.default_rng(3), rate) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    clips = [sounds.synthesize(label, np.random.default_rng(seed), rate) for seed in range(20)]
+    assert all(clip.dtype == np.float32 and clip.ndim == 1 and np.isfinite(clip).all() for clip in clips)
+    lengths, peaks = [len(clip) / rate for clip in clips], [np.abs(clip).max() for clip in clips]
+    assert 0.69 < min(lengths) and max(lengths) < 1.81 and max(lengths) > 1.5 * min(lengths)
+    assert 0.05 < min(peaks) and max(peaks) < 0.8 and max(peaks) > 2 * min(peaks)
+
+
+def test_classes_differ_in_spectrum(processor) -> None:
+    """Nearest mean spectrum tells unseen clips apart: there is something to hear."""
+    assert len(sounds.CLASSES) >= 8
+
+    def spectra(seeds: range) -> np.ndarray:
+        clips = [
+            sounds.synthesize(c, np.random.default_rng([s, i])) for i, c in enumerate(sounds.CLASSES) for s in seeds
+        ]
+        mels = [processor.feature_extractor(c, sampling_rate=16000, padding=False)["input_features"][0] for c in clips]
+        means = np.stack([np.asarray(mel).mean(-1) for mel in mels])
+        return (means - means.mean(1, keepdims=True)).reshape(len(sounds.CLASSES), len(seeds), -1)
+
+    centres, unseen = spectra(range(12)).mean(1), spectra(range(100, 106))
+    nearest = ((unseen[:, :, None] - centres) ** 2).sum(-1).argmin(-1)
+    assert (nearest == np.arange(len(sounds.CLASSES))[:, None]).mean() > 0.85
+
+
+def test_sound_refuses_what_it_cannot_make() -> None:
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="Unknown class of sound 'cat'"):
+        sounds.synthesize("cat", rng)
+    with pytest.raises(ValueError, match="8000 Hz"):
+        sounds.synthesize("bell", rng, 8000)
+
+
+# --- data
+
+
+def test_training_rows_are_r1_aqa(data: Path) -> None:
+    train, _ = read_rows(data)
+    assert len(train) == 400 and [row["id"] for row in train] == list(range(400))
+    for row in train:
+        assert set(row) == {"id", "question_text", "multi_choice", "answer", "dataset_name", "audio_path"}
+        assert row["dataset_name"] == "AVQA" and (data / row["audio_path"]).is_file()
+        assert len(set(row["multi_choice"])) == 4 and set(row["multi_choice"]) <= set(sounds.CLASSES)
+        assert row["answer"] in range(4)
+    assert {"video" in row["question_text"] for row in train} == {True, False}
+    # One clip always has one class, however often it is asked about.
+    assert len({(r["audio_path"], r["multi_choice"][r["answer"]]) for r in train}) == 120
+
+
+def test_test_rows_are_mmau(data: Path) -> None:
+    _, test = read_rows(data)
+    fields = "id audio_id question choices answer dataset task split category sub-category difficulty".split()
+    assert len(test) == 60
+    for row in test:
+        assert list(row) == fields and row["audio_id"] == f"./test-audios/{row['id']}.wav"
+        assert (data / row["audio_id"]).is_file()
+        assert row["answer"] in row["choices"] and len(set(row["choices"])) == 4 and row["task"] == "sound"
+
+
+def test_clips_are_wav_of_mixed_kinds_and_disjoint(data: Path) -> None:
+    infos = [soundfile.info(path) for path in sorted(data.rglob("*.wav"))]
+    assert len(infos) == 180 and {info.subtype for info in infos} == {"PCM_16"}
+    rates, channels = Counter(info.samplerate for info in infos), Counter(info.channels for info in infos)
+    assert rates[16000] > 140 and set(rates) == {16000, *make_data.OTHER_RATES}
+    assert channels[1] > 140 and channels[2] > 5
+    train, test = digests(data / "audios"), digests(data / "test-audios")
+    assert len({*train.values(), *test.values()}) == 180
+
+
+def test_answers_are_spread_evenly(data: Path) -> None:
+    train, test = read_rows(data)
+    positions = Counter(row["answer"] for row in train)
+    assert set(positions) == set(range(4)) and max(positions.values()) < 0.34 * len(train)
+    for golds in ([r["multi_choice"][r["answer"]] for r in train], [r["answer"] for r in test]):
+        counts = Counter(golds)
+        assert set(counts) == set(sounds.CLASSES) and max(counts.values()) < 0.15 * len(golds)
+
+
+def test_data_depend_on_the_seed_alone(data: Path, tmp_path: Path) -> None:
+    small = ["--train_clips", "10", "--train_questions", "12", "--test_questions", "5"]
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        make_data.main(["--out_dir", str(tmp_path / name), "--seed", seed, *small])
+    assert digests(tmp_path / "a") == digests(tmp_path / "b") != digests(tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]  # nothing temporary left
+
+
+# --- processor
+
+
+def test_template_has_one_placeholder_and_the_question(processor) -> None:
+    prompt = warm_start.render_prompt(processor, "What is heard in the video?", ["rain", "bell", "horn", "bird"])
+    assert prompt == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"Audio 1: {PLACEHOLDER}\nWhat is heard in the audio? Please choose the answer from the following options: "
+        "['rain', 'bell', 'horn', 'bird']. Output the final answer in <answer> </answer>.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_template_behaves_as_qwen2_audio(processor) -> None:
+    """Compared with the template that transformers keeps for Qwen2-Audio."""
+    text, clip = {"type": "text", "text": "Hi"}, {"type": "audio", "audio_url": "a.wav"}
+    user = {"role": "user", "content": [clip, text, {"type": "audio", "audio": "b.wav"}]}
+    chats = [
+        [user],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        [user, {"role": "assistant", "content": "A bell."}, {"role": "user", "content": [text, clip]}],
+        # A part that has the key is an audio, even if the value is None: the question is lost.
+        [{"role": "user", "content": [{"type": "text", "text": "Hi", "audio_url": None}]}],
+    ]
+    for chat in chats:
+        for generation in (True, False):
+            ours, theirs = (
+                processor.apply_chat_template(chat, chat_template=t, tokenize=False, add_generation_prompt=generation)
+                for t in (None, processor.default_chat_template)
+            )
+            assert ours == theirs
+    assert "Hi" not in ours and PLACEHOLDER in ours
+
+
+def test_tokenizer(processor) -> None:
+    tokenizer = processor.tokenizer
+    for name in sounds.CLASSES:
+        (word,) = tokenizer(name)["input_ids"]
+        # As an option and as an answer it is the same token: copying suffices.
+        assert tokenizer(f"options: ['{name}', 'x', '{name}'].")["input_ids"].count(word) == 2
+        assert tokenizer(f"<answer>{name}</answer>")["input_ids"].count(word) == 1
+    for text in ("Zwölf Boxkämpfer 音\n", "<answer>a</answer>"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    ids = tokenizer(f"{PLACEHOLDER}<|im_end|>")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>", "<|im_end|>"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == ""
+
+
+# --- warm start
+
+
+def test_warm_start_says_nothing_of_sounds() -> None:
+    labels, _ = warm_start.draw_warm_start_sounds(count=64, seed=0)
+    rng = np.random.default_rng(0)
+    draws = [warm_start.draw_warm_start_example(rng, len(labels)) for _ in range(8000)]
+    named = [answer == labels[sound] for _, options, answer, sound in draws if labels[sound] in options]
+    assert len(named) / len(draws) == pytest.approx(0.4, abs=0.03)  # four options of ten classes
+    assert np.mean(named) == pytest.approx(0.25, abs=0.03)  # 3200 draws: standard error 0.008
+    positions = Counter(options.index(answer) for _, options, answer, _ in draws)
+    assert all(count / len(draws) == pytest.approx(0.25, abs=0.03) for count in positions.values())
+
+
+def test_warm_start_loss_by_hand() -> None:
+    # Two tokens of a vocabulary of four; the answer is (0, 2), the options are 2 and 3.
+    probs = torch.tensor([[[0.5, 0.2, 0.2, 0.1], [0.1, 0.1, 0.6, 0.2]]])
+    word, form = warm_start.warm_start_loss(probs.log(), torch.tensor([[0, 2]]), torch.tensor([[2, 3]]))
+    torch.testing.assert_close(form, torch.tensor(-math.log(0.5)))
+    torch.testing.assert_close(word, torch.tensor(-(math.log(0.6) + math.log(0.2)) / 2))
+    with pytest.raises(ValueError, match="exactly one"):
+        warm_start.warm_start_loss(probs.log(), torch.tensor([[0, 1]]), torch.tensor([[2, 3]]))
+
+
+def test_warm_start_leaves_tower_and_projector_alone(model_dir: Path, processor) -> None:
+    before = make_model.build_model(processor, seed=0).state_dict()
+    after = Qwen2AudioForConditionalGeneration.from_pretrained(model_dir).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any("audio_tower" in name or "projector" in name for name in moved)
+
+
+# --- checkpoint
+
+
+def test_checkpoint_names_are_qwen2_audio_s(model_dir: Path) -> None:
+    with safe_open(model_dir / "model.safetensors", "pt") as weights:
+        names, metadata = set(weights.keys()), weights.metadata()
+    assert metadata == {"format": "pt"}
+    stems = ("language_model.model.", "language_model.lm_head.", "audio_tower.", "multi_modal_projector.")
+    assert all(name.startswith(stems) and ".model.model." not in name for name in names)
+    assert {
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "language_model.lm_head.weight",
+        "audio_tower.conv1.weight",
+        "multi_modal_projector.linear.weight",
+    } <= names
+
+
+def test_checkpoint_loads_and_answers(model_dir: Path) -> None:
+    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(model_dir, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+    processor = AutoProcessor.from_pretrained(model_dir)
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
+    prompt = warm_start.render_prompt(processor, "What is it?", ["rain", "bell", "horn", "bird"])
+    clip = sounds.synthesize("bell", np.random.default_rng(0))
+    batch = processor(text=[prompt], audio=[clip], sampling_rate=16000, return_tensors="pt")
+    frames = int(batch["feature_attention_mask"].sum())
+    assert batch["input_features"].shape == (1, 128, 3000)
+    assert (batch["input_ids"] == model.config.audio_token_id).sum() == ((frames - 1) // 2 - 1) // 2 + 1
+    with torch.no_grad():
+        assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_warm_start_hears_as_the_model_does(model_dir: Path) -> None:
+    """The embeddings that the warm start inserts are those of the model's own forward."""
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(model_dir)
+    processor = AutoProcessor.from_pretrained(model_dir)
+    clips = [sounds.synthesize(name, np.random.default_rng(0)) for name in ("bell", "rain")]
+    ours = warm_start.embed_sounds(model, processor, clips)
+    heard = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: heard.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    for clip, embedding in zip(clips, ours, strict=True):
+        batch = processor(text=[PLACEHOLDER], audio=[clip], sampling_rate=16000, return_tensors="pt")
+        with torch.no_grad():
+            model(**batch)
+        torch.testing.assert_close(embedding, heard.pop()[0, 1:-1], rtol=1e-4, atol=1e-5)
+    assert (ours[0].mean(0) - ours[1].mean(0)).norm() > 0.3 * ours[0].mean(0).norm()  # the filter bank tells them apart
+
+
+def test_models_differ_by_seed_alone(processor) -> None:
+    first, again, other = (make_model.build_model(processor, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+    assert make_model.build_processor().tokenizer.get_vocab() == processor.tokenizer.get_vocab()
