@@ -24,7 +24,7 @@ import numpy as np
 import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from demo.sounds import CLASSES, SAMPLING_RATE, synthesize  # noqa: E402  (the folder above must be on the path first)
+from demo.sounds import CLASSES, SAMPLING_RATE, synthesize
 
 QUESTIONS = (
     "What is making the sound in the video?",

@@ -32,8 +32,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from demo.sounds import SAMPLING_RATE  # noqa: E402  (the folder above must be on the path first)
-from demo.warm_start import PROMPT, draw_warm_start_example, warm_start  # noqa: E402
+from demo.sounds import SAMPLING_RATE
+from demo.warm_start import PROMPT, draw_warm_start_example, warm_start
 
 PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
     "<|endoftext|>",

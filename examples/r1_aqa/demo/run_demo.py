@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""The whole way in one command: make a tiny model and sounds, evaluate, train with GRPO, evaluate again, show it.
+
+    python examples/r1_aqa/demo/run_demo.py --out_dir results/demo
+
+Everything runs through the scripts that the real model uses: avqa.py, train_colocate.py, eval_mmau.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+EXAMPLE = HERE.parent
+N_SAMPLES = 8
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=Path("results/demo"), help="everything goes here")
+    parser.add_argument("--seed", type=int, default=0, help="seed of model, sounds and training")
+    parser.add_argument("--steps", type=int, default=80, help="GRPO steps (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts a step (default: %(default)s)")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    out = args.out_dir.resolve()
+    print(f"demo: tiny Qwen2-Audio, synthetic sounds, seed {args.seed}; everything goes to {args.out_dir}", flush=True)
+
+    make_assets(out, args.seed, args.steps * args.prompts)
+    prepared = time.perf_counter()
+
+    before = evaluate(out, out / "model", "before")
+    print(f"before training: accuracy {before:.3f} on held-out sounds", flush=True)
+    shutil.rmtree(out / "run", ignore_errors=True)
+    train(out, args.seed, args.prompts)
+    after = evaluate(out, out / "run", "after")
+    silent = evaluate(out, out / "run", "silent", "--silent_audio")
+
+    ended = time.perf_counter()
+    metrics = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    summary = {
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "accuracy_silent": silent,
+        "steps": len(metrics),
+        "wall_seconds": round(ended - started, 1),
+        "train_and_evaluate_seconds": round(ended - prepared, 1),
+        "logprob_gap_max": max(m["rollout/logprob_gap_max"] for m in metrics),
+        "engine": "vllm",
+        "host": read_host(out / "run" / "logs" / "rank0.log"),
+        "checkpoint": str(out / "run"),
+        "seed": args.seed,
+    }
+    write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    draw_curve(metrics, summary, out / "curve.png")
+    print(report(summary, args.out_dir), flush=True)
+
+
+def make_assets(out: Path, seed: int, questions: int) -> None:
+    """Model, sounds and parquet, unless they are there already, made by the same sources from the same seed.
+
+    :param out: The demo's folder.
+    :param seed: Seed of both.
+    :param questions: Training questions.
+    """
+    sources = sorted([*HERE.glob("*.py"), *(EXAMPLE / "data_preprocess").glob("*.py")])
+    content = b"".join(path.read_bytes() for path in sources)
+    stamp = f"seed {seed}, {questions} questions, sources {hashlib.sha256(content).hexdigest()[:16]}\n"
+    marker = out / "assets.txt"
+    if marker.is_file() and marker.read_text() == stamp:
+        print("model and data: reused", flush=True)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    marker.unlink(missing_ok=True)
+    run("demo/make_model.py", "--out_dir", out / "model", "--seed", seed)
+    run("demo/make_data.py", "--out_dir", out / "data", "--seed", seed, "--train_questions", questions)
+    source = ("--input_jsonl", out / "data" / "train_qa.data", "--audio_dir", out / "data")
+    run("data_preprocess/avqa.py", *source, "--local_save_dir", out / "parquet")
+    write_atomically(marker, stamp)
+
+
+def train(out: Path, seed: int, prompts: int) -> None:
+    """GRPO with R1-AQA's group size and reward, at a learning rate for a model of this size.
+
+    :param out: The demo's folder.
+    :param seed: Seed of the data's order and of the sampling.
+    :param prompts: Prompts a step.
+    """
+    run(
+        "train_colocate.py",
+        *("--pretrain", out / "model", "--prompt_data", out / "parquet", "--save_path", out / "run"),
+        *("--rollout_batch_size", prompts, "--n_samples_per_prompt", N_SAMPLES),
+        *("--train_batch_size", prompts * N_SAMPLES, "--micro_train_batch_size", 4 * N_SAMPLES),
+        *("--micro_rollout_batch_size", 4 * N_SAMPLES, "--generate_max_len", 16),
+        *("--actor_learning_rate", 1e-3, "--init_kl_coef", 0.04, "--use_kl_loss", "--seed", seed),
+        *("--zero_stage", 2, "--save_trajectories"),
+    )
+
+
+def evaluate(out: Path, model: Path, name: str, *extra: object) -> float:
+    """Accuracy on the held-out questions, greedy.
+
+    :param out: The demo's folder.
+    :param model: Model folder.
+    :param name: Of the result file.
+    :param extra: Further arguments of eval_mmau.py.
+    :return: Accuracy by MMAU's rule.
+    """
+    result = out / f"result_{name}.json"
+    run(
+        "eval_mmau.py",
+        *("--model_path", model, "--data_file", out / "data" / "demo-test.json", "--audio_dir", out / "data"),
+        *("--out_file", result, "--engine", "hf", "--batch_size", 64, "--max_new_tokens", 16, "--overwrite"),
+        *extra,
+        quiet=True,
+    )
+    return json.loads(result.with_suffix(".score.json").read_text())["accuracy"]
+
+
+def run(script: str, *args: object, quiet: bool = False) -> None:
+    """Run one of the example's scripts; its failure ends the demo with its message.
+
+    :param script: Path below examples/r1_aqa.
+    :param args: Arguments.
+    :param quiet: Show its output only if it fails.
+    """
+    command = [sys.executable, str(EXAMPLE / script), *map(str, args)]
+    pipe = subprocess.PIPE if quiet else None
+    done = subprocess.run(command, stdout=pipe, stderr=subprocess.STDOUT if quiet else None, text=True)
+    if done.returncode != 0:
+        print(done.stdout or "", f"\n{script} ended with status {done.returncode}", file=sys.stderr)
+        raise SystemExit(done.returncode)
+
+
+def read_host(log: Path) -> str:
+    """The host line of the training's banner.
+
+    :param log: The training's log.
+    """
+    lines = (line for line in log.read_text(errors="replace").splitlines() if line.startswith("host "))
+    return next(lines).removeprefix("host").strip()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either old or new.
+
+    :param path: Target.
+    :param text: Content.
+    """
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def draw_curve(metrics: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> None:
+    """Accuracy of the rollouts over the steps, and the three evaluations.
+
+    :param metrics: The training's metrics.
+    :param summary: The demo's summary.
+    :param path: PNG file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [m["step"] for m in metrics]
+    accuracy = [m["rollout/accuracy_reward"] for m in metrics]
+    mean = [sum(accuracy[max(0, i - 4) : i + 1]) / len(accuracy[max(0, i - 4) : i + 1]) for i in range(len(accuracy))]
+    figure, axes = plt.subplots(figsize=(7.2, 4), layout="constrained")
+    axes.plot(steps, accuracy, color="#9ab8d8", linewidth=1, label="rollouts, each step")
+    axes.plot(steps, mean, color="#1f5fa8", linewidth=2, label="rollouts, mean of 5 steps")
+    last = steps[-1]
+    for x, key, colour, label in (
+        (0, "accuracy_before", "#888888", "held-out, before"),
+        (last, "accuracy_after", "#2a8a4a", "held-out, after"),
+        (last, "accuracy_silent", "#c0392b", "held-out, after, but silent"),
+    ):
+        axes.plot([x], [summary[key]], "o", color=colour, markersize=8, label=f"{label}: {summary[key]:.2f}", zorder=5)
+    axes.axhline(0.25, color="#bbbbbb", linestyle=":", linewidth=1)
+    axes.annotate("one of four by chance", (last, 0.25), ha="right", va="bottom", fontsize=8, color="#888888")
+    axes.set(xlabel="GRPO step", ylabel="accuracy", ylim=(0, 1.03))
+    axes.set_title("A tiny Qwen2-Audio learns to listen", fontsize=11)
+    axes.legend(loc="center right", fontsize=8, frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def report(summary: dict[str, Any], shown: Path) -> str:
+    """What the demo ends with.
+
+    :param summary: The demo's summary.
+    :param shown: The folder as the user named it.
+    """
+    return "\n".join(
+        (
+            "",
+            f"held-out accuracy  before {summary['accuracy_before']:.3f}   after {summary['accuracy_after']:.3f}   "
+            f"after, but silent {summary['accuracy_silent']:.3f}",
+            f"engine against trainer: log-probs at most {summary['logprob_gap_max']:.1e} apart in "
+            f"{summary['steps']} steps",
+            f"{summary['wall_seconds']:.0f} s in all; {shown}/summary.json, {shown}/curve.png, model in {shown}/run",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

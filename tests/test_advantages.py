@@ -1,0 +1,185 @@
+"""Advantages by hand, KL in the reward, whitening, the KL controller, and how the experience maker puts them together."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightrft.engines.base import Sampling
+from lightrft.trainer import fast_exp_maker
+from lightrft.trainer.advantages import (
+    ESTIMATORS,
+    KLController,
+    discounted_returns,
+    shape_rewards,
+    token_advantages,
+    whiten,
+)
+from lightrft.trainer.fast_exp_maker import FastExperienceMaker
+from lightrft.trainer.replay_buffer import Experience
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        # first group 2 1 0: mean 1, standard deviation sqrt((1 + 0 + 1) / 2) = 1; +-1 / (1 + 1e-4)
+        # second group 0 0 2: mean 2/3, standard deviation sqrt((4/9 + 4/9 + 16/9) / 2) = 1.154701
+        ("group_norm", [0.99990, 0.0, -0.99990, -0.57730, -0.57730, 1.15460]),
+        # the mean of the other two: 0.5 1 1.5, and 1 1 0
+        ("rloo", [1.5, 0.0, -1.5, -1.0, -1.0, 2.0]),
+        ("reinforce_baseline", [1.0, 0.0, -1.0, -2 / 3, -2 / 3, 4 / 3]),
+        ("reinforce", [2.0, 1.0, 0.0, 0.0, 0.0, 2.0]),
+        ("reinforce++", [2.0, 1.0, 0.0, 0.0, 0.0, 2.0]),
+    ],
+)
+def test_shaped_rewards_by_hand(estimator, expected):
+    shaped = shape_rewards(torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0, 2.0]), estimator, 3)
+    torch.testing.assert_close(shaped, torch.tensor(expected), rtol=0, atol=1e-5)  # the digits written here
+
+
+def test_every_estimator_is_tested_above():
+    assert set(ESTIMATORS) == {"group_norm", "rloo", "reinforce_baseline", "reinforce", "reinforce++"}
+
+
+@pytest.mark.parametrize("estimator", ["group_norm", "rloo", "reinforce_baseline"])
+@pytest.mark.parametrize("reward", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("n", [2, 3, 7, 8])
+def test_a_group_of_equal_rewards_teaches_exactly_nothing(estimator, reward, n):
+    shaped = shape_rewards(torch.full((2 * n,), reward), estimator, n)
+    assert torch.equal(shaped, torch.zeros(2 * n))
+
+
+@pytest.mark.parametrize("reward", [0.1, 1.1, 0.7])
+def test_rounding_in_a_group_of_equal_rewards_is_not_blown_up(reward):
+    """The mean of seven times 0.1 is not 0.1; divided by a tiny deviation that would become an advantage."""
+    assert shape_rewards(torch.full((7,), reward), "group_norm", 7).abs().max() < 5e-3
+
+
+def test_group_advantages_do_not_depend_on_the_other_groups():
+    group = torch.tensor([2.0, 0.0, 1.0, 0.0])
+    for estimator in ("group_norm", "rloo", "reinforce_baseline"):
+        alone = shape_rewards(group, estimator, 4)
+        beside = shape_rewards(torch.cat([torch.full((4,), 100.0), group]), estimator, 4)
+        assert torch.equal(beside[4:], alone)
+
+
+def test_unknown_estimator_is_refused():
+    with pytest.raises(ValueError, match="'gae'; known: group_norm, rloo"):
+        shape_rewards(torch.zeros(4), "gae", 2)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "expected"),
+    # rewards 1 2 4; at 0.5: 4, 2 + 0.5 * 4 = 4, 1 + 0.5 * 4 = 3
+    [(1.0, [7.0, 6.0, 4.0]), (0.5, [3.0, 4.0, 4.0])],
+)
+def test_returns_by_hand(gamma, expected):
+    assert discounted_returns(torch.tensor([1.0, 2.0, 4.0]), gamma).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("kl", "gamma", "expected"),
+    [
+        (None, 1.0, [1.0, 1.0, 1.0]),  # GRPO: the same for every token
+        (None, 0.5, [0.25, 0.5, 1.0]),
+        # rewards of the tokens: -0.5 * 0.1, -0.5 * 0.2, 1 - 0.5 * 0.3 = -0.05 -0.1 0.85; summed from the end
+        ([0.1, 0.2, 0.3], 1.0, [0.70, 0.75, 0.85]),
+        # 0.85; -0.1 + 0.425; -0.05 + 0.1625
+        ([0.1, 0.2, 0.3], 0.5, [0.1125, 0.325, 0.85]),
+    ],
+)
+def test_token_advantages_by_hand(kl, gamma, expected):
+    kl = None if kl is None else torch.tensor(kl)
+    advantages = token_advantages(torch.tensor(1.0), 3, kl, kl_coef=0.5, gamma=gamma)
+    torch.testing.assert_close(advantages, torch.tensor(expected))
+
+
+def test_whitening_by_hand():
+    # 1 2 3 4: mean 2.5, variance (2.25 + 0.25 + 0.25 + 2.25) / 4 = 1.25
+    mean, factor = whiten(10.0, 30.0, 4.0)
+    assert mean == 2.5
+    assert factor == pytest.approx(1.25**-0.5)
+    # all equal: the variance is held at 1e-8, so that rounding is not blown up without bound
+    assert whiten(6.0, 12.0, 3.0) == (2.0, pytest.approx(1e4))
+
+
+@pytest.mark.parametrize(
+    ("target", "kl", "expected"),
+    # horizon 100, 50 responses: value * (1 + error * 50 / 100)
+    [
+        (None, 9.0, 0.1),  # fixed
+        (2.0, 2.0, 0.1),  # on target
+        (2.0, 2.2, 0.105),  # 10 % above
+        (2.0, 1.9, 0.0975),  # 5 % below
+        (2.0, 20.0, 0.11),  # the error is held at +20 %
+        (2.0, 0.0, 0.09),  # and at -20 %
+    ],
+)
+def test_kl_controller(target, kl, expected):
+    controller = KLController(0.1, target, horizon=100)
+    controller.update(kl, 50)
+    assert controller.value == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------------- the experience maker
+def make_maker(monkeypatch, estimator, *, use_kl_loss=True, reference=False, gamma=1.0, n=2):
+    args = SimpleNamespace(advantage_estimator=estimator, use_kl_loss=use_kl_loss, kl_estimator="k1", gamma=gamma)
+    strategy = SimpleNamespace(args=args, device=torch.device("cpu"))
+    monkeypatch.setattr(fast_exp_maker.dist, "all_reduce", lambda tensor: None)  # one rank
+    return FastExperienceMaker(
+        None, object() if reference else None, None, strategy, KLController(0.5), None, {}, Sampling(n=n), False
+    )
+
+
+def make_items(rewards, lengths):
+    return [
+        Experience(
+            prompt="",
+            prompt_ids=torch.tensor([1]),
+            response_ids=torch.arange(length),
+            engine_log_probs=torch.zeros(length),
+            truncated=False,
+            clips=[],
+            reference="",
+            label="",
+            reward=reward,
+        )
+        for reward, length in zip(rewards, lengths, strict=True)
+    ]
+
+
+def test_group_norm_is_not_whitened(monkeypatch):
+    items = make_items([2.0, 0.0], [3, 1])
+    make_maker(monkeypatch, "group_norm").add_advantages(items)
+    # mean 1, deviation sqrt(2)
+    value = 1 / (2**0.5 + 1e-4)
+    torch.testing.assert_close(items[0].advantages, torch.full((3,), value))
+    torch.testing.assert_close(items[1].advantages, torch.tensor([-value]))
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "reinforce_baseline", "reinforce", "reinforce++"])
+def test_all_others_are_whitened_over_tokens(monkeypatch, estimator):
+    items = make_items([2.0, 1.0, 0.0, 2.0], [3, 1, 2, 2])
+    make_maker(monkeypatch, estimator).add_advantages(items)
+    tokens = torch.cat([item.advantages for item in items])
+    assert [len(item.advantages) for item in items] == [3, 1, 2, 2]
+    assert tokens.mean().item() == pytest.approx(0, abs=1e-6)
+    assert tokens.var(correction=0).item() == pytest.approx(1, rel=1e-5)
+
+
+def test_kl_in_the_reward_lowers_the_advantage_of_drifting_tokens(monkeypatch):
+    items = make_items([1.0, 1.0], [2, 2])
+    for item in items:
+        item.ref_log_probs = torch.tensor([-1.0, -1.0])
+        item.old_log_probs = torch.tensor([-0.8, -1.0])  # k1 = 0.2, 0
+    make_maker(monkeypatch, "group_norm", use_kl_loss=False, reference=True).add_advantages(items)
+    # equal rewards shape to 0; minus 0.5 * 0.2 at the first token
+    torch.testing.assert_close(items[0].advantages, torch.tensor([-0.1, 0.0]))
+
+
+def test_kl_as_a_loss_leaves_the_advantages_alone(monkeypatch):
+    items = make_items([1.0, 1.0], [2, 2])
+    for item in items:
+        item.ref_log_probs = torch.tensor([-1.0, -1.0])  # and no old log-probs: nobody asked for them
+    make_maker(monkeypatch, "group_norm", use_kl_loss=True, reference=True).add_advantages(items)
+    assert torch.equal(items[0].advantages, torch.zeros(2))

@@ -1,0 +1,173 @@
+"""Losses and KL estimators against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightrft.models.loss import KL_ESTIMATORS, LOSS_AGG_MODES, aggregate, kl_tokens, policy_loss_tokens
+
+EPS = 0.2
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clip_active", "gradient"),
+    # gradient: d loss / d log p = -ratio * advantage, 0 where the clip is active
+    [
+        (1.0, 2.0, -2.0, False, -2.0),  # on-policy: the ratio is 1
+        (1.0, -2.0, 2.0, False, 2.0),
+        (1.1, 2.0, -2.2, False, -2.2),  # inside the range
+        (1.5, 2.0, -2.4, True, 0.0),  # min(1.5 * 2, 1.2 * 2): already more likely than allowed
+        (0.5, 2.0, -1.0, False, -1.0),  # min(0.5 * 2, 0.8 * 2): good and unlikely, nothing holds it back
+        (1.5, -2.0, 3.0, False, 3.0),  # min(-3, -2.4): bad and likely, nothing holds it back
+        (0.5, -2.0, 1.6, True, 0.0),  # min(-1, -1.6): already less likely than allowed
+        (1.5, 0.0, 0.0, False, 0.0),
+    ],
+)
+def test_policy_loss_by_hand(ratio, advantage, loss, clip_active, gradient):
+    old = torch.tensor([[-1.7]])
+    log_probs = (old + math.log(ratio)).requires_grad_()
+    values, active = policy_loss_tokens(log_probs, old, torch.tensor([[advantage]]), EPS)
+    values.sum().backward()
+    torch.testing.assert_close(values.detach(), torch.tensor([[loss]]))
+    torch.testing.assert_close(log_probs.grad, torch.tensor([[gradient]]))
+    assert active.tolist() == [[clip_active]]
+
+
+def test_policy_loss_takes_one_advantage_a_response():
+    log_probs, old = torch.randn(2, 3), torch.randn(2, 3)
+    one = torch.tensor([[0.5], [-1.0]])
+    for a, b in zip(
+        policy_loss_tokens(log_probs, old, one, EPS),
+        policy_loss_tokens(log_probs, old, one.expand(2, 3), EPS),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+# rows of 3 and 1 tokens; 99 is what padding must not let through
+VALUES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0]])
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+
+@pytest.mark.parametrize("mask_type", [torch.bool, torch.long])
+@pytest.mark.parametrize(
+    ("mode", "expected", "weights"),
+    [
+        # (6 / 3 + 4 / 1) / 2
+        ("seq-mean-token-mean", 3.0, [[1 / 6, 1 / 6, 1 / 6], [1 / 2, 0, 0]]),
+        # 10 / 4
+        ("token-mean", 2.5, [[1 / 4, 1 / 4, 1 / 4], [1 / 4, 0, 0]]),
+        # (6 + 4) / 2
+        ("seq-mean-token-sum", 5.0, [[1 / 2, 1 / 2, 1 / 2], [1 / 2, 0, 0]]),
+        # (6 + 4) / 2 / 10
+        ("seq-mean-token-sum-norm", 0.5, [[1 / 20, 1 / 20, 1 / 20], [1 / 20, 0, 0]]),
+    ],
+)
+def test_aggregation_by_hand(mode, expected, weights, mask_type):
+    values = VALUES.clone().requires_grad_()
+    loss = aggregate(values, MASK.to(mask_type), mode, max_response_length=10)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected)
+    torch.testing.assert_close(values.grad, torch.tensor(weights))
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+def test_means_over_micro_batches_are_the_batch_s_value(mode):
+    """Four responses of 5, 1, 2 and 1 tokens in two micro-batches: 9 tokens, 4.5 a micro-batch."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 5, generator=generator)
+    mask = torch.arange(5)[None] < torch.tensor([5, 1, 2, 1])[:, None]
+    scale = {"mode": mode, "tokens_per_micro_batch": 9 / 2, "max_response_length": 16}
+    micro = [aggregate(values[i : i + 2], mask[i : i + 2], **scale) for i in (0, 2)]
+    whole = aggregate(values, mask, mode, max_response_length=16)
+    torch.testing.assert_close(sum(micro) / 2, whole)
+
+
+def test_token_mean_needs_the_batch_s_token_count():
+    """Why there is ``tokens_per_micro_batch``: means of micro-batches weigh a token of the smaller one more."""
+    micro = [aggregate(VALUES[i : i + 1], MASK[i : i + 1], "token-mean") for i in (0, 1)]
+    assert [m.item() for m in micro] == [2.0, 4.0]  # 6 / 3 and 4 / 1
+    assert (sum(micro) / 2).item() == 3.0  # and not 2.5
+    micro = [aggregate(VALUES[i : i + 1], MASK[i : i + 1], "token-mean", 4 / 2) for i in (0, 1)]
+    assert (sum(micro) / 2).item() == 2.5
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+def test_a_response_without_tokens_adds_nothing_and_no_nan(mode):
+    values, mask = torch.full((1, 3), math.inf).nan_to_num(), torch.zeros(1, 3, dtype=torch.bool)
+    assert aggregate(values, mask, mode, max_response_length=10).item() == 0.0
+
+
+def test_unknown_aggregation_is_refused():
+    with pytest.raises(ValueError, match="'mean'; known: seq-mean-token-mean, token-mean"):
+        aggregate(VALUES, MASK, "mean")
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "k1", "k2", "k3"),
+    [
+        (0.0, 0.0, 0.0, 0.0),
+        # log p - log q = log 2: k2 = 0.5 * 0.48045, k3 = 1/2 - 1 + 0.69315
+        (math.log(2), 0.693147, 0.240227, 0.193147),
+        # log 1/2: k3 = 2 - 1 - 0.69315
+        (-math.log(2), -0.693147, 0.240227, 0.306853),
+        # log 4: k2 = 0.5 * 1.92181, k3 = 1/4 - 1 + 1.38629
+        (math.log(4), 1.386294, 0.960906, 0.636294),
+    ],
+)
+def test_kl_estimators_by_hand(log_ratio, k1, k2, k3):
+    log_probs, ref = torch.tensor([[-2.0 + log_ratio]]), torch.tensor([[-2.0]])
+    for estimator, expected in zip(KL_ESTIMATORS, (k1, k2, k3), strict=True):
+        value = kl_tokens(log_probs, ref, estimator).item()
+        # the log-probs are around 2, so that their difference has float32's 2e-7
+        assert value == pytest.approx(expected, abs=1e-6), estimator
+
+
+@given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=8))
+def test_k3_is_never_negative(log_ratios):
+    log_probs = torch.tensor([log_ratios])
+    # half a unit in the last place of exp(-x), which is near 1 where k3 is near 0
+    assert (kl_tokens(log_probs, torch.zeros_like(log_probs), "k3") >= -1.2e-7).all()
+
+
+@pytest.mark.parametrize("log_ratio", [1e-3, -1e-3, 1e-2, -1e-2])
+def test_k3_is_precise_where_policy_and_reference_are_still_close(log_ratio):
+    """The first steps of a run: exp(-x) - 1 in float32 would leave one digit of x * x / 2."""
+    log_probs = torch.tensor([[log_ratio]])
+    exact = math.expm1(-log_ratio) + log_ratio
+    assert kl_tokens(log_probs, torch.zeros(1, 1), "k3").item() == pytest.approx(exact, rel=1e-3)
+
+
+def test_k1_and_k3_average_to_the_kl_and_k2_nearly():
+    """Exact expectations over five tokens instead of samples: sum of p(x) * estimate(x)."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, generator=generator, dtype=torch.float64)
+    p = logits.log_softmax(-1)
+    q = (logits + 0.3 * torch.randn(5, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+    mean = {estimator: (p.exp() * kl_tokens(p[None], q[None], estimator)[0]).sum() for estimator in KL_ESTIMATORS}
+    torch.testing.assert_close(mean["k1"], kl)
+    torch.testing.assert_close(mean["k3"], kl)
+    # k2's bias is of third order in the log ratio: about 0.3 here
+    torch.testing.assert_close(mean["k2"], kl, rtol=0.3, atol=0)
+    assert mean["k2"] != kl
+
+
+@pytest.mark.parametrize(
+    ("estimator", "gradient"),
+    # at log ratio x: 1 for k1, x for k2, 1 - exp(-x) for k3; x = log 2
+    [("k1", 1.0), ("k2", 0.693147), ("k3", 0.5)],
+)
+def test_kl_gradients(estimator, gradient):
+    log_probs = torch.tensor([[-1.0]], requires_grad=True)
+    ref = torch.tensor([[-1.0 - math.log(2)]], requires_grad=True)
+    kl_tokens(log_probs, ref.detach(), estimator).sum().backward()
+    assert log_probs.grad.item() == pytest.approx(gradient, abs=1e-6)
+
+
+def test_unknown_estimator_is_refused():
+    with pytest.raises(ValueError, match="'k4'; known: k1, k2, k3"):
+        kl_tokens(torch.zeros(1, 1), torch.zeros(1, 1), "k4")
