@@ -35,7 +35,7 @@ def run_script(script: str, *args: object, check: bool = True, **kwargs) -> subp
 def tiny_model(tmp_path_factory) -> Path:
     """The demo's model, warm-started to answer in the right format."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    run_script("demo/make_model.py", "--out_dir", folder)
+    run_script("demo/make_model.py", "--out_dir", folder, "--warm_start_steps", 60)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Advantages by hand, KL in the reward, whitening, the KL controller, and how the experience maker puts them together."""
+"""Advantages by hand, KL in the reward, whitening, KL control, and how the experience maker puts them together."""
 
 from types import SimpleNamespace
 

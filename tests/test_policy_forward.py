@@ -152,6 +152,9 @@ def mixed_cases() -> list:
         make_item(3, 6, [22, 23]),  # one audio token
         make_item(3000, 7, [24, 25, 26]),
         make_item(None, 8, [27, AUDIO, 28]),
+        make_item(333, 1, [29, 30]),  # the first one's prompt and clip: a group
+        make_item(333, 1, [31, 32, 33], clip_seed=2),  # the first one's prompt, another clip
+        make_item(None, 2, [34], text=9),  # the second one's prompt
     ]
 
 
@@ -173,6 +176,27 @@ def test_log_probs_equal_plain_transformers(plain, policy, temperature, logit_bi
         # float32 sums over other widths, in another order; a bias of -100 makes log-probs of -100, hence the rtol
         torch.testing.assert_close(row[mask], expected, rtol=1e-5, atol=1e-5)
         assert not row[~mask].any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@torch.no_grad()
+def test_responses_of_a_single_token(plain, policy, batch_size):
+    cases = [make_item(40, 1, [9]), make_item(40, 1, [10])][:batch_size]
+    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
+    out = forward(as_actor(policy), batch)
+    for row, mask, case in zip(out, batch.response_mask, cases, strict=True):
+        torch.testing.assert_close(row[mask], reference_log_probs(plain, case), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prompts_that_differ_in_a_real_padding_token_alone(plain, policy):
+    """The padding token may also be a word: then the same columns are padding in one prompt and read in the other."""
+    cases = [make_item(None, 1, [9, 10]), make_item(None, 1, [11, 12])]
+    cases[1][0].prompt_ids = torch.cat([torch.tensor([PAD]), cases[0][0].prompt_ids])
+    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
+    out = forward(as_actor(policy), batch)
+    for row, case in zip(out, cases, strict=True):
+        torch.testing.assert_close(row, reference_log_probs(plain, case), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -239,13 +263,18 @@ def test_gradients_of_shared_clips_equal_the_naive_ones(plain, checkpointing):
         make_item(None, 3, [13, 14]),
         make_item(40, 4, [15, 16, 17, 18]),
         make_item(101, 5, [19], clip_seed=1),
+        make_item(101, 1, [20, 21, 22, 23]),  # a group with the first, of another length
+        make_item(101, 1, [24, 25], clip_seed=7),  # its prompt, another clip
+        make_item(None, 3, [26]),  # a group with the third
     ]
     weights = [torch.randn(len(case[0].response_ids), generator=torch.Generator().manual_seed(3)) for case in cases]
     for case, weight in zip(cases, weights, strict=True):
         (reference_log_probs(model, case, temperature=0.9) * weight).sum().backward()
     batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
     out = forward(actor, batch)
-    sum((row[mask] * weight).sum() for row, mask, weight in zip(out, batch.response_mask, weights, strict=True)).backward()
+    sum(
+        (row[mask] * weight).sum() for row, mask, weight in zip(out, batch.response_mask, weights, strict=True)
+    ).backward()
 
     expected = dict(model.named_parameters())
     compared = 0
@@ -289,7 +318,8 @@ def test_wrong_number_of_placeholders_is_refused(policy):
     items = [make_item(100, 1, [9])[0], make_item(40, 2, [10])[0]]
     items[0].prompt_ids = items[0].prompt_ids[items[0].prompt_ids != AUDIO]
     batch = make_micro_batch(items, PAD, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"hold 10 audio placeholders \(a sequence: \[0, 10\]\).*make 35 audio tokens"):
+    # the first prompt takes none of the 25 tokens of its clip, so that they fall to the second
+    with pytest.raises(ValueError, match=r"sequence 1 .* 10 audio placeholders.* \[25\]"):
         forward(as_actor(policy), batch)
 
 
@@ -298,14 +328,24 @@ def test_clips_in_another_order_than_the_prompts_are_refused(policy):
     items = [make_item(100, 1, [9])[0], make_item(40, 2, [10])[0]]
     items[0].clips, items[1].clips = items[1].clips, items[0].clips
     batch = make_micro_batch(items, PAD, torch.device("cpu"))
-    with pytest.raises(ValueError, match="placeholders"):
+    with pytest.raises(ValueError, match=r"sequence 0 .* 25 audio placeholders"):
         forward(as_actor(policy), batch)
 
 
 def test_a_missing_clip_is_refused(policy):
     items = [make_item(40, 1, [9])[0], make_item(40, 2, [10])[0]]
     items[1].clips = []
-    with pytest.raises(ValueError, match="20 audio placeholders"):
+    with pytest.raises(ValueError, match=r"sequence 1 .* 10 audio placeholders"):
+        forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
+    items[0].clips = []
+    with pytest.raises(ValueError, match="placeholders, but there is no clip"):
+        forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
+
+
+def test_a_clip_too_many_is_refused(policy):
+    items = [make_item(40, 1, [9])[0], make_item(None, 2, [10])[0]]
+    items[1].clips = [pack_clip(make_mel(3), 20)]
+    with pytest.raises(ValueError, match=r"2 clips, but the prompts' placeholders \[10, 0\] take fewer"):
         forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
 
 

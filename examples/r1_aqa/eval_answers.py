@@ -13,8 +13,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from eval_scoring import is_right
+
 _TAG = re.compile(r"<\s{0,3}(/?)\s{0,3}answer\s{0,3}>", re.IGNORECASE)
-_TORN_TAG = re.compile(r"<\s{0,3}/?\s{0,3}[a-z]{0,6}\s{0,3}$", re.IGNORECASE)  # cut off by the token limit
+_TORN_TAG = re.compile(r"<\s{0,3}/?\s{0,3}(?:answer|answe|answ|ans|an|a)?\s{0,3}$", re.IGNORECASE)  # cut off by the token limit
 _THINK_END = re.compile(r"</\s{0,3}think\s{0,3}>", re.IGNORECASE)
 _THINK_TAG = re.compile(r"</?\s{0,3}think\s{0,3}>", re.IGNORECASE)
 # "The correct answer is: ", "Answer: ", "So, option "
@@ -67,14 +69,15 @@ def extract_answer(response: str, choices: Sequence[str]) -> Answer:
     :param choices: The question's choices.
     :return: The prediction; its text is empty only if the response says nothing.
     """
-    after_thinking = _THINK_END.split(response)[-1]
-    for text in (after_thinking, response):  # thinking may quote the tags; but an answer only there is better than none
+    # thinking may quote the tags; but an answer only there is better than none
+    parts = (_THINK_TAG.sub(" ", _THINK_END.split(response)[-1]), _THINK_TAG.sub(" ", response))
+    for text in parts:
         tagged = find_tagged(text)
         if tagged is not None:
             choice = find_choice(tagged, choices)
             return Answer(tagged if choice is None else choice, True, choice is not None)
-    for text in (after_thinking, response):
-        bare = _THINK_TAG.sub(" ", _TAG.sub(" ", text)).strip()
+    for text in parts:
+        bare = _TAG.sub(" ", text).strip()
         if bare:
             choice = find_choice(bare, choices)
             return Answer(bare if choice is None else choice, False, choice is not None)
@@ -151,7 +154,8 @@ def _match(text: str, choices: Sequence[str]) -> str | None:
         index = ord(letter[0]) - ord("A")
         if letter.isdigit() or letters_are_answers or index >= len(choices):
             continue
-        if not rest or _normal(rest).startswith(_normal(choices[index])):
+        # with a text behind it, a letter counts if that text says the same and names no other choice
+        if not rest or ("\n" not in rest and is_right(rest, choices[index], choices)):
             return choices[index]
     return None
 

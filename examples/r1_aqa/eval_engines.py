@@ -43,12 +43,17 @@ class Job:
     def load(self) -> Any:
         """The waveform ``(samples,)`` float32 at 16 kHz.
 
-        :raises AudioError: if the file does not decode any more.
+        :raises EvalError: if the file does not decode any more.
         """
         import numpy as np
-        from audio_io import load_audio
+        from audio_io import AudioError, load_audio
 
-        return np.zeros(self.samples, dtype=np.float32) if self.silent else load_audio(self.audio)
+        if self.silent:
+            return np.zeros(self.samples, dtype=np.float32)
+        try:
+            return load_audio(self.audio)
+        except AudioError as error:
+            raise EvalError(f"the audio was usable when the run started: {error}") from error
 
 
 @dataclass(frozen=True)

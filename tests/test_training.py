@@ -1,0 +1,230 @@
+"""The whole training, in processes of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import EXAMPLE, ROOT, run_script
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+METRICS = [
+    "rollout/reward",
+    "rollout/accuracy_reward",
+    "rollout/format_reward",
+    "rollout/response_length",
+    "rollout/truncated_fraction",
+    "rollout/logprob_gap_mean",
+    "rollout/logprob_gap_max",
+    "train/policy_loss",
+    "train/kl",
+    "train/clip_fraction",
+    "train/grad_norm",
+    "train/lr",
+    "time/rollout",
+    "time/logprobs",
+    "time/train",
+    "time/sync",
+    "time/step",
+    "samples_per_second",
+]
+SMALL = [
+    "--rollout_batch_size",
+    "4",
+    "--n_samples_per_prompt",
+    "4",
+    "--train_batch_size",
+    "16",
+    "--micro_train_batch_size",
+    "8",
+    "--micro_rollout_batch_size",
+    "8",
+    "--generate_max_len",
+    "12",
+    "--actor_learning_rate",
+    "1e-3",
+    "--lr_warmup_ratio",
+    "0",
+    "--use_kl_loss",
+]
+
+
+def train(model, data, out, *extra, processes=1, check=True):
+    """Run train_colocate.py, under torchrun for several processes."""
+    arguments = ["--pretrain", model, "--prompt_data", data, "--save_path", out, *SMALL, *extra]
+    if processes == 1:
+        return run_script("train_colocate.py", *arguments, check=check)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command = [*map(str, command), str(EXAMPLE / "train_colocate.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if check and done.returncode != 0:
+        logs = "".join(path.read_text(errors="replace")[-3000:] for path in sorted((out / "logs").glob("*.log")))
+        pytest.fail(f"torchrun ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}\n{logs}")
+    return done
+
+
+def metrics_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def moved(model, out):
+    """Names of the parameters that training changed, and of those it did not."""
+    old, new = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    return changed, old.keys() - changed
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, demo_parquet, tmp_path_factory):
+    """Four steps, with checkpoints after two and four, evaluation and trajectories."""
+    out = tmp_path_factory.mktemp("run")
+    every = ("--save_steps", 2, "--eval_steps", 2, "--max_ckpt_num", 1)
+    switches = ("--save_hf_ckpt", "--save_trajectories", "--num_trajectories_to_save", 3)
+    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, *every, *switches)
+    return out, done
+
+
+def test_metrics_are_all_there_and_engine_and_trainer_agree(run):
+    records = metrics_of(run[0])
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert set(METRICS) <= record.keys()
+        assert all(record[name] is not None for name in METRICS)
+        assert record["rollout/logprob_gap_max"] < 1e-3
+        assert record["rollout/reward"] == pytest.approx(
+            record["rollout/accuracy_reward"] + record["rollout/format_reward"]
+        )
+    assert [("eval/accuracy_reward" in record) for record in records] == [False, True, False, True]
+
+
+def test_the_screen_shows_our_lines_and_the_log_the_rest(run):
+    out, done = run
+    assert done.stdout.startswith("host      this repository's runtime")
+    assert "step 4/4  reward" in done.stdout
+    assert "vllm" not in done.stdout.split("step 1/4")[1].lower()
+    assert "vllm" in (out / "logs" / "rank0.log").read_text().lower()
+
+
+def test_every_parameter_moves_the_towers_too(run, tiny_model):
+    changed, same = moved(tiny_model, run[0])
+    assert any(name.startswith("audio_tower.") for name in changed)
+    # positions are fixed in Qwen2-Audio; a key's bias has no gradient, see test_engines
+    assert {name for name in same if "embed_positions" not in name and "k_proj.bias" not in name} == set()
+
+
+def test_the_folder_loads_in_transformers_with_its_processor(run):
+    for folder in (run[0], run[0] / "hf_step_000002"):
+        model, info = Qwen2AudioForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+        assert AutoProcessor.from_pretrained(folder).audio_token == "<|AUDIO|>"
+
+
+def test_trajectories_hold_what_was_said_and_earned(run):
+    lines = (run[0] / "trajectories" / "step_000004.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    record = json.loads(lines[0])
+    assert record["prompt"].endswith("<|im_start|>assistant\n") and "options" in record["prompt"]
+    assert record["reward"] == record["accuracy_reward"] + record["format_reward"]
+
+
+def test_resume_continues_after_the_checkpoint(run, tiny_model, demo_parquet):
+    out = run[0]
+    assert [path.name for path in (out / "_actor").iterdir() if path.is_dir()] == ["step_000004"]  # rotated
+    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, "--num_episodes", 2, "--load_checkpoint")
+    assert "16 prompts were already used" in done.stdout
+    assert [record["step"] for record in metrics_of(out)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_frozen_parts_do_not_move(tiny_model, demo_parquet, tmp_path):
+    parts = ("--freeze_prefix", "audio_tower", "multi_modal_projector")
+    done = train(tiny_model, demo_parquet, tmp_path, "--max_samples", 8, "--zero_stage", 0, *parts)
+    assert "frozen: audio_tower (" in done.stdout
+    changed, same = moved(tiny_model, tmp_path)
+    frozen = ("audio_tower.", "multi_modal_projector.")
+    assert not [name for name in changed if name.startswith(frozen)]
+    assert not [name for name in same if not name.startswith(frozen) and "k_proj.bias" not in name]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "more"),
+    [
+        ("rloo", ("--max_epochs", 2, "--no-use_kl_loss", "--kl_estimator", "k1", "--init_kl_coef", 0.1)),
+        ("reinforce++", ("--gradient_checkpointing", "--loss_agg_mode", "token-mean", "--init_kl_coef", 0.01)),
+    ],
+)
+def test_other_methods_on_the_hf_engine(tiny_model, demo_parquet, tmp_path, estimator, more):
+    extra = ("--engine_type", "hf", "--advantage_estimator", estimator, "--max_samples", 8, *more)
+    train(tiny_model, demo_parquet, tmp_path, *extra)
+    records = metrics_of(tmp_path)
+    assert len(records) == 2
+    assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
+    assert records[-1]["train/kl"] != 0
+
+
+@pytest.mark.parametrize(("tensor_parallel", "stage"), [(1, 3), (2, 2), (1, 2), (2, 3)])
+def test_two_processes(tiny_model, demo_parquet, tmp_path, tensor_parallel, stage):
+    """Data parallel 2 and tensor parallel 2, ZeRO 2 and 3."""
+    if (tensor_parallel, stage) in ((1, 2), (2, 3)) and "ALL_TESTS" not in os.environ:
+        pytest.skip("the other two combinations run by default; make test-all runs these too")
+    extra = ("--zero_stage", stage, "--engine_tp_size", tensor_parallel, "--max_samples", 12)
+    train(tiny_model, demo_parquet, tmp_path, *extra, processes=2)
+    records = metrics_of(tmp_path)
+    assert len(records) == 3
+    assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
+    _, same = moved(tiny_model, tmp_path)
+    assert {name for name in same if "embed_positions" not in name and "k_proj.bias" not in name} == set()
+
+
+def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):
+    """The manual's dry run, on eight prompts: its names, its folders, its exit status."""
+    values = "EPISODE=1 RBS=4 TBS=32 N_SAMPLES=4 MLP_WORKER_GPU=1 ENGINE_TP=1 ENGINE_MEM_UTIL=0.5 GENERATE_MAX_LEN=12"
+    env = os.environ | dict(pair.split("=") for pair in values.split())
+    env |= {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": str(tiny_model), "MLP_WORKER_0_PORT": "20391"}
+    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
+    data = {"PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet), "WANDB_API_KEY": "s3cret", "WANDB_MODE": "disabled"}
+    command = ["bash", script, "--max_samples", "8"]
+    done = subprocess.run(command, cwd=tmp_path, env=env | data, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (folder,) = (tmp_path / "results" / "lightrft-r1-aqa-grpo-training").iterdir()
+    assert (folder / "model.safetensors").is_file()
+    records = metrics_of(folder)
+    # 16 responses a rollout, 32 a step: the second rollout fills the first optimizer step
+    assert [record["train/grad_norm"] is None for record in records] == [True, False]
+    (log,) = (tmp_path / "rft_logs" / "lightrft-r1-aqa-grpo-training").iterdir()
+    assert "step 2/2" in log.read_text()
+    assert "s3cret" not in done.stdout + log.read_text()
+
+
+def test_launch_script_fails_when_training_fails(tiny_model, tmp_path):
+    env = os.environ | {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": str(tiny_model), "MLP_WORKER_GPU": "1"}
+    env |= {"PATH_TO_YOUR_AVQA_DATASET": str(tmp_path / "nowhere"), "MLP_WORKER_0_PORT": "20392"}
+    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "nowhere: does not exist" in done.stdout
+
+
+def test_help_is_quick_and_a_bad_configuration_is_refused_before_anything_loads(tmp_path):
+    shown = run_script("train_colocate.py", "--help")
+    assert "--freeze_prefix" in shown.stdout
+    refused = run_script("train_colocate.py", "--train_batch_size", 7, "--temperature", 0, check=False)
+    assert refused.returncode == 2
+    for part in ("--pretrain is missing", "--prompt_data is missing", "16 x 8 = 128", "--temperature 0"):
+        assert part in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_missing_audio_stops_the_training(tiny_model, demo_data, tmp_path):
+    source = ("--input_jsonl", demo_data / "train_qa.data", "--audio_dir", tmp_path / "gone", "--no_check_audio")
+    run_script("data_preprocess/avqa.py", *source, "--local_save_dir", tmp_path / "data")
+    done = train(tiny_model, tmp_path / "data", tmp_path / "out", check=False)
+    assert done.returncode != 0
+    assert "does not exist" in done.stdout and "96 rows" in done.stdout
+    assert not (ROOT / "ckpt").exists()
