@@ -97,7 +97,9 @@ def test_avqa_output_becomes_prompts(processor, demo_parquet):
         assert question in prompt
         assert "Output the final answer in <answer> </answer>." in question
         assert (reference, label, rate) == (row["reference"], row["label"], RATE)
-        np.testing.assert_array_equal(wave, soundfile.read(row["audio_path"], dtype="float32")[0])
+        original, original_rate = soundfile.read(row["audio_path"], dtype="float32")
+        if original_rate == RATE and original.ndim == 1:  # the others are resampled: see test_audio_io
+            np.testing.assert_array_equal(wave, original)
 
 
 # --------------------------------------------------------------------------------------------------------------- checks

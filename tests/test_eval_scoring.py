@@ -55,7 +55,26 @@ def stated_totals(rows: list[dict], key: str, fields: tuple[str, ...]) -> dict:
     return counts
 
 
-VOCABULARY = ["dog", "Dog", "a", "the", "big", "cat", "CAT", "don't", "x_y", "Ärger", "İ", "ß", "犬", "3", "3.5", "-", "", "é"]
+VOCABULARY = [
+    "dog",
+    "Dog",
+    "a",
+    "the",
+    "big",
+    "cat",
+    "CAT",
+    "don't",
+    "x_y",
+    "Ärger",
+    "İ",
+    "ß",
+    "犬",
+    "3",
+    "3.5",
+    "-",
+    "",
+    "é",
+]
 
 
 def random_text(rng: random.Random) -> str:
@@ -197,7 +216,9 @@ def test_wilson_interval():
     assert wilson_interval(10, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
     assert wilson_interval(0, 10)[0] == 0.0
     assert wilson_interval(1000, 1000)[1] == 1.0
-    assert wilson_interval(645, 1000) == pytest.approx((0.614839, 0.674052), abs=1e-6)  # scipy's proportion_ci("wilson")
+    assert wilson_interval(645, 1000) == pytest.approx(
+        (0.614839, 0.674052), abs=1e-6
+    )  # scipy's proportion_ci("wilson")
 
 
 def test_mcnemar():

@@ -241,7 +241,8 @@ def test_several_sources_each_need_a_share(problems, tmp_path):
     assert "one share for each of 2 sources" in problems(prompt_data=sources)[0]
     assert problems(prompt_data=sources, prompt_data_probs="0.7,0.3") == []
     # the same spelling for the data to evaluate on
-    assert problems(eval_data=sources) == []
+    assert problems(eval_data=sources, eval_split="train") == []
+    assert "holds no validation.parquet (--eval_split)" in problems(eval_data=sources)[0]
 
 
 @pytest.mark.parametrize("shares", ["a", "0.5;0.5", ""])

@@ -101,7 +101,7 @@ class AudioPromptDataset(Dataset):
         self.labels: list[str] = columns["label"]
         self.prompts = [render_prompt(processor, messages) for messages in columns["prompt"]]
         if input_template is not None:
-            self.prompts = [input_template.format(prompt) for prompt in self.prompts]
+            self.prompts = [input_template.replace("{}", prompt) for prompt in self.prompts]
         problems = self._check_texts() + self._check_files(strategy)
         if problems:
             shown = "\n".join(f"  {p}" for p in problems[:20])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,17 @@ class Patch:
 
     def __exit__(self, *exception: object) -> None:
         self.undo()
+
+
+@contextmanager
+def _all_or_nothing() -> Iterator[Patch]:
+    """A patch of several spots, undone if one of them refuses."""
+    patch = Patch()
+    try:
+        yield patch
+    except PatchError:
+        patch.undo()
+        raise
 
 
 class PatchError(ImportError):
@@ -99,10 +111,10 @@ def patch_strategy_for_audio(strategy: Any, processor: Any = None) -> Patch:
     :return: Undoes it.
     :raises PatchError: if ``_build_multimodal_inputs`` or ``save_model`` are not as expected.
     """
-    patch = Patch()
-    _patch_build_multimodal_inputs(patch, strategy)
-    if processor is not None:
-        _patch_save_model(patch, strategy, processor)
+    with _all_or_nothing() as patch:
+        _patch_build_multimodal_inputs(patch, strategy)
+        if processor is not None:
+            _patch_save_model(patch, strategy, processor)
     return patch
 
 
@@ -178,17 +190,17 @@ def patch_experience_maker_for_audio(exp_maker: Any, processor: Any, tokenizer: 
     """
     from audio_dataset import AudioMultimodalProcessor
 
-    patch = Patch()
-    _require(exp_maker, "multimodal_processor")
-    if not isinstance(exp_maker.multimodal_processor, AudioMultimodalProcessor):
-        audio_processor = AudioMultimodalProcessor(tokenizer, processor, prompt_max_len)
-        patch.replace(exp_maker, "multimodal_processor", audio_processor)
-    # the experience maker looks both up in its own module's namespace, whoever defined them
+    # the experience maker looks these two up in its own module's namespace, whoever defined them
     module = sys.modules[type(exp_maker).__module__]
-    for name, function in (("normalize_images", check_audio), ("get_images_num", count_audio)):
-        original = _require(module, name)
-        if not _is_marked(module, name):
-            patch.replace(module, name, _marked(functools.partial(function), original))
+    with _all_or_nothing() as patch:
+        _require(exp_maker, "multimodal_processor")
+        if not isinstance(exp_maker.multimodal_processor, AudioMultimodalProcessor):
+            audio_processor = AudioMultimodalProcessor(tokenizer, processor, prompt_max_len)
+            patch.replace(exp_maker, "multimodal_processor", audio_processor)
+        for name, function in (("normalize_images", check_audio), ("get_images_num", count_audio)):
+            original = _require(module, name)
+            if not _is_marked(module, name):
+                patch.replace(module, name, _marked(functools.partial(function), original))
     return patch
 
 

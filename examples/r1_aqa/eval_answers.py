@@ -16,7 +16,9 @@ from typing import NamedTuple
 from eval_scoring import is_right
 
 _TAG = re.compile(r"<\s{0,3}(/?)\s{0,3}answer\s{0,3}>", re.IGNORECASE)
-_TORN_TAG = re.compile(r"<\s{0,3}/?\s{0,3}(?:answer|answe|answ|ans|an|a)?\s{0,3}$", re.IGNORECASE)  # cut off by the token limit
+_TORN_TAG = re.compile(
+    r"<\s{0,3}/?\s{0,3}(?:answer|answe|answ|ans|an|a)?\s{0,3}$", re.IGNORECASE
+)  # cut off by the token limit
 _THINK_END = re.compile(r"</\s{0,3}think\s{0,3}>", re.IGNORECASE)
 _THINK_TAG = re.compile(r"</?\s{0,3}think\s{0,3}>", re.IGNORECASE)
 # "The correct answer is: ", "Answer: ", "So, option "
@@ -25,7 +27,9 @@ _LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 # "(B)", "[b]", "B", and with a text behind: "(B) text", "B. text", "B) text", "B: text", "2. text"
-_LABEL = re.compile(r"^(?:[(\[]\s?([A-Za-z]|\d{1,2})\s?[)\]][.:,]?|([A-Za-z]|\d{1,2})\s?[.):](?=\s|$)|([A-Za-z])$)\s{0,3}")
+_LABEL = re.compile(
+    r"^(?:[(\[]\s?([A-Za-z]|\d{1,2})\s?[)\]][.:,]?|([A-Za-z]|\d{1,2})\s?[.):](?=\s|$)|([A-Za-z])$)\s{0,3}"
+)
 _WRAPPERS = (
     ("```", "```"),
     ("**", "**"),

@@ -8,6 +8,7 @@ placeholder. Texts are made of token ids by the same tokenizer. In float32 they 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -123,7 +124,7 @@ def end_tokens(processor: Any, model: Model) -> list[int]:
     vocabulary = tokenizer.get_vocab()
     ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
     ids.add(tokenizer.eos_token_id)
-    if not Path(model.path).is_dir() or (Path(model.path) / "generation_config.json").is_file():
+    with contextlib.suppress(OSError):  # a checkpoint need not have a generation_config.json
         named = GenerationConfig.from_pretrained(model.path).eos_token_id
         ids.update(named if isinstance(named, list) else [named])
     return sorted(ids - {None})
@@ -364,12 +365,18 @@ class VLLMEngine:
     :param processor: Its processor.
     :param settings: How to generate.
     :param jobs: The questions, whose longest decides about the engine's memory.
-    :raises EvalError: if vLLM is not installed or too old, or the model is a LoRA adapter.
+    :raises EvalError: if vLLM is not installed or too old, or cannot load this kind of model folder.
     """
 
     def __init__(self, model: Model, processor: Any, settings: Settings, jobs: Sequence[Job]) -> None:
         if model.adapter is not None:
             raise EvalError(f"{model.adapter}: LoRA adapters are evaluated with --engine hf, or merged beforehand")
+        renamed = [name for name in weight_names(Path(model.path)) if name.startswith(("model.", "lm_head."))]
+        if renamed:
+            raise EvalError(
+                f"{model.path}: its weights have the names of transformers' modules ({renamed[0]}) instead of a "
+                "checkpoint's, as DeepSpeed's zero_to_fp32.py leaves them; vLLM cannot load these, --engine hf can"
+            )
         import torch
         from transformers import AutoConfig
 
@@ -411,7 +418,7 @@ class VLLMEngine:
             temperature=0.0,
             max_tokens=settings.max_new_tokens,
             stop_token_ids=end_tokens(processor, model),
-            logit_bias={processor.tokenizer.convert_tokens_to_ids(processor.audio_token): -100.0},
+            logit_bias={processor.tokenizer.convert_tokens_to_ids(processor.audio_token): -math.inf},
             detokenize=False,
         )
         self.processor = processor
@@ -457,6 +464,20 @@ def longest_prompt(processor: Any, jobs: Sequence[Job]) -> int:
     ids = processor.tokenizer([job.text for job in jobs], add_special_tokens=False)["input_ids"]
     audio = [audio_token_count(-(-job.samples // HOP_LENGTH)) for job in jobs]
     return max(len(row) - 1 + count for row, count in zip(ids, audio, strict=True))
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of the weights in a folder's safetensors files; none for a hub name.
+
+    :param folder: Model folder.
+    """
+    from safetensors import safe_open
+
+    names = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            names += weights.keys()
+    return names
 
 
 def _set_vllm_environment(settings: Settings, cache_gib: int) -> None:

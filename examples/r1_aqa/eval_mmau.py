@@ -93,7 +93,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     g = parser.add_argument_group("output")
     g.add_argument("--out_file", required=True, help="result file: .json, or .jsonl for MMAR")
-    g.add_argument("--overwrite", action=flag, default=False, help="replace results, finished or not, of an earlier run")
+    g.add_argument(
+        "--overwrite", action=flag, default=False, help="replace results, finished or not, of an earlier run"
+    )
     g = parser.add_argument_group("generation (greedy)")
     g.add_argument("--engine", choices=list(DEFAULT_BATCH), default="hf", help="vllm is faster on a GPU (default: hf)")
     g.add_argument(
@@ -106,8 +108,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="of the weights; auto: bfloat16 on a GPU, float32 on a CPU (default: auto)",
     )
-    g.add_argument("--tensor_parallel_size", type=int, default=1, help="GPUs that share the model, vllm only (default: 1)")
-    g.add_argument("--seed", type=int, default=0, help="seed of the libraries; greedy decoding draws nothing (default: 0)")
+    g.add_argument(
+        "--tensor_parallel_size", type=int, default=1, help="GPUs that share the model, vllm only (default: 1)"
+    )
+    g.add_argument(
+        "--seed", type=int, default=0, help="seed of the libraries; greedy decoding draws nothing (default: 0)"
+    )
     args = parser.parse_args(argv)
     if args.batch_size is None:
         args.batch_size = DEFAULT_BATCH[args.engine]
@@ -293,7 +299,9 @@ def progress(tqdm: Any, screen: TextIO, what: str, total: int, initial: int = 0)
     :param initial: Where it starts.
     """
     often = 0.1 if screen.isatty() else 30.0
-    return tqdm(desc=what, total=total, initial=initial, unit="q", file=screen, mininterval=often, maxinterval=often * 2)
+    return tqdm(
+        desc=what, total=total, initial=initial, unit="q", file=screen, mininterval=often, maxinterval=often * 2
+    )
 
 
 def identity(args: argparse.Namespace, benchmark: Benchmark, model: Any) -> dict[str, Any]:

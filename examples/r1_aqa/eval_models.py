@@ -87,11 +87,10 @@ def resolve_model(model_path: str, base_model: str | None = None) -> Model:
         if (checkpoints / "latest").is_file():
             raise EvalError(
                 f"--model_path {model_path}: holds a DeepSpeed checkpoint ({checkpoints / 'latest'}) and no Hugging "
-                "Face folder. To convert it:\n"
+                "Face folder. Run the training's command again with --load_checkpoint: it ends by writing one "
+                "(--save_hf_ckpt writes one with every checkpoint). Or convert it, for --engine hf only:\n"
                 f"  python {checkpoints / 'zero_to_fp32.py'} {checkpoints} OUT --safe_serialization\n"
-                "and copy the start model's other files (*.json but not *.index.json, *.jinja, *.txt) to OUT. Or "
-                "continue the run with --load_checkpoint: it ends with a Hugging Face folder; --save_hf_ckpt writes "
-                "one with every checkpoint."
+                "and copy the start model's other files (*.json but not *.index.json, *.jinja, *.txt) to OUT."
             )
     raise EvalError(f"--model_path {model_path}: no model there: {', '.join(lacking)} missing")
 

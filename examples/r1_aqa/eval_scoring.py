@@ -299,7 +299,9 @@ def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
             f"{entry['only_second']:14}{entry['mcnemar_p']:12.2g}"
         )
     if any(comparison["not_shared"]):
-        lines.append("left out, in one file only: {} items of the first, {} of the second".format(*comparison["not_shared"]))
+        lines.append(
+            "left out, in one file only: {} items of the first, {} of the second".format(*comparison["not_shared"])
+        )
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ ESTIMATORS = ("group_norm", "rloo", "reinforce_baseline", "reinforce++", "reinfo
 REFUSED_ESTIMATORS = {"gae": "needs a critic, and none is trained here", "cpgd": "needs a loss that is not in here"}
 LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 GROUP_METHODS = ("group_norm", "rloo", "reinforce_baseline")
+DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -240,19 +241,42 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
     if not args.prompt_data:
         problems.append("--prompt_data is missing: the folder that data_preprocess/avqa.py wrote")
     else:
-        for source in args.prompt_data.split(","):
-            path = Path(source.strip())
-            if not path.exists():
-                problems.append(f"--prompt_data {source}: does not exist")
-            elif path.is_dir() and not any(path.glob(f"{args.prompt_split}.*")):
-                problems.append(f"--prompt_data {source}: holds no {args.prompt_split}.parquet (--prompt_split)")
-    sources = len((args.prompt_data or "").split(","))
-    if sources != len(args.prompt_data_probs.split(",")):
-        problems.append(
-            f"--prompt_data_probs {args.prompt_data_probs}: one share for each of {sources} sources is needed"
-        )
-    if args.eval_data and not Path(args.eval_data).exists():
-        problems.append(f"--eval_data {args.eval_data}: does not exist")
+        problems += _source_problems("prompt_data", args.prompt_data, args.prompt_split)
+        shares = args.prompt_data_probs.split(",")
+        if len(shares) != len(args.prompt_data.split(",")) or not all(map(_is_number, shares)):
+            sources = len(args.prompt_data.split(","))
+            problems.append(
+                f"--prompt_data_probs {args.prompt_data_probs}: one share for each of {sources} sources is needed"
+            )
+    if args.eval_data:
+        problems += _source_problems("eval_data", args.eval_data, args.eval_split)
     if args.load_checkpoint and not (Path(args.ckpt_path) / "_actor" / "latest").is_file():
         problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/latest)")
     return problems
+
+
+def _source_problems(flag: str, sources: str, split: str) -> list[str]:
+    problems = []
+    for source in sources.split(","):
+        if not Path(source.strip()).exists():
+            problems.append(f"--{flag} {source}: does not exist")
+        elif not has_split(source, split):
+            problems.append(f"--{flag} {source}: holds no {split}.parquet (--{flag.split('_')[0]}_split)")
+    return problems
+
+
+def has_split(source: str, split: str) -> bool:
+    """Whether a source is a file, or a folder with this split.
+
+    :param source: File or folder.
+    :param split: Name of the split.
+    """
+    path = Path(source.strip())
+    return path.is_file() or any((path / f"{split}{suffix}").is_file() for suffix in DATA_SUFFIXES)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) >= 0
+    except ValueError:
+        return False

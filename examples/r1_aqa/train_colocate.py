@@ -25,7 +25,7 @@ else:
     sys.path.append(str(Path(__file__).resolve().parents[2] / "runtime"))
 
 from host import check_host, describe_host
-from train_args import build_parser, find_problems, finish
+from train_args import build_parser, find_problems, finish, has_split
 
 check_host()
 from lightrft.utils import add_arguments  # noqa: E402
@@ -189,7 +189,7 @@ def make_eval_dataloader(args: argparse.Namespace, strategy: Any, tokenizer: Any
     if args.eval_steps <= 0:
         return None
     source = args.eval_data or args.prompt_data
-    if not args.eval_data and not all(list(Path(s.strip()).glob(f"{args.eval_split}.*")) for s in source.split(",")):
+    if not args.eval_data and not all(has_split(s, args.eval_split) for s in source.split(",")):
         strategy.print(
             f"note: no evaluation every {args.eval_steps} steps: {source} has no split {args.eval_split!r} "
             "(avqa.py --val_ratio makes one)"

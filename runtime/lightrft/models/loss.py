@@ -78,5 +78,5 @@ def kl_tokens(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: s
     if estimator == "k2":
         return 0.5 * log_ratio.square()
     if estimator == "k3":
-        return (-log_ratio).exp() - 1 + log_ratio
+        return torch.expm1(-log_ratio) + log_ratio  # expm1: the two models start out equal
     raise ValueError(f"unknown KL estimator {estimator!r}; known: {', '.join(KL_ESTIMATORS)}")

@@ -98,7 +98,8 @@ class Qwen2AudioPolicy(Qwen2AudioForConditionalGeneration):
         shared = len(sequences) > 1 and not (self.training and self.model.language_model.gradient_checkpointing)
         rows, group = list(range(len(sequences))), []
         if shared:
-            rows, group = group_prompts(sequences[:, :split], row_clips)
+            tokens = sequences[:, :split].masked_fill(attention_mask[:, :split] == 0, -1)
+            rows, group = group_prompts(tokens, row_clips)
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
         columns = slice(0, split if shared else None)
@@ -189,7 +190,7 @@ class Qwen2AudioPolicy(Qwen2AudioForConditionalGeneration):
 def group_prompts(prompts: torch.Tensor, row_clips: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
     """Find the sequences that share their prompt: the same tokens and the same clips.
 
-    :param prompts: Prompt tokens, padding included ``(batch, prompt width)``.
+    :param prompts: Prompt tokens, -1 at padding ``(batch, prompt width)``.
     :param row_clips: Clips of each sequence.
     :return: The first sequence of each group, and for each sequence its group.
     """

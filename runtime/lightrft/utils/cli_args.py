@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--verbose",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="show what torch, vLLM and DeepSpeed print; otherwise it goes to <save_path>/logs/ alone",
     )

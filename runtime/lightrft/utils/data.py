@@ -21,7 +21,7 @@ def _read(path: Path) -> Dataset:
         return Dataset.from_pandas(pandas.read_csv(path))
     import pandas
 
-    return Dataset.from_pandas(pandas.read_json(path, lines=path.suffix == ".jsonl"))
+    return Dataset.from_pandas(pandas.read_json(path, lines=path.suffix == ".jsonl", dtype=False, convert_dates=False))
 
 
 def find_split(source: str, split: str) -> Path | None:
