@@ -104,7 +104,7 @@ def test_table(response, choices, expected, why):
 
 
 def test_the_table_measures_what_is_gained_over_the_published_extraction():
-    """On the rows that mean a choice: how many the official rule accepts, with R1-AQA's extraction and with this one."""
+    """Rows that mean a choice: how many the official rule accepts, by this extraction and by R1-AQA's."""
     meant = [(response, choices, expected) for response, choices, expected, _ in CASES if expected in choices]
     ours = sum(is_right(extract_answer(response, choices).text, gold, choices) for response, choices, gold in meant)
     theirs = 0

@@ -52,7 +52,7 @@ def flags(tiny_model, demo_data, questions):
     return (*("--model_path", tiny_model, "--data_file", questions, "--audio_dir", demo_data), *TOKENS)
 
 
-# ------------------------------------------------------------------------------------------------------------- questions
+# ------------------------------------------------------------------------------------------------------------ questions
 def test_start_up_imports_nothing_heavy():
     code = "import eval_mmau, sys; print(sorted({'torch', 'transformers', 'vllm', 'numpy', 'tqdm'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, check=True)
@@ -130,7 +130,7 @@ def test_recordings_are_found_by_path_or_name(tmp_path):
     assert find_audio("./sub/none.wav", tmp_path) == tmp_path / "sub/none.wav"
 
 
-# --------------------------------------------------------------------------------------------------------------- results
+# -------------------------------------------------------------------------------------------------------------- results
 def test_result_rows_keep_everything(tmp_path):
     row = {
         "id": 1,
@@ -178,7 +178,7 @@ def test_a_partial_file_of_other_settings_is_refused(tmp_path):
         PartialFile(tmp_path / "p", {"engine": "vllm", "think": False}).load()
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# --------------------------------------------------------------------------------------------------------------- models
 def make_folder(path: Path, *names: str) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     for name in names or ("config.json", "model.safetensors", "processor_config.json", "tokenizer_config.json"):
@@ -236,7 +236,7 @@ def test_vllm_refuses_weights_that_it_cannot_load(tiny_model, tmp_path):
         eval_engines.VLLMEngine(model, None, settings, [])
 
 
-# --------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 def test_mistakes_end_with_a_message_before_any_model_is_loaded(tmp_path, flags, demo_data, capsys, monkeypatch):
     monkeypatch.setattr(eval_mmau, "ask", lambda *_: pytest.fail("a model would have been loaded"))
     out = tmp_path / "out.json"
@@ -281,7 +281,7 @@ def test_unusable_audio_stops_the_run_or_counts_as_wrong(tmp_path, flags, questi
     assert scores["bad_audio"] == ["test_00001", "test_00004"]
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 def plain_answers(model: Path, rows: list[dict], audio_dir: Path) -> list[str]:
     """What transformers alone says, one question after another: the reference for everything that is done faster."""
     from audio_dataset import render_prompt as render_chat
@@ -388,6 +388,23 @@ def test_limit_think_and_files_without_answers(tmp_path, flags, questions, capsy
     assert "there is no score" in text
     assert [row["id"] for row in json.loads(out.read_text())] == ["test_00000", "test_00001"]
     assert not out.with_suffix(".score.json").exists()
+
+
+def test_mmar(tmp_path, flags, questions, capsys):
+    """JSON lines in and out, MMAR's key and MMAR's breakdowns."""
+    rows = json.loads(questions.read_text())
+    for row in rows:
+        row["audio_path"], row["modality"] = row.pop("audio_id"), row.pop("task")
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    status, text = run_main(capsys, *flags, "--out_file", out)
+    assert status == 0, text
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [set(result) - set(row) for row, result in zip(rows, results, strict=True)] == [
+        {"answer_prediction", "raw_output"}
+    ] * 6
+    scores = json.loads((tmp_path / "out.score.json").read_text())
+    assert (scores["benchmark"], scores["by"]["modality"]["sound"]["total"]) == ("mmar", 6)
 
 
 def test_a_killed_run_continues_to_the_same_file(tmp_path, tiny_model, demo_data, capsys):

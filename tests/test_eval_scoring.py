@@ -168,7 +168,7 @@ def test_real_gold_answers(name, benchmark, tmp_path):
         assert scored(lambda row: f"({letter(row)}) {row['answer']}")["correct"] == 1000 - 33
 
 
-# ---------------------------------------------------------------------------------------------------------- result files
+# --------------------------------------------------------------------------------------------------------- result files
 def rows_of(*predictions: str | None, key: str = "model_output", **fields) -> list[dict]:
     """Rows whose right answer is "dog"; None leaves the key out."""
     return [
@@ -207,7 +207,7 @@ def test_table():
     assert "ABLATION: silence" in score_table(silent, "title")
 
 
-# ------------------------------------------------------------------------------------------------------------ statistics
+# ----------------------------------------------------------------------------------------------------------- statistics
 def test_wilson_interval():
     # 2 of 3: z = 1.96, z^2 = 3.8415; centre (2 + 1.9207) / (3 + 3.8415) = 0.57308;
     # half width 1.96 * sqrt(3 * 2/9 + 3.8415/4) / 6.8415 = 1.96 * sqrt(0.66667 + 0.96036) / 6.8415 = 0.36543
@@ -241,7 +241,7 @@ def test_paired():
     assert result["mcnemar_p"] == pytest.approx(14 / 64)
 
 
-# ------------------------------------------------------------------------------------------------------------ comparison
+# ----------------------------------------------------------------------------------------------------------- comparison
 def test_compare_pairs_by_id_and_breaks_down_by_task():
     first = judge(rows_of("dog", "cat", "cat"), MMAU)
     rows = rows_of("dog", "dog", "cat", "dog")[::-1]  # another order, and one item more

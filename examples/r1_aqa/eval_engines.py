@@ -270,7 +270,7 @@ class HFEngine:
             except torch.cuda.OutOfMemoryError as error:
                 raise EvalError(
                     f"the GPU's memory does not suffice for --batch_size {self.batch_size}; the same command with a "
-                    "smaller one continues where this one stopped"
+                    "smaller one, and without --overwrite, continues where this one stopped"
                 ) from error
             pairs = zip(batch, texts, strict=True)
             yield [(job.index, text) for job, text in pairs if job.index not in finished]

@@ -179,6 +179,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if not args.skip_bad_audio:
             raise EvalError(f"{message}\n--skip_bad_audio counts such items as wrong.")
         print(f"{message}\ncounted as wrong", file=sys.stderr)
+    done = {index: raw for index, raw in done.items() if index in lengths}
     if done:
         print(f"continuing: {len(done)} answers were finished before")
 
@@ -230,7 +231,7 @@ def ask(
     :param log: File for the libraries' messages.
     :return: How long it took.
     """
-    if all(item.index in done for item in items if item.index in lengths):
+    if len(done) == len(lengths):
         return {"seconds": 0.0, "asked": 0}
     from eval_engines import HFEngine, Job, Settings, VLLMEngine, chatter_to, load_processor, render
     from tqdm import tqdm
@@ -281,11 +282,10 @@ def check_audio(items: Sequence[Item]) -> tuple[dict[int, int], dict[int, str]]:
             return f"{item.label}: {error}"
 
     lengths, bad = {}, {}
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        with progress(tqdm, sys.stderr, "checking audio", len(items)) as bar:
-            for item, result in zip(items, pool.map(check, items), strict=True):
-                (bad if isinstance(result, str) else lengths)[item.index] = result
-                bar.update()
+    with ThreadPoolExecutor(max_workers=8) as pool, progress(tqdm, sys.stderr, "checking audio", len(items)) as bar:
+        for item, result in zip(items, pool.map(check, items), strict=True):
+            (bad if isinstance(result, str) else lengths)[item.index] = result
+            bar.update()
     return lengths, bad
 
 
@@ -423,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted; the same command, without --overwrite, continues", file=sys.stderr)
         return 130
     return 0
 

@@ -286,7 +286,8 @@ def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
     lines = [
         f"first    {names[0]}",
         f"second   {names[1]}",
-        f"{'':{width}}  total      first     second   difference   95 % interval   only first   only second   McNemar p",
+        " " * width
+        + "  total      first     second   difference   95 % interval   only first   only second   McNemar p",
     ]
     for name, entry in groups:
         if entry is None:
