@@ -14,6 +14,7 @@ EXAMPLE = ROOT / "examples" / "r1_aqa"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def run_script(script: str, *args: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess:

@@ -15,5 +15,7 @@ for _name, _value in {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_PLUGINS": "",
     "TOKENIZERS_PARALLELISM": "false",
+    # OpenMP threads that wait soon sleep: spinning ones make steps several times slower on a machine with other work
+    "GOMP_SPINCOUNT": "3000",
 }.items():
     _os.environ.setdefault(_name, _value)

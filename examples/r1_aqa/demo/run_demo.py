@@ -34,6 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
     out = args.out_dir.resolve()
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the runtime sets it, for the scripts without the runtime
     print(f"demo: tiny Qwen2-Audio, synthetic sounds, seed {args.seed}; everything goes to {args.out_dir}", flush=True)
 
     make_assets(out, args.seed, args.steps * args.prompts)
@@ -82,7 +83,8 @@ def make_assets(out: Path, seed: int, questions: int) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
-    run("demo/make_model.py", "--out_dir", out / "model", "--seed", seed)
+    # the tiny model is made on the CPU; without the variable DeepSpeed, which transformers imports, warns of it
+    run("demo/make_model.py", "--out_dir", out / "model", "--seed", seed, DS_ACCELERATOR="cpu")
     run("demo/make_data.py", "--out_dir", out / "data", "--seed", seed, "--train_questions", questions)
     source = ("--input_jsonl", out / "data" / "train_qa.data", "--audio_dir", out / "data")
     run("data_preprocess/avqa.py", *source, "--local_save_dir", out / "parquet")
@@ -127,16 +129,18 @@ def evaluate(out: Path, model: Path, name: str, *extra: object) -> float:
     return json.loads(result.with_suffix(".score.json").read_text())["accuracy"]
 
 
-def run(script: str, *args: object, quiet: bool = False) -> None:
+def run(script: str, *args: object, quiet: bool = False, **environment: str) -> None:
     """Run one of the example's scripts; its failure ends the demo with its message.
 
     :param script: Path below examples/r1_aqa.
     :param args: Arguments.
     :param quiet: Show its output only if it fails.
+    :param environment: Variables to add to the environment.
     """
     command = [sys.executable, str(EXAMPLE / script), *map(str, args)]
     pipe = subprocess.PIPE if quiet else None
-    done = subprocess.run(command, stdout=pipe, stderr=subprocess.STDOUT if quiet else None, text=True)
+    errors = subprocess.STDOUT if quiet else None
+    done = subprocess.run(command, stdout=pipe, stderr=errors, text=True, env=os.environ | environment)
     if done.returncode != 0:
         print(done.stdout or "", f"\n{script} ended with status {done.returncode}", file=sys.stderr)
         raise SystemExit(done.returncode)
