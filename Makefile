@@ -8,10 +8,10 @@ SEED ?= 0
 DEMO_DIR ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-all lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON (default python3, needs 3.11 or newer), SEED and DEMO_DIR for the demo"
 
 setup: $(READY) ## make .venv with everything the CPU needs (about 2 minutes, 3 GB)
@@ -30,6 +30,9 @@ demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (
 
 test: $(READY) ## run the tests (about 10 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest
+
+test-all: $(READY) ## run the tests and the longer ones that CI leaves out
+	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
 lint: $(READY) ## check style
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

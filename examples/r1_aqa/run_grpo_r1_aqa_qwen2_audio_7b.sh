@@ -13,8 +13,9 @@ PATH_TO_YOUR_BASE_MODEL="${PATH_TO_YOUR_BASE_MODEL:-Qwen/Qwen2-Audio-7B-Instruct
 PATH_TO_YOUR_AVQA_DATASET="${PATH_TO_YOUR_AVQA_DATASET:-}"
 EXPERIMENT_NAME="${EXPERIMENT_NAME:-lightrft-r1-aqa-grpo-training}"
 
-# ---- recipe: 16 prompts x 8 responses = 128 a step; 38,000 rows are about 2,400 steps an episode
+# ---- recipe: 16 prompts x 8 responses = 128 a step, 1,000 steps
 EPISODE="${EPISODE:-1}"
+MAX_SAMPLES="${MAX_SAMPLES:-16000}"         # rows an episode: 16 x 1,000 of AVQA's 38,000
 RBS="${RBS:-16}"                            # prompts a rollout
 N_SAMPLES="${N_SAMPLES:-8}"                 # responses a prompt
 TBS="${TBS:-128}"                           # responses an optimizer step, at least RBS x N_SAMPLES
@@ -79,6 +80,7 @@ mkdir -p "$save_path" "$(dirname "$log")"
     --save_path "$save_path" \
     --ckpt_path "$save_path" \
     --num_episodes "$EPISODE" \
+    --max_samples "$MAX_SAMPLES" \
     --rollout_batch_size "$RBS" \
     --n_samples_per_prompt "$N_SAMPLES" \
     --train_batch_size "$TBS" \

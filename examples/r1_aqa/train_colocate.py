@@ -173,7 +173,8 @@ def load_prompts(
 
     probs = args.prompt_data_probs if source == args.prompt_data else ",".join("1.0" for _ in source.split(","))
     rows = blending_datasets(source, probs, strategy, args.seed, return_eval=False, train_split=split)
-    rows = rows.select(range(min(limit, len(rows))))
+    if limit < len(rows):
+        rows = rows.shuffle(seed=args.seed).select(range(limit))
     return AudioPromptDataset(rows, tokenizer, processor, args.prompt_max_len, strategy, args.input_template)
 
 
