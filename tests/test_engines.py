@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from audio_dataset import AudioMultimodalProcessor, render_prompt
 from audio_io import SAMPLING_RATE, load_audio
-from audio_patches import build_audio_inputs, patch_actor_for_audio
+from audio_patches import build_audio_inputs, patch_actor_for_audio, patch_experience_maker_for_audio
+from reward_models_utils import reward_fn
 
 from lightrft.engines.base import Sampling, checkpoint_name
 from lightrft.engines.hf_engine import HFEngine
 from lightrft.engines.vllm_engine import VLLMEngine
 from lightrft.models.actor_al import ActorAL
 from lightrft.strategy.distributed import init_process_group
-from lightrft.trainer.fast_exp_maker import forward
+from lightrft.trainer.advantages import KLController
+from lightrft.trainer.fast_exp_maker import FastExperienceMaker, forward
 from lightrft.trainer.replay_buffer import Experience, make_micro_batch
 from lightrft.utils.processor import get_tokenizer_processor_vl
 
@@ -184,6 +187,67 @@ def test_hf_engine_equals_vllm(vllm_engine, parts, noises):
     assert max(gaps(parts, sampled, bias)) < 1e-4
     again, _ = rollout(engine, parts, noises[:4], prompts, n=3, seed=5)
     assert [i.response_ids.tolist() for i in sampled] == [i.response_ids.tolist() for i in again]
+
+
+@pytest.fixture
+def maker(vllm_engine, parts):
+    """The experience maker on the real engine, in a single process."""
+    actor, tokenizer, processor = parts
+    args = SimpleNamespace(
+        seed=1,
+        enable_engine_sleep=True,
+        micro_rollout_batch_size=4,
+        advantage_estimator="group_norm",
+        use_kl_loss=True,
+        gamma=1.0,
+    )
+
+    def generate(sampling_params, all_prompts, all_images, images_num, **_):
+        return vllm_engine.generate(build_audio_inputs(all_prompts, all_images, images_num), sampling_params)
+
+    device = torch.device("cpu")
+    strategy = SimpleNamespace(args=args, rank=0, world_size=1, device=device, gather_and_generate=generate)
+    sampling = Sampling(n=4, max_tokens=12, logit_bias={tokenizer.convert_tokens_to_ids("<|AUDIO|>"): -100.0})
+    actor.logit_bias = sampling.logit_bias
+    made = FastExperienceMaker(actor, None, tokenizer, strategy, KLController(0), reward_fn, {}, sampling, True)
+    with patch_experience_maker_for_audio(made, processor, tokenizer, 512):
+        yield made
+
+
+def test_rows_without_audio_may_be_mixed_in(maker, parts, noises):
+    processor = parts[2]
+    text = render_prompt(processor, [{"role": "user", "content": "Which of ['beep', 'bell'] is loud?"}])
+    prompts = [prompt_of(processor), text, prompt_of(processor)]
+    items = maker.make_experience_list(prompts, [noises[1], None, noises[2]], ["bell"] * 3, ["avqa_rule"] * 3, step=1)
+    assert [len(item.clips) for item in items] == [1] * 4 + [0] * 4 + [1] * 4
+    for item in items:
+        torch.testing.assert_close(item.old_log_probs, item.engine_log_probs, atol=1e-3, rtol=0)  # other kernels
+
+
+@pytest.mark.parametrize(
+    ("response", "label", "expected"),
+    [
+        ("<answer>bell</answer><|im_end|>", "avqa_rule", 2.0),
+        ("<answer>bell</answer>", "avqa_rule", 2.0),  # truncated at the limit, but whole
+        ("bell<|im_end|>", "avqa_rule", 1.0),  # right, in the wrong form
+        ("<answer>hum</answer><|im_end|>", "avqa_rule", 1.0),  # wrong, in the right form
+        ("<answer> </answer>", "avqa_rule", 1.0),  # the prompt's own tags
+        ("hum<|im_end|>\n<|im_start|>assistant\n<answer>bell</answer><|im_end|>", "avqa_rule", 0.0),  # a second turn
+        ("<|im_start|>assistant\n<answer>bell</answer><|im_end|>", "avqa_rule", 0.0),
+        ("<think>a ring</think> <answer>bell</answer><|im_end|>", "avqa_think_rule", 2.0),
+        ("<answer>bell</answer><|im_end|>", "avqa_think_rule", 1.0),  # right, without the thinking
+    ],
+)
+def test_reward_through_the_trainers_own_path(maker, parts, response, label, expected):
+    """Token ids of prompt and response, decoded whole as LightRFT does, and scored."""
+    _, tokenizer, processor = parts
+    prompt = prompt_of(processor, QUESTION + " Output the final answer in <answer> </answer>.")
+    ids = torch.tensor(tokenizer(prompt)["input_ids"])
+    answer = torch.tensor(tokenizer(response)["input_ids"])
+    item = Experience(prompt, ids, answer, torch.zeros(len(answer)), False, [], "bell", label)
+    maker.score([item])
+    assert item.reward == expected
+    assert item.reward == item.reward_metrics["accuracy_reward"] + item.reward_metrics["format_reward"]
 
 
 def test_the_real_recording_goes_all_the_way(vllm_engine, parts, shared_data):
