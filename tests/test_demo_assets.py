@@ -156,11 +156,11 @@ def test_data_depend_on_the_seed_alone(data: Path, tmp_path: Path) -> None:
 
 
 def test_template_has_one_placeholder_and_the_question(processor) -> None:
-    prompt = warm_start.render_prompt(processor, "What is heard in the video?", ["rain", "bell", "horn", "bird"])
+    prompt = warm_start.render_prompt(processor, "What is heard in the video?", ["rain", "bell", "horn", "drum"])
     assert prompt == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         f"Audio 1: {PLACEHOLDER}\nWhat is heard in the audio? Please choose the answer from the following options: "
-        "['rain', 'bell', 'horn', 'bird']. Output the final answer in <answer> </answer>.<|im_end|>\n"
+        "['rain', 'bell', 'horn', 'drum']. Output the final answer in <answer> </answer>.<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 
@@ -208,7 +208,7 @@ def test_warm_start_says_nothing_of_sounds() -> None:
     rng = np.random.default_rng(0)
     draws = [warm_start.draw_warm_start_example(rng, len(labels)) for _ in range(8000)]
     named = [answer == labels[sound] for _, options, answer, sound in draws if labels[sound] in options]
-    assert len(named) / len(draws) == pytest.approx(0.4, abs=0.03)  # four options of ten classes
+    assert len(named) / len(draws) == pytest.approx(0.5, abs=0.03)  # four options of eight classes
     assert np.mean(named) == pytest.approx(0.25, abs=0.03)  # 3200 draws: standard error 0.008
     positions = Counter(options.index(answer) for _, options, answer, _ in draws)
     assert all(count / len(draws) == pytest.approx(0.25, abs=0.03) for count in positions.values())
@@ -256,7 +256,7 @@ def test_checkpoint_loads_and_answers(model_dir: Path) -> None:
     processor = AutoProcessor.from_pretrained(model_dir)
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
-    prompt = warm_start.render_prompt(processor, "What is it?", ["rain", "bell", "horn", "bird"])
+    prompt = warm_start.render_prompt(processor, "What is it?", ["rain", "bell", "horn", "drum"])
     clip = sounds.synthesize("bell", np.random.default_rng(0))
     batch = processor(text=[prompt], audio=[clip], sampling_rate=16000, return_tensors="pt")
     frames = int(batch["feature_attention_mask"].sum())

@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=Path("results/demo"), help="everything goes here")
     parser.add_argument("--seed", type=int, default=0, help="seed of model, sounds and training")
-    parser.add_argument("--steps", type=int, default=80, help="GRPO steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="GRPO steps (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=16, help="prompts a step (default: %(default)s)")
     args = parser.parse_args()
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Synthetic sounds that a person can tell apart by ear: ten classes, each with varied pitch, length, level and noise.
+"""Synthetic sounds that a person can tell apart by ear: eight classes, each with varied pitch, length, level and noise.
 
 A clip is a pure function of its class, a random generator and a sampling rate. The classes differ in their spectrum
 (where the energy lies) and in their rhythm; two clips of one class never have the same parameters.
@@ -62,15 +62,6 @@ def _bell(t: np.ndarray, rate: int, rng: np.random.Generator) -> np.ndarray:
     )
 
 
-def _bird(t: np.ndarray, rate: int, rng: np.random.Generator) -> np.ndarray:
-    """A bird: short chirps that glide down from about 6 kHz to 4 kHz."""
-    period, length = rng.uniform(0.15, 0.25), rng.uniform(0.08, 0.12)
-    since = _since_last(t, period, rng.random())
-    start, glide = rng.uniform(5500, 6300), rng.uniform(12000, 16000)
-    envelope = np.where(since < length, np.sin(np.pi * np.minimum(since / length, 1.0)), 0.0)
-    return np.sin(2 * np.pi * (start * since - glide * since**2 / 2)) * envelope
-
-
 def _clock(t: np.ndarray, rate: int, rng: np.random.Generator) -> np.ndarray:
     """A ticking clock: very short broadband clicks, silence between them."""
     since = _since_last(t, rng.uniform(0.16, 0.3), rng.random())
@@ -104,15 +95,6 @@ def _rain(t: np.ndarray, rate: int, rng: np.random.Generator) -> np.ndarray:
     return _band_noise(len(t), rate, rng.uniform(1800, 2600), 7800, rng)
 
 
-def _siren(t: np.ndarray, rate: int, rng: np.random.Generator) -> np.ndarray:
-    """A siren: a tone that wails up and down between about 1.2 kHz and 2 kHz."""
-    speed, width = rng.uniform(1.5, 3.0), rng.uniform(300, 420)
-    phase = rng.uniform(1500, 1700) * t - width / (2 * np.pi * speed) * np.cos(
-        2 * np.pi * speed * t + rng.uniform(0, 6)
-    )
-    return np.sin(2 * np.pi * phase)
-
-
 def _whistle(t: np.ndarray, rate: int, rng: np.random.Generator) -> np.ndarray:
     """A referee's whistle: a high steady tone with a fast trill and some breath."""
     pitch, trill = rng.uniform(2900, 3300), rng.uniform(20, 30)
@@ -123,13 +105,11 @@ def _whistle(t: np.ndarray, rate: int, rng: np.random.Generator) -> np.ndarray:
 GENERATORS: dict[str, Generator] = {
     "beep": _beep,
     "bell": _bell,
-    "bird": _bird,
     "clock": _clock,
     "drum": _drum,
     "engine": _engine,
     "horn": _horn,
     "rain": _rain,
-    "siren": _siren,
     "whistle": _whistle,
 }
 CLASSES: tuple[str, ...] = tuple(GENERATORS)
