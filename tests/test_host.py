@@ -70,3 +70,10 @@ def test_another_host_is_named_with_version_and_path(tmp_path, source, descripti
 def test_the_check_imports_nothing_heavy():
     done = ask("import sys\ncheck_host()\nprint(sorted({'lightrft', 'torch'} & set(sys.modules)))", ROOT / "runtime")
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_lightrft_itself_is_refused_for_training_and_says_why(tmp_path):
+    done = ask("check_host(); check_trainable()", make_package(tmp_path, "__version__ = '0.1.1'", trainer=True))
+    assert done.returncode == 1
+    assert "LightRFT 0.1.1" in done.stderr and "unset LIGHTRFT_HOME" in done.stderr
+    assert "Traceback" not in done.stderr

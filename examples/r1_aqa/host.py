@@ -24,6 +24,20 @@ def check_host() -> None:
         )
 
 
+def check_trainable() -> None:
+    """Make sure that training runs on the host at all.
+
+    :raises SystemExit: on LightRFT itself, whose own actor and experience maker the patches do not cover yet.
+    """
+    import lightrft
+
+    if getattr(lightrft, "HOST", None) != "runtime":
+        raise SystemExit(
+            f"{describe_host()}: training on LightRFT's own classes is not supported yet, because the audio patches do "
+            "not cover them; unset LIGHTRFT_HOME to train on this repository's runtime"
+        )
+
+
 def describe_host() -> str:
     """Name, version and path of the LightRFT in use."""
     import lightrft

@@ -4,7 +4,7 @@
 #
 #   PATH_TO_YOUR_BASE_MODEL=... PATH_TO_YOUR_AVQA_DATASET=... bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
 #
-# Further arguments are handed to train_colocate.py. LIGHTRFT_HOME=/path/to/LightRFT runs on LightRFT itself.
+# Further arguments are handed to train_colocate.py.
 # A wandb key is read from the environment (WANDB_API_KEY) or from a login; it never appears on a command line.
 set -euo pipefail
 

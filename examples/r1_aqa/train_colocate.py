@@ -24,10 +24,11 @@ if "LIGHTRFT_HOME" in os.environ:
 else:
     sys.path.append(str(Path(__file__).resolve().parents[2] / "runtime"))
 
-from host import check_host, describe_host
+from host import check_host, check_trainable, describe_host
 from train_args import build_parser, find_problems, finish, has_split
 
 check_host()
+check_trainable()
 from lightrft.utils import add_arguments  # noqa: E402
 
 
