@@ -337,3 +337,14 @@ def test_the_choices_are_those_of_the_runtime():
     assert LOSS_AGG_MODES == loss.LOSS_AGG_MODES
     choices = {a.dest: a.choices for a in actions()}
     assert tuple(choices["kl_estimator"]) == loss.KL_ESTIMATORS
+
+
+def test_the_flags_offer_what_the_runtime_knows():
+    """train_args lists the names itself, so that --help does not wait for torch."""
+    import train_args
+
+    from lightrft.models.loss import LOSS_AGG_MODES
+    from lightrft.trainer.advantages import ESTIMATORS
+
+    assert set(train_args.ESTIMATORS) - set(train_args.REFUSED_ESTIMATORS) == set(ESTIMATORS)
+    assert train_args.LOSS_AGG_MODES == LOSS_AGG_MODES

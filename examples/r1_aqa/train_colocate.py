@@ -109,6 +109,7 @@ def train(args: argparse.Namespace) -> None:
 
     # ---- rollout engine and audio
     strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
+    strategy.report_memory("with models and engine")
     patch_strategy_for_audio(strategy, processor)
     for model in filter(None, (actor, initial_model)):
         patch_actor_for_audio(model)

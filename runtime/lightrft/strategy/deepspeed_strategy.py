@@ -61,15 +61,14 @@ class DeepspeedStrategy:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
-    def report_memory(self, prefix: str) -> str:
-        """Accelerator memory in use, in GiB; empty on the CPU.
+    def report_memory(self, prefix: str) -> None:
+        """Print the accelerator memory in use; nothing on the CPU.
 
         :param prefix: Put before the figures.
         """
-        if self.device.type != "cuda":
-            return ""
-        free, total = torch.cuda.mem_get_info()
-        return f"{prefix}: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use"
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            self.print(f"memory    {prefix}: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use")
 
     # ------------------------------------------------------------ training
     @contextmanager
@@ -175,10 +174,6 @@ class DeepspeedStrategy:
         else:
             model.model.to(self.device)
         return model.eval()
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Alias of :meth:`prepare_model`, LightRFT's name for models outside the optimizer."""
-        return self.prepare_model(model)
 
     def offload_model(self, model: nn.Module) -> None:
         """Move a read-only model to CPU memory (not under ZeRO-3, where it is partitioned).

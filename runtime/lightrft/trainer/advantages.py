@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# what --advantage_estimator may be; the two refused ones are named so that the refusal can say why
 ESTIMATORS = ("group_norm", "rloo", "reinforce_baseline", "reinforce++", "reinforce")
-GROUP_ESTIMATORS = ("group_norm", "rloo", "reinforce_baseline")
-REFUSED_ESTIMATORS = {
-    "gae": "it needs a critic, which this runtime does not train",
-    "cpgd": "it needs LightRFT's own CPGD loss",
-}
 STD_EPS = 1e-4  # R1-AQA's; also keeps rounding noise in a group of equal rewards from being blown up
 
 
