@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(VENV)/bin/pip --disable-pip-version-check
+PIP := $(VENV)/bin/pip --disable-pip-version-check -qq
 READY := $(VENV)/.ready
 SEED ?= 0
 DEMO_DIR ?= results/demo
@@ -21,8 +21,8 @@ $(READY): requirements/torch.txt requirements/cpu.txt requirements/dev.txt
 	@rm -f $@
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): torch, vLLM, DeepSpeed and what they need (about 2 minutes)"
-	@$(PIP) install --quiet -r requirements/torch.txt
-	@$(PIP) install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt
+	@$(PIP) install -r requirements/torch.txt
+	@$(PIP) install --no-deps -r requirements/cpu.txt -r requirements/dev.txt
 	@touch $@
 
 demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (about 5 minutes)
