@@ -31,6 +31,7 @@ __all__ = [
     "patch_strategy_for_audio",
 ]
 
+RESPONSE_HEADER = "<|im_start|>assistant\n"  # behind it the response begins; see reward_models_utils
 Waveform = tuple[np.ndarray, int]  # samples and rate in Hz
 
 
@@ -70,7 +71,6 @@ class AudioPromptDataset(Dataset):
     :param processor: Qwen2-Audio processor.
     :param max_length: Longest prompt in tokens, a clip's placeholder counted as one.
     :param strategy: Its ``args`` name the columns (``input_key``, ``images_key``, ``reference_key``, ``label_key``).
-    :param input_template: Text with one ``{}`` for the rendered prompt.
     :raises DataError: if a row cannot be trained on; all such rows are counted, the first are named.
     """
 
@@ -81,7 +81,6 @@ class AudioPromptDataset(Dataset):
         processor: Any,
         max_length: int,
         strategy: Any,
-        input_template: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.processor = processor
@@ -100,8 +99,6 @@ class AudioPromptDataset(Dataset):
         self.references: list[str] = columns["reference"]
         self.labels: list[str] = columns["label"]
         self.prompts = [render_prompt(processor, messages) for messages in columns["prompt"]]
-        if input_template is not None:
-            self.prompts = [input_template.replace("{}", prompt) for prompt in self.prompts]
         problems = self._check_texts() + self._check_files(strategy)
         if problems:
             shown = "\n".join(f"  {p}" for p in problems[:20])
@@ -121,6 +118,11 @@ class AudioPromptDataset(Dataset):
             placeholders, clips = prompt.count(token), int(self.audio_paths[i] is not None)
             if placeholders != clips:
                 problems.append(f"row {i}: {placeholders} audio placeholders for {clips} clips in {prompt!r}")
+            if prompt.find(RESPONSE_HEADER) + len(RESPONSE_HEADER) != len(prompt):
+                problems.append(
+                    f"row {i}: the rewards find the response behind the first {RESPONSE_HEADER!r}, which must be the "
+                    f"prompt's end (a question cannot hold turn markers): {prompt!r}"
+                )
             if length > self.max_length:
                 problems.append(
                     f"row {i}: {length} prompt tokens, more than --prompt_max_len {self.max_length}; nothing is cut"

@@ -51,7 +51,6 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
     g.add_argument("--images_key", default="audio_path", help="column with the audio file (LightRFT's image slot)")
     g.add_argument("--reference_key", default="reference", help="column with the gold answer")
     g.add_argument("--label_key", default="label", help="column with the reward rule")
-    g.add_argument("--input_template", help="text with one {} around the rendered prompt")
     g.add_argument("--prompt_max_len", type=int, default=512, help="longest prompt in tokens, a clip counted as one")
     g.add_argument("--limit_mm_image_per_prompt", type=int, default=1, help="most clips a prompt")
 
@@ -172,8 +171,6 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
         problems.append("--engine_type sglang: only the real LightRFT runs it; use vllm or hf")
     if args.engine_type == "hf" and args.engine_tp_size > 1:
         problems.append(f"--engine_type hf has no tensor parallelism: --engine_tp_size {args.engine_tp_size} must be 1")
-    if args.input_template is not None and args.input_template.count("{}") != 1:
-        problems.append(f"--input_template {args.input_template!r}: must hold {{}} once")
     return problems + _path_problems(args)
 
 

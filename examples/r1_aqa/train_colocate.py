@@ -177,7 +177,7 @@ def load_prompts(
     rows = blending_datasets(source, probs, strategy, args.seed, return_eval=False, train_split=split)
     if limit < len(rows):
         rows = rows.shuffle(seed=args.seed).select(range(limit))
-    return AudioPromptDataset(rows, tokenizer, processor, args.prompt_max_len, strategy, args.input_template)
+    return AudioPromptDataset(rows, tokenizer, processor, args.prompt_max_len, strategy)
 
 
 def make_eval_dataloader(args: argparse.Namespace, strategy: Any, tokenizer: Any, processor: Any, size: int) -> Any:
