@@ -422,6 +422,7 @@ class VLLMEngine:
             detokenize=False,
         )
         self.processor = processor
+        self.queued = 0
 
     def answer(self, jobs: Sequence[Job], finished: set[int]) -> Answers:
         """Ask the questions that are left.
@@ -438,7 +439,8 @@ class VLLMEngine:
         engine = self.llm.llm_engine
         for job, wave in ahead(Job.load, left, depth=32, workers=4):
             # requests are numbered in the order in which they are queued
-            asked[str(len(asked))] = job
+            asked[str(self.queued)] = job
+            self.queued += 1
             requests = build_audio_inputs([job.text], [(wave, SAMPLING_RATE)])
             self.llm.enqueue(requests, self.params, use_tqdm=False)
             while engine.get_num_unfinished_requests() >= VLLM_WINDOW:
