@@ -14,21 +14,21 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON (default python3, needs 3.11 or newer), SEED and DEMO_DIR for the demo"
 
-setup: $(READY) ## make .venv with everything the CPU needs (about 2 minutes, 3 GB)
+setup: $(READY) ## make .venv with everything the CPU needs (2 to 3 minutes, 3 GB)
 
 $(READY): requirements/torch.txt requirements/cpu.txt requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=...")'
 	@rm -f $@
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): torch, vLLM, DeepSpeed and what they need (about 2 minutes)"
+	@echo "installing into $(VENV): torch, vLLM, DeepSpeed and what they need (2 to 3 minutes)"
 	@$(PIP) install -r requirements/torch.txt
 	@$(PIP) install --no-deps -r requirements/cpu.txt -r requirements/dev.txt
 	@touch $@
 
-demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (about 5 minutes)
+demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (about 4 minutes)
 	@$(PY) examples/r1_aqa/demo/run_demo.py --out_dir $(DEMO_DIR) --seed $(SEED)
 
-test: $(READY) ## run the tests (about 10 minutes)
+test: $(READY) ## run the tests (about 5 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest
 
 test-all: $(READY) ## run the tests and the longer ones that CI leaves out
