@@ -336,6 +336,7 @@ def test_batches_answer_as_transformers_does_one_by_one(tmp_path, flags, tiny_mo
 @pytest.mark.parametrize("lengths", [(0.5, 1.0, 0.03), (1.37, 30.0)], ids=["short", "with the longest"])
 def test_encoding_valid_frames_alone_gives_the_towers_values(tiny_model, lengths):
     """Clips of other lengths in the batch, and the padding that is left out, change nothing."""
+    from audio_policy import encode_clips
     from audio_slots import unpack_clips
 
     processor = eval_engines.load_processor(Model(str(tiny_model), str(tiny_model)))
@@ -347,7 +348,8 @@ def test_encoding_valid_frames_alone_gives_the_towers_values(tiny_model, lengths
     slot = engine.inputs.process_multimodal_batch(prompts, [(wave, 16_000) for wave in waves], None, None, 1)
     clips = unpack_clips(slot["all_images_pixel_values"], slot["all_images_grid_thw"])
     with torch.inference_mode():
-        encoded = eval_engines.encode_clips(engine.model, clips.features, clips.frames)
+        packed, tokens_of_each = encode_clips(engine.model, clips.features, clips.frames)
+        encoded = packed.split(tokens_of_each.tolist())
         for wave, ours in zip(waves, encoded, strict=True):
             mel = processor.feature_extractor(
                 wave, sampling_rate=16_000, return_attention_mask=True, padding="max_length", return_tensors="pt"

@@ -1,6 +1,7 @@
 """Which lightrft is in use: the empty package from PyPI and nothing at all are refused, others are named."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,8 +73,39 @@ def test_the_check_imports_nothing_heavy():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_lightrft_itself_is_refused_for_training_and_says_why(tmp_path):
-    done = ask("check_host(); check_trainable()", make_package(tmp_path, "__version__ = '0.1.1'", trainer=True))
+def test_the_version_of_a_checkout_is_read_from_its_project_file(tmp_path):
+    make_package(tmp_path, "", trainer=True)
+    (tmp_path / "pyproject.toml").write_text("[project]\nversion = '0.1.1'\n", encoding="utf-8")
+    done = ask("check_host()\nprint(describe_host(), on_runtime())", tmp_path)
+    assert done.stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'} False", done.stderr
+
+
+FIND = "find_host()\nprint(describe_host())"
+
+
+def test_lightrft_home_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTRFT_HOME", str(make_package(tmp_path, "__version__ = '0.1.1'", trainer=True)))
+    assert ask(FIND).stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'}"
+
+
+def test_a_wrong_lightrft_home_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTRFT_HOME", str(tmp_path))
+    done = ask("find_host()")
     assert done.returncode == 1
-    assert "LightRFT 0.1.1" in done.stderr and "unset LIGHTRFT_HOME" in done.stderr
+    assert f"LIGHTRFT_HOME={tmp_path} holds no lightrft/__init__.py" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_without_it_the_runtime_beside_the_example(monkeypatch):
+    monkeypatch.delenv("LIGHTRFT_HOME", raising=False)
+    assert ask(FIND).stdout.startswith("this repository's runtime ")
+
+
+def test_copied_into_a_checkout_that_checkout(tmp_path, monkeypatch):
+    monkeypatch.delenv("LIGHTRFT_HOME", raising=False)
+    make_package(tmp_path, "__version__ = '0.1.1'", trainer=True)
+    shutil.copytree(ROOT / "examples" / "r1_aqa", tmp_path / "examples" / "r1_aqa")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "examples" / "r1_aqa")}
+    command = [sys.executable, "-S", "-c", f"from host import *\n{FIND}"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'}", done.stderr

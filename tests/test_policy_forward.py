@@ -3,16 +3,17 @@
 import copy
 import json
 
+import audio_policy
 import pytest
 import torch
 from audio_patches import patch_actor_for_audio
+from audio_policy import encode_clips
 from audio_slots import audio_token_count, pack_clip, unpack_clips
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
 
-from lightrft.models.actor_al import ActorAL, load_policy
-from lightrft.models.qwen2_audio import Qwen2AudioPolicy
+from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import Experience, make_micro_batch
 
@@ -58,17 +59,13 @@ def plain() -> Qwen2AudioForConditionalGeneration:
 
 
 @pytest.fixture(scope="module")
-def policy(plain) -> Qwen2AudioPolicy:
-    return as_policy(plain)
+def policy(plain) -> Qwen2AudioForConditionalGeneration:
+    return copy.deepcopy(plain)
 
 
-def as_policy(model: Qwen2AudioForConditionalGeneration) -> Qwen2AudioPolicy:
-    model = copy.deepcopy(model)
-    model.__class__ = Qwen2AudioPolicy
-    return model
-
-
-def as_actor(policy: Qwen2AudioPolicy, temperature: float = 1.0, logit_bias: dict | None = None) -> ActorAL:
+def as_actor(
+    policy: Qwen2AudioForConditionalGeneration, temperature: float = 1.0, logit_bias: dict | None = None
+) -> ActorAL:
     actor = ActorAL(policy)
     actor.temperature, actor.logit_bias = temperature, logit_bias or {}
     patch_actor_for_audio(actor)
@@ -237,9 +234,9 @@ def test_two_clips_in_one_prompt(policy):
 
 def test_each_different_clip_is_encoded_once(policy, monkeypatch):
     seen = []
-    encode = Qwen2AudioPolicy.encode_clips
+    encode = audio_policy.encode_clips
     monkeypatch.setattr(
-        Qwen2AudioPolicy, "encode_clips", lambda self, x, frames: seen.append(len(x)) or encode(self, x, frames)
+        audio_policy, "encode_clips", lambda model, x, frames: seen.append(len(x)) or encode(model, x, frames)
     )
     items = [make_item(50, seed, [9, 10], clip_seed=seed // 4)[0] for seed in range(8)]
     forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
@@ -253,7 +250,7 @@ def test_gradients_of_shared_clips_equal_the_naive_ones(plain, checkpointing):
     In float64, because gradients add up along other paths; the log-probs themselves are made in float32.
     """
     model = copy.deepcopy(plain).double()
-    policy = as_policy(plain).double().train()
+    policy = copy.deepcopy(plain).double().train()
     actor = as_actor(policy, temperature=0.9)
     if checkpointing:
         actor.gradient_checkpointing_enable({"use_reentrant": False})
@@ -298,7 +295,7 @@ def test_the_narrow_tower_equals_the_tower_on_3000_frames(policy, frames):
     mel = make_mel(frames)
     rows = pack_clip(mel, frames)
     clips = unpack_clips(rows, torch.tensor([[1, 1, len(rows)]]))
-    embeddings, tokens = policy.encode_clips(clips.features, clips.frames)
+    embeddings, tokens = encode_clips(policy, clips.features, clips.frames)
     assert tokens.tolist() == [audio_token_count(frames)]
     torch.testing.assert_close(embeddings, audio_embeddings(policy, mel, frames), rtol=1e-5, atol=1e-5)
 
@@ -308,7 +305,7 @@ def test_a_short_clip_beside_a_long_one_is_encoded_as_alone(policy):
     lengths = [301, 6, 43]
     parts = [pack_clip(make_mel(frames), frames) for frames in lengths]
     clips = unpack_clips(parts, torch.tensor([[1, 1, len(part)] for part in parts]))
-    embeddings, tokens = policy.encode_clips(clips.features, clips.frames)
+    embeddings, tokens = encode_clips(policy, clips.features, clips.frames)
     expected = [audio_embeddings(policy, make_mel(frames), frames) for frames in lengths]
     assert tokens.tolist() == [len(part) for part in expected]
     torch.testing.assert_close(embeddings, torch.cat(expected), rtol=1e-5, atol=1e-5)
@@ -367,10 +364,9 @@ def test_bfloat16_stays_near_float32(policy):
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
-def test_a_checkpoint_loads_as_a_policy_with_its_weights(tiny_model):
-    policy = load_policy(str(tiny_model), dtype=torch.float32)
+def test_a_checkpoint_loads_with_its_weights(tiny_model):
+    policy = load_model(str(tiny_model), dtype=torch.float32)
     stored = load_file(tiny_model / "model.safetensors")
-    assert isinstance(policy, Qwen2AudioPolicy)
     assert torch.equal(policy.lm_head.weight, stored["language_model.lm_head.weight"])
     assert torch.equal(policy.model.audio_tower.conv1.weight, stored["audio_tower.conv1.weight"])
 
@@ -385,4 +381,4 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tiny_model, tmp_path, kind):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(json.loads((tiny_model / "config.json").read_text())))
     with pytest.raises(ValueError, match=rf"not a whole Qwen2-Audio checkpoint.*{kind}.*audio_tower\.conv"):
-        load_policy(str(tmp_path), dtype=torch.float32)
+        load_model(str(tmp_path), dtype=torch.float32)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
 from lightrft.engines.base import Sampling, checkpoint_name, checksum, stable_seed, tee_checksums
-from lightrft.models.actor_al import load_policy
+from lightrft.models.actor_al import load_model
 from lightrft.strategy.checkpoint import rotate, write_hf_folder
 from lightrft.utils import blending_datasets, get_tokenizer_processor_vl
 from lightrft.utils.data import find_split
@@ -243,7 +243,7 @@ def test_checkpoint_names(live, stored):
 
 
 def test_checkpoint_names_are_those_of_a_stored_model(tiny_model):
-    policy = load_policy(str(tiny_model), dtype=torch.float32)
+    policy = load_model(str(tiny_model), dtype=torch.float32)
     names = {checkpoint_name(name) for name, _ in policy.named_parameters()}
     assert names == set(load_file(tiny_model / "model.safetensors"))
 
@@ -262,7 +262,7 @@ def test_weights_pass_the_checksums_unchanged():
 # -------------------------------------------------------------------------------------------------------------- folders
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_written_folder_loads_whole_under_the_models_own_name(tiny_model, tmp_path, dtype):
-    policy = load_policy(str(tiny_model), dtype=dtype)
+    policy = load_model(str(tiny_model), dtype=dtype)
     with torch.no_grad():  # not the weights it came with
         for parameter in policy.parameters():
             parameter.add_(0.125)

@@ -212,7 +212,6 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
         ({"kl_target": 6.0, "init_kl_coef": 0.0}, "--kl_target 6.0 needs a start value", {"init_kl_coef": 0.1}),
         ({"use_kl_loss": True, "kl_estimator": "k1"}, "no reference model; use k3 or k2", {"kl_estimator": "k2"}),
         ({"use_kl_loss": True, "kl_estimator": "k1"}, "no reference model", {"kl_estimator": "k3"}),
-        ({"engine_type": "sglang"}, "only the real LightRFT runs it; use vllm or hf", {"engine_type": "hf"}),
         ({"eval_data": "nowhere"}, "--eval_data nowhere: does not exist", {"eval_data": None}),
         ({"prompt_data_probs": "0.5,0.5"}, "one share for each of 1 sources", {"prompt_data_probs": "1.0"}),
         ({"load_checkpoint": True, "ckpt_path": "gone"}, "gone holds no checkpoint", {"load_checkpoint": None}),

@@ -10,22 +10,25 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from audio_slots import unpack_clips
+from host import on_runtime
 
 _MARK = "_r1_aqa_audio_patch"
 _MISSING = object()
+BANNED = -100.0  # bias on the placeholder's logit: sampled, it would stand for audio that is not there
 
 
 class Patch:
     """Replaced attributes, and how to put them back."""
 
     def __init__(self) -> None:
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute and remember what was there.
@@ -34,17 +37,24 @@ class Patch:
         :param name: Attribute.
         :param value: New value.
         """
-        self._undo.append((owner, name, vars(owner).get(name, _MISSING)))
+        old = vars(owner).get(name, _MISSING)
+        if old is _MISSING:
+            self.on_undo(lambda: delattr(owner, name))
+        else:
+            self.on_undo(lambda: setattr(owner, name, old))
         setattr(owner, name, value)
+
+    def on_undo(self, action: Callable[[], None]) -> None:
+        """Remember how to take something back.
+
+        :param action: Takes it back.
+        """
+        self._undo.append(action)
 
     def undo(self) -> None:
         """Put everything back, last replacement first."""
         while self._undo:
-            owner, name, old = self._undo.pop()
-            if old is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, old)
+            self._undo.pop()()
 
     def __enter__(self) -> Patch:
         return self
@@ -91,13 +101,23 @@ def _require(owner: Any, name: str, parameters: Sequence[str] | None = None) -> 
     return target
 
 
-def _marked(function: Callable, original: Any) -> Callable:
+def mark(function: Callable, original: Any) -> Callable:
+    """Make a replacement known as one, so that it is put in place once.
+
+    :param function: Replacement.
+    :param original: What it replaces.
+    """
     setattr(function, _MARK, True)
     function.__wrapped__ = original
     return function
 
 
-def _is_marked(owner: Any, name: str) -> bool:
+def is_marked(owner: Any, name: str) -> bool:
+    """Whether a spot is already replaced.
+
+    :param owner: Object, class or module.
+    :param name: Attribute.
+    """
     return getattr(getattr(owner, name, None), _MARK, False)
 
 
@@ -113,7 +133,11 @@ def patch_strategy_for_audio(strategy: Any, processor: Any = None) -> Patch:
     """
     with _all_or_nothing() as patch:
         _patch_build_multimodal_inputs(patch, strategy)
-        if processor is not None:
+        if not on_runtime():
+            import lightrft_audio
+
+            lightrft_audio.patch_strategy(patch, strategy, processor)
+        elif processor is not None:
             _patch_save_model(patch, strategy, processor)
     return patch
 
@@ -125,8 +149,8 @@ def _patch_build_multimodal_inputs(patch: Patch, strategy: Any) -> None:
     """
     name = "_build_multimodal_inputs"
     original = _require(strategy, name, ("all_prompts", "all_images", "images_num", "all_videos", "videos_num"))
-    if not _is_marked(strategy, name):
-        patch.replace(strategy, name, _marked(functools.partial(build_audio_inputs), original))
+    if not is_marked(strategy, name):
+        patch.replace(strategy, name, mark(functools.partial(build_audio_inputs), original))
 
 
 def build_audio_inputs(
@@ -165,7 +189,7 @@ def build_audio_inputs(
 def _patch_save_model(patch: Patch, strategy: Any, processor: Any) -> None:
     """LightRFT saves model and tokenizer; without the processor's files an audio model cannot be loaded again."""
     original = _require(strategy, "save_model", ("model", "tokenizer", "output_dir"))
-    if _is_marked(strategy, "save_model"):
+    if is_marked(strategy, "save_model"):
         return
 
     @functools.wraps(original)
@@ -174,7 +198,7 @@ def _patch_save_model(patch: Patch, strategy: Any, processor: Any) -> None:
         if strategy.is_rank_0():
             processor.save_pretrained(output_dir)
 
-    patch.replace(strategy, "save_model", _marked(save_model, original))
+    patch.replace(strategy, "save_model", mark(save_model, original))
 
 
 # ----------------------------------------------------------------------------------------------------- experience maker
@@ -199,8 +223,13 @@ def patch_experience_maker_for_audio(exp_maker: Any, processor: Any, tokenizer: 
             patch.replace(exp_maker, "multimodal_processor", audio_processor)
         for name, function in (("normalize_images", check_audio), ("get_images_num", count_audio)):
             original = _require(module, name)
-            if not _is_marked(module, name):
-                patch.replace(module, name, _marked(functools.partial(function), original))
+            if not is_marked(module, name):
+                patch.replace(module, name, mark(functools.partial(function), original))
+        if not on_runtime():
+            import lightrft_audio
+
+            audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
+            lightrft_audio.patch_experience_maker(patch, exp_maker, {audio_token_id: BANNED})
     return patch
 
 
@@ -231,20 +260,37 @@ def count_audio(all_images: Sequence[Any] | None) -> list[int] | None:
 def patch_actor_for_audio(actor: Any) -> Patch:
     """Make an actor read the image slot as packed clips, with the exact mask, each different clip encoded once.
 
-    This project's runtime has an extension point for it (``ActorAL.unpack_audio``). LightRFT's own ``ActorAL`` has
-    none yet: there the call is refused rather than half done.
+    This project's runtime has an extension point for it, ``ActorAL.unpack_audio``. LightRFT's own ``ActorAL`` has
+    none: there the whole forward is replaced (``lightrft_audio.audio_forward``).
 
-    :param actor: Actor or reference model.
+    :param actor: Actor or reference model, as prepared by the strategy.
     :return: Undoes it.
-    :raises PatchError: if the actor has no such extension point.
+    :raises PatchError: if the runtime's actor has no such extension point.
     """
     patch = Patch()
+    if not on_runtime():
+        import lightrft_audio
+
+        lightrft_audio.patch_actor(patch, actor)
+        return patch
     _require(actor, "unpack_audio")
-    if not _is_marked(actor, "unpack_audio"):
+    if not is_marked(actor, "unpack_audio"):
 
         def unpack_audio(audio_values: Any, image_grid_thw: Any) -> tuple[Any, Any, Any]:
             clips = unpack_clips(audio_values, image_grid_thw)
             return clips.features, clips.frames, clips.index
 
-        patch.replace(actor, "unpack_audio", _marked(unpack_audio, actor.unpack_audio))
+        patch.replace(actor, "unpack_audio", mark(unpack_audio, actor.unpack_audio))
+        patch_policy(patch, getattr(actor.model, "module", actor.model))
     return patch
+
+
+def patch_policy(patch: Patch, model: Any) -> None:
+    """Let the transformers model return the log-probs of responses.
+
+    :param patch: Takes the replacement.
+    :param model: ``Qwen2AudioForConditionalGeneration``.
+    """
+    from audio_policy import policy_forward
+
+    patch.replace(model, "forward", types.MethodType(policy_forward, model))

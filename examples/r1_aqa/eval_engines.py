@@ -303,50 +303,20 @@ class HFEngine:
         :param inputs: From :meth:`prepare`.
         """
         import torch
+        from audio_policy import encode_clips
 
         device = self.model.device
         ids, mask, clips = inputs["input_ids"].to(device), inputs["attention_mask"].to(device), inputs["clips"]
         with torch.inference_mode():
             embeds = self.model.get_input_embeddings()(ids)
-            encoded = encode_clips(self.model, clips.features.to(device), clips.frames.to(device))
+            packed, tokens = encode_clips(self.model, clips.features.to(device), clips.frames.to(device))
+            encoded = packed.split(tokens.tolist())
             audio = torch.cat([encoded[i] for i in clips.index.tolist()])
             is_audio = (ids == self.inputs.audio_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(is_audio, audio.to(embeds.dtype))
             # given embeddings instead of ids, generate() returns the new tokens alone
             tokens = self.model.generate(inputs_embeds=embeds, attention_mask=mask)
         return [decode(self.processor, row) for row in tokens.tolist()]
-
-
-def encode_clips(model: Any, features: Any, frames: Any) -> list[Any]:
-    """Audio tower and projector, on the valid frames.
-
-    :param model: ``Qwen2AudioForConditionalGeneration`` (transformers 5).
-    :param features: Mel spectrograms ``(clips, n_mels, 3000)``, exact in the valid frames and the two after them.
-    :param frames: Valid frames ``(clips,)``.
-    :return: Audio embeddings ``(tokens, hidden)`` of each clip.
-    """
-    import torch
-    import torch.nn.functional as F
-    from transformers.masking_utils import create_bidirectional_mask
-
-    tower = model.model.audio_tower
-    after_conv, tokens = tower._get_feat_extract_output_lengths(frames)
-    # the convolutions look two frames beyond the last one, and the pooling takes pairs; masked states weigh nothing
-    width = min((int(frames.max()) + 2 + 3) // 4 * 4, features.shape[-1])
-    hidden = F.gelu(tower.conv1(features[:, :, :width].to(tower.conv1.weight.dtype)))
-    hidden = F.gelu(tower.conv2(hidden)).transpose(1, 2)
-    states = torch.arange(hidden.shape[1], device=hidden.device)
-    hidden = hidden + tower.embed_positions(states)
-    mask = create_bidirectional_mask(
-        config=tower.config,
-        inputs_embeds=hidden,
-        attention_mask=(states[None, :] < after_conv[:, None]).long(),
-    )
-    for layer in tower.layers:
-        hidden = layer(hidden, mask)
-    hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
-    embeddings = model.model.multi_modal_projector(hidden)
-    return [clip[:count] for clip, count in zip(embeddings, tokens.tolist(), strict=True)]
 
 
 def _with_adapter(model: Any, adapter: str) -> Any:

@@ -167,8 +167,6 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
         problems.append(f"--kl_target {args.kl_target} needs a start value: set --init_kl_coef above 0")
     if args.use_kl_loss and args.kl_estimator == "k1":
         problems.append("--use_kl_loss with --kl_estimator k1: its gradient knows no reference model; use k3 or k2")
-    if args.engine_type == "sglang" and not args.fsdp:
-        problems.append("--engine_type sglang: only the real LightRFT runs it; use vllm or hf")
     if args.engine_type == "hf" and args.engine_tp_size > 1:
         problems.append(f"--engine_type hf has no tensor parallelism: --engine_tp_size {args.engine_tp_size} must be 1")
     return problems + _path_problems(args)
@@ -247,8 +245,12 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
             )
     if args.eval_data:
         problems += _source_problems("eval_data", args.eval_data, args.eval_split)
-    if args.load_checkpoint and not (Path(args.ckpt_path) / "_actor" / "latest").is_file():
-        problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/latest)")
+    if args.load_checkpoint:
+        folder = Path(args.ckpt_path) / "_actor"
+        found = any(folder.glob("*/.metadata")) if args.fsdp else (folder / "latest").is_file()
+        if not found:
+            what = "a folder with FSDP2's .metadata" if args.fsdp else "latest"
+            problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/{what})")
     return problems
 
 

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-if "LIGHTRFT_HOME" in os.environ:
-    sys.path.insert(0, os.environ["LIGHTRFT_HOME"])
-else:
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "runtime"))
-
-from host import check_host, check_trainable, describe_host
+from host import describe_host, find_host, on_runtime
 from train_args import build_parser, find_problems, finish, has_split
 
-check_host()
-check_trainable()
+find_host()
+FIXES: list[str] = []  # version fixes in use, LightRFT only
+if not on_runtime():
+    import lightrft_host
+
+    FIXES += lightrft_host.prepare_import()
 from lightrft.utils import add_arguments  # noqa: E402
 
 
@@ -37,39 +36,32 @@ def train(args: argparse.Namespace) -> None:
 
     :param args: Validated flags.
     """
+    if not on_runtime():
+        lightrft_host.complete(args)
+        FIXES.extend(lightrft_host.prepare_classes())
     from lightrft.strategy import get_strategy
 
-    strategy = get_strategy(args)  # first of all: it moves the engines' chatter off the screen
+    strategy = get_strategy(args)  # first of all: the runtime's moves the engines' chatter off the screen
 
     from audio_dataset import (
         patch_actor_for_audio,
         patch_experience_maker_for_audio,
         patch_strategy_for_audio,
     )
+    from audio_patches import BANNED
     from reward_models_utils import reward_fn
 
-    from lightrft.models.actor_al import ActorAL
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
     from lightrft.utils import get_tokenizer_processor_vl
 
     strategy.print(banner(args, strategy))
 
     # ---- models
-    with strategy.init_model_context(meta_init=False):
-        actor = ActorAL(
-            args.pretrain,
-            use_flash_attention_2=args.flash_attn,
-            bf16=args.bf16,
-            ds_config=strategy.get_ds_train_config(is_actor=True),
-        )
+    with strategy.init_model_context():
+        actor = load_actor(args, None if args.fsdp else strategy.get_ds_train_config(is_actor=True))
         initial_model = None
         if args.init_kl_coef > 0:
-            initial_model = ActorAL(
-                args.pretrain,
-                use_flash_attention_2=args.flash_attn,
-                bf16=args.bf16,
-                ds_config=strategy.get_ds_eval_config(offload=False),
-            )
+            initial_model = load_actor(args, None if args.fsdp else strategy.get_ds_eval_config(offload=False))
     if args.freeze_prefix:
         strategy.print(freeze(actor.model, args.freeze_prefix))
     if args.gradient_checkpointing:
@@ -101,16 +93,19 @@ def train(args: argparse.Namespace) -> None:
     (actor, actor_optim, actor_scheduler), _, _, initial_model = strategy.prepare_models_and_optimizers(
         actor, None, [], initial_model, args, max_steps
     )
+    if args.fsdp and initial_model is not None:
+        strategy.offload_model(initial_model)
     consumed_samples = 0
     if args.load_checkpoint:
-        path, states = strategy.load_ckpt(actor.model, os.path.join(args.ckpt_path, "_actor"))
+        folder = os.path.join(args.ckpt_path, "_actor")
+        path, states = strategy.load_ckpt(actor.model, folder, optimizer=actor_optim, scheduler=actor_scheduler)
         consumed_samples = states["consumed_samples"]
         strategy.print(f"resumed {path}: {consumed_samples} prompts were already used")
 
     # ---- rollout engine and audio
+    patch_strategy_for_audio(strategy, processor)
     strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
     strategy.report_memory("with models and engine")
-    patch_strategy_for_audio(strategy, processor)
     for model in filter(None, (actor, initial_model)):
         patch_actor_for_audio(model)
     audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
@@ -139,9 +134,12 @@ def train(args: argparse.Namespace) -> None:
         max_new_tokens=args.generate_max_len,
         temperature=args.temperature,
         top_p=args.top_p,
-        logit_bias={audio_token_id: -100.0},  # a sampled placeholder would stand for audio that is not there
+        logit_bias={audio_token_id: BANNED},
+        **({} if on_runtime() else lightrft_host.trainer_arguments(args, processor)),
     )
     patch_experience_maker_for_audio(trainer.experience_maker, processor, tokenizer, args.prompt_max_len)
+    if not on_runtime():
+        lightrft_host.patch_trainer(trainer)
 
     # ---- train and save
     metrics = trainer.fit(
@@ -154,6 +152,19 @@ def train(args: argparse.Namespace) -> None:
     )
     strategy.save_model(actor, tokenizer, args.save_path)
     strategy.print(summary(args, metrics))
+
+
+def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> Any:
+    """Actor or reference model from ``--pretrain``.
+
+    :param args: Flags.
+    :param ds_config: DeepSpeed configuration; None under FSDP2.
+    """
+    if not on_runtime():
+        return lightrft_host.load_actor(args, ds_config)
+    from lightrft.models.actor_al import ActorAL
+
+    return ActorAL(args.pretrain, use_flash_attention_2=args.flash_attn, bf16=args.bf16, ds_config=ds_config)
 
 
 def load_prompts(
@@ -233,13 +244,15 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
 
     responses = args.rollout_batch_size * args.n_samples_per_prompt
     micros = args.train_batch_size // (args.micro_train_batch_size * strategy.world_size)
+    sharding = "FSDP2" if args.fsdp else f"ZeRO-{args.zero_stage}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return "\n".join(
         (
             f"host      {describe_host()}",
+            *([f"fixes     {', '.join(FIXES)}"] if FIXES else []),
             f"versions  torch {torch.__version__}, transformers {transformers.__version__}, "
             f"deepspeed {deepspeed.__version__}",
-            f"devices   {strategy.world_size} x {device}; ZeRO-{args.zero_stage}, {'bf16' if args.bf16 else 'fp32'}; "
+            f"devices   {strategy.world_size} x {device}; {sharding}, {'bf16' if args.bf16 else 'fp32'}; "
             f"engine {args.engine_type}, TP {args.engine_tp_size}",
             f"model     {args.pretrain}",
             f"batch     {args.rollout_batch_size} prompts x {args.n_samples_per_prompt} = {responses} responses a "
@@ -250,11 +263,11 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
     )
 
 
-def summary(args: argparse.Namespace, metrics: dict[str, float]) -> str:
+def summary(args: argparse.Namespace, metrics: dict[str, float] | None) -> str:
     """What came out.
 
     :param args: Flags.
-    :param metrics: Of the last step; empty if a resumed run had nothing left to do.
+    :param metrics: Of the last step; empty if a resumed run had nothing left to do, None from LightRFT's trainer.
     """
     last = ""
     if metrics:
@@ -265,12 +278,21 @@ def summary(args: argparse.Namespace, metrics: dict[str, float]) -> str:
     return f"{last}model     {args.save_path}\nmetrics   {Path(args.save_path) / 'metrics.jsonl'}"
 
 
+def _host_problems(args: argparse.Namespace) -> list[str]:
+    if on_runtime():
+        if args.engine_type == "sglang":
+            return ["--engine_type sglang: only LightRFT itself runs it (LIGHTRFT_HOME); use vllm or hf"]
+        return []
+    return lightrft_host.find_problems(args)
+
+
 def main() -> None:
     """Parse, validate, train."""
     parser = build_parser(add_arguments)
     args = parser.parse_args()
     finish(args)
     problems = find_problems(args, int(os.environ.get("WORLD_SIZE", "1")))
+    problems += _host_problems(args)
     if problems:
         if os.environ.get("RANK", "0") == "0":
             print(f"{len(problems)} problems with this configuration:", *problems, sep="\n  - ", file=sys.stderr)

@@ -11,14 +11,10 @@ from transformers import Qwen2AudioForConditionalGeneration
 from transformers.integrations import HfDeepSpeedConfig
 
 from .actor_modality import ActorModality
-from .qwen2_audio import Qwen2AudioPolicy
 
 
-def load_policy(pretrain: str, **kwargs: Any) -> Qwen2AudioPolicy:
-    """Load a Qwen2-Audio checkpoint as a policy.
-
-    transformers finds the renaming of old checkpoints by the class's name, and leaves out a subclass: the weights are
-    loaded into the original class, which then changes its class.
+def load_model(pretrain: str, **kwargs: Any) -> Qwen2AudioForConditionalGeneration:
+    """Load a Qwen2-Audio checkpoint.
 
     :param pretrain: Folder or hub name.
     :param kwargs: For ``from_pretrained``.
@@ -29,14 +25,13 @@ def load_policy(pretrain: str, **kwargs: Any) -> Qwen2AudioPolicy:
     wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
         raise ValueError(f"{pretrain} is not a whole Qwen2-Audio checkpoint: {wrong}")
-    model.__class__ = Qwen2AudioPolicy
     return model
 
 
 class ActorAL(nn.Module):
     """Policy or reference model that hears: Qwen2-Audio and what is needed to score its responses.
 
-    :param pretrain_or_model: Folder (or hub name) of a Qwen2-Audio checkpoint, or a loaded policy.
+    :param pretrain_or_model: Folder (or hub name) of a Qwen2-Audio checkpoint, or a loaded model.
     :param use_flash_attention_2: Use flash-attn kernels; otherwise PyTorch's scaled dot product attention.
     :param bf16: Weights in bfloat16; otherwise float32.
     :param ds_config: DeepSpeed configuration; with ZeRO-3 the weights are partitioned while loading.
@@ -46,7 +41,7 @@ class ActorAL(nn.Module):
 
     def __init__(
         self,
-        pretrain_or_model: str | Qwen2AudioPolicy,
+        pretrain_or_model: str | Qwen2AudioForConditionalGeneration,
         use_flash_attention_2: bool = False,
         bf16: bool = True,
         ds_config: dict[str, Any] | None = None,
@@ -55,7 +50,7 @@ class ActorAL(nn.Module):
         if isinstance(pretrain_or_model, str):
             if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
                 self._ds_config = HfDeepSpeedConfig(ds_config)  # from_pretrained looks for the living object
-            self.model = load_policy(
+            self.model = load_model(
                 pretrain_or_model,
                 dtype=torch.bfloat16 if bf16 else torch.float32,
                 attn_implementation="flash_attention_2" if use_flash_attention_2 else "sdpa",
@@ -85,15 +80,12 @@ class ActorAL(nn.Module):
         :param image_grid_thw: ``(clips, 3)``: the grid of the clips in the image slot.
         :param audio_values: What the image slot carries; turned into features by :attr:`unpack_audio`.
         :return: ``(batch, num_actions)`` float32, 0 at padding.
-        :raises RuntimeError: if there is audio, and nothing set :attr:`unpack_audio`.
+        :raises RuntimeError: if nothing set :attr:`unpack_audio`.
         """
+        if self.unpack_audio is None:
+            raise RuntimeError("the actor has nothing yet that makes it hear: call patch_actor_for_audio(actor) first")
         audio = {}
         if audio_values is not None:
-            if self.unpack_audio is None:
-                raise RuntimeError(
-                    "the actor was given audio, but nothing that unpacks it from the image slot: "
-                    "call patch_actor_for_audio(actor) first"
-                )
             features, frames, index = self.unpack_audio(audio_values, image_grid_thw)
             device = sequences.device
             audio = {"features": features.to(device), "frames": frames.to(device), "clip_index": index.to(device)}

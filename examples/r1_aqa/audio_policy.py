@@ -1,0 +1,243 @@
+"""Qwen2-Audio as a GRPO policy: log-probabilities of the response, each clip encoded once.
+
+:func:`policy_forward` takes the place of a transformers model's ``forward`` (``patch_actor_for_audio`` puts it there),
+on either host, with transformers 4.57 and 5. What differs from transformers' own forward, none of it in value:
+
+- a clip is encoded once, however many sequences of the micro-batch share it;
+- the tower works on the valid frames (rounded up to the longest clip) and not on 30 s of padding;
+- a prompt that several responses share goes through the language model once, and its keys and values are reused;
+- audio goes to the placeholders of the *prompt*, so a sampled placeholder cannot shift it;
+- logits are made for response positions only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, Qwen2AudioForConditionalGeneration
+
+
+class Parts(NamedTuple):
+    """The parts of a Qwen2-Audio; transformers 5 keeps them in other places than 4.57.
+
+    :param tower: Audio encoder.
+    :param projector: From the tower's states to the decoder's.
+    :param decoder: Language model without its head.
+    :param head: To the vocabulary.
+    """
+
+    tower: nn.Module
+    projector: nn.Module
+    decoder: nn.Module
+    head: nn.Module
+
+
+def parts_of(model: Any) -> Parts:
+    """Find the parts.
+
+    :param model: ``Qwen2AudioForConditionalGeneration``.
+    """
+    if hasattr(model, "lm_head"):
+        inner = model.model
+        return Parts(inner.audio_tower, inner.multi_modal_projector, inner.language_model, model.lm_head)
+    causal = model.language_model
+    return Parts(model.audio_tower, model.multi_modal_projector, causal.model, causal.lm_head)
+
+
+@functools.wraps(Qwen2AudioForConditionalGeneration.forward)  # generate() reads the signature
+def policy_forward(self: Any, *args: Any, response_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """The class's forward or, with ``response_mask``, :func:`response_log_probs`.
+
+    One entry for both, because the hooks of DeepSpeed and FSDP2 surround ``forward`` alone.
+    """
+    if response_mask is None:
+        return type(self).forward(self, *args, **kwargs)
+    return response_log_probs(self, *args, response_mask=response_mask, **kwargs)
+
+
+def encode_clips(model: Any, features: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Audio tower and projector.
+
+    :param features: Mel spectrograms ``(clips, n_mels, 3000)``, exact in the valid frames and the two after them.
+    :param frames: Valid frames ``(clips,)``.
+    :return: Audio embeddings ``(sum of tokens, hidden)``, clip after clip, and tokens a clip ``(clips,)``.
+    """
+    tower, projector, _, _ = parts_of(model)
+    after_conv, tokens = tower._get_feat_extract_output_lengths(frames)
+    # two frames of context, and an even number of states for the pooling; masked keys weigh exactly 0, so that
+    # leaving out the padding changes no value
+    width = min(int(frames.max()) + 2, features.shape[-1])
+    width = min((width + 3) // 4 * 4, features.shape[-1])
+    dtype = tower.conv1.weight.dtype
+    hidden = F.gelu(tower.conv1(features[:, :, :width].to(dtype)))
+    hidden = F.gelu(tower.conv2(hidden)).transpose(1, 2)
+    states = torch.arange(hidden.shape[1], device=hidden.device)
+    hidden = hidden + tower.embed_positions(states)
+    mask = _padding_mask(tower, hidden, states[None, :] < after_conv[:, None])
+    for layer in tower.layers:
+        hidden = layer(hidden, mask)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # transformers 4
+    hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
+    embeddings = projector(hidden)
+    valid = torch.arange(embeddings.shape[1], device=tokens.device)[None, :] < tokens[:, None]
+    return embeddings[valid], tokens
+
+
+def _padding_mask(tower: Any, hidden: torch.Tensor, valid: torch.Tensor) -> torch.Tensor | None:
+    """The attention mask that the tower's layers take, from the valid states ``(clips, states)``."""
+    try:
+        from transformers.masking_utils import create_bidirectional_mask
+    except ImportError:  # transformers 4: the tower's eager attention adds the mask to the scores
+        lowest = torch.finfo(hidden.dtype).min
+        return torch.zeros_like(valid, dtype=hidden.dtype).masked_fill(~valid, lowest)[:, None, None, :]
+    return create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=valid.long())
+
+
+def response_log_probs(
+    model: Any,
+    sequences: torch.Tensor,
+    attention_mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    features: torch.Tensor | None = None,
+    frames: torch.Tensor | None = None,
+    clip_index: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    logit_bias: dict[int, float] | None = None,
+) -> torch.Tensor:
+    """Log-probabilities of the response tokens under the distribution they were sampled from.
+
+    :param sequences: Token ids ``(batch, length)``: padding, prompt, response, padding; the last
+        ``response_mask.shape[1]`` columns, two or more, are the response region.
+    :param attention_mask: ``(batch, length)``, 1 at tokens.
+    :param response_mask: ``(batch, response length)``, 1 at response tokens.
+    :param features: Different clips ``(clips, n_mels, 3000)``; None for text alone.
+    :param frames: Valid frames ``(clips,)``.
+    :param clip_index: For each audio of the batch, in order, its row in ``features``.
+    :param temperature: Sampling temperature; logits are divided by it.
+    :param logit_bias: Added to the logits of these token ids, as at sampling.
+    :return: ``(batch, response length)`` float32, 0 where ``response_mask`` is 0.
+    :raises ValueError: if the prompt's placeholders do not match the clips.
+    """
+    width = response_mask.shape[1]
+    split = sequences.shape[1] - width
+    _, _, decoder, head = parts_of(model)
+    is_audio = sequences == model.config.audio_token_id
+    is_audio[:, split:] = False  # placeholders of the prompt only
+    packed, clip_rows, row_clips = _audio_of_rows(model, is_audio.sum(1).tolist(), features, frames, clip_index)
+    # The same on every rank, whatever the data: under ZeRO-3 all ranks must run the same modules. With gradient
+    # checkpointing activations are recomputed, which rules out a cache.
+    shared = len(sequences) > 1 and not (model.training and decoder.gradient_checkpointing)
+    rows, group = list(range(len(sequences))), []
+    if shared:
+        tokens = sequences[:, :split].masked_fill(attention_mask[:, :split] == 0, -1)
+        rows, group = group_prompts(tokens, row_clips)
+    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    columns = slice(0, split if shared else None)
+    embeds = model.get_input_embeddings()(sequences[rows, columns])
+    if packed is not None:
+        order = torch.cat([clip_rows[clip] for row in rows for clip in row_clips[row]] or [clip_rows[0][:0]])
+        audio = packed.to(embeds.dtype)[order]
+        embeds = embeds.masked_scatter(is_audio[rows, columns].unsqueeze(-1), audio) + 0.0 * packed.sum()
+    output = decoder(
+        inputs_embeds=embeds,
+        attention_mask=attention_mask[rows, columns],
+        position_ids=position_ids[rows, columns],
+        past_key_values=DynamicCache(config=decoder.config) if shared else None,
+        use_cache=shared,
+    )
+    hidden = output.last_hidden_state[:, split - 1 :]
+    if shared:
+        index = torch.tensor(group, device=sequences.device)
+        hidden = hidden[index]
+        cache = output.past_key_values
+        cache.batch_select_indices(index)
+        continued = decoder(  # all but the last response token, behind its group's prompt
+            inputs_embeds=model.get_input_embeddings()(sequences[:, split:-1]),
+            attention_mask=attention_mask[:, :-1],
+            position_ids=position_ids[:, split:-1],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        hidden = torch.cat([hidden, continued], 1)
+    else:
+        hidden = hidden[:, :-1]
+    chosen = response_mask.bool()
+    logits = head(hidden[chosen]).float()  # (response tokens, vocabulary)
+    for token, bias in (logit_bias or {}).items():
+        logits[:, token] = logits[:, token] + bias
+    if temperature != 1.0:
+        logits = logits / temperature
+    log_probs = -F.cross_entropy(logits, sequences[:, split:][chosen], reduction="none")
+    return log_probs.new_zeros(chosen.shape).masked_scatter(chosen, log_probs)
+
+
+def _audio_of_rows(
+    model: Any,
+    placeholders: list[int],
+    features: torch.Tensor | None,
+    frames: torch.Tensor | None,
+    clip_index: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, list[torch.Tensor], list[tuple[int, ...]]]:
+    """Encode the clips and hand them out to the sequences.
+
+    :param placeholders: Audio placeholders of each sequence's prompt.
+    :return: Embeddings of all clips, one below the other (None without audio); the rows of each clip in them; and
+        the clips of each sequence.
+    :raises ValueError: if placeholders and clips do not fit.
+    """
+    if features is None:
+        if any(placeholders):
+            raise ValueError(f"the prompts hold {placeholders} audio placeholders, but there is no clip")
+        packed = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # this rank's micro-batch has no audio, another's may: ZeRO needs all ranks to run the same modules
+            device = parts_of(model).head.weight.device
+            silence = torch.zeros(1, model.config.audio_config.num_mel_bins, 3000, device=device)
+            packed, tokens = encode_clips(model, silence, torch.tensor([8], device=device))
+            return packed, [torch.arange(int(tokens[0]), device=device)], [() for _ in placeholders]
+        return packed, [], [() for _ in placeholders]
+    packed, tokens = encode_clips(model, features, frames)
+    sizes = tokens.tolist()
+    clip_rows = list(torch.arange(len(packed), device=packed.device).split(sizes))
+    clips = iter(clip_index.tolist())
+    row_clips = []
+    for row, count in enumerate(placeholders):
+        mine: list[int] = []
+        while sum(sizes[clip] for clip in mine) < count:
+            clip = next(clips, None)
+            if clip is None:
+                break
+            mine.append(clip)
+        if sum(sizes[clip] for clip in mine) != count:
+            raise ValueError(
+                f"sequence {row} of the micro-batch holds {count} audio placeholders, its clips make "
+                f"{[sizes[clip] for clip in mine]} audio tokens"
+            )
+        row_clips.append(tuple(mine))
+    if next(clips, None) is not None:
+        raise ValueError(f"{len(clip_index)} clips, but the prompts' placeholders {placeholders} take fewer")
+    return packed, clip_rows, row_clips
+
+
+def group_prompts(prompts: torch.Tensor, row_clips: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+    """Find the sequences that share their prompt: the same tokens and the same clips.
+
+    :param prompts: Prompt tokens, -1 at padding ``(batch, prompt width)``.
+    :param row_clips: Clips of each sequence.
+    :return: The first sequence of each group, and for each sequence its group.
+    """
+    known: dict[tuple, int] = {}
+    rows, group = [], []
+    for row, (tokens, clips) in enumerate(zip(prompts.tolist(), row_clips, strict=True)):
+        key = (tuple(tokens), clips)
+        if key not in known:
+            known[key] = len(rows)
+            rows.append(row)
+        group.append(known[key])
+    return rows, group
