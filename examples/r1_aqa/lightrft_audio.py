@@ -147,9 +147,28 @@ def patch_strategy(patch: Patch, strategy: Any, processor: Any) -> None:
     patch.replace(vllm_utils, "get_vllm_engine", get_vllm_engine)
     generate = functools.partial(generate_with_audio, strategy)
     patch.replace(strategy, "engine_generate_local", mark(generate, strategy.engine_generate_local))
+    patch.replace(strategy, "gather_and_generate", _with_checked_prompts(strategy.gather_and_generate))
     _patch_weight_sync(patch, strategy)
     if processor is not None:
         _patch_save(patch, strategy, processor)
+
+
+def _with_checked_prompts(original: Callable) -> Callable:
+    """The prompts that the engine answered must be, token for token, those that the trainer will score."""
+
+    @functools.wraps(original)
+    def gather_and_generate(*args: Any, all_prompt_token_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[Any]:
+        outputs = original(*args, all_prompt_token_ids=all_prompt_token_ids, **kwargs)
+        for i, (output, ids) in enumerate(zip(outputs, all_prompt_token_ids, strict=True)):
+            count = output.get("prompt_tokens", len(output.prompt_token_ids))
+            if list(output.prompt_token_ids) != list(ids) or count != len(ids):
+                raise ValueError(
+                    f"prompt {i} has {count} tokens in the engine and {len(ids)} in the trainer, or other ones: "
+                    f"{list(output.prompt_token_ids)[:40]} ... and {list(ids)[:40]} ..."
+                )
+        return outputs
+
+    return gather_and_generate
 
 
 def generate_with_audio(
@@ -302,20 +321,19 @@ def save_fsdp_model(model: nn.Module, tokenizer: Any, output_dir: str) -> None:
     :param tokenizer: Tokenizer.
     :param output_dir: Folder.
     """
+    from huggingface_hub import save_torch_state_dict
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from transformers import Qwen2AudioForConditionalGeneration
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     if dist.get_rank() != 0:
         return
-    # sharding changed the model's class, and transformers goes by the class's name when it renames weights: save as
-    # the original class, of which only names and configuration are needed
-    with torch.device("meta"):
-        plain = Qwen2AudioForConditionalGeneration(model.config)
-    plain.generation_config = model.generation_config
-    dtype = model.config.dtype
-    plain.save_pretrained(output_dir, state_dict={name: weight.to(dtype) for name, weight in weights.items()})
+    # sharding changed the model's class, and save_pretrained() goes by it when it renames the weights
+    weights = {checkpoint_name(name): weight.to(model.config.dtype) for name, weight in weights.items()}
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(weights, output_dir, max_shard_size="5GB")
+    model.config.save_pretrained(output_dir)
+    model.generation_config.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 
 
@@ -344,12 +362,6 @@ def patch_experience_maker(patch: Patch, exp_maker: Any, logit_bias: dict[int, f
 
     @functools.wraps(original)
     def _build_unpacked_sample(outputs: list[EngineOutput], **kwargs: Any) -> tuple[Any, Any, Any]:
-        for output in outputs:
-            counted = output.get("prompt_tokens", len(output.prompt_token_ids))
-            if counted != len(output.prompt_token_ids):
-                raise ValueError(
-                    f"the engine's prompt has {counted} tokens, the trainer's {len(output.prompt_token_ids)}"
-                )
         sample, *indices = original(outputs=outputs, **kwargs)
         sample.engine_log_probs = [output.output_log_probs for output in outputs]
         sample.truncated = [output.truncated for output in outputs]
@@ -358,7 +370,7 @@ def patch_experience_maker(patch: Patch, exp_maker: Any, logit_bias: dict[int, f
     patch.replace(exp_maker, "_build_unpacked_sample", mark(_build_unpacked_sample, original))
 
 
-# ---------------------------------------------------------------------------------------------------------- trajectories
+# --------------------------------------------------------------------------------------------------------- trajectories
 def patch_trajectory_saver(patch: Patch, saver: Any) -> None:
     """Save the clips of trajectories as WAV files; LightRFT calls image methods on them.
 

@@ -119,7 +119,7 @@ def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> An
     wrong = {p.dtype for p in actor.model.parameters()} - {wanted}
     if wrong:
         raise SystemExit(
-            f"{args.pretrain} is stored in {wrong.pop()}, and LightRFT loads it as it is: use --bf16, or --no-bf16 with "
+            f"{args.pretrain} is stored in {wrong.pop()}, which LightRFT keeps: use --bf16, or --no-bf16 with "
             "a checkpoint in float32"
         )
     return actor
@@ -165,11 +165,8 @@ def _shorten_prints(patch: Patch, strategy: Any) -> None:
 
     def print_shortened(*messages: Any) -> None:
         texts = [str(message) for message in messages]
-        cut = [
-            text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ... ({len(text)} characters)"
-            for text in texts
-        ]
-        original(*cut)
+        long = [f"{text[:LONGEST_LINE]} ... ({len(text)} characters)" for text in texts]
+        original(*(text if len(text) <= LONGEST_LINE else cut for text, cut in zip(texts, long, strict=True)))
 
     patch.replace(strategy, "print", print_shortened)
 
@@ -228,12 +225,11 @@ class Recorder:
 
         @functools.wraps(save_logs)
         def save_logs_and_checkpoints(
-            args: Any, global_step: int, step_bar: Any, logs_dict: dict, *more: Any, **kw: Any
-        ):
+            args: Any, step: int, step_bar: Any, logs: dict, *rest: Any, **kwargs: Any
+        ) -> None:
             self._measure_step()
-            result = save_logs(args, global_step, step_bar, logs_dict, *more, **kw)
-            self._write(global_step, step_bar.total, logs_dict)
-            return result
+            save_logs(args, step, step_bar, logs, *rest, **kwargs)
+            self._write(step, step_bar.total, logs)
 
         patch.replace(maker, "_make_experience_list_by_model", _make_experience_list_by_model)
         patch.replace(trainer, "evaluate", evaluate_and_keep)
@@ -326,7 +322,7 @@ class Recorder:
         if m["rollout/logprob_gap_mean"] > limit:
             print(
                 f"warning: step {step}: the engine's log-probs are {m['rollout/logprob_gap_mean']:.2g} from the "
-                f"trainer's on average (largest {m['rollout/logprob_gap_max']:.2g}); above {limit:g} something differs: "
-                "weights, audio or sampling",
+                f"trainer's on average (largest {m['rollout/logprob_gap_max']:.2g}); above {limit:g} something "
+                "differs: weights, audio or sampling",
                 flush=True,
             )
