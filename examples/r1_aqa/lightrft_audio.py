@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from audio_patches import Patch, is_marked, mark, patch_policy
 from audio_slots import MAX_FRAMES, audio_token_count, unpack_clips
+from lightrft_compat import at_least
 from torch import nn
 
+_MARKED = re.compile(re.escape("<|audio_bos|>") + r"(<\|AUDIO\|>)" + re.escape("<|audio_eos|>"))
 MAX_AUDIO_TOKENS = audio_token_count(MAX_FRAMES)  # what the one placeholder of a 30 s clip becomes
 
 
@@ -205,6 +208,9 @@ def generate_with_audio(
             )
             for i, output in enumerate(outputs)
         ]
+    if multi_modal_inputs is not None and not at_least("vllm", 0, 17):
+        # vLLM up to 0.16 puts the clip's markers around the tokens once more
+        requests = [{**request, "prompt": _MARKED.sub(r"\1", request["prompt"])} for request in requests]
     params = sampling_params.clone()
     params.logprobs = 0  # of the sampled token alone
     params.logit_bias = {**(params.logit_bias or {}), **logit_bias}
@@ -240,10 +246,8 @@ def _patch_weight_sync(patch: Patch, strategy: Any) -> None:
             if strategy.inference_engine_type == "vllm":
                 engine = _renaming(engine)
             strategy.broadcast_manager = broadcast.BroadcastManager(actor, strategy, engine)
-            if strategy.inference_engine_type == "sglang":
-                from lightrft_sglang import sglang_weight_name
-
-                strategy.broadcast_manager._map_weight_name_for_sglang = sglang_weight_name
+            if strategy.inference_engine_type == "sglang":  # LightRFT's names are Qwen2.5-VL's
+                strategy.broadcast_manager._map_weight_name_for_sglang = checkpoint_name
         original(actor)
         if strategy.inference_engine_type == "vllm":  # SGLang empties its cache with the last weight
             reset_caches(strategy.inference_engine)

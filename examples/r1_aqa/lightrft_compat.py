@@ -48,7 +48,8 @@ def at_least(package: str, *wanted: int) -> bool:
             found = version(name)
         except PackageNotFoundError:
             continue
-        return tuple(int(part) for part in found.split("+")[0].split(".")[: len(wanted)] if part.isdigit()) >= wanted
+        if tuple(int(part) for part in found.split("+")[0].split(".")[: len(wanted)] if part.isdigit()) >= wanted:
+            return True
     return False
 
 
@@ -150,6 +151,25 @@ def _leave_models_where_they_are(patch: Patch) -> None:
             patch.replace(strategy, name, stay)
 
 
+def _samplers() -> tuple[Any, type, type]:
+    trainer = importlib.import_module("lightrft.trainer.ppo_trainer_vl")
+    return (
+        trainer,
+        trainer.DistributedSampler,
+        importlib.import_module("lightrft.strategy.utils.data_utils").DistributedSampler,
+    )
+
+
+def _is_another_sampler() -> bool:
+    _, known, used = _samplers()
+    return isinstance(known, type) and not issubclass(used, known)
+
+
+def _know_the_sampler(patch: Patch) -> None:
+    trainer, known, used = _samplers()
+    patch.replace(trainer, "DistributedSampler", (known, used))  # only ever the second argument of isinstance()
+
+
 FIXES = (
     Fix(
         name="AutoModelForVision2Seq",
@@ -179,5 +199,13 @@ FIXES = (
         until="DeepspeedStrategy has reload_model and offload_model",
         needed=lambda: _is_missing("reload_model"),
         apply=_leave_models_where_they_are,
+    ),
+    Fix(
+        name="sampler",
+        mends="the trainer looks for another sampler class than the strategy makes: episodes are not reshuffled, and a "
+        "resumed run starts again at the first prompt",
+        until="both use the same class",
+        needed=_is_another_sampler,
+        apply=_know_the_sampler,
     ),
 )

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,6 @@ NEUTRAL = {
     "zpg": 1,
 }
 
-PROCESS_GROUP = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-
 
 def prepare_import() -> list[str]:
     """Check LightRFT's surface, and make it importable.
@@ -58,8 +57,12 @@ def prepare_import() -> list[str]:
     :raises SystemExit: if LightRFT is not as expected; lists every difference.
     """
     check_contract(host_folder())
-    for name, value in PROCESS_GROUP.items():  # LightRFT wants torchrun's variables, also for one process
-        os.environ.setdefault(name, value)
+    if "RANK" not in os.environ:  # LightRFT wants torchrun's variables, also for one process
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = port
     return lightrft_compat.patch_for_import()[1]
 
 
@@ -286,6 +289,11 @@ class Recorder:
             "time/step": ended - self.started,
         }
 
+    def _grad_norm(self) -> float:
+        """Of the last optimizer step; LightRFT's FSDP2 strategy keeps none."""
+        norm = getattr(self.trainer.actor.model, "get_global_grad_norm", lambda: None)()
+        return math.nan if norm is None else float(norm)
+
     def _write(self, step: int, steps_an_episode: int, status: dict[str, float]) -> None:
         sums = self._reduced(self.rollout, dist.ReduceOp.SUM)
         maxima = self._reduced(self.maxima | self.times, dist.ReduceOp.MAX)
@@ -297,6 +305,7 @@ class Recorder:
             "rollout/logprob_gap_max": maxima.pop("gap"),
             "train/policy_loss": status.get("policy_loss", math.nan),
             "train/kl": status.get("kl", math.nan),
+            "train/grad_norm": self._grad_norm(),
             "train/lr": status.get("actor_lr", math.nan),
             **maxima,
             "samples_per_second": responses / maxima["time/step"],
