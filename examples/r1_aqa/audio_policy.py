@@ -13,6 +13,7 @@ on either host, with transformers 4.57 and 5. What differs from transformers' ow
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -79,9 +80,9 @@ def encode_clips(model: Any, features: torch.Tensor, frames: torch.Tensor) -> tu
     states = torch.arange(hidden.shape[1], device=hidden.device)
     hidden = hidden + tower.embed_positions(states)
     mask = _padding_mask(tower, hidden, states[None, :] < after_conv[:, None])
+    old = "layer_head_mask" in inspect.signature(tower.layers[0].forward).parameters  # transformers 4
     for layer in tower.layers:
-        hidden = layer(hidden, mask)
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # transformers 4
+        hidden = layer(hidden, mask, None)[0] if old else layer(hidden, mask)
     hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
     embeddings = projector(hidden)
     valid = torch.arange(embeddings.shape[1], device=tokens.device)[None, :] < tokens[:, None]

@@ -109,7 +109,7 @@ def _find_parts_of_the_model(patch: Patch) -> None:
     patch.replace(module.ActorAL, "__init__", mark(__init__, original))
 
 
-# --------------------------------------------------------------------------------------------------------- vLLM >= 0.17
+# ---------------------------------------------------------------------------------------------------------------- vLLM
 def _drop_truncate_prompt_tokens(patch: Patch) -> None:
     maker = importlib.import_module("lightrft.trainer.fast_exp_maker").FastExperienceMaker
     original = maker.generate_samples
@@ -188,9 +188,10 @@ FIXES = (
     ),
     Fix(
         name="truncate_prompt_tokens",
-        mends="vLLM 0.17 dropped the sampling parameter that LightRFT sets: every rollout fails",
+        mends="LightRFT sets a sampling parameter that vLLM 0.17 dropped: rollouts fail; before, vLLM handed it "
+        "to the feature extractor too, which cut each clip to that many samples",
         until="LightRFT does not set it",
-        needed=lambda: at_least("vllm", 0, 17),
+        needed=lambda: at_least("vllm", 0),
         apply=_drop_truncate_prompt_tokens,
     ),
     Fix(
