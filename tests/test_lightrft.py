@@ -281,3 +281,45 @@ def test_copied_into_the_checkout(home, tiny_model, demo_parquet, tmp_path):
         os.environ["LIGHTRFT_HOME"] = environment
     assert f"host      LightRFT 0.1.1, {tmp_path}" in done.stdout
     assert len(metrics_of(tmp_path / "run")) == 1
+
+
+WRAPPER = """#!/usr/bin/env bash
+# python, but a training script runs by the launcher
+arguments=()
+for argument in "$@"; do
+    case "$argument" in */train_colocate.py) arguments+=("$LAUNCHER") ;; esac
+    arguments+=("$argument")
+done
+exec "$REAL_PYTHON" "${arguments[@]}"
+"""
+
+
+def test_the_launch_script(home, tiny_model, demo_parquet, tmp_path):
+    """As in the manual's dry run, on the checkout that LIGHTRFT_HOME names."""
+    python = tmp_path / "python"
+    python.write_text(WRAPPER)
+    python.chmod(0o755)
+    settings = {
+        "PYTHON": python,
+        "REAL_PYTHON": sys.executable,
+        "LAUNCHER": LAUNCHER,
+        "PATH_TO_YOUR_BASE_MODEL": tiny_model,
+        "PATH_TO_YOUR_AVQA_DATASET": demo_parquet,
+        "EPISODE": 1,
+        "RBS": 4,
+        "TBS": 32,
+        "N_SAMPLES": 4,
+        "MLP_WORKER_GPU": 1,
+        "ENGINE_TP": 1,
+        "ENGINE_MEM_UTIL": 0.5,
+        "GENERATE_MAX_LEN": 16,
+        "MAX_SAMPLES": 16,
+    }
+    env = {name: value for name, value in os.environ.items() if name not in LEAVE_OUT}
+    env |= {name: str(value) for name, value in settings.items()}
+    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "host      LightRFT 0.1.1" in done.stdout
+    [metrics] = tmp_path.glob("results/*/*/metrics.jsonl")
+    assert len(metrics.read_text().splitlines()) == 4
