@@ -94,8 +94,15 @@ def test_every_parameter_moves_and_the_folder_is_whole(run, tiny_model):
     _, out, _ = run
     before, after = load_file(tiny_model / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
-    # a step of AdamW moves a weight by the learning rate; bfloat16 rounds some of them back
-    stuck = [n for n in before if torch.equal(before[n].to(after[n].dtype), after[n]) and "embed_positions" not in n]
+    # a step of AdamW moves a weight by the learning rate, which is too little for a gain of 1 in bfloat16
+    frozen = (
+        ("embed_positions",)
+        if after["audio_tower.conv1.weight"].dtype == torch.float32
+        else ("embed_positions", "norm")
+    )
+    stuck = [
+        n for n in before if torch.equal(before[n].to(after[n].dtype), after[n]) and not any(f in n for f in frozen)
+    ]
     assert not stuck
     assert Qwen2AudioForConditionalGeneration.from_pretrained(out)
     assert json.loads((out / "config.json").read_text()).get("use_cache", True)

@@ -8,6 +8,7 @@ relied on.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import re
@@ -299,46 +300,63 @@ def _clear_encoder_cache(worker: Any) -> None:
 
 
 def _patch_save(patch: Patch, strategy: Any, processor: Any) -> None:
-    """A Hugging Face folder with processor: LightRFT saves none under FSDP2, and one without it under DeepSpeed."""
-    fsdp = strategy.args.fsdp
-    original = save_fsdp_model if fsdp else strategy.save_model
+    """A Hugging Face folder with processor.
+
+    LightRFT saves none under FSDP2. Under DeepSpeed it saves one without the processor, and beside transformers 5 not
+    all weights of ZeRO-3 under their names.
+    """
 
     @functools.wraps(strategy.save_model)
-    def save_model(model: Any, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
-        target = getattr(model.model, "module", model.model)
-        target.config.use_cache = True  # off for training; who loads the model generates with it
-        try:
-            original(target if fsdp else model, tokenizer, output_dir, **kwargs)
-        finally:
-            target.config.use_cache = False
+    def save_model(model: Any, tokenizer: Any, output_dir: str, **_: Any) -> None:
+        inner = getattr(model.model, "module", model.model)
+        weights = _gather_fsdp(inner) if strategy.args.fsdp else _gather_deepspeed(inner)
         if strategy.is_rank_0():
+            write_model(inner, weights, output_dir)
+            tokenizer.save_pretrained(output_dir)
             processor.save_pretrained(output_dir)
         dist.barrier()
 
     patch.replace(strategy, "save_model", mark(save_model, strategy.save_model))
 
 
-def save_fsdp_model(model: nn.Module, tokenizer: Any, output_dir: str) -> None:
-    """Gather an FSDP2 model and save it as a Hugging Face folder. Collective; rank 0 writes.
-
-    :param model: Sharded transformers model.
-    :param tokenizer: Tokenizer.
-    :param output_dir: Folder.
-    """
-    from huggingface_hub import save_torch_state_dict
+def _gather_fsdp(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole weights in CPU memory, on rank 0. All ranks take part."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    if dist.get_rank() != 0:
-        return
-    # sharding changed the model's class, and save_pretrained() goes by it when it renames the weights
-    weights = {checkpoint_name(name): weight.to(model.config.dtype) for name, weight in weights.items()}
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _gather_deepspeed(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole weights in CPU memory. All ranks take part."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights[name] = parameter.data.cpu().clone()  # ZeRO keeps views of one buffer
+    return weights
+
+
+def write_model(model: nn.Module, weights: dict[str, torch.Tensor], output_dir: str) -> None:
+    """Write weights (safetensors, the names of Qwen2-Audio's checkpoints) and configuration.
+
+    Not by ``save_pretrained()``: it renames weights by the model's class, which FSDP2 changes.
+
+    :param model: The transformers model, for its configurations.
+    :param weights: Name in the model to tensor in CPU memory.
+    :param output_dir: Made if needed.
+    """
+    from huggingface_hub import save_torch_state_dict
+
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(weights, output_dir, max_shard_size="5GB")
-    model.config.save_pretrained(output_dir)
+    dtype = model.config.dtype
+    save_torch_state_dict(
+        {checkpoint_name(name): weight.to(dtype) for name, weight in weights.items()}, output_dir, max_shard_size="5GB"
+    )
+    config = copy.deepcopy(model.config)
+    config.use_cache = True  # off for training; who loads the model generates with it
+    config.save_pretrained(output_dir)
     model.generation_config.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
 
 
 # ----------------------------------------------------------------------------------------------------- experience maker
