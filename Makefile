@@ -8,7 +8,7 @@ SEED ?= 0
 DEMO_DIR ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lightrft lint clean
+.PHONY: help setup demo test test-all test-faults test-lightrft lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: $(READY) ## run the tests (about 5 minutes)
 
 test-all: $(READY) ## run the tests and the longer ones that CI leaves out
 	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest
+
+test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for
+	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py
 
 test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 12 minutes)
 	@if [ -z "$(LIGHTRFT_HOME)" ]; then \

@@ -400,6 +400,7 @@ GOOD = {
     "fsdp": False,
     "bf16": True,
     "max_norm": 1.0,
+    "on_anomaly": "warn",
 }
 
 
@@ -414,6 +415,7 @@ GOOD = {
         ({"sp_size": 2}, "--sp_size 2"),
         ({"loss_agg_mode": "token-mean"}, "LightRFT ignores it"),
         ({"fused_linear_logprob": True}, "--fused_linear_logprob"),
+        ({"on_anomaly": "stop"}, "--on_anomaly stop"),
         ({"fsdp": True, "bf16": False}, "add --bf16"),
         ({"fsdp": True, "max_norm": 0}, "clip every gradient to zero"),
     ],

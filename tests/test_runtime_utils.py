@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGene
 
 from lightrft.engines.base import Sampling, checkpoint_name, checksum, stable_seed, tee_checksums
 from lightrft.models.actor_al import load_model
-from lightrft.strategy.checkpoint import rotate, write_hf_folder
+from lightrft.strategy.checkpoint import begin, commit, newest, rotate, write_hf_folder
 from lightrft.utils import blending_datasets, get_tokenizer_processor_vl
 from lightrft.utils.data import find_split
 from lightrft.utils.metrics import MetricsWriter
@@ -119,7 +119,7 @@ def test_metrics_are_json_lines_that_are_appended_and_readable_at_once(tmp_path)
     path = folder / "metrics.jsonl"
     assert json.loads(path.read_text()) == {"step": 1, "reward": 0.5, "lr": 1e-6, "norm": None, "gap": None}
     writer.close()
-    resumed = MetricsWriter(folder, args)
+    resumed = MetricsWriter(folder, args, done=1)
     resumed.write(2, {"reward": 1.0})
     resumed.close()
 
@@ -291,28 +291,57 @@ def test_a_written_folder_loads_whole_under_the_models_own_name(tiny_model, tmp_
     assert not list((tmp_path / "out").glob("*.part"))
 
 
-def make_checkpoints(folder: Path, count: int, latest: str) -> None:
-    for i in range(1, count + 1):
-        (folder / f"step_{i}").mkdir()
-        (folder / f"step_{i}" / "state").touch()
-        os.utime(folder / f"step_{i}", (i, i))
-    (folder / "latest").write_text(f"{latest}\n")
-
-
 @pytest.mark.parametrize(
-    ("keep", "latest", "left"),
+    ("keep", "broken", "left"),
     [
-        (2, "step_4", {"step_3", "step_4"}),
-        (1, "step_4", {"step_4"}),
-        (9, "step_4", {"step_1", "step_2", "step_3", "step_4"}),
-        (2, "step_1", {"step_1", "step_3", "step_4"}),  # the one to resume from is never deleted
+        (2, [], {"step_000003", "step_000004"}),
+        (1, [], {"step_000004"}),
+        (9, [], {"step_000001", "step_000002", "step_000003", "step_000004"}),
+        (1, ["step_000004", "step_000003"], {"step_000002", "step_000004"}),  # the one to resume from is never deleted
     ],
 )
-def test_rotation_deletes_the_oldest_and_never_the_latest(tmp_path, keep, latest, left):
-    make_checkpoints(tmp_path, 4, latest)
+def test_rotation_deletes_the_oldest_and_never_the_last_whole_one(tmp_path, keep, broken, left):
+    for i in range(1, 5):
+        folder = tmp_path / f"step_{i:06d}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({"state": 0}))
+        if folder.name not in broken:
+            (folder / "state").touch()
     rotate(str(tmp_path), keep)
-    assert {folder.name for folder in tmp_path.iterdir() if folder.is_dir()} == left
-    assert (tmp_path / "latest").exists()
+    assert {folder.name for folder in tmp_path.iterdir()} == left
+
+
+def test_a_checkpoint_gets_its_name_when_it_is_whole(tmp_path):
+    (tmp_path / "step_000001.part").mkdir()  # of a save that was killed
+    (tmp_path / "step_000003").mkdir()  # of a run that went further before it was resumed from an older one
+    begin(str(tmp_path))
+    assert newest(str(tmp_path))[0] is None
+    folder = tmp_path / "step_000003.part"
+    (folder / "zero").mkdir(parents=True)
+    (folder / "zero" / "state").write_bytes(b"12345")
+    commit(str(tmp_path), "step_000003")
+    assert newest(str(tmp_path)) == ("step_000003", [])
+    assert json.loads((tmp_path / "step_000003" / "manifest.json").read_text()) == {"zero/state": 5}
+    assert (tmp_path / "latest").read_text() == "step_000003"
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000003", "latest"}
+
+
+def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path):
+    args = SimpleNamespace(use_wandb=False, use_tensorboard=None)
+    writer = MetricsWriter(tmp_path, args)
+    for step in (1, 2, 3):
+        writer.write(step, {"x": step * 1.0})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "x"')  # killed while writing
+    writer = MetricsWriter(tmp_path, args, done=2)
+    writer.write(3, {"x": 30.0})
+    writer.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records == [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}, {"step": 3, "x": 30.0}]
+    MetricsWriter(tmp_path, args).close()  # a new run in the same folder
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert len((tmp_path / "metrics.jsonl.old").read_text().splitlines()) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ processor

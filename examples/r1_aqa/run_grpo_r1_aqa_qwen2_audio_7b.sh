@@ -4,7 +4,8 @@
 #
 #   PATH_TO_YOUR_BASE_MODEL=... PATH_TO_YOUR_AVQA_DATASET=... bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
 #
-# Further arguments are handed to train_colocate.py.
+# Further arguments are handed to train_colocate.py. RESUME=1 goes on where the last run of the experiment was ended.
+# Exit status: the training's; 138, 143 or 130 after SIGUSR1, SIGTERM or Ctrl-C, when the state is saved.
 # A wandb key is read from the environment (WANDB_API_KEY) or from a login; it never appears on a command line.
 set -euo pipefail
 
@@ -61,13 +62,30 @@ if [ -n "${WANDB_API_KEY:-}" ] || [ "${WANDB_MODE:-}" = "offline" ]; then
     wandb=(--use_wandb)
 fi
 
-started="$(date +%Y%m%d_%H%M%S)"
-run="${EXPERIMENT_NAME}-ep${EPISODE}-kl${KL}-lr${LR}-${started}"
+# RUN_ID names the run; on several nodes it must be the same on all, because they write into the same folder
+if [ "$MLP_WORKER_NUM" -gt 1 ] && [ -z "${RUN_ID:-}" ]; then
+    echo "RUN_ID is not set: on $MLP_WORKER_NUM nodes all must name the same run, e.g. RUN_ID=first" >&2
+    exit 2
+fi
+RUN_ID="${RUN_ID:-$(date +%Y%m%d_%H%M%S)}"
+run="${EXPERIMENT_NAME}-ep${EPISODE}-kl${KL}-lr${LR}-${RUN_ID}"
 save_path="results/${EXPERIMENT_NAME}/${run}"
-log="rft_logs/${EXPERIMENT_NAME}/node${MLP_ROLE_INDEX}_${started}.log"
+resume=()
+if [ "${RESUME:-0}" = 1 ]; then             # go on with the newest run of the experiment that has a checkpoint
+    latest="$(ls -t "results/${EXPERIMENT_NAME}"/*/_actor/latest 2>/dev/null | head -n 1 || true)"
+    if [ -n "$latest" ]; then
+        save_path="${latest%/_actor/latest}"
+        run="${save_path##*/}"
+        resume=(--load_checkpoint)
+        echo "resuming $save_path"
+    else
+        echo "RESUME=1, but results/${EXPERIMENT_NAME} holds no checkpoint: starting from the beginning"
+    fi
+fi
+log="rft_logs/${EXPERIMENT_NAME}/node${MLP_ROLE_INDEX}_$(date +%Y%m%d_%H%M%S).log"
 mkdir -p "$save_path" "$(dirname "$log")"
+exec > >(tee "$log") 2>&1
 
-# pipefail: the exit status is the training's, not tee's
 "$PYTHON" -m torch.distributed.run \
     --nnodes "$MLP_WORKER_NUM" \
     --nproc-per-node "$MLP_WORKER_GPU" \
@@ -103,5 +121,27 @@ mkdir -p "$save_path" "$(dirname "$log")"
     --save_trajectories \
     --wandb_project "$WANDB_PROJECT" \
     --wandb_run_name "$run" \
-    "${precision[@]}" "${wandb[@]}" "$@" \
-    2>&1 | tee "$log"
+    "${precision[@]}" "${wandb[@]}" "${resume[@]}" "$@" &
+torchrun=$!
+
+# Slurm's SIGUSR1 or SIGTERM, and Ctrl-C: the training saves and ends by itself. torchrun would be ended by the first
+# and give the training 30 s after the others, so the signal goes past it.
+stopped=0
+pass_on() {
+    stopped=$2
+    for pid in $(cat "/proc/$torchrun/task/"*/children 2>/dev/null); do
+        kill "-$1" "$pid" 2>/dev/null || true
+    done
+}
+trap 'pass_on USR1 138' USR1
+trap 'pass_on TERM 143' TERM
+trap 'pass_on INT 130' INT
+status=0
+while kill -0 "$torchrun" 2>/dev/null; do # a trapped signal ends a wait early
+    status=0
+    wait "$torchrun" || status=$?
+done
+if [ "$status" -ne 0 ] && [ "$stopped" -ne 0 ]; then
+    status=$stopped
+fi
+exit "$status"

@@ -97,6 +97,13 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
     g.add_argument("--disable_ds_ckpt", action=flag, default=False, help="no DeepSpeed checkpoints")
     g.add_argument("--max_ckpt_num", type=int, default=3, help="DeepSpeed checkpoints to keep")
     g.add_argument("--load_checkpoint", action=flag, default=False, help="resume from --ckpt_path")
+    g.add_argument(
+        "--on_anomaly",
+        choices=("warn", "stop"),
+        default="warn",
+        help="engine and trainer disagree, KL runs away, all responses are cut off, or rewards are all alike: warn "
+        "once and count, or save and stop with status 4; a loss that is not finite always stops",
+    )
     g.add_argument("--eval_steps", type=int, default=-1, help="evaluate every so many steps; -1: never")
     g.add_argument("--save_trajectories", action=flag, default=False, help="write responses of each step as JSON Lines")
     g.add_argument("--num_trajectories_to_save", type=int, default=10, help="how many a step")

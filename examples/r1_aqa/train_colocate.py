@@ -140,6 +140,8 @@ def train(args: argparse.Namespace) -> None:
     patch_experience_maker_for_audio(trainer.experience_maker, processor, tokenizer, args.prompt_max_len)
     if not on_runtime():
         lightrft_host.patch_trainer(trainer)
+    elif args.load_checkpoint:
+        trainer.restore(states)
 
     # ---- train and save
     metrics = trainer.fit(

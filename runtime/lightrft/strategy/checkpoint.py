@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers import Qwen2AudioForConditionalGeneration
+
+PART = ".part"  # what is being written has this suffix
+MANIFEST = "manifest.json"  # of a whole checkpoint: file name to size in bytes
 
 
 def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, output_dir: str) -> None:
@@ -21,31 +25,120 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
     :param tokenizer: Tokenizer to save.
     :param output_dir: Made if needed.
     """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(weights, folder, max_shard_size="5GB")
+    folder, aside = Path(output_dir), Path(output_dir) / f"model{PART}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_torch_state_dict(weights, aside, max_shard_size="5GB")
     config = model.config.to_dict()
     # our class is the same model with another forward; others shall load it under its own name
     config["architectures"] = [Qwen2AudioForConditionalGeneration.__name__]
     config["use_cache"] = True
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    temporary = folder / "config.json.part"
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(folder / "config.json")
     if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        model.generation_config.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    for path in aside.iterdir():
+        path.replace(folder / path.name)
+    (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (aside / "config.json").replace(folder / "config.json")  # last: with it the folder is a model
+    aside.rmdir()
+
+
+def begin(save_dir: str) -> None:
+    """Clear away what interrupted saves have left.
+
+    :param save_dir: Folder of the checkpoints; made if needed.
+    """
+    Path(save_dir).mkdir(parents=True, exist_ok=True)
+    for left_over in Path(save_dir).glob(f"*{PART}"):
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+
+
+def commit(save_dir: str, tag: str) -> None:
+    """Make a written checkpoint the newest one: a list of its files, everything on disk, then its name.
+
+    Killed at any moment, it either has its name and is whole, or has none and is not looked at.
+
+    :param save_dir: Folder of the checkpoints.
+    :param tag: Name of the checkpoint.
+    """
+    folder = Path(save_dir) / (tag + PART)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=0, sort_keys=True), encoding="utf-8")
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+    final = Path(save_dir) / tag
+    if final.exists():  # a run that was resumed from an older checkpoint comes by again
+        _remove(final)
+    folder.rename(final)
+    pointer = Path(save_dir) / f"latest{PART}"
+    pointer.write_text(tag, encoding="utf-8")
+    pointer.replace(Path(save_dir) / "latest")
+    _flush(Path(save_dir))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill half-way leaves nothing that looks like one."""
+    aside = folder.with_name(f"{folder.name}.old{PART}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint.
+
+    :param folder: Its folder.
+    :return: A few words, or None if it is whole.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+    return None
+
+
+def newest(save_dir: str) -> tuple[str | None, list[str]]:
+    """The newest whole checkpoint.
+
+    :param save_dir: Folder of the checkpoints.
+    :return: Its name, None if there is none; and a line for each newer one that is damaged.
+    """
+    damaged = []
+    for folder in reversed(_checkpoints(save_dir)):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder.name, damaged
+        damaged.append(f"{folder}: {wrong}")
+    return None, damaged
+
+
+def _checkpoints(save_dir: str) -> list[Path]:
+    """Checkpoints, oldest step first."""
+    return sorted(path for path in Path(save_dir).glob("step_*") if path.is_dir() and path.suffix != PART)
 
 
 def rotate(save_dir: str, keep: int) -> None:
-    """Delete the oldest checkpoints, never the one that ``latest`` names.
+    """Delete the oldest checkpoints. The newest whole one stays, whatever came after it.
 
     :param save_dir: Folder with one sub-folder a checkpoint.
     :param keep: How many stay.
     """
-    folder = Path(save_dir)
-    latest = (folder / "latest").read_text(encoding="utf-8").strip()
-    tags = sorted((d for d in folder.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime)
-    for old in tags[:-keep]:
-        if old.name != latest:
-            shutil.rmtree(old)
+    safe, _ = newest(save_dir)
+    for folder in _checkpoints(save_dir)[:-keep]:
+        if folder.name != safe:
+            _remove(folder)

@@ -393,7 +393,7 @@ class DeepspeedStrategy:
     def save_ckpt(
         self, model: Any, save_dir: str, tag: str, max_num: int = 3, client_state: dict[str, Any] | None = None
     ) -> None:
-        """Write a DeepSpeed checkpoint for resuming, then delete the oldest beyond ``max_num``.
+        """Write a DeepSpeed checkpoint for resuming, aside and then renamed; delete the oldest beyond ``max_num``.
 
         :param model: DeepSpeed engine.
         :param save_dir: Folder of the checkpoints.
@@ -401,23 +401,32 @@ class DeepspeedStrategy:
         :param max_num: Checkpoints to keep.
         :param client_state: Stored with it and returned by :meth:`load_ckpt`.
         """
-        model.save_checkpoint(save_dir, tag=tag, client_state=client_state or {})
+        if self.is_rank_0():
+            checkpoint.begin(save_dir)
+        dist.barrier()
+        model.save_checkpoint(save_dir, tag=tag + checkpoint.PART, client_state=client_state or {}, save_latest=False)
         dist.barrier()
         if self.is_rank_0():
+            checkpoint.commit(save_dir, tag)
             checkpoint.rotate(save_dir, keep=max_num)
         dist.barrier()
 
     def load_ckpt(self, model: Any, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
-        """Load the newest DeepSpeed checkpoint.
+        """Load the newest whole DeepSpeed checkpoint.
 
         :param model: DeepSpeed engine.
         :param load_dir: Folder of the checkpoints.
         :return: Path and client state.
-        :raises FileNotFoundError: if there is none.
+        :raises SystemExit: if there is none.
         """
-        path, state = model.load_checkpoint(load_dir)
+        tag, damaged = checkpoint.newest(load_dir)
+        for line in damaged:
+            self.print(f"note: passed over a damaged checkpoint: {line}")
+        if tag is None:
+            raise SystemExit(f"--load_checkpoint: no whole checkpoint in {load_dir}")
+        path, state = model.load_checkpoint(load_dir, tag=tag)
         if path is None:
-            raise FileNotFoundError(f"no DeepSpeed checkpoint in {load_dir}")
+            raise SystemExit(f"--load_checkpoint: DeepSpeed cannot load {load_dir}/{tag}")
         return path, state
 
 

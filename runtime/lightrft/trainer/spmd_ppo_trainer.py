@@ -10,25 +10,31 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from lightrft.engines.base import Sampling
 from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens
-from lightrft.strategy.distributed import reduce_metrics
+from lightrft.strategy.distributed import gather_objects, reduce_metrics
 from lightrft.utils.console import console
 from lightrft.utils.metrics import MetricsWriter
+from lightrft.utils.preemption import StopError, stop_request
 
 from .advantages import KLController
 from .fast_exp_maker import FastExperienceMaker, forward
+from .health import AnomalyError, Health
 from .replay_buffer import Experience, make_micro_batch, pad_tokens
 
-GAP_WARNING = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |log p engine - log p trainer| that is worth a warning
+ANOMALY_EXIT = 4  # exit status after --on_anomaly stop
 
 
 class SPMDPPOTrainerVL:
@@ -103,6 +109,9 @@ class SPMDPPOTrainerVL:
         self.disable_ds_ckpt = disable_ds_ckpt
         self.max_new_tokens = max_new_tokens
         self.kl_ctl = KLController(init_kl_coef, kl_target)
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        self.health = Health(dtype, args.on_anomaly == "stop", console.warn if strategy.is_rank_0() else lambda _: None)
+        self.boundary = (0, init_kl_coef)  # last step whose gradients are all in the weights, and the KL weight then
         for model in filter(None, (actor, initial_model)):
             model.temperature, model.logit_bias = temperature, logit_bias
         kl_in_reward = initial_model is not None and not args.use_kl_loss
@@ -147,7 +156,9 @@ class SPMDPPOTrainerVL:
         per_episode = len(prompts_dataloader)
         total = per_episode * args.num_episodes
         step = consumed_samples // args.rollout_batch_size
-        writer = MetricsWriter(Path(args.save_path), args) if self.strategy.is_rank_0() else None
+        self.boundary = (step, self.kl_ctl.value)
+        stop_request.install()
+        writer = MetricsWriter(Path(args.save_path), args, step) if self.strategy.is_rank_0() else None
         show_bar = self.strategy.is_rank_0() and console.stream.isatty()
         bar = tqdm(total=total, initial=step, desc="GRPO", file=console.stream, disable=not show_bar, leave=False)
         started = time.perf_counter()
@@ -164,8 +175,22 @@ class SPMDPPOTrainerVL:
                         metrics |= self.evaluate(eval_dataloader)
                     self.report(writer, bar, step, total, metrics)
                     if args.save_steps > 0 and step % args.save_steps == 0:
-                        self.save(args, step)
+                        self.save(args)
+                    stop_request.check(self.strategy.device)
                 sampler.start = 0
+        except AnomalyError as anomaly:
+            if not self.disable_ds_ckpt:
+                self.save_state(args)
+            self.strategy.print(f"stopped by --on_anomaly stop: {anomaly}")
+            raise SystemExit(ANOMALY_EXIT) from None
+        except StopError as stop:
+            if not self.disable_ds_ckpt:
+                self.save_state(args)
+            self.strategy.print(
+                f"{stop}: step {self.boundary[0]} is the last one that is done"
+                + ("" if self.disable_ds_ckpt else " and saved; --load_checkpoint goes on from there")
+            )
+            raise SystemExit(stop.exit_code) from None
         finally:
             bar.close()
             if writer is not None:
@@ -183,6 +208,7 @@ class SPMDPPOTrainerVL:
         """
         started = time.perf_counter()
         prompts, images, references, labels = batch
+        stop_request.check(self.strategy.device)
         items = self.experience_maker.make_experience_list(prompts, images, references, labels, step)
         train_started = time.perf_counter()
         sums, maxima, updated = self.update(items, step)
@@ -196,7 +222,7 @@ class SPMDPPOTrainerVL:
             "time/sync": ended - sync_started,
             "time/step": ended - started,
         }
-        sums |= rollout_sums(items)
+        sums |= rollout_sums(items) | spread_sums(items, self.strategy.args.n_samples_per_prompt)
         reduce_metrics(sums, maxima, self.strategy.device)
         metrics = step_metrics(sums, maxima)
         if updated and not math.isfinite(maxima["grad_norm"]):
@@ -204,7 +230,9 @@ class SPMDPPOTrainerVL:
         metrics["train/grad_norm"] = maxima["grad_norm"]
         metrics["train/lr"] = self.scheduler.get_last_lr()[0]
         self.kl_ctl.update(metrics["train/kl"], int(sums["responses"]))
-        self.check(metrics, step)
+        if updated:
+            self.boundary = (step, self.kl_ctl.value)
+        metrics |= self.health.check(metrics, step)
         if self.strategy.args.save_trajectories and self.strategy.is_rank_0():
             self.save_trajectories(items, step)
         return metrics
@@ -232,6 +260,8 @@ class SPMDPPOTrainerVL:
         }
         for epoch in range(self.max_epochs):
             for number, part in enumerate(parts):
+                if not updated:  # the weights are still those of the last step that was done
+                    stop_request.check(self.strategy.device)
                 batch = make_micro_batch(part, self.tokenizer.pad_token_id, self.strategy.device)
                 mask, width = batch.response_mask, batch.response_mask.shape[1]
                 log_probs = forward(self.actor, batch)
@@ -300,20 +330,6 @@ class SPMDPPOTrainerVL:
         return {f"eval/{k.removeprefix('rollout/')}": v / sums["responses"] for k, v in sums.items() if "/" in k}
 
     # ------------------------------------------------------------ output
-    def check(self, metrics: dict[str, float], step: int) -> None:
-        """Warn of an engine that no longer agrees with the trainer.
-
-        :param metrics: The step's metrics.
-        :param step: Rollout step.
-        """
-        dtype = torch.bfloat16 if self.strategy.args.bf16 else torch.float32
-        if metrics["rollout/logprob_gap_mean"] > GAP_WARNING[dtype] and self.strategy.is_rank_0():
-            console.warn(
-                f"step {step}: the engine's log-probs are {metrics['rollout/logprob_gap_mean']:.2g} from the trainer's "
-                f"on average (largest {metrics['rollout/logprob_gap_max']:.2g}); above {GAP_WARNING[dtype]:g} "
-                f"in {dtype} something differs: weights, audio or sampling"
-            )
-
     def report(self, writer: MetricsWriter | None, bar: Any, step: int, total: int, metrics: dict[str, float]) -> None:
         """Write the metrics and print the step's line.
 
@@ -339,18 +355,48 @@ class SPMDPPOTrainerVL:
         console.print(line)
         bar.refresh()
 
-    def save(self, args: Any, step: int) -> None:
+    def save(self, args: Any) -> None:
         """Write a checkpoint for resuming and, if asked, a Hugging Face folder.
 
         :param args: The run's arguments.
-        :param step: Rollout step.
         """
         if not self.disable_ds_ckpt:
-            state = {"consumed_samples": step * args.rollout_batch_size, "kl_coef": self.kl_ctl.value}
-            folder = str(Path(args.ckpt_path) / "_actor")
-            self.strategy.save_ckpt(self.actor.model, folder, f"step_{step:06d}", args.max_ckpt_num, state)
+            self.save_state(args)
         if self.save_hf_ckpt:
-            self.strategy.save_model(self.actor, self.tokenizer, str(Path(args.save_path) / f"hf_step_{step:06d}"))
+            folder = Path(args.save_path) / f"hf_step_{self.boundary[0]:06d}"
+            aside = folder.with_name(folder.name + ".part")
+            self.strategy.save_model(self.actor, self.tokenizer, str(aside))
+            if self.strategy.is_rank_0():
+                shutil.rmtree(folder, ignore_errors=True)
+                aside.rename(folder)
+
+    def save_state(self, args: Any) -> None:
+        """Write a checkpoint from which :meth:`restore` and :meth:`fit` go on exactly.
+
+        It is of the last optimizer step: rollouts whose gradients have only been accumulated are done again.
+
+        :param args: The run's arguments.
+        """
+        step, kl_coef = self.boundary
+        state = {
+            "consumed_samples": step * args.rollout_batch_size,
+            "kl_coef": kl_coef,
+            "rng": gather_objects((random.getstate(), np.random.get_state(), torch.get_rng_state())),
+        }
+        folder = str(Path(args.ckpt_path) / "_actor")
+        self.strategy.save_ckpt(self.actor.model, folder, f"step_{step:06d}", args.max_ckpt_num, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what a checkpoint holds beside model, optimizer and schedule.
+
+        :param state: From :meth:`save_state`, by ``strategy.load_ckpt``.
+        """
+        self.kl_ctl.value = state["kl_coef"]
+        if len(state["rng"]) == dist.get_world_size():  # nothing here draws from them; a user's reward might
+            python, numpy, torch_state = state["rng"][dist.get_rank()]
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(torch_state)
 
     def save_trajectories(self, items: list[Experience], step: int) -> None:
         """Write the first responses of the step as JSON Lines.
@@ -392,6 +438,20 @@ def rollout_sums(items: list[Experience]) -> dict[str, float]:
     return sums
 
 
+def spread_sums(items: list[Experience], n_samples: int) -> dict[str, float]:
+    """Sums that show how far rewards differ.
+
+    :param items: Scored experiences, a group's next to each other.
+    :param n_samples: Responses a group.
+    """
+    groups = [[item.reward for item in items[i : i + n_samples]] for i in range(0, len(items), n_samples)]
+    return {
+        "squares": sum(item.reward**2 for item in items),
+        "groups": float(len(groups)),
+        "groups_alike": float(sum(min(group) == max(group) for group in groups)),
+    }
+
+
 def step_metrics(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
     """Metrics of a step from its sums and maxima over all ranks.
 
@@ -400,7 +460,10 @@ def step_metrics(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, 
     """
     metrics = {name: value / sums["responses"] for name, value in sums.items() if name.startswith("rollout/")}
     sampled_tokens = sums["rollout/response_length"]
+    variance = sums["squares"] / sums["responses"] - metrics["rollout/reward"] ** 2
     metrics |= {
+        "rollout/reward_std": math.sqrt(variance) if variance > 1e-9 else 0.0,
+        "rollout/groups_without_spread": sums["groups_alike"] / sums["groups"],
         "rollout/logprob_gap_mean": sums["gap"] / sampled_tokens,
         "rollout/logprob_gap_max": maxima["gap"],
         "train/policy_loss": sums["policy_loss"] / sums["micro_batches"],

@@ -11,19 +11,33 @@ from typing import Any
 class MetricsWriter:
     """Writes one record a step. Made on rank 0 only.
 
-    :param folder: ``metrics.jsonl`` is appended to here.
+    A resumed run goes on in the same ``metrics.jsonl`` and the same wandb run; records of steps that it will do again
+    are taken out. A new run in an old folder keeps the old file as ``metrics.jsonl.old``.
+
+    :param folder: Of the run.
     :param args: The run's arguments: ``use_wandb``, ``wandb_*``, ``use_tensorboard``.
+    :param done: Steps that are already done.
     """
 
-    def __init__(self, folder: Path, args: Any) -> None:
+    def __init__(self, folder: Path, args: Any, done: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            if done == 0:
+                path.replace(folder / "metrics.jsonl.old")
+            else:
+                keep_steps(path, done)
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._wandb = self._tensorboard = None
         if args.use_wandb:
             import wandb
 
             # the key comes from WANDB_API_KEY or a login, never from a flag
+            run_id = folder / "wandb_run_id.txt"
+            known = run_id.read_text().strip() if done and run_id.exists() else None
             self._wandb = wandb.init(
+                id=known,
+                resume="allow" if known else None,
                 entity=args.wandb_org,
                 project=args.wandb_project,
                 group=args.wandb_group,
@@ -31,10 +45,13 @@ class MetricsWriter:
                 config=vars(args),
                 dir=str(folder),
             )
+            run_id.write_text(self._wandb.id)
         if args.use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(log_dir=str(Path(args.use_tensorboard) / args.wandb_run_name))
+            self._tensorboard = SummaryWriter(
+                log_dir=str(Path(args.use_tensorboard) / args.wandb_run_name), purge_step=done + 1 if done else None
+            )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a step.
@@ -58,3 +75,22 @@ class MetricsWriter:
             self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Drop the records of later steps, and a last line that was being written when the process was killed.
+
+    :param path: ``metrics.jsonl``.
+    :param last: Last step to keep.
+    """
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= last:
+            kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Run a training script and send a signal to itself at a chosen point. For the tests of test_faults.py.
+
+    python tests/fault_runner.py POINT STEP SIGNAL SCRIPT [ARGUMENTS ...]
+
+POINT names a function of the runtime (see :data:`POINTS`); in step STEP, when it is about to be called, or has been
+called half-way, the process gets SIGNAL, or every rank does.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import lightrft_launcher
+from lightrft_launcher import after_import
+
+TRAINER = "lightrft.trainer.spmd_ppo_trainer"
+MAKER = "lightrft.trainer.fast_exp_maker"
+CHECKPOINT = "lightrft.strategy.checkpoint"
+STRATEGY = "lightrft.strategy.deepspeed_strategy"
+# point: module, owner in it (or none), function, before or after it, which call of it in the step
+POINTS = {
+    "before the rollout": (STRATEGY, "DeepspeedStrategy", "gather_and_generate", "before", 1),
+    "after the rollout": (STRATEGY, "DeepspeedStrategy", "gather_and_generate", "after", 1),
+    "before the rewards": (MAKER, "FastExperienceMaker", "score", "before", 1),
+    "first micro-batch": (TRAINER, None, "forward", "before", 1),
+    "second micro-batch": (TRAINER, None, "forward", "after", 2),
+    "before the sync": (STRATEGY, "DeepspeedStrategy", "update_engine_weights", "before", 1),
+    "after the sync": (STRATEGY, "DeepspeedStrategy", "update_engine_weights", "after", 1),
+    "before the metrics": ("lightrft.utils.metrics", "MetricsWriter", "write", "before", 1),
+    "after the metrics": ("lightrft.utils.metrics", "MetricsWriter", "write", "after", 1),
+    "before a save": (CHECKPOINT, None, "begin", "before", 1),
+    "written, not renamed": (CHECKPOINT, None, "commit", "before", 1),
+    "while flushing": (CHECKPOINT, None, "_flush", "before", 2),
+    "renamed, not rotated": (CHECKPOINT, None, "rotate", "before", 1),
+    "while rotating": (CHECKPOINT, None, "_remove", "after", 1),
+    "model folder half written": (CHECKPOINT, None, "save_torch_state_dict", "after", 1),
+}
+
+
+def main() -> None:
+    """Set the trap and run the script."""
+    point, step, number = sys.argv[1], int(sys.argv[2]), getattr(signal, sys.argv[3])
+    script = os.path.abspath(sys.argv[4])
+    sys.argv = [script, *sys.argv[5:]]
+    sys.path.insert(0, os.path.dirname(script))
+    sys.meta_path.insert(0, lightrft_launcher._Hooked())
+    module_name, owner_name, function, when, call = POINTS[point]
+    seen = {"step": 0, "calls": 0}
+
+    def count_steps(module: Any) -> None:
+        def counting(original: Callable) -> Callable:
+            @functools.wraps(original)
+            def train_on(self: Any, batch: Any, step: int) -> Any:
+                seen.update(step=step, calls=0)
+                return original(self, batch, step)
+
+            return train_on
+
+        lightrft_launcher.wrap(module.SPMDPPOTrainerVL, "train_on", counting)
+
+    def trap(module: Any) -> None:
+        def trapped(original: Callable) -> Callable:
+            @functools.wraps(original)
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                hit = seen["step"] == step
+                seen["calls"] += hit
+                hit = hit and seen["calls"] == call
+                if hit and when == "before":
+                    os.kill(os.getpid(), number)
+                result = original(*args, **kwargs)
+                if hit and when == "after":
+                    os.kill(os.getpid(), number)
+                return result
+
+            return watched
+
+        lightrft_launcher.wrap(getattr(module, owner_name) if owner_name else module, function, trapped)
+
+    after_import(module_name)(trap)
+    after_import(TRAINER)(count_steps)
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""A run that is killed or asked to stop, anywhere, goes on as if nothing had happened.
+
+All points run with ``make test-faults``; the ordinary suite takes a sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLE, ROOT
+from fault_runner import POINTS
+from safetensors.torch import load_file
+from test_training import SMALL, metrics_of
+
+FLAGS = [
+    *SMALL,
+    "--max_samples",
+    "20",
+    "--save_steps",
+    "2",
+    "--max_ckpt_num",
+    "1",
+    "--kl_target",
+    "0.05",
+    "--save_hf_ckpt",
+]
+SAVING = {point for point, (module, *_) in POINTS.items() if module.endswith("checkpoint")}
+SAMPLE = [("SIGKILL", "second micro-batch"), ("SIGKILL", "written, not renamed"), ("SIGTERM", "after the rollout")]
+CASES = [(number, point) for number in ("SIGKILL", "SIGTERM") for point in POINTS]
+CASES += [("SIGUSR1", "first micro-batch"), ("SIGINT", "second micro-batch"), ("SIGINT", "before the sync")]
+EXIT = {"SIGKILL": -9, "SIGTERM": 143, "SIGUSR1": 138, "SIGINT": 130}
+
+
+def start(model: Path, data: Path, out: Path, *more: str, fault=(), processes=1) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment["PYTHONPATH"] = str(ROOT / "tests")
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(ROOT / "tests" / "fault_runner.py"), *fault] if fault else []
+    command += [str(EXAMPLE / "train_colocate.py"), "--pretrain", str(model), "--prompt_data", str(data)]
+    command += ["--save_path", str(out), *FLAGS, *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def end(process: subprocess.Popen, seconds: float = 300) -> str:
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"still running after {seconds} s: {process.communicate()[0][-3000:]}")
+
+
+def orphans(out: Path) -> list[str]:
+    """Processes that still name the run's folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes().decode(errors="replace") if entry.name.isdigit() else ""
+        except OSError:
+            continue
+        if str(out) in command:
+            found.append(command)
+    return found
+
+
+def comparable(out: Path) -> list[dict]:
+    timed = ("time/", "samples_per_second")
+    return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in metrics_of(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, demo_parquet, tmp_path_factory):
+    """Runs that nothing happened to, by engine and processes."""
+    runs: dict[tuple, Path] = {}
+
+    def get(engine: str, processes: int) -> Path:
+        key = (engine, processes)
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp("whole") / "run"
+            process = start(tiny_model, demo_parquet, runs[key], "--engine_type", engine, processes=processes)
+            shown = end(process)
+            assert process.returncode == 0, shown[-3000:]
+        return runs[key]
+
+    return get
+
+
+def engine_of(case: int) -> str:
+    return "vllm" if case % 4 == 0 else "hf"  # vLLM takes longer to start, and is no other to the trainer
+
+
+@pytest.mark.parametrize(
+    ("case", "number", "point"), [(i, *case) for i, case in enumerate(CASES)], ids=[" ".join(case) for case in CASES]
+)
+def test_a_run_that_was_ended_goes_on_to_the_same_weights(
+    whole, tiny_model, demo_parquet, tmp_path, case, number, point
+):
+    if (number, point) not in SAMPLE and "FAULTS" not in os.environ:
+        pytest.skip("make test-faults runs all points")
+    engine = engine_of(case)
+    out = tmp_path / "run"
+    step = "4" if point in SAVING else "3"
+    process = start(tiny_model, demo_parquet, out, "--engine_type", engine, fault=(point, step, number))
+    shown = end(process)
+    assert process.returncode == EXIT[number], shown[-3000:]
+    assert orphans(out) == []
+    if number != "SIGKILL":
+        assert f"{number}: step" in shown and "Traceback" not in shown
+    assert (out / "_actor" / "latest").is_file()
+    process = start(tiny_model, demo_parquet, out, "--engine_type", engine, "--load_checkpoint")
+    shown = end(process)
+    assert process.returncode == 0, shown[-3000:]
+    reference = whole(engine, 1)
+    expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
+    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+    assert comparable(out) == comparable(reference)
+    folders = {path.name for path in (reference / "_actor").iterdir()}
+    assert {path.name for path in (out / "_actor").iterdir()} == folders
+    assert not list(out.rglob("*.part"))
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
+def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet, tmp_path, number):
+    """One rank gets the signal. Asked to stop, both save; killed, the other ends soon, and rank and cause are named."""
+    if "FAULTS" not in os.environ:
+        pytest.skip("make test-faults runs two processes too")
+    out = tmp_path / "run"
+    fault = ("second micro-batch", "3", number)
+    process = start(tiny_model, demo_parquet, out, "--engine_type", "hf", fault=fault, processes=2)
+    started = time.monotonic()
+    shown = end(process)
+    assert process.returncode != 0
+    if number == "SIGKILL":
+        assert "exitcode  : -9" in shown and "Signal 9" in shown and "rank      :" in shown
+    assert time.monotonic() - started < 120
+    assert orphans(out) == []
+    process = start(tiny_model, demo_parquet, out, "--engine_type", "hf", "--load_checkpoint", processes=2)
+    shown = end(process)
+    assert process.returncode == 0, shown[-3000:]
+    reference = whole("hf", 2)
+    expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
+    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+    assert comparable(out) == comparable(reference)
+
+
+def test_a_second_ctrl_c_leaves_at_once(tiny_model, demo_parquet, tmp_path):
+    if "FAULTS" not in os.environ:
+        pytest.skip("make test-faults runs it")
+    out = tmp_path / "run"
+    process = start(tiny_model, demo_parquet, out, "--engine_type", "hf", "--num_episodes", "50")
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < 1:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    # stopped in between, it cannot finish its step before the second one
+    os.kill(process.pid, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGCONT)
+    shown = end(process, 60)
+    assert process.returncode == 130, shown[-2000:]
+
+
+def test_damaged_checkpoints_are_passed_over_and_the_whole_one_is_used(tiny_model, demo_parquet, tmp_path):
+    from lightrft.strategy.checkpoint import damage, newest, rotate
+
+    for step in (2, 4, 6):
+        folder = tmp_path / f"step_{step:06d}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"x" * 10)
+        (folder / "manifest.json").write_text(json.dumps({"weights": 10}))
+    assert newest(str(tmp_path)) == ("step_000006", [])
+    (tmp_path / "step_000006" / "weights").write_bytes(b"x" * 9)
+    (tmp_path / "step_000004" / "weights").unlink()
+    assert damage(tmp_path / "step_000002") is None
+    name, damaged = newest(str(tmp_path))
+    assert name == "step_000002"
+    assert "weights has 9 bytes, not 10" in damaged[0] and "weights is missing" in damaged[1]
+    rotate(str(tmp_path), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000006"]
+
+
+def test_the_launch_script_saves_on_a_signal_and_resumes(tiny_model, demo_parquet, tmp_path):
+    if "FAULTS" not in os.environ:
+        pytest.skip("make test-faults runs it")
+    settings = {
+        "PYTHON": sys.executable,
+        "PATH_TO_YOUR_BASE_MODEL": tiny_model,
+        "PATH_TO_YOUR_AVQA_DATASET": demo_parquet,
+        "MLP_WORKER_0_PORT": 20393,
+        "MLP_WORKER_GPU": 1,
+        "RBS": 4,
+        "N_SAMPLES": 4,
+        "TBS": 16,
+        "GENERATE_MAX_LEN": 12,
+    }
+    environment = os.environ | {name: str(value) for name, value in settings.items()}
+    command = ["bash", str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"), "--engine_type", "hf", "--num_episodes"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
+    process = subprocess.Popen([*command, "50"], env=environment, **pipes)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("results/*/*/metrics.jsonl")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    shown = end(process)
+    assert process.returncode == 138 and "SIGUSR1: step" in shown, shown[-2000:]
+    [run] = tmp_path.glob("results/*/*")
+    done = len(metrics_of(run))
+    process = subprocess.Popen([*command, "1"], env=environment | {"RESUME": "1", "MAX_SAMPLES": "16"}, **pipes)
+    shown = end(process)
+    assert process.returncode == 0 and f"resuming {run.relative_to(tmp_path)}" in shown, shown[-2000:]
+    assert [record["step"] for record in metrics_of(run)] == list(range(1, max(done, 4) + 1))
+    assert list(tmp_path.glob("results/*/*")) == [run]
+
+
+def test_several_nodes_must_name_the_run(tmp_path):
+    environment = os.environ | {"MLP_WORKER_NUM": "2", "PATH_TO_YOUR_AVQA_DATASET": "x", "PYTHON": sys.executable}
+    command = ["bash", str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "RUN_ID is not set" in done.stderr
+    assert list(tmp_path.iterdir()) == []

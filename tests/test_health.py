@@ -1,0 +1,85 @@
+"""Signs that a run goes wrong: seen, counted, said once, and where asked for the end of the run."""
+
+import pytest
+import torch
+from test_training import metrics_of, train
+
+from lightrft.trainer.health import CONSTANT_STEPS, AnomalyError, Health
+from lightrft.trainer.replay_buffer import Experience
+from lightrft.trainer.spmd_ppo_trainer import spread_sums, step_metrics
+
+WELL = {
+    "rollout/logprob_gap_mean": 1e-6,
+    "rollout/logprob_gap_max": 1e-5,
+    "rollout/reward": 1.2,
+    "rollout/reward_std": 0.4,
+    "rollout/truncated_fraction": 0.5,
+    "rollout/groups_without_spread": 0.5,
+    "train/kl": 0.3,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rollout/logprob_gap_mean": 2e-3}, "the engine's log-probs are 0.002 from the trainer's"),
+        ({"train/kl": 6.0}, "6 nats a token from the one it started from"),
+        ({"rollout/truncated_fraction": 1.0}, "no response ended by itself"),
+        ({"rollout/groups_without_spread": 1.0}, "every group earned the same"),
+    ],
+)
+def test_a_sign_is_said_once_and_counted_always(change, expected):
+    said = []
+    health = Health(torch.float32, False, said.append)
+    assert health.check(WELL, 1) == {"health/anomalies": 0.0}
+    assert health.check(WELL | change, 2) == {"health/anomalies": 1.0}
+    assert health.check(WELL | change, 3) == {"health/anomalies": 2.0}
+    [message] = said
+    assert message.startswith("step 2: ") and expected in message
+    with pytest.raises(AnomalyError, match="step 2: "):
+        Health(torch.float32, True, said.append).check(WELL | change, 2)
+
+
+def test_bfloat16_may_be_further_apart():
+    said = []
+    Health(torch.bfloat16, False, said.append).check(WELL | {"rollout/logprob_gap_mean": 0.01}, 1)
+    assert said == []
+
+
+def test_rewards_that_stay_the_same():
+    said = []
+    health = Health(torch.float32, False, said.append)
+    alike = WELL | {"rollout/reward": 2.0, "rollout/reward_std": 0.0}
+    for step in range(1, CONSTANT_STEPS):
+        health.check(alike, step)
+    assert said == []
+    health.check(WELL, CONSTANT_STEPS)  # one that differs: counted from the beginning
+    for step in range(CONSTANT_STEPS):
+        health.check(alike, 100 + step)
+    [message] = said
+    assert f"all rewards have been 2 for {CONSTANT_STEPS} steps" in message
+
+
+def make_item(reward: float) -> Experience:
+    empty = torch.zeros(1)
+    return Experience("", empty, empty, empty, False, [], "", "", reward=reward)
+
+
+def test_spread_of_rewards():
+    items = [make_item(reward) for reward in (2.0, 2.0, 1.0, 0.0, 1.0, 1.0)]
+    sums = spread_sums(items, 2)
+    assert sums == {"squares": 11.0, "groups": 3.0, "groups_alike": 2.0}
+    rest = {"responses": 6.0, "rollout/reward": 7.0, "rollout/response_length": 6.0, "gap": 0.0, "policy_loss": 0.0}
+    rest |= {"micro_batches": 1.0, "kl": 0.0, "clipped": 0.0, "tokens": 6.0}
+    metrics = step_metrics(sums | rest, {"gap": 0.0, "time/step": 1.0})
+    assert metrics["rollout/groups_without_spread"] == pytest.approx(2 / 3)
+    assert metrics["rollout/reward_std"] == pytest.approx(torch.tensor([2.0, 2, 1, 0, 1, 1]).std(correction=0).item())
+
+
+def test_a_run_that_is_told_to_stops_and_has_saved(tiny_model, demo_parquet, tmp_path):
+    flags = ("--engine_type", "hf", "--generate_max_len", 2, "--on_anomaly", "stop", "--max_samples", 8)
+    done = train(tiny_model, demo_parquet, tmp_path, *flags, check=False)
+    assert done.returncode == 4
+    assert "stopped by --on_anomaly stop: step 1: no response ended by itself" in done.stdout
+    assert (tmp_path / "_actor" / "step_000001").is_dir()
+    assert metrics_of(tmp_path) == []
