@@ -12,11 +12,15 @@ Why a process: ``math_verify`` bounds its own time by signals, which work in the
 interrupt one long step in C; ``9**9**9**9`` is such a step. The worker is an exec'd interpreter that imports neither
 torch nor CUDA, is started when first needed, answers one request at a time, and is killed by the kernel when a check
 has used :data:`CHECK_CPU_LIMIT_S`. A check that is cut off, or that exhausts the worker's memory, counts as "not
-equal", as a time-out does in R1-AQA.
+equal", as a time-out does in R1-AQA. A worker that is killed from outside, by the kernel when the machine's memory runs
+out for one, says nothing about the texts: the check is made again by the next worker.
+
+Checks that are sure to be cut off are not begun (:func:`is_endless`): each would cost the limit and a new worker.
 
 Where the values may differ from R1-AQA's: checks that take longer than the limit here and less than R1-AQA's 5 s a
-step, and texts longer than :data:`MATH_MAX_CHARS`, for which only the text rule counts. A response of 256 tokens, the
-recipe's limit, is far shorter.
+step, texts that hold a number of millions of digits or brackets nested deeper than :data:`MATH_MAX_DEPTH` (which take
+such times), and texts longer than :data:`MATH_MAX_CHARS`. For these only the text rule counts. A response of 256
+tokens, the recipe's limit, is shorter.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ logger = logging.getLogger(__name__)
 ANSWER_OPEN = "<answer>"
 ANSWER_CLOSE = "</answer>"
 
-CHECK_CPU_LIMIT_S = 2.0
+CHECK_CPU_LIMIT_S = 1.0
 """CPU time of one check. CPU, not wall time: a busy machine must not change a reward."""
 CHECK_WALL_LIMIT_S = 15.0
 """Wall time of one check, for a worker that is stopped or starved rather than busy."""
@@ -50,10 +54,15 @@ RESTART_PAUSE_S = 60.0
 """How long to do without the worker after it could not be started."""
 WORKER_MEMORY_BYTES = 2 << 30
 """Address space of the worker: room for any honest expression, none for towers of powers."""
-MATH_MAX_CHARS = 16_384
-"""Longest text that is handed to ``math_verify``."""
+MATH_MAX_CHARS = 4_096
+"""Longest text that is handed to ``math_verify``, whose patterns take quadratic time."""
+MATH_MAX_DEPTH = 10
+"""Deepest nesting of brackets that is handed to it: its LaTeX parser takes about 1 s for 12, and minutes for 30."""
+CHECK_ATTEMPTS = 3
+"""How many workers in a row may be killed from outside amid one check before it is given up."""
 
 _READY, _EQUAL, _DIFFERENT = b"r", b"1", b"0"
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 _EXIT_NO_MATH_VERIFY = 3
 _WORKER_FILE = os.path.abspath(__file__)  # resolved on import: the host may change its working directory later
 
@@ -62,6 +71,12 @@ _WORKER_FILE = os.path.abspath(__file__)  # resolved on import: the host may cha
 # most `**`, a currency sign, `-`, `(` and `.` before its first digit. This pattern matches wherever one of these can;
 # tests/test_rewards.py compares it with the installed math_verify.
 _MATH_CANDIDATE = re.compile(r"\$|\\(?:[(\[]|frac\{|boxed\{)|\s\[|(?:^|[\s=])[^\w\s]{0,6}\d")
+# An exponent of 10 million or more, as digits or as a power of its own (8^8 is the least such), and in LaTeX the
+# factorial of a number of more than 6 digits: sympy computes these in full.
+_POWER = r"(?:\^|\*\*)[\s{(]*"
+_HUGE_POWER = rf"{_POWER}(?:[1-9]\d{{7}}|(?:[89]|[1-9]\d+)\s*{_POWER}(?:[89]|[1-9]\d))"
+_HUGE = re.compile(rf"{_HUGE_POWER}|(?<!\d)[1-9]\d{{6,}}[\s)}}]*![\s)}}!]*(?:\$|\\[)\]])")
+_BRACKET = re.compile(r"[(\[{]|[)\]}]")
 
 
 class MathCheckUnavailable(RuntimeError):
@@ -113,6 +128,22 @@ def may_hold_math(text: str) -> bool:
     return _MATH_CANDIDATE.search(text) is not None
 
 
+def is_endless(text: str) -> bool:
+    """Whether ``math_verify`` has no chance to deal with a text within the limits here, as a linear scan can tell.
+
+    :param text: Response or reference.
+    :return: True for numbers that fill the memory, and for brackets nested deeper than :data:`MATH_MAX_DEPTH`.
+    """
+    if _HUGE.search(text):
+        return True
+    depth = 0
+    for bracket in _BRACKET.findall(text):
+        depth = depth + 1 if bracket in "([{" else max(0, depth - 1)
+        if depth > MATH_MAX_DEPTH:
+            return True
+    return False
+
+
 class MathChecker:
     """``verify(parse(content), parse(solution))`` of ``math_verify`` in a worker process of bounded time and memory.
 
@@ -133,30 +164,38 @@ class MathChecker:
     def agree(self, content: str, solution: str) -> bool:
         """Whether ``math_verify`` finds the two texts equal; False where the check had to be cut off.
 
+        A worker that was killed from outside is replaced, and the next one is asked.
+
         :param content: Response; R1-AQA passes it as ``verify``'s first argument.
         :param solution: Reference as R1-AQA writes it.
         :return: True if equal.
-        :raises MathCheckUnavailable: The worker could not be started, or ended before it read the texts.
+        :raises MathCheckUnavailable: The worker could not be started, or is killed again and again.
         """
         request = json.dumps([content, solution]).encode("ascii") + b"\n"
         with self._lock:
-            if self._process is not None and self._process.poll() is not None:
-                self._stop()  # it died while idle; this says nothing about the texts
-            process = self._process or self._start()
-            reply = b""
-            try:
-                deadline = time.monotonic() + CHECK_WALL_LIMIT_S
-                _write_all(process, request, deadline)
-                reply = _read_byte(process, deadline)
-            except BrokenPipeError as error:
-                raise MathCheckUnavailable("the worker ended before the check") from error
-            except TimeoutError:
-                logger.debug("math_verify gave no answer within %s s", CHECK_WALL_LIMIT_S)
-            finally:
-                # Also on KeyboardInterrupt: a reply that nobody read would be taken for that of the next check.
-                if reply not in (_EQUAL, _DIFFERENT):
-                    self._stop()
-            return reply == _EQUAL
+            for _ in range(CHECK_ATTEMPTS):
+                if self._process is not None and self._process.poll() is not None:
+                    self._stop()  # it died while idle
+                reply = b""
+                try:
+                    process = self._process or self._start()
+                    deadline = time.monotonic() + CHECK_WALL_LIMIT_S
+                    _write_all(process, request, deadline)
+                    reply = _read_byte(process, deadline)
+                    if not reply and process.wait(CHECK_WALL_LIMIT_S) not in _FROM_OUTSIDE:
+                        return False  # the texts' own doing: its time was up, or it crashed
+                except BrokenPipeError:
+                    continue
+                except (TimeoutError, subprocess.TimeoutExpired):
+                    logger.debug("math_verify gave no answer within %s s", CHECK_WALL_LIMIT_S)
+                    return False
+                finally:
+                    # Also on KeyboardInterrupt: a reply that nobody read would be taken for that of the next check.
+                    if reply not in (_EQUAL, _DIFFERENT):
+                        self._stop()
+                if reply:
+                    return reply == _EQUAL
+        raise MathCheckUnavailable(f"{CHECK_ATTEMPTS} workers in a row were killed")
 
     def close(self) -> None:
         """End the worker, if there is one. A later check starts a new one."""
@@ -175,7 +214,7 @@ class MathChecker:
         if time.monotonic() < self._no_start_before:
             raise MathCheckUnavailable("its last start failed; it is tried again later")
         reason = "it ended while starting"
-        process, ready = None, False
+        process, ready, status = None, False, None
         try:
             # PYTHONSAFEPATH: the worker must not import the example's modules by accident.
             process = subprocess.Popen(
@@ -188,13 +227,17 @@ class MathChecker:
             )
             os.set_blocking(process.stdin.fileno(), False)
             ready = _read_byte(process, time.monotonic() + START_LIMIT_S) == _READY
-            if not ready and process.wait(timeout=START_LIMIT_S) == _EXIT_NO_MATH_VERIFY:
+            if not ready:
+                status = process.wait(timeout=START_LIMIT_S)
+            if status == _EXIT_NO_MATH_VERIFY:
                 reason = "math_verify is absent or broken (pip install 'math-verify[antlr4_13_2]')"
         except (OSError, subprocess.TimeoutExpired) as error:  # TimeoutError is an OSError
             reason = f"{type(error).__name__}: {error}"
         finally:
             if process is not None and not ready:
                 _end(process)
+        if status in _FROM_OUTSIDE:
+            raise BrokenPipeError("the worker was killed while starting")
         if not ready:
             self._no_start_before = time.monotonic() + RESTART_PAUSE_S
             raise MathCheckUnavailable(reason)
@@ -270,6 +313,8 @@ def answers_agree(content: str, solution: str) -> bool:
         return True
     if max(len(content), len(solution)) > MATH_MAX_CHARS or not (may_hold_math(solution) and may_hold_math(content)):
         return False
+    if is_endless(content) or is_endless(solution):
+        return False
     try:
         return _math_equal(content, solution)
     except MathCheckUnavailable as error:
@@ -299,7 +344,10 @@ def _load_math_verify() -> Callable[[str, str], bool]:
     from math_verify import parse, verify
 
     def equal(content: str, solution: str) -> bool:
-        return bool(verify(parse(content), parse(solution)))
+        try:
+            return bool(verify(parse(content), parse(solution)))
+        except Exception:  # R1-AQA's rule: what math_verify cannot deal with is not equal
+            return False
 
     # Also a warm-up: what these import late is on no check's clock.
     if not (equal(r"$\frac{x^2 - 1}{x - 1}$", "$x + 1$") and equal("it is 0.50", "= 0.5")):

@@ -52,6 +52,10 @@ _WRAPPERS = (
 _BULLET = re.compile(r"^(?:[-*>•]|#{1,4})\s+")
 _END = ".,;:!?。"
 
+# No answer needs more. Without these bounds a megabyte of "- - - ..." or "answer is answer is ..." takes hours.
+_MOST_LAYERS = 16
+_MOST_LINES = 500
+
 
 class Answer(NamedTuple):
     """What a response says.
@@ -128,7 +132,7 @@ def find_choice(text: str, choices: Sequence[str]) -> str | None:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if choice is not None or len(lines) < 2:
         return choice
-    for line in reversed(lines):  # "... Answer: dog" outranks the reasoning around it
+    for line in reversed(lines[-_MOST_LINES:]):  # "... Answer: dog" outranks the reasoning around it
         if _LEAD_IN.match(_peel_marks(line)):
             choice = _match(line, choices)
             if choice is not None:
@@ -167,7 +171,9 @@ def _match(text: str, choices: Sequence[str]) -> str | None:
 def _peelings(text: str) -> Iterator[str]:
     """The text, then the text with one wrapping after another taken off: marks, punctuation, "the answer is"."""
     previous = None
-    while text and text != previous:
+    for _ in range(_MOST_LAYERS):
+        if not text or text == previous:
+            return
         yield text
         previous, text = text, _peel(text)
 
