@@ -35,7 +35,7 @@ test-all: $(READY) ## run the tests and the longer ones that CI leaves out
 	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
 test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for
-	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py
+	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py tests/test_hostile_text.py
 
 test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 12 minutes)
 	@if [ -z "$(LIGHTRFT_HOME)" ]; then \

@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Run a training script and send a signal to itself at a chosen point. For the tests of test_faults.py.
+"""Run a training script and do something to it at a chosen point. For the tests of test_faults.py.
 
-    python tests/fault_runner.py POINT STEP SIGNAL SCRIPT [ARGUMENTS ...]
+    python tests/fault_runner.py POINT STEP DEED SCRIPT [ARGUMENTS ...]
 
-POINT names a function of the runtime (see :data:`POINTS`); in step STEP, when it is about to be called, or has been
-called half-way, the process gets SIGNAL, or every rank does.
+POINT names a function of the runtime (see :data:`POINTS`); in step STEP, when it is about to be called or has just
+been, every rank gets the signal DEED, or its result becomes NaN, or, with FULL, no file may grow beyond 100 kB until
+the next step.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -46,19 +48,30 @@ POINTS = {
 
 def main() -> None:
     """Set the trap and run the script."""
-    point, step, number = sys.argv[1], int(sys.argv[2]), getattr(signal, sys.argv[3])
+    point, step, deed = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     script = os.path.abspath(sys.argv[4])
     sys.argv = [script, *sys.argv[5:]]
     sys.path.insert(0, os.path.dirname(script))
     sys.meta_path.insert(0, lightrft_launcher._Hooked())
     module_name, owner_name, function, when, call = POINTS[point]
     seen = {"step": 0, "calls": 0}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def strike(result: Any = None) -> Any:
+        if deed == "NAN":
+            return result * float("nan")
+        if deed == "FULL":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        else:
+            os.kill(os.getpid(), getattr(signal, deed))
+        return result
 
     def count_steps(module: Any) -> None:
         def counting(original: Callable) -> Callable:
             @functools.wraps(original)
             def train_on(self: Any, batch: Any, step: int) -> Any:
                 seen.update(step=step, calls=0)
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
                 return original(self, batch, step)
 
             return train_on
@@ -73,11 +86,9 @@ def main() -> None:
                 seen["calls"] += hit
                 hit = hit and seen["calls"] == call
                 if hit and when == "before":
-                    os.kill(os.getpid(), number)
+                    strike()
                 result = original(*args, **kwargs)
-                if hit and when == "after":
-                    os.kill(os.getpid(), number)
-                return result
+                return strike(result) if hit and when == "after" else result
 
             return watched
 

@@ -5,6 +5,7 @@ All points run with ``make test-faults``; the ordinary suite takes a sample.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from conftest import EXAMPLE, ROOT
 from fault_runner import POINTS
 from safetensors.torch import load_file
 from test_training import SMALL, metrics_of
+
+from lightrft.strategy.checkpoint import damage, newest, rotate
 
 FLAGS = [
     *SMALL,
@@ -152,6 +155,55 @@ def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet
     assert comparable(out) == comparable(reference)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_a_full_disk_costs_one_checkpoint_at_most(whole, tiny_model, demo_parquet, tmp_path, action, processes):
+    """It fills up in the second save: the first one stays, the run goes on or ends, and no weight is another."""
+    if (action, processes) != ("warn", 1) and "FAULTS" not in os.environ:
+        pytest.skip("make test-faults runs it")
+    out = tmp_path / "run"
+    flags = ("--engine_type", "hf", "--on_save_error", action)
+    process = start(tiny_model, demo_parquet, out, *flags, fault=("before a save", "4", "FULL"), processes=processes)
+    shown = end(process)
+    folder = out / "_actor"
+    assert "File too large" in shown, shown[-3000:]
+    assert processes > 1 or "Traceback (most recent call last)" not in shown, shown[-3000:]  # torchrun has its own
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".py") == ["latest", "step_000002"]
+    assert damage(folder / "step_000002") is None
+    if action == "warn":
+        assert process.returncode == 0 and "step 4 could not be saved (rank 0: " in shown, shown[-3000:]
+        assert [record["health/failed_saves"] for record in metrics_of(out)] == [0, 0, 0, 0, 1]
+    else:
+        assert process.returncode == (5 if processes == 1 else 1), shown[-3000:]
+        assert shown.count("train_colocate.py: error: rank 0: ") == 1
+        process = start(tiny_model, demo_parquet, out, *flags, "--load_checkpoint", processes=processes)
+        assert end(process) and process.returncode == 0
+    reference = whole("hf", processes)
+    expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
+    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+
+
+@pytest.mark.parametrize("action", ["warn", "skip"])
+def test_a_loss_that_is_no_number_ends_the_run_or_costs_one_step(tiny_model, demo_parquet, tmp_path, action):
+    if "FAULTS" not in os.environ:
+        pytest.skip("make test-faults runs it")
+    out = tmp_path / "run"
+    flags = ("--engine_type", "hf", "--on_anomaly", action)
+    process = start(tiny_model, demo_parquet, out, *flags, fault=("second micro-batch", "3", "NAN"))
+    shown = end(process)
+    if action == "warn":
+        assert process.returncode == 1 and "the loss of step 3, epoch 0, micro-batch 1 is nan" in shown, shown[-3000:]
+        return
+    assert process.returncode == 0, shown[-3000:]
+    assert shown.count("step 3: 1 micro-batch(es) with a loss or gradient that is not finite; its optimizer step") == 1
+    records = metrics_of(out)
+    assert [record["train/not_finite"] for record in records] == [0, 0, 1, 0, 0]
+    left_out = [record["train/not_finite"] or record["rollout/groups_without_spread"] == 1 for record in records]
+    assert [record["health/skipped_steps"] for record in records] == list(itertools.accumulate(map(bool, left_out)))
+    weights = load_file(out / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
 def test_a_second_ctrl_c_leaves_at_once(tiny_model, demo_parquet, tmp_path):
     if "FAULTS" not in os.environ:
         pytest.skip("make test-faults runs it")
@@ -170,8 +222,6 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_model, demo_parquet, tmp_path):
 
 
 def test_damaged_checkpoints_are_passed_over_and_the_whole_one_is_used(tiny_model, demo_parquet, tmp_path):
-    from lightrft.strategy.checkpoint import damage, newest, rotate
-
     for step in (2, 4, 6):
         folder = tmp_path / f"step_{step:06d}"
         folder.mkdir()

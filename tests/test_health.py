@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_training import metrics_of, train
 
-from lightrft.trainer.health import CONSTANT_STEPS, AnomalyError, Health
+from lightrft.trainer.health import CONSTANT_STEPS, Health
 from lightrft.trainer.replay_buffer import Experience
 from lightrft.trainer.spmd_ppo_trainer import spread_sums, step_metrics
 
@@ -19,6 +19,10 @@ WELL = {
 }
 
 
+def counts(anomalies: int) -> dict[str, float]:
+    return {"health/anomalies": float(anomalies), "health/skipped_steps": 0.0}
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -30,25 +34,40 @@ WELL = {
 )
 def test_a_sign_is_said_once_and_counted_always(change, expected):
     said = []
-    health = Health(torch.float32, False, said.append)
-    assert health.check(WELL, 1) == {"health/anomalies": 0.0}
-    assert health.check(WELL | change, 2) == {"health/anomalies": 1.0}
-    assert health.check(WELL | change, 3) == {"health/anomalies": 2.0}
+    health = Health(torch.float32, "warn", said.append)
+    assert health.check(WELL, 1) == (counts(0), None)
+    assert health.check(WELL | change, 2) == (counts(1), None)
+    assert health.check(WELL | change, 3) == (counts(2), None)
     [message] = said
     assert message.startswith("step 2: ") and expected in message
-    with pytest.raises(AnomalyError, match="step 2: "):
-        Health(torch.float32, True, said.append).check(WELL | change, 2)
+    counted, reason = Health(torch.float32, "stop", said.append).check(WELL | change, 2)
+    assert counted == counts(1) and reason.startswith("step 2: ") and expected in reason
+    assert len(said) == 1
+
+
+def test_its_memory_is_part_of_a_checkpoint():
+    alike = WELL | {"rollout/reward": 2.0, "rollout/reward_std": 0.0, "train/kl": 6.0}
+    whole = Health(torch.float32, "warn", lambda _: None)
+    for step in range(1, CONSTANT_STEPS):
+        whole.check(alike, step)
+    said = []
+    resumed = Health(torch.float32, "warn", said.append)
+    resumed.restore(whole.state())
+    assert (
+        resumed.check(alike, CONSTANT_STEPS) == whole.check(alike, CONSTANT_STEPS) == (counts(CONSTANT_STEPS + 1), None)
+    )
+    assert len(said) == 1 and f"for {CONSTANT_STEPS} steps" in said[0]  # the other sign was said before
 
 
 def test_bfloat16_may_be_further_apart():
     said = []
-    Health(torch.bfloat16, False, said.append).check(WELL | {"rollout/logprob_gap_mean": 0.01}, 1)
+    Health(torch.bfloat16, "warn", said.append).check(WELL | {"rollout/logprob_gap_mean": 0.01}, 1)
     assert said == []
 
 
 def test_rewards_that_stay_the_same():
     said = []
-    health = Health(torch.float32, False, said.append)
+    health = Health(torch.float32, "warn", said.append)
     alike = WELL | {"rollout/reward": 2.0, "rollout/reward_std": 0.0}
     for step in range(1, CONSTANT_STEPS):
         health.check(alike, step)
@@ -70,7 +89,8 @@ def test_spread_of_rewards():
     sums = spread_sums(items, 2)
     assert sums == {"squares": 11.0, "groups": 3.0, "groups_alike": 2.0}
     rest = {"responses": 6.0, "rollout/reward": 7.0, "rollout/response_length": 6.0, "gap": 0.0, "policy_loss": 0.0}
-    rest |= {"micro_batches": 1.0, "kl": 0.0, "clipped": 0.0, "tokens": 6.0}
+    rest |= {"micro_batches": 1.0, "kl": 0.0, "clipped": 0.0, "tokens": 6.0, "gap_tokens": 6.0}
+    rest |= {"train/not_finite": 0.0}
     metrics = step_metrics(sums | rest, {"gap": 0.0, "time/step": 1.0})
     assert metrics["rollout/groups_without_spread"] == pytest.approx(2 / 3)
     assert metrics["rollout/reward_std"] == pytest.approx(torch.tensor([2.0, 2, 1, 0, 1, 1]).std(correction=0).item())

@@ -6,19 +6,21 @@ from here too.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from audio_io import HOP_LENGTH, MAX_SECONDS, SAMPLING_RATE, AudioError, load_audio, probe_all
+from audio_io import HOP_LENGTH, MAX_SECONDS, SAMPLING_RATE, AudioError, load_audio, probe_all, show
 from audio_patches import (
     patch_actor_for_audio,
     patch_experience_maker_for_audio,
     patch_strategy_for_audio,
 )
+from audio_sandbox import Sandbox, escape_of
 from audio_slots import GUARD_ROWS, MAX_FRAMES, audio_token_count, grid_of, pack_clip
 from torch.utils.data import Dataset
 
@@ -59,6 +61,74 @@ def render_prompt(processor: Any, messages: list[dict[str, Any]]) -> str:
     return processor.apply_chat_template(clean, tokenize=False, add_generation_prompt=True)
 
 
+def read_columns(dataset: Any, args: Any) -> dict[str, list]:
+    """The four columns of the data, by the flag that names them.
+
+    :param dataset: ``datasets.Dataset`` or any mapping of columns.
+    :param args: ``input_key``, ``images_key``, ``reference_key``, ``label_key``.
+    :raises DataError: naming flag and column if one is missing.
+    """
+    columns = {}
+    there = getattr(dataset, "column_names", None) or list(dataset)
+    names = {
+        "input_key": args.input_key,
+        "images_key": args.images_key,
+        "reference_key": args.reference_key,
+        "label_key": args.label_key,
+    }
+    for flag, name in names.items():
+        if name not in there:
+            raise DataError(
+                f"the training data has no column {name!r}, which --{flag} names; its columns are "
+                f"{', '.join(map(str, there))}. Name the right one, or make the data with data_preprocess/avqa.py"
+            )
+        columns[flag] = list(dataset[name])
+    return columns
+
+
+def check_types(columns: dict[str, list]) -> list[str]:
+    """Rows whose values are not of the kind that is expected.
+
+    :param columns: From :func:`read_columns`.
+    :return: One entry a bad value, with row, flag and value.
+    """
+    problems = []
+    for i, (messages, path, reference, label) in enumerate(zip(*columns.values(), strict=True)):
+        if wrong := _wrong_messages(messages):
+            problems.append(f"row {i}: --input_key: {wrong}")
+        if path is not None and not _is_text(path):
+            problems.append(f"row {i}: --images_key: {path!r:.80} is no path of an audio file")
+        if isinstance(reference, str) and not _is_text(reference):
+            problems.append(f"row {i}: --reference_key: {reference!r:.80} cannot be stored as UTF-8")
+        if label is not None and not _is_text(label):
+            problems.append(f"row {i}: --label_key: {label!r:.80} is no text")
+    return problems
+
+
+def _is_text(value: Any) -> bool:
+    # str.isascii is quick; half a surrogate pair, which tokenizers refuse, is the only text that UTF-8 does not hold
+    return isinstance(value, str) and (value.isascii() or value == value.encode("utf-8", "ignore").decode("utf-8"))
+
+
+def _wrong_messages(messages: Any) -> str | None:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        return f"{messages!r:.80} is no list of chat messages"
+    for message in messages:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) or not _is_text(message["role"]):
+            return f"{message!r:.80} is no chat message with role and content"
+        content = message["content"]
+        if _is_text(content):
+            continue
+        if not isinstance(content, (list, tuple)) or not content:
+            return f"content is {content!r:.80}, expected text or a list of parts"
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            key = {"text": "text", "audio": "audio_url"}.get(kind) if isinstance(kind, str) else None
+            if key is None or not _is_text(part.get(key)):
+                return f"{part!r:.80} is no part of type text, with text, or audio, with audio_url"
+    return None
+
+
 class AudioPromptDataset(Dataset):
     """Rows of ``avqa.py`` as prompts.
 
@@ -71,6 +141,10 @@ class AudioPromptDataset(Dataset):
     :param processor: Qwen2-Audio processor.
     :param max_length: Longest prompt in tokens, a clip's placeholder counted as one.
     :param strategy: Its ``args`` name the columns (``input_key``, ``images_key``, ``reference_key``, ``label_key``).
+    :param sandbox: Where to decode, for files that are not trusted; None: in this process.
+    :param audio_root: Folder that no audio may lie outside of, links resolved; None: anywhere.
+    :param decode_all: Decode every file now, not only its header: what cannot be trained on stops the run before its
+        first step. Takes some milliseconds a clip.
     :raises DataError: if a row cannot be trained on; all such rows are counted, the first are named.
     """
 
@@ -81,30 +155,32 @@ class AudioPromptDataset(Dataset):
         processor: Any,
         max_length: int,
         strategy: Any,
+        *,
+        sandbox: Sandbox | None = None,
+        audio_root: str | None = None,
+        decode_all: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.processor = processor
         self.max_length = max_length
-        args = strategy.args
-        columns = {
-            key: list(dataset[name])
-            for key, name in {
-                "prompt": args.input_key,
-                "audio": args.images_key,
-                "reference": args.reference_key,
-                "label": args.label_key,
-            }.items()
-        }
-        self.audio_paths: list[str | None] = [path or None for path in columns["audio"]]
-        self.references: list[str] = columns["reference"]
-        self.labels: list[str] = columns["label"]
-        self.prompts = [render_prompt(processor, messages) for messages in columns["prompt"]]
-        problems = self._check_texts() + self._check_files(strategy)
+        self.audio_root = audio_root
+        self.load_audio = load_audio if sandbox is None else sandbox.load
+        read_header = None if sandbox is None else sandbox.read_header
+        self.reader = self.load_audio if decode_all else read_header
+        columns = read_columns(dataset, strategy.args)
+        self.audio_paths: list[str | None] = [path or None for path in columns["images_key"]]
+        self.references: list[str] = columns["reference_key"]
+        self.labels: list[str] = columns["label_key"]
+        self.prompts: list[str] = []
+        problems = check_types(columns)
+        if not problems:
+            self.prompts = [render_prompt(processor, messages) for messages in columns["input_key"]]
+            problems = self._check_texts() + self._check_files(strategy)
         if problems:
             shown = "\n".join(f"  {p}" for p in problems[:20])
             more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise DataError(
-                f"{len(problems)} problems in {len(self.prompts)} rows of training data:\n{shown}{more}\n"
+                f"{len(problems)} problems in {len(self.audio_paths)} rows of training data:\n{shown}{more}\n"
                 "Run data_preprocess/avqa.py again where the audio is; --skip_bad leaves such rows out."
             )
 
@@ -133,13 +209,24 @@ class AudioPromptDataset(Dataset):
 
     def _check_files(self, strategy: Any) -> list[str]:
         paths = [path for path in self.audio_paths if path is not None]
-        relative = [f"{path}: is relative; avqa.py writes absolute paths" for path in paths if not os.path.isabs(path)]
+        relative = [
+            f"{show(path)}: is relative; avqa.py writes absolute paths" for path in paths if not os.path.isabs(path)
+        ]
+        if self.audio_root is not None:
+            relative += [problem for path in dict.fromkeys(paths) if (problem := self._confine(path))]
+            if relative:
+                return relative  # nothing is opened where something is not allowed to be
+        probe = probe_all if self.reader is None else functools.partial(probe_all, reader=self.reader)
         if not (dist.is_initialized() and dist.get_world_size() > 1):
-            return relative + probe_all(paths)
+            return relative + probe(paths)
         rank, world = dist.get_rank(), dist.get_world_size()
         shares: list[list[str]] = [[] for _ in range(world)]
-        dist.all_gather_object(shares, probe_all(paths[rank::world]))
+        dist.all_gather_object(shares, probe(paths[rank::world]))
         return relative + [problem for share in shares for problem in share]
+
+    def _confine(self, path: str) -> str | None:
+        where = None if self.audio_root is None else escape_of(path, self.audio_root)
+        return where and f"{show(path)}: leads to {show(where)}, outside {self.audio_root} (--confine_audio)"
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -152,7 +239,9 @@ class AudioPromptDataset(Dataset):
         :raises AudioError: if the file does not decode.
         """
         path = self.audio_paths[index]
-        audio = None if path is None else (load_audio(path), SAMPLING_RATE)
+        if path is not None and (problem := self._confine(path)):  # a link may have changed since the check
+            raise AudioError(problem)
+        audio = None if path is None else (self.load_audio(path), SAMPLING_RATE)
         return self.prompts[index], audio, self.references[index], self.labels[index]
 
     @staticmethod

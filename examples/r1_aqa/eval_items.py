@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avqa_rows import AvqaError, read_records, render_prompt
+from audio_sandbox import escape_of
+from avqa_rows import AvqaError, read_records, render_prompt, show_value
 
 SHOWN_PROBLEMS = 20
+MAX_DEPTH = 50  # of a row; Python's json reads deeper ones than it writes
 
 
 class EvalError(ValueError):
@@ -77,9 +79,14 @@ def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[st
     except AvqaError as error:
         raise EvalError(str(error)) from error
     problems = [
-        f"line {record.line}: {record.error or f'{record.value!r:.60} is no JSON object'}"
+        f"line {record.line}: {record.error or f'{show_value(record.value)} is no JSON object'}"
         for record in records
         if record.error is not None or not isinstance(record.value, dict)
+    ]
+    problems += [
+        f"line {record.line}: nested deeper than {MAX_DEPTH} levels"
+        for record in records
+        if isinstance(record.value, dict) and is_deep(record.value)
     ]
     if problems:
         raise EvalError(several(f"{path}: {len(problems)} of {len(records)} rows cannot be read", problems))
@@ -92,42 +99,90 @@ def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[st
     if len(found) != 1:
         keys = " or ".join(f"{b.audio_key} ({b.title})" for b in BENCHMARKS.values())
         raise EvalError(
-            f"{path}: cannot tell the benchmark from the first row, whose fields are {', '.join(rows[0])}; expected "
+            f"{path}: cannot tell the benchmark from the first row, whose fields are "
+            f"{', '.join(key if key.isprintable() else ascii(key) for key in rows[0])}; expected "
             f"{keys}. Say which with --benchmark"
         )
     return found[0], rows
 
 
-def make_items(rows: Sequence[dict[str, Any]], benchmark: Benchmark, audio_dir: Path, think: bool) -> list[Item]:
+def is_deep(value: Any) -> bool:
+    """Whether a value is nested deeper than :data:`MAX_DEPTH`.
+
+    :param value: Any JSON value.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def make_items(
+    rows: Sequence[dict[str, Any]], benchmark: Benchmark, audio_dir: Path, think: bool, confine: bool = False
+) -> list[Item]:
     """Check every question and render its prompt.
 
     :param rows: The file's rows.
     :param benchmark: Their benchmark.
     :param audio_dir: Folder of the recordings.
     :param think: Ask for the thinking process.
+    :param confine: Refuse recordings that lie outside the folder, links and ``..`` resolved.
     :raises EvalError: naming all rows that cannot be asked, or not be scored.
     """
     has_answers = any(row.get("answer") for row in rows)
     problems, items = [], []
     for index, row in enumerate(rows):
-        label = f"item {index} (id {row.get('id', 'none')})"
+        label = f"item {index} (id {name_of(row)})"
         choices, question, name = row.get("choices"), row.get("question"), row.get(benchmark.audio_key)
         wrong = []
         if not isinstance(question, str) or not question.strip():
-            wrong.append(f"question is {question!r}")
+            wrong.append(f"question is {show_value(question)}")
         if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
-            wrong.append(f"choices is {choices!r:.60}, expected a list of texts")
-        if not isinstance(name, str) or not name.strip():
-            wrong.append(f"{benchmark.audio_key} is {name!r}")
+            wrong.append(f"choices is {show_value(choices)}, expected a list of texts")
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
+            wrong.append(f"{benchmark.audio_key} is {show_value(name)}, expected the path of a file")
         if has_answers and (not isinstance(row.get("answer"), str) or not row["answer"].strip()):
-            wrong.append(f"answer is {row.get('answer')!r}, though other items have one")
+            wrong.append(f"answer is {show_value(row.get('answer'))}, though other items have one")
+        if not wrong and (torn := next((text for text in (question, name, *choices) if not fits_utf8(text)), None)):
+            wrong.append(f"half a surrogate pair in {show_value(torn)}, which no tokenizer takes")
+        audio = audio_dir if wrong else find_audio(name, audio_dir)
+        if confine and not wrong and (where := escape_of(audio, audio_dir)):
+            wrong.append(f"{benchmark.audio_key} {show_value(name)} leads to {where}, outside --audio_dir {audio_dir}")
         if wrong:
             problems.append(f"{label}: {'; '.join(wrong)}")
         else:
-            items.append(Item(index, label, row, render_prompt(question, choices, think), find_audio(name, audio_dir)))
+            items.append(Item(index, label, row, render_prompt(question, choices, think), audio))
     if problems:
         raise EvalError(several(f"{len(problems)} of {len(rows)} questions cannot be used", problems))
     return items
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A row's id, for messages.
+
+    :param row: The row.
+    """
+    identity = row.get("id", "none")
+    return identity if isinstance(identity, str) and identity.isprintable() and identity else show_value(identity)
+
+
+def fits_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a text; a JSON escape can make halves of surrogate pairs, which it cannot.
+
+    :param text: The text.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def find_audio(name: str, audio_dir: Path) -> Path:
@@ -139,7 +194,8 @@ def find_audio(name: str, audio_dir: Path) -> Path:
     """
     relative = audio_dir / name
     by_name = audio_dir / Path(name).name
-    return by_name if not relative.exists() and by_name.exists() else relative
+    # not Path.exists, which raises for a name that is too long
+    return by_name if not os.path.exists(relative) and os.path.exists(by_name) else relative
 
 
 def result_rows(
@@ -216,6 +272,9 @@ class PartialFile:
             raise EvalError(f"{self.path}: damaged ({error}); give --overwrite to drop it") from error
         if not lines:
             return {}
+        torn = [line for line in lines[1:] if not self._is_response(line)]
+        if torn or not isinstance(lines[0], dict):
+            raise EvalError(f"{self.path}: damaged ({show_value((torn or lines)[0])}); give --overwrite to drop it")
         differing = [key for key in self.identity if lines[0].get(key) != self.identity[key]]
         if differing:
             details = [f"{key}: {lines[0].get(key)!r} then, {self.identity[key]!r} now" for key in differing]
@@ -224,6 +283,10 @@ class PartialFile:
                 + "\nRepeat that run's flags to finish it, or give --overwrite to drop it."
             )
         return {line["index"]: line["raw_output"] for line in lines[1:]}
+
+    @staticmethod
+    def _is_response(line: Any) -> bool:
+        return isinstance(line, dict) and isinstance(line.get("index"), int) and isinstance(line.get("raw_output"), str)
 
     def append(self, responses: Iterable[tuple[int, str]]) -> None:
         """Add finished responses.

@@ -9,8 +9,6 @@
 Written are the result file, which the official scripts take as it is, the scores beside it (OUT.score.json) and what
 the libraries had to say (OUT.log). A run that was interrupted or killed is continued by the same command: finished
 answers are kept in OUT.partial.jsonl until the result file is complete.
-
-Exit status: 0 done, 2 the message says what to put right, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +44,10 @@ from eval_items import (  # noqa: E402
 from eval_scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json  # noqa: E402
 
 COMMANDS = ("score", "compare")
+EXIT_STATUS = (
+    "exit status: 0 done; 2 wrong use, wrong data or a file that cannot be read or written, the message says what to "
+    "put right; 130\ninterrupted; 1 a fault of this program, with its traceback"
+)
 DEFAULT_BATCH = {"hf": 32, "vllm": 256}
 
 
@@ -56,7 +59,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     :raises EvalError: naming every setting that cannot be used.
     """
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="eval_mmau.py", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        prog="eval_mmau.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     flag = argparse.BooleanOptionalAction
     g = parser.add_argument_group("model")
     g.add_argument(
@@ -90,6 +96,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action=flag,
         default=False,
         help="count items whose audio is missing or broken as wrong, instead of stopping before the first question",
+    )
+    g = parser.add_argument_group("benchmarks that are not trusted")
+    g.add_argument(
+        "--confine_audio",
+        action=flag,
+        default=False,
+        help="refuse recordings outside --audio_dir, whether by an absolute path, by .. or by a link",
+    )
+    g.add_argument(
+        "--sandbox_audio",
+        action=flag,
+        default=False,
+        help="decode in a process of its own, with limits of memory and time: a crash there is an error that names the "
+        "file",
     )
     g = parser.add_argument_group("output")
     g.add_argument("--out_file", required=True, help="result file: .json, or .jsonl for MMAR")
@@ -161,7 +181,12 @@ def evaluate(args: argparse.Namespace) -> None:
     benchmark, rows = read_rows(Path(args.data_file), args.benchmark)
     if benchmark is MMAU and out.suffix != ".json":
         raise EvalError(f"--out_file {out}: must end in .json, the only format that MMAU's script reads")
-    items = make_items(rows[: args.limit], benchmark, Path(args.audio_dir), args.think)
+    items = make_items(rows[: args.limit], benchmark, Path(args.audio_dir), args.think, args.confine_audio)
+    sandbox = None
+    if args.sandbox_audio:
+        from audio_sandbox import Sandbox
+
+        sandbox = Sandbox()
     model = resolve_model(args.model_path, args.base_model)
     print(f"{benchmark.title}: {len(items)} questions of {args.data_file}")
     print(f"model  {args.model_path}" + (f"\n       {model.note}" if model.note else ""))
@@ -173,17 +198,20 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.overwrite:
         partial.remove()
     done = partial.load()
-    lengths, bad = check_audio(items)
+    lengths, bad, silent = check_audio(items, sandbox)
     if bad:
         message = several(f"the audio of {len(bad)} of {len(items)} items cannot be used", list(bad.values()))
         if not args.skip_bad_audio:
             raise EvalError(f"{message}\n--skip_bad_audio counts such items as wrong.")
         print(f"{message}\ncounted as wrong", file=sys.stderr)
+    if silent:
+        title = f"WARNING: {len(silent)} of {len(items)} items are digital silence; they are asked all the same"
+        print(several(title, [items[i].label for i in silent]), file=sys.stderr)
     done = {index: raw for index, raw in done.items() if index in lengths}
     if done:
         print(f"continuing: {len(done)} answers were finished before")
 
-    timing = ask(args, model, items, lengths, done, partial, out.with_suffix(".log"))
+    timing = ask(args, model, items, lengths, done, partial, out.with_suffix(".log"), sandbox)
     responses = [done.get(item.index, "") for item in items]
     answers = [extract_answer(raw, item.row["choices"]) for item, raw in zip(items, responses, strict=True)]
     predictions = [answer.text for answer in answers]
@@ -193,6 +221,7 @@ def evaluate(args: argparse.Namespace) -> None:
         scores = score(judge(results, benchmark))
         scores |= describe_answers(answers, responses, args.think)
         scores["bad_audio"] = [items[i].row.get("id") for i in bad]
+        scores["digital_silence"] = [items[i].row.get("id") for i in silent]
         scores["run"] = describe_run(args, model) | timing
         write_whole(to_json(scores), out.with_suffix(".score.json"))
     write_rows(results, out)
@@ -219,6 +248,7 @@ def ask(
     done: dict[int, str],
     partial: PartialFile,
     log: Path,
+    sandbox: Any = None,
 ) -> dict[str, Any]:
     """Load the engine and ask what has not been answered.
 
@@ -229,6 +259,7 @@ def ask(
     :param done: Finished responses by item index; completed here.
     :param partial: Where responses are kept as they come.
     :param log: File for the libraries' messages.
+    :param sandbox: Where to decode; None: in this process.
     :return: How long it took.
     """
     if len(done) == len(lengths):
@@ -241,7 +272,7 @@ def ask(
     with chatter_to(log) as screen:
         processor = load_processor(model)
         jobs = [
-            Job(item.index, render(processor, item.prompt), item.audio, lengths[item.index], args.silent_audio)
+            Job(item.index, render(processor, item.prompt), item.audio, lengths[item.index], args.silent_audio, sandbox)
             for item in items
             if item.index in lengths
         ]
@@ -266,27 +297,36 @@ def ask(
     }
 
 
-def check_audio(items: Sequence[Item]) -> tuple[dict[int, int], dict[int, str]]:
+def check_audio(items: Sequence[Item], sandbox: Any = None) -> tuple[dict[int, int], dict[int, str], list[int]]:
     """Decode every recording once, before anything expensive starts.
 
     :param items: Questions.
-    :return: Samples at 16 kHz of the usable ones, and what is wrong with the others, by item index.
+    :param sandbox: Where to decode; None: in this process.
+    :return: Samples at 16 kHz of the usable ones, what is wrong with the others, by item index; and the indices of
+        the usable ones that are digital silence.
     """
     from audio_io import AudioError, load_audio
     from tqdm import tqdm
 
-    def check(item: Item) -> int | str:
+    load = sandbox.load if sandbox else load_audio
+
+    def check(item: Item) -> tuple[int, bool] | str:
         try:
-            return len(load_audio(item.audio))
+            wave = load(item.audio, silence_ok=True)
         except AudioError as error:
             return f"{item.label}: {error}"
+        return len(wave), not wave.any()
 
-    lengths, bad = {}, {}
+    lengths, bad, silent = {}, {}, []
     with ThreadPoolExecutor(max_workers=8) as pool, progress(tqdm, sys.stderr, "checking audio", len(items)) as bar:
         for item, result in zip(items, pool.map(check, items), strict=True):
-            (bad if isinstance(result, str) else lengths)[item.index] = result
+            if isinstance(result, str):
+                bad[item.index] = result
+            else:
+                lengths[item.index] = result[0]
+                silent += [item.index] if result[1] else []
             bar.update()
-    return lengths, bad
+    return lengths, bad, silent
 
 
 def progress(tqdm: Any, screen: TextIO, what: str, total: int, initial: int = 0) -> Any:
@@ -363,7 +403,9 @@ def run_score(argv: Sequence[str]) -> None:
 
     :param argv: Arguments after the command.
     """
-    parser = argparse.ArgumentParser(prog="eval_mmau.py score", description="Score a result file by the official rule.")
+    parser = argparse.ArgumentParser(
+        prog="eval_mmau.py score", description="Score a result file by the official rule.", epilog=EXIT_STATUS
+    )
     parser.add_argument("file", type=Path, help="result file of MMAU or MMAR")
     parser.add_argument("--benchmark", choices=["auto", *BENCHMARKS], default="auto", help="auto: by the fields")
     parser.add_argument("--out_file", type=Path, help="write the scores here too, as JSON")
@@ -384,6 +426,7 @@ def run_compare(argv: Sequence[str]) -> None:
         prog="eval_mmau.py compare",
         description="Compare result files item by item, every other one with the first: accuracies by task, their "
         "difference with a 95 %% interval (in points), the items that only one got right, and McNemar's exact p-value.",
+        epilog=EXIT_STATUS,
     )
     parser.add_argument("first", type=Path, help="result file to compare with, such as that of the start model")
     parser.add_argument("others", type=Path, nargs="+", help="result files of the same benchmark")
@@ -414,12 +457,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     :return: Exit status.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv
     try:
         if argv and argv[0] in COMMANDS:
-            {"score": run_score, "compare": run_compare}[argv[0]](argv[1:])
+            {"score": run_score, "compare": run_compare}[argv[0]]([arg for arg in argv[1:] if arg != "--debug"])
         else:
             evaluate(parse_args(argv))
-    except EvalError as error:
+    except (EvalError, OSError) as error:
+        if debug:
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

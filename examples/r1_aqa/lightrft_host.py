@@ -83,8 +83,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--loss_agg_mode {args.loss_agg_mode}: LightRFT ignores it; use seq-mean-token-mean")
     if args.fused_linear_logprob:
         problems.append("--fused_linear_logprob: only LightRFT's text models know it; drop it")
-    if args.on_anomaly == "stop":
-        problems.append("--on_anomaly stop: inside LightRFT a sign is warned of only; drop it")
+    if args.on_anomaly != "warn":
+        problems.append(f"--on_anomaly {args.on_anomaly}: inside LightRFT a sign is warned of only; drop it")
     if args.fsdp and not args.bf16:
         problems.append("--fsdp trains in bfloat16 whatever the flag says: add --bf16")
     if args.fsdp and args.max_norm == 0:

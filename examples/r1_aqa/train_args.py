@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ REFUSED_ESTIMATORS = {"gae": "needs a critic, and none is trained here", "cpgd":
 LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 GROUP_METHODS = ("group_norm", "rloo", "reinforce_baseline")
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
+EXIT_STATUS = (
+    "exit status: 0 done; 2 wrong use or wrong data, the message says what to put right; 4 stopped by --on_anomaly "
+    "stop, state saved; 5 a checkpoint or the final model could not be written; 130, 138, 143 asked to end by Ctrl-C, "
+    "SIGUSR1, SIGTERM, state saved (torchrun makes all of these 1); 1 any other failure, with its traceback"
+)
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -22,9 +28,11 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         description="Train Qwen2-Audio with GRPO on audio question answering (R1-AQA's recipe).",
+        epilog=EXIT_STATUS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = argparse.BooleanOptionalAction
+    parser.add_argument("--debug", action=flag, default=False, help="show the traceback of an error, too")
 
     g = parser.add_argument_group("model")
     g.add_argument("--pretrain", help="folder (or hub name) of the Qwen2-Audio checkpoint to start from")
@@ -53,6 +61,22 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
     g.add_argument("--label_key", default="label", help="column with the reward rule")
     g.add_argument("--prompt_max_len", type=int, default=512, help="longest prompt in tokens, a clip counted as one")
     g.add_argument("--limit_mm_image_per_prompt", type=int, default=1, help="most clips a prompt")
+    g.add_argument(
+        "--decode_audio",
+        action=flag,
+        default=False,
+        help="decode every clip before the first step, not only its header: a damaged or silent one does not stop the "
+        "run in the middle (some milliseconds a clip)",
+    )
+    g.add_argument(
+        "--confine_audio", metavar="FOLDER", help="refuse audio outside this folder, links resolved: for foreign data"
+    )
+    g.add_argument(
+        "--sandbox_audio",
+        action=flag,
+        default=False,
+        help="decode in a process of its own with limits of memory and time: for foreign data",
+    )
 
     g = parser.add_argument_group("batch sizes and length of the run")
     g.add_argument("--rollout_batch_size", type=int, default=16, help="prompts a rollout, over all ranks")
@@ -99,10 +123,18 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
     g.add_argument("--load_checkpoint", action=flag, default=False, help="resume from --ckpt_path")
     g.add_argument(
         "--on_anomaly",
-        choices=("warn", "stop"),
+        choices=("warn", "stop", "skip"),
         default="warn",
         help="engine and trainer disagree, KL runs away, all responses are cut off, or rewards are all alike: warn "
-        "once and count, or save and stop with status 4; a loss that is not finite always stops",
+        "once and count, save and stop with status 4, or leave the optimizer step out; a loss that is not finite "
+        "stops the run, or is left out with skip",
+    )
+    g.add_argument(
+        "--on_save_error",
+        choices=("warn", "stop"),
+        default="warn",
+        help="a checkpoint cannot be written (disk full): say so and go on, or stop with status 5; those written "
+        "before stay whole either way",
     )
     g.add_argument("--eval_steps", type=int, default=-1, help="evaluate every so many steps; -1: never")
     g.add_argument("--save_trajectories", action=flag, default=False, help="write responses of each step as JSON Lines")
@@ -140,14 +172,19 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
     problems += [
         f"--{name} {getattr(args, name)}: must be {rule}"
         for name, fits, rule in (
+            ("max_samples", args.max_samples >= 1, "1 or more"),
+            ("max_eval_samples", args.max_eval_samples >= 1, "1 or more"),
             ("temperature", 0 < args.temperature <= 2, "above 0 and at most 2 (vLLM's limit)"),
             ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
-            ("eps_clip", args.eps_clip > 0, "above 0"),
+            ("eps_clip", 0 < args.eps_clip < math.inf, "above 0"),
             ("gamma", 0 < args.gamma <= 1, "in (0, 1]"),
-            ("init_kl_coef", args.init_kl_coef >= 0, "0 or more"),
-            ("actor_learning_rate", args.actor_learning_rate > 0, "above 0"),
+            ("init_kl_coef", 0 <= args.init_kl_coef < math.inf, "0 or more"),
+            ("kl_target", args.kl_target is None or 0 < args.kl_target < math.inf, "above 0"),
+            ("l2", 0 <= args.l2 < math.inf, "0 or more"),
+            ("adam_betas", all(0 <= beta < 1 for beta in args.adam_betas), "two numbers in [0, 1)"),
+            ("actor_learning_rate", 0 < args.actor_learning_rate < math.inf, "above 0"),
             ("lr_warmup_ratio", 0 <= args.lr_warmup_ratio < 1, "in [0, 1)"),
-            ("max_norm", args.max_norm >= 0, "0 (no clipping) or more"),
+            ("max_norm", 0 <= args.max_norm < math.inf, "0 (no clipping) or more"),
             ("engine_mem_util", 0 < args.engine_mem_util < 1, "between 0 and 1"),
             ("generate_max_len", args.generate_max_len >= 1, "1 or more"),
             ("prompt_max_len", args.prompt_max_len >= 1, "1 or more"),
@@ -250,6 +287,8 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
             problems.append(
                 f"--prompt_data_probs {args.prompt_data_probs}: one share for each of {sources} sources is needed"
             )
+    if args.confine_audio and not Path(args.confine_audio).is_dir():
+        problems.append(f"--confine_audio {args.confine_audio}: no such folder")
     if args.eval_data:
         problems += _source_problems("eval_data", args.eval_data, args.eval_split)
     if args.load_checkpoint:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from host import describe_host, find_host, on_runtime
 from train_args import build_parser, find_problems, finish, has_split
 
 find_host()
+WRONG_USE, CANNOT_SAVE = 2, 5  # exit status
 FIXES: list[str] = []  # version fixes in use, LightRFT only
 if not on_runtime():
     import lightrft_host
@@ -183,6 +185,7 @@ def load_prompts(
     :param limit: Most rows.
     """
     from audio_dataset import AudioPromptDataset
+    from audio_sandbox import Sandbox
 
     from lightrft.utils import blending_datasets
 
@@ -190,7 +193,16 @@ def load_prompts(
     rows = blending_datasets(source, probs, strategy, args.seed, return_eval=False, train_split=split)
     if limit < len(rows):
         rows = rows.shuffle(seed=args.seed).select(range(limit))
-    return AudioPromptDataset(rows, tokenizer, processor, args.prompt_max_len, strategy)
+    return AudioPromptDataset(
+        rows,
+        tokenizer,
+        processor,
+        args.prompt_max_len,
+        strategy,
+        sandbox=Sandbox() if args.sandbox_audio else None,
+        audio_root=args.confine_audio,
+        decode_all=args.decode_audio,
+    )
 
 
 def make_eval_dataloader(args: argparse.Namespace, strategy: Any, tokenizer: Any, processor: Any, size: int) -> Any:
@@ -299,7 +311,54 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"{len(problems)} problems with this configuration:", *problems, sep="\n  - ", file=sys.stderr)
         raise SystemExit(2)
-    train(args)
+    try:
+        train(args)
+    except (Exception, SystemExit) as error:
+        status = exit_status(error)
+        if status is None:
+            raise
+        report_error(error, args.debug)
+        raise SystemExit(status) from None
+
+
+def exit_status(error: BaseException) -> int | None:
+    """The exit status of an error whose message says all; None for any other, which needs its traceback.
+
+    :param error: What ended the run.
+    """
+    if isinstance(error, SystemExit):
+        return WRONG_USE if isinstance(error.code, str) else None
+    from audio_dataset import AudioError, DataError
+
+    if on_runtime():
+        from lightrft.strategy.checkpoint import SaveError
+
+        if isinstance(error, SaveError):
+            return CANNOT_SAVE
+    return WRONG_USE if isinstance(error, (DataError, AudioError)) else None
+
+
+def report_error(error: BaseException, debug: bool) -> None:
+    """Show an error's message on the terminal: once, if all ranks have it, else with the rank that has it.
+
+    :param error: What ended the run.
+    :param debug: Show its traceback, too.
+    """
+    from audio_dataset import AudioError
+
+    rank = int(os.environ.get("RANK", "0"))
+    alone = isinstance(error, AudioError)  # a file that could be opened at the start, on the rank that needs it
+    if rank and not alone:
+        return
+    where = f" (rank {rank})" if alone and int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    stream = sys.stderr
+    if on_runtime():
+        from lightrft.utils.console import console
+
+        stream = console.stream if console.log_file else stream  # there stderr goes to the log file
+    if debug:
+        traceback.print_exception(error, file=stream)
+    print(f"train_colocate.py: error{where}: {error}", file=stream, flush=True)
 
 
 if __name__ == "__main__":

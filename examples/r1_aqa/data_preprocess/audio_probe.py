@@ -1,12 +1,11 @@
-"""Look at audio files without decoding them: is there sound, how long, at which rate."""
+"""Look at audio files: is there sound, how long, at which rate. Headers only, or all that the model will hear."""
 
 import os
-import stat
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
-# libsndfile reports its largest count of frames where the length of a stream is not known.
-_UNKNOWN_FRAMES = 2**62
+if TYPE_CHECKING:
+    from audio_sandbox import Sandbox
 
 
 class Clip(NamedTuple):
@@ -18,36 +17,39 @@ class Clip(NamedTuple):
     reason: str = ""
 
 
-def probe_clip(path: str) -> Clip:
+def probe_clip(path: str, decode: bool = False, sandbox: "Sandbox | None" = None) -> Clip:
     """
-    Read the header of one file.
+    Read one file.
 
     :param path: The audio file.
     :type path: str
-    :return: Length (seconds) and sampling rate (Hz), or what is wrong. A file without a single frame is unreadable.
+    :param decode: Decode what the model hears, not only the header.
+    :type decode: bool
+    :param sandbox: Where to read it; None: in this process.
+    :type sandbox: audio_sandbox.Sandbox | None
+    :return: Length (seconds) and sampling rate (Hz), or what is wrong.
     :rtype: Clip
     """
-    import soundfile  # here, because nobody who skips the check should need it, or wait for its import
+    import audio_io  # here, because nobody who skips the check should need soundfile, or wait for its import
 
+    if not os.path.exists(path) and not os.path.islink(path):
+        return Clip(kind="audio_missing", reason=f"no such file: {audio_io.show(path)}")
     try:
-        # Opening a pipe would wait for a writer for ever, so look before.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return Clip(kind="audio_unreadable", reason=f"not a file: {path}")
-        header = soundfile.info(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return Clip(kind="audio_missing", reason=f"no such file: {path}")
-    except (OSError, soundfile.SoundFileError) as error:
-        return Clip(kind="audio_unreadable", reason=f"{path}: {error}")
-    except TypeError:  # soundfile takes *.raw for sound without a header and asks for its rate
-        return Clip(kind="audio_unreadable", reason=f"{path}: sound without a header has no known rate")
-    if not 0 < header.frames < _UNKNOWN_FRAMES:
-        return Clip(kind="audio_unreadable", reason=f"{path}: a header that promises {header.frames} frames of sound")
-    return Clip(header.frames / header.samplerate, header.samplerate)
+        frames, rate = (sandbox or audio_io).read_header(path)
+        if decode:
+            (sandbox.load if sandbox else audio_io.load_audio)(path)
+    except audio_io.AudioError as error:
+        return Clip(kind="audio_unreadable", reason=str(error))
+    return Clip(frames / rate, rate)
 
 
-def probe_clips(paths: Iterable[str], workers: int) -> dict[str, Clip]:
+def probe_clips(
+    paths: Iterable[str],
+    workers: int,
+    probe: Callable[[str], Clip] = probe_clip,
+) -> dict[str, Clip]:
     """
-    Read the headers of many files, each once, with a progress bar on stderr.
+    Read many files, each once, with a progress bar on stderr.
 
     Threads, because the time goes into waiting for a disk or a network; libsndfile runs outside the interpreter lock.
 
@@ -55,6 +57,8 @@ def probe_clips(paths: Iterable[str], workers: int) -> dict[str, Clip]:
     :type paths: Iterable[str]
     :param workers: How many files are open at a time.
     :type workers: int
+    :param probe: Reads one.
+    :type probe: Callable[[str], Clip]
     :return: What was found, by path, in the order of first appearance.
     :rtype: dict[str, Clip]
     """
@@ -65,7 +69,7 @@ def probe_clips(paths: Iterable[str], workers: int) -> dict[str, Clip]:
     unique = list(dict.fromkeys(paths))
     pool = ThreadPoolExecutor(workers)
     try:
-        clips = tqdm(pool.map(probe_clip, unique), total=len(unique), desc="probing audio", unit="file")
+        clips = tqdm(pool.map(probe, unique), total=len(unique), desc="probing audio", unit="file")
         return dict(zip(unique, clips, strict=True))
     finally:
         pool.shutdown(cancel_futures=True)  # otherwise Ctrl-C would wait for every file that is left

@@ -10,8 +10,6 @@ what was left out and why, and what the audio is like. Files are replaced only o
 Rows that cannot be used (malformed JSON, missing fields, an answer out of range, ...) are left out. Rows whose audio is
 missing or unreadable are kept, because data is often prepared where the sound is not; both are reported.
 ``--skip_bad`` leaves the latter out too, ``--strict`` stops at either.
-
-Exit status: 0 written, 2 nothing written (the message says why), 130 interrupted.
 """
 
 import argparse
@@ -21,13 +19,16 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from typing import BinaryIO
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # audio_io and audio_sandbox
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # the siblings, however this file is imported
 
 from audio_probe import Clip, probe_clip, probe_clips
+from audio_sandbox import Sandbox, escape_of
 from avqa_output import build_report, build_table, integers, write_files
 from avqa_rows import (
     AvqaError,
@@ -39,6 +40,7 @@ from avqa_rows import (
     parse_records,
     read_records,
     render_prompt,
+    show_value,
     split_by_clip,
     wav_name_of_video,
 )
@@ -69,6 +71,10 @@ LABEL = "avqa_rule"
 THINK_LABEL = "avqa_think_rule"
 TRAIN_FILE, VALIDATION_FILE, REPORT_FILE = "train.parquet", "validation.parquet", "report.json"
 SHOWN_PROBLEMS = 20
+EXIT_STATUS = (
+    "exit status: 0 written; 2 nothing written: wrong use, wrong data or a file that cannot be read or written, the "
+    "message says which;\n130 interrupted, nothing written; 1 a fault of this program, with its traceback"
+)
 REMEDY_NO_ROW = "see R1-AQA's README for the fields of a row: id, question_text, multi_choice, answer, audio_path"
 
 
@@ -81,8 +87,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     :raises AvqaError: naming every setting that cannot be used.
     """
     parser = argparse.ArgumentParser(
-        prog="avqa.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="avqa.py",
+        description=__doc__,
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     files = parser.add_argument_group("files")
     files.add_argument(
         "--input_jsonl", required=True, help="R1-AQA's JSON lines or the raw AVQA JSON array, told apart by themselves"
@@ -115,6 +125,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--no_check_audio",
         action="store_true",
         help="do not open the audio files: quicker, but nothing is known of them",
+    )
+    checks.add_argument(
+        "--decode_audio",
+        action="store_true",
+        help="decode what the model will hear of every file, not only its header: finds damaged samples and digital "
+        "silence now, at which training would stop later (some milliseconds a file)",
+    )
+    checks.add_argument(
+        "--confine_audio",
+        action="store_true",
+        help="a row whose audio lies outside --audio_dir, by an absolute path, by .. or by a link, cannot be used; for "
+        "data that is not trusted",
+    )
+    checks.add_argument(
+        "--sandbox_audio",
+        action="store_true",
+        help="read audio files in a process of its own, with limits of memory and time; for data that is not trusted",
     )
     checks.add_argument(
         "--num_workers",
@@ -172,6 +199,9 @@ def check_args(args: argparse.Namespace) -> list[str]:
         problems.append(f"--num_workers {args.num_workers}: expected at least 1")
     if args.skip_bad and args.no_check_audio:
         problems.append("--skip_bad with --no_check_audio: which audio is bad is not known without the check; drop one")
+    for flag in ("decode_audio", "sandbox_audio"):
+        if getattr(args, flag) and args.no_check_audio:
+            problems.append(f"--{flag} with --no_check_audio: no audio file is opened then; drop one")
     return problems
 
 
@@ -201,6 +231,25 @@ def make_resolver(audio_dir: str) -> Callable[[str], str]:
         return os.path.join(root, file_name)
 
     return resolve
+
+
+def confinement_problems(rows: list[Row], paths: list[str], folder: str) -> list[Problem]:
+    """
+    :param rows: The usable rows (rows).
+    :type rows: list[Row]
+    :param paths: The audio file of each (rows).
+    :type paths: list[str]
+    :param folder: Where all audio must lie, links resolved.
+    :type folder: str
+    :return: One problem for each row whose audio lies elsewhere.
+    :rtype: list[Problem]
+    """
+    problems = []
+    for row, path in zip(rows, paths, strict=True):
+        if where := escape_of(path, folder):
+            reason = f"audio_path {show_value(row.audio_name)} leads to {where}, outside --audio_dir {folder}"
+            problems.append(Problem(row.line, row.index, row.id, "audio_outside", reason))
+    return problems
 
 
 def audio_problems(rows: list[Row], paths: list[str], clips: dict[str, Clip]) -> list[Problem]:
@@ -269,7 +318,11 @@ def convert(args: argparse.Namespace) -> None:
     :raises AvqaError: if nothing is to be written; the save folder is then as before.
     :raises OSError: if a file cannot be read or written.
     """
-    for module in ["pyarrow"] if args.no_check_audio else ["pyarrow", "soundfile", "tqdm"]:
+    for module in (
+        ["pyarrow"]
+        if args.no_check_audio
+        else ["pyarrow", "soundfile", "numpy", "tqdm", *(["soxr"] if args.decode_audio else [])]
+    ):
         need(module)
     with open(args.input_jsonl, "rb") as file:
         records = read_records(file.read(), args.input_jsonl)
@@ -281,7 +334,21 @@ def convert(args: argparse.Namespace) -> None:
 
     resolve = make_resolver(args.audio_dir)
     paths = [resolve(row.audio_name) for row in rows]
-    clips = {} if args.no_check_audio else probe_clips(paths, args.num_workers)
+    if args.confine_audio and (outside := confinement_problems(rows, paths, args.audio_dir)):
+        say_problems(f"{len(outside)} rows lead out of --audio_dir and are left out (--confine_audio)", outside)
+        bad = sorted([*bad, *outside], key=lambda problem: problem.index)
+        escaped = {problem.index for problem in outside}
+        kept = [(row, path) for row, path in zip(rows, paths, strict=True) if row.index not in escaped]
+        if not kept:
+            raise AvqaError(f"--confine_audio: no row is left; is --audio_dir {args.audio_dir} the right folder?")
+        rows, paths = map(list, zip(*kept, strict=True))
+    clips = {}
+    if not args.no_check_audio:
+        sandbox = Sandbox() if args.sandbox_audio else None
+        probe = functools.partial(probe_clip, decode=args.decode_audio, sandbox=sandbox)
+        clips = probe_clips(paths, args.num_workers, probe)
+        if sandbox is not None:
+            sandbox.close()
     silent = audio_problems(rows, paths, clips)
     if silent:
         fate = "left out" if args.skip_bad else "KEPT: training will stop at them unless the audio is there by then"
@@ -364,6 +431,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         convert(parse_args(argv))
     except (AvqaError, OSError) as error:
+        if "--debug" in (sys.argv[1:] if argv is None else argv):
+            traceback.print_exc()
         say(f"avqa.py: error: {error}")
         return 2
     except KeyboardInterrupt:

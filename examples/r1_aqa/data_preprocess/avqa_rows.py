@@ -62,6 +62,41 @@ class Record(NamedTuple):
     error: str | None = None
 
 
+class _Ambiguous(dict):
+    """A JSON object in which a key occurs twice: Python would silently take the last value."""
+
+    twice: str
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """
+    :param pairs: Keys and values of a JSON object.
+    :type pairs: list[tuple[str, object]]
+    :return: The object, marked if a key occurs twice.
+    :rtype: dict
+    """
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    value = _Ambiguous(pairs)
+    value.twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+    return value
+
+
+def _record(line: int, value: object) -> Record:
+    """
+    :param line: Where the row begins, from 1.
+    :type line: int
+    :param value: The row.
+    :type value: object
+    :return: The record, malformed if a key occurs twice.
+    :rtype: Record
+    """
+    if isinstance(value, _Ambiguous):
+        return Record(line, None, f"the key {show_value(value.twice)} occurs twice; which value is meant?")
+    return Record(line, value)
+
+
 class Row(NamedTuple):
     """One usable row. ``index`` counts the file's rows from 0; ``choices`` and ``gold`` are text, as R1-AQA prints."""
 
@@ -122,7 +157,7 @@ def _read_lines(data: bytes) -> list[Record]:
         if not raw or raw.isspace():
             continue
         try:
-            records.append(Record(number, json.loads(raw.decode("utf-8"))))
+            records.append(_record(number, json.loads(raw.decode("utf-8"), object_pairs_hook=_object)))
         except UnicodeDecodeError as error:
             records.append(Record(number, None, f"not UTF-8: byte {raw[error.start]:#04x} at {error.start}"))
         except RecursionError:
@@ -151,7 +186,7 @@ def _read_array(data: bytes, source: str) -> list[Record] | None:
         raise AvqaError(f"{source}, line {line}: not UTF-8. Convert the file with iconv") from error
 
     records: list[Record] = []
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     skip = _JSON_SPACE.match
     opening = text.index("[")
     position = skip(text, opening + 1).end()
@@ -164,7 +199,7 @@ def _read_array(data: bytes, source: str) -> list[Record] | None:
         except (ValueError, RecursionError) as error:
             found = _REPR.repr(text[position : position + 60])
             raise AvqaError(_broken_array(source, line, len(records), f"{found} is no JSON value ({error})")) from error
-        records.append(Record(line, value))
+        records.append(_record(line, value))
         position = skip(text, position).end()
         closed = text.startswith("]", position)
         if not closed and not text.startswith(",", position):
@@ -221,7 +256,7 @@ def parse_records(records: list[Record], enable_think: bool) -> tuple[list[Row],
             row = parse_record(record, index, enable_think)
             key = str(row.id)  # 7 and "7" are one id: where both occur, the column is text and they would be equal
             if key in first_line:
-                raise RowError("duplicate_id", f"id {_show(row.id)} was used before, on line {first_line[key]}")
+                raise RowError("duplicate_id", f"id {show_value(row.id)} was used before, on line {first_line[key]}")
             first_line[key] = row.line
         except RowError as error:
             problems.append(Problem(record.line, index, _id_of(record.value), error.kind, error.reason))
@@ -248,7 +283,7 @@ def parse_record(record: Record, index: int, enable_think: bool) -> Row:
     if record.error is not None:
         raise RowError("malformed_json", record.error)
     if not isinstance(value, dict):
-        raise RowError("not_an_object", f"the row is {_show(value)}, expected a JSON object")
+        raise RowError("not_an_object", f"the row is {show_value(value)}, expected a JSON object")
     identity, question, choices, answer = map(value.get, REQUIRED_FIELDS)
     audio_path, video_name = value.get("audio_path"), value.get("video_name")
     no_audio = audio_path in _ABSENT and video_name in _ABSENT
@@ -258,14 +293,14 @@ def parse_record(record: Record, index: int, enable_think: bool) -> Row:
         raise RowError("missing_field", f"no {', '.join(missing)}")
 
     if not isinstance(question, str) or not question.strip():
-        raise RowError("bad_question", f"question_text is {_show(question)}, expected text")
+        raise RowError("bad_question", f"question_text is {show_value(question)}, expected text")
     choices = _check_choices(choices)
     answer_idx = _check_answer(answer, len(choices))
     # str() and the list's repr are what R1-AQA's format strings do: null reads as None, 3 as 3, in prompt and gold.
     texts = list(map(str, choices))
     gold = texts[answer_idx]
     if not gold.strip():
-        raise RowError("bad_choice", f"the answer, choice {answer_idx}, is blank: {_show(gold)}")
+        raise RowError("bad_choice", f"the answer, choice {answer_idx}, is blank: {show_value(gold)}")
     row = Row(
         line=record.line,
         index=index,
@@ -315,7 +350,7 @@ def wav_name_of_video(video_name: str) -> str:
     match = _VIDEO_NAME.fullmatch(video_name) if isinstance(video_name, str) else None
     if match is None:
         raise RowError(
-            "bad_video_name", f"video_name is {_show(video_name)}, expected <id>_<second>; or give an audio_path"
+            "bad_video_name", f"video_name is {show_value(video_name)}, expected <id>_<second>; or give an audio_path"
         )
     return f"{match[1]}_{int(match[2])}.wav"
 
@@ -373,7 +408,7 @@ def _check_choices(choices: object) -> list:
     :raises RowError: unless it is a list of text, finite numbers, booleans or null, with at least one member.
     """
     if not isinstance(choices, list):
-        raise RowError("bad_choice", f"multi_choice is {_show(choices)}, expected a list")
+        raise RowError("bad_choice", f"multi_choice is {show_value(choices)}, expected a list")
     if not choices:
         raise RowError("empty_choices", "multi_choice is empty")
     for number, choice in enumerate(choices):
@@ -382,7 +417,7 @@ def _check_choices(choices: object) -> list:
         if isinstance(choice, float) and not math.isfinite(choice):
             raise RowError("bad_choice", f"choice {number} is {choice}, which is no number")
         if isinstance(choice, (list, dict)):
-            raise RowError("bad_choice", f"choice {number} is {_show(choice)}, expected text, a number or null")
+            raise RowError("bad_choice", f"choice {number} is {show_value(choice)}, expected text, a number or null")
     return choices
 
 
@@ -400,9 +435,11 @@ def _check_answer(answer: object, choices: int) -> int:
     # A table that once held a gap gives 1.0 for 1. bool is an int to Python, but no index to anybody.
     index = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
     if isinstance(index, bool) or not isinstance(index, int):
-        raise RowError("bad_answer", f"answer is {_show(answer)}, expected the number of a choice, from 0")
+        raise RowError("bad_answer", f"answer is {show_value(answer)}, expected the number of a choice, from 0")
     if not 0 <= index < choices:
-        raise RowError("answer_out_of_range", f"answer is {_show(answer)}, but there are choices 0 to {choices - 1}")
+        raise RowError(
+            "answer_out_of_range", f"answer is {show_value(answer)}, but there are choices 0 to {choices - 1}"
+        )
     return index
 
 
@@ -417,7 +454,7 @@ def _check_id(identity: object) -> int | str:
     if isinstance(identity, float) and identity.is_integer():
         return int(identity)
     if isinstance(identity, bool) or not isinstance(identity, (int, str)) or identity == "":
-        raise RowError("bad_id", f"id is {_show(identity)}, expected a whole number or text")
+        raise RowError("bad_id", f"id is {show_value(identity)}, expected a whole number or text")
     return identity
 
 
@@ -430,7 +467,7 @@ def _check_dataset_name(name: object) -> str:
     :raises RowError: if it is not text.
     """
     if name is not None and not isinstance(name, str):
-        raise RowError("bad_dataset_name", f"dataset_name is {_show(name)}, expected text")
+        raise RowError("bad_dataset_name", f"dataset_name is {show_value(name)}, expected text")
     return name or DEFAULT_DATASET_NAME
 
 
@@ -443,7 +480,7 @@ def _check_audio_path(path: object) -> str:
     :raises RowError: if it cannot be the path of a file.
     """
     if not isinstance(path, str) or "\0" in path or path.rpartition("/")[2] in ("", ".", ".."):
-        raise RowError("bad_audio_path", f"audio_path is {_show(path)}, expected the path of a file")
+        raise RowError("bad_audio_path", f"audio_path is {show_value(path)}, expected the path of a file")
     return path
 
 
@@ -458,7 +495,7 @@ def _id_of(value: object) -> int | str | None:
     return identity if isinstance(identity, (int, str)) else None
 
 
-def _show(value: object) -> str:
+def show_value(value: object) -> str:
     """
     :param value: Any JSON value.
     :type value: object

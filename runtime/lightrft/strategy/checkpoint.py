@@ -44,12 +44,25 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
     aside.rmdir()
 
 
-def begin(save_dir: str) -> None:
-    """Clear away what interrupted saves have left.
+class SaveError(Exception):
+    """Something could not be written; the message says what the system said."""
+
+
+def begin(save_dir: str, name: str) -> None:
+    """Clear away what interrupted saves have left, and make the folder of a new checkpoint.
 
     :param save_dir: Folder of the checkpoints; made if needed.
+    :param name: Of the new one.
     """
-    Path(save_dir).mkdir(parents=True, exist_ok=True)
+    clear(save_dir)
+    (Path(save_dir) / name).mkdir(parents=True)
+
+
+def clear(save_dir: str) -> None:
+    """Remove what is half written.
+
+    :param save_dir: Folder of the checkpoints; need not exist.
+    """
     for left_over in Path(save_dir).glob(f"*{PART}"):
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_scheduler
@@ -19,6 +20,7 @@ from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling, checkp
 from lightrft.utils.console import console
 
 from . import checkpoint
+from .checkpoint import SaveError
 from .distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
 
 
@@ -138,6 +140,8 @@ class DeepspeedStrategy:
         """
         import deepspeed
 
+        from .deepspeed_hooks import Storage
+
         decay, no_decay = [], []
         for name, parameter in actor.model.named_parameters():
             if parameter.requires_grad:
@@ -156,6 +160,7 @@ class DeepspeedStrategy:
         actor.model, optimizer, _, scheduler = deepspeed.initialize(
             model=actor.model, optimizer=optimizer, lr_scheduler=scheduler, config=self.get_ds_train_config()
         )
+        Storage(actor.model)
         if initial_model is not None:
             initial_model = self.prepare_model(initial_model)
         return (actor, optimizer, scheduler), (None, None, None), reward_models, initial_model
@@ -383,12 +388,12 @@ class DeepspeedStrategy:
         :param model: Prepared actor.
         :param tokenizer: Saved beside the weights.
         :param output_dir: Folder; existing files are replaced one by one, each atomically.
+        :raises SaveError: if it could not be written.
         """
         inner = model.model
         weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights(inner)}  # ZeRO keeps views
-        if self.is_rank_0():
-            checkpoint.write_hf_folder(self.unwrap_model(inner), weights, tokenizer, output_dir)
-        dist.barrier()
+        module = self.unwrap_model(inner)
+        self.together(lambda: checkpoint.write_hf_folder(module, weights, tokenizer, output_dir), self.is_rank_0())
 
     def save_ckpt(
         self, model: Any, save_dir: str, tag: str, max_num: int = 3, client_state: dict[str, Any] | None = None
@@ -399,17 +404,49 @@ class DeepspeedStrategy:
         :param save_dir: Folder of the checkpoints.
         :param tag: Name of this one.
         :param max_num: Checkpoints to keep.
-        :param client_state: Stored with it and returned by :meth:`load_ckpt`.
+        :param client_state: Stored with it and returned by :meth:`load_ckpt`: tensors and plain values.
+        :raises SaveError: if it could not be written, on any rank; the earlier ones are as they were.
         """
-        if self.is_rank_0():
-            checkpoint.begin(save_dir)
-        dist.barrier()
-        model.save_checkpoint(save_dir, tag=tag + checkpoint.PART, client_state=client_state or {}, save_latest=False)
-        dist.barrier()
-        if self.is_rank_0():
+        storage = model.checkpoint_engine
+        storage.failure = None
+        name = tag + checkpoint.PART
+
+        def write() -> None:
+            model.save_checkpoint(save_dir, tag=name, client_state=client_state or {}, save_latest=False)
+            if storage.failure:
+                raise OSError(storage.failure)
+
+        def finish() -> None:
             checkpoint.commit(save_dir, tag)
             checkpoint.rotate(save_dir, keep=max_num)
-        dist.barrier()
+
+        try:
+            self.together(lambda: checkpoint.begin(save_dir, name), self.is_rank_0())
+            self.together(write)
+            self.together(finish, self.is_rank_0())
+        except SaveError:
+            if self.is_rank_0():
+                with suppress(OSError):
+                    checkpoint.clear(save_dir)  # what it has written is the first to go
+            raise
+
+    @staticmethod
+    def together(action: Callable[[], None], mine: bool = True) -> None:
+        """Do something with files that fails on all ranks if it fails on one. Collective.
+
+        :param action: To do.
+        :param mine: Whether this rank does it.
+        :raises SaveError: naming the ranks and what went wrong.
+        """
+        failure = None
+        if mine:
+            try:
+                action()
+            except (OSError, SafetensorError) as error:
+                failure = str(error)
+        failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(failure)) if text]
+        if failures:
+            raise SaveError("; ".join(failures))
 
     def load_ckpt(self, model: Any, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
         """Load the newest whole DeepSpeed checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,37 +20,65 @@ class Health:
     """Watches the metrics of each step. Each kind is warned of once and counted always.
 
     :param dtype: Of the weights; decides how far engine and trainer may be apart.
-    :param stop: Stop at the first sign instead.
+    :param action: At a sign: ``warn``, ``stop``, or ``skip`` the optimizer step.
     :param warn: Shows a warning.
     """
 
-    def __init__(self, dtype: torch.dtype, stop: bool, warn: Callable[[str], None]) -> None:
+    def __init__(self, dtype: torch.dtype, action: str, warn: Callable[[str], None]) -> None:
         self.gap_limit = GAP_LIMIT[dtype]
-        self.stop = stop
+        self.action = action
         self.warn = warn
         self.counts: dict[str, int] = {}
+        self.skipped = 0  # optimizer steps left out
         self._constant: tuple[float, int] = (float("nan"), 0)  # reward of all responses, steps it has been that
 
-    def check(self, metrics: dict[str, float], step: int) -> dict[str, float]:
-        """Look at a step.
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"counts": dict(self.counts), "skipped": self.skipped, "constant": self._constant}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint was written.
+
+        :param state: From :meth:`state`.
+        """
+        self.counts, self.skipped = dict(state["counts"]), state["skipped"]
+        self._constant = tuple(state["constant"])
+
+    def check(self, metrics: dict[str, float], step: int) -> tuple[dict[str, float], str | None]:
+        """Look at a step that is done.
 
         :param metrics: The step's, the same on every rank.
         :param step: Rollout step, from 1.
-        :return: ``health/anomalies``: signs so far.
-        :raises AnomalyError: at a sign, if that shall stop the run.
+        :return: ``health/anomalies``, signs so far, and ``health/skipped_steps``, optimizer steps left out so far; and
+            the sign that the run shall stop at, if any.
         """
-        for name, sign in self._signs(metrics).items():
+        signs = self.signs(metrics)
+        self._constant = self._constant_steps(metrics)
+        for name, sign in signs.items():
             self.counts[name] = self.counts.get(name, 0) + 1
-            message = f"step {step}: {sign}"
-            if self.stop:
-                raise AnomalyError(message)
-            if self.counts[name] == 1:
-                self.warn(f"{message} (said once; health/anomalies counts them all)")
-        return {"health/anomalies": float(sum(self.counts.values()))}
+            if self.counts[name] == 1 and self.action != "stop":
+                kept = "; its optimizer step is left out" if self.action == "skip" else ""
+                self.warn(f"step {step}: {sign}{kept} (said once; health/anomalies counts them all)")
+        counts = {"health/anomalies": float(sum(self.counts.values())), "health/skipped_steps": float(self.skipped)}
+        first = next(iter(signs.values()), None) if self.action == "stop" else None
+        return counts, first and f"step {step}: {first}"
 
-    def _signs(self, metrics: dict[str, float]) -> dict[str, str]:
+    def _constant_steps(self, metrics: dict[str, float]) -> tuple[float, int]:
+        reward, (last, steps) = metrics["rollout/reward"], self._constant
+        alike = metrics["rollout/reward_std"] == 0
+        return reward, steps + 1 if alike and reward == last else int(alike)
+
+    def signs(self, metrics: dict[str, float]) -> dict[str, str]:
+        """What is wrong with a step.
+
+        :param metrics: The step's.
+        :return: Kind to what it means.
+        """
         signs = {}
         gap, kl, reward = metrics["rollout/logprob_gap_mean"], metrics["train/kl"], metrics["rollout/reward"]
+        if metrics.get("train/not_finite"):
+            count = metrics["train/not_finite"]
+            signs["not finite"] = f"{count:.0f} micro-batch(es) with a loss or gradient that is not finite"
         if gap > self.gap_limit:
             signs["gap"] = (
                 f"the engine's log-probs are {gap:.2g} from the trainer's on average (largest "
@@ -63,12 +92,10 @@ class Health:
             )
         if metrics["rollout/truncated_fraction"] == 1:
             signs["truncated"] = "no response ended by itself: raise --generate_max_len, or the model has forgotten how"
-        last, steps = self._constant
-        alike = metrics["rollout/reward_std"] == 0
-        self._constant = (reward, steps + 1 if alike and reward == last else int(alike))
-        if self._constant[1] >= CONSTANT_STEPS:
+        _, steps = self._constant_steps(metrics)
+        if steps >= CONSTANT_STEPS:
             signs["constant"] = (
-                f"all rewards have been {reward:g} for {self._constant[1]} steps: there is nothing left to learn, or "
+                f"all rewards have been {reward:g} for {steps} steps: there is nothing left to learn, or "
                 "the reward cannot tell answers apart"
             )
         elif metrics["rollout/groups_without_spread"] == 1:

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from lightrft.engines.base import Sampling
 from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens
+from lightrft.strategy.checkpoint import SaveError
+from lightrft.strategy.deepspeed_hooks import StepGuard, is_usable
 from lightrft.strategy.distributed import gather_objects, reduce_metrics
 from lightrft.utils.console import console
 from lightrft.utils.metrics import MetricsWriter
@@ -110,8 +112,12 @@ class SPMDPPOTrainerVL:
         self.max_new_tokens = max_new_tokens
         self.kl_ctl = KLController(init_kl_coef, kl_target)
         dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.health = Health(dtype, args.on_anomaly == "stop", console.warn if strategy.is_rank_0() else lambda _: None)
-        self.boundary = (0, init_kl_coef)  # last step whose gradients are all in the weights, and the KL weight then
+        self.warn = console.warn if strategy.is_rank_0() else lambda _: None
+        self.health = Health(dtype, args.on_anomaly, self.warn)
+        self.guard = StepGuard(actor.model)
+        self.failed_saves = 0
+        # last step whose gradients are all in the weights, the KL weight then, and what health knew
+        self.boundary = (0, init_kl_coef, self.health.state())
         for model in filter(None, (actor, initial_model)):
             model.temperature, model.logit_bias = temperature, logit_bias
         kl_in_reward = initial_model is not None and not args.use_kl_loss
@@ -156,7 +162,7 @@ class SPMDPPOTrainerVL:
         per_episode = len(prompts_dataloader)
         total = per_episode * args.num_episodes
         step = consumed_samples // args.rollout_batch_size
-        self.boundary = (step, self.kl_ctl.value)
+        self.boundary = (step, self.kl_ctl.value, self.health.state())
         stop_request.install()
         writer = MetricsWriter(Path(args.save_path), args, step) if self.strategy.is_rank_0() else None
         show_bar = self.strategy.is_rank_0() and console.stream.isatty()
@@ -179,17 +185,10 @@ class SPMDPPOTrainerVL:
                     stop_request.check(self.strategy.device)
                 sampler.start = 0
         except AnomalyError as anomaly:
-            if not self.disable_ds_ckpt:
-                self.save_state(args)
-            self.strategy.print(f"stopped by --on_anomaly stop: {anomaly}")
+            self.strategy.print(f"stopped by --on_anomaly stop: {anomaly}; {self._save_for_later(args)}")
             raise SystemExit(ANOMALY_EXIT) from None
         except StopError as stop:
-            if not self.disable_ds_ckpt:
-                self.save_state(args)
-            self.strategy.print(
-                f"{stop}: step {self.boundary[0]} is the last one that is done"
-                + ("" if self.disable_ds_ckpt else " and saved; --load_checkpoint goes on from there")
-            )
+            self.strategy.print(f"{stop}: {self._save_for_later(args)}")
             raise SystemExit(stop.exit_code) from None
         finally:
             bar.close()
@@ -222,17 +221,19 @@ class SPMDPPOTrainerVL:
             "time/sync": ended - sync_started,
             "time/step": ended - started,
         }
-        sums |= rollout_sums(items) | spread_sums(items, self.strategy.args.n_samples_per_prompt)
+        sums |= self._rollout_sums(items)
         reduce_metrics(sums, maxima, self.strategy.device)
         metrics = step_metrics(sums, maxima)
-        if updated and not math.isfinite(maxima["grad_norm"]):
-            raise FloatingPointError(f"the gradient of step {step} has norm {maxima['grad_norm']}")
         metrics["train/grad_norm"] = maxima["grad_norm"]
         metrics["train/lr"] = self.scheduler.get_last_lr()[0]
-        self.kl_ctl.update(metrics["train/kl"], int(sums["responses"]))
+        if math.isfinite(metrics["train/kl"]):
+            self.kl_ctl.update(metrics["train/kl"], int(sums["responses"]))
+        counts, fatal = self.health.check(metrics, step)
+        metrics |= counts | {"health/failed_saves": float(self.failed_saves)}
         if updated:
-            self.boundary = (step, self.kl_ctl.value)
-        metrics |= self.health.check(metrics, step)
+            self.boundary = (step, self.kl_ctl.value, self.health.state())
+        if fatal:
+            raise AnomalyError(fatal)
         if self.strategy.args.save_trajectories and self.strategy.is_rank_0():
             self.save_trajectories(items, step)
         return metrics
@@ -246,8 +247,11 @@ class SPMDPPOTrainerVL:
         :raises FloatingPointError: if a loss is not finite.
         """
         args, engine = self.strategy.args, self.actor.model
-        sums: dict[str, float] = defaultdict(float)
+        sums = dict.fromkeys(
+            ("policy_loss", "kl", "clipped", "tokens", "micro_batches", "gap", "gap_tokens", "train/not_finite"), 0.0
+        )
         maxima = {"gap": 0.0, "grad_norm": math.nan}  # no norm where no optimizer step was due
+        skip = self.health.action == "skip"
         updated = False
         self.actor.train()
         tokens = {"all": float(sum(len(item.response_ids) for item in items))}
@@ -272,45 +276,71 @@ class SPMDPPOTrainerVL:
                     log_probs, old, self._padded(part, "advantages", width), self.eps_clip
                 )
                 policy_loss = loss = aggregate(losses, mask, **scale)
+                kl = None
                 if part[0].ref_log_probs is not None:
                     kl = kl_tokens(log_probs, self._padded(part, "ref_log_probs", width), args.kl_estimator)
-                    sums["kl"] += float((kl.detach() * mask).sum())
                     if args.use_kl_loss:
                         loss = loss + self.kl_ctl.value * aggregate(kl, mask, **scale)
-                if not torch.isfinite(loss):
+                finite = bool(torch.isfinite(loss))
+                if not finite and not skip:
                     raise FloatingPointError(
                         f"the loss of step {step}, epoch {epoch}, micro-batch {number} is {loss.item()}; first prompt: "
                         f"{part[0].prompt!r}"
                     )
                 boundary = engine.is_gradient_accumulation_boundary()
                 engine.backward(loss)
+                if finite:
+                    if kl is not None:
+                        sums["kl"] += float((kl.detach() * mask).sum())
+                    if epoch == 0:  # the weights are still those that sampled
+                        gap = ((old - self._padded(part, "engine_log_probs", width)).abs() * mask).cpu()
+                        sums["gap"] += float(gap.sum())
+                        sums["gap_tokens"] += float(mask.sum())
+                        maxima["gap"] = max(maxima["gap"], float(gap.max()))
+                    sums["policy_loss"] += float(policy_loss.detach())
+                    sums["clipped"] += float((clipped & mask).sum())
+                    sums["tokens"] += float(mask.sum())
+                    sums["micro_batches"] += 1
+                else:
+                    sums["train/not_finite"] += 1
                 if boundary:
-                    grad_norm = self._norm_before_step()
-                engine.step()
-                if boundary:
-                    norm = engine.get_global_grad_norm()
-                    maxima["grad_norm"] = float(grad_norm if norm is None else norm)
+                    maxima["grad_norm"] = self._optimizer_step(items, sums, maxima["gap"], step)
                     updated = True
-                if epoch == 0:  # the weights are still those that sampled
-                    gap = ((old - self._padded(part, "engine_log_probs", width)).abs() * mask).cpu()
-                    sums["gap"] += float(gap.sum())
-                    maxima["gap"] = max(maxima["gap"], float(gap.max()))
-                sums["policy_loss"] += float(policy_loss.detach())
-                sums["clipped"] += float((clipped & mask).sum())
-                sums["tokens"] += float(mask.sum())
-                sums["micro_batches"] += 1
-        sums.setdefault("kl", 0.0)
-        return dict(sums), maxima, updated
+                else:
+                    engine.step()
+        return sums, maxima, updated
+
+    def _optimizer_step(self, items: list[Experience], sums: dict[str, float], gap: float, step: int) -> float:
+        """Let the optimizer step, unless ``--on_anomaly skip`` sees a sign.
+
+        :param items: This rank's experiences.
+        :param sums: Of the micro-batches so far; a gradient that is not finite is counted in it.
+        :param gap: Largest so far.
+        :param step: Rollout step.
+        :return: The gradient's norm before clipping; NaN if it was not finite.
+        :raises FloatingPointError: if it was not, and such steps are not to be skipped.
+        """
+        skip, discard = self.health.action == "skip", False
+        if skip:
+            so_far, largest = self._rollout_sums(items) | sums, {"gap": gap, "time/step": math.nan}
+            reduce_metrics(so_far, largest, self.strategy.device)
+            discard = bool(self.health.signs(step_metrics(so_far, largest)))
+        norm = self.guard.step(discard)
+        if not self.guard.applied:
+            self.health.skipped += 1
+        if is_usable(norm):
+            return norm
+        if not skip:
+            raise FloatingPointError(f"the gradient of step {step} is not finite; the weights are as before it")
+        if self.strategy.is_rank_0() and not sums["train/not_finite"]:
+            sums["train/not_finite"] += 1  # once, not once a rank
+        return math.nan
+
+    def _rollout_sums(self, items: list[Experience]) -> dict[str, float]:
+        return rollout_sums(items) | spread_sums(items, self.strategy.args.n_samples_per_prompt)
 
     def _padded(self, items: list[Experience], name: str, width: int) -> torch.Tensor:
         return pad_tokens([getattr(item, name) for item in items], width, self.strategy.device)
-
-    def _norm_before_step(self) -> torch.Tensor | None:
-        """The gradient's norm where DeepSpeed does not keep it: plain data parallelism in float32."""
-        args = self.strategy.args
-        if args.zero_stage != 0 or args.bf16:
-            return None
-        return torch.nn.utils.get_total_norm([p.grad for p in self.actor.model.parameters() if p.grad is not None])
 
     def evaluate(self, dataloader: Any) -> dict[str, float]:
         """Greedy answers to the evaluation prompts, scored with the training reward.
@@ -359,16 +389,33 @@ class SPMDPPOTrainerVL:
         """Write a checkpoint for resuming and, if asked, a Hugging Face folder.
 
         :param args: The run's arguments.
+        :raises SaveError: if that fails, unless ``on_save_error`` is ``warn``.
         """
-        if not self.disable_ds_ckpt:
+        try:
+            if not self.disable_ds_ckpt:
+                self.save_state(args)
+            if self.save_hf_ckpt:
+                folder = Path(args.save_path) / f"hf_step_{self.boundary[0]:06d}"
+                aside = folder.with_name(folder.name + ".part")
+                self.strategy.save_model(self.actor, self.tokenizer, str(aside))
+                if self.strategy.is_rank_0():
+                    shutil.rmtree(folder, ignore_errors=True)
+                    aside.rename(folder)
+        except SaveError as error:
+            if args.on_save_error == "stop":
+                raise
+            self.failed_saves += 1
+            self.warn(f"step {self.boundary[0]} could not be saved ({error}); what was saved before is as it was")
+
+    def _save_for_later(self, args: Any) -> str:
+        step = f"step {self.boundary[0]} is the last one that is done"
+        if self.disable_ds_ckpt:
+            return step
+        try:
             self.save_state(args)
-        if self.save_hf_ckpt:
-            folder = Path(args.save_path) / f"hf_step_{self.boundary[0]:06d}"
-            aside = folder.with_name(folder.name + ".part")
-            self.strategy.save_model(self.actor, self.tokenizer, str(aside))
-            if self.strategy.is_rank_0():
-                shutil.rmtree(folder, ignore_errors=True)
-                aside.rename(folder)
+        except SaveError as error:
+            return f"{step}, but could not be saved: {error}"
+        return f"{step} and saved; --load_checkpoint goes on from there"
 
     def save_state(self, args: Any) -> None:
         """Write a checkpoint from which :meth:`restore` and :meth:`fit` go on exactly.
@@ -377,11 +424,13 @@ class SPMDPPOTrainerVL:
 
         :param args: The run's arguments.
         """
-        step, kl_coef = self.boundary
+        step, kl_coef, health = self.boundary
+        kind, keys, *rest = np.random.get_state()
         state = {
             "consumed_samples": step * args.rollout_batch_size,
             "kl_coef": kl_coef,
-            "rng": gather_objects((random.getstate(), np.random.get_state(), torch.get_rng_state())),
+            "health": health,
+            "rng": gather_objects((random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state())),
         }
         folder = str(Path(args.ckpt_path) / "_actor")
         self.strategy.save_ckpt(self.actor.model, folder, f"step_{step:06d}", args.max_ckpt_num, state)
@@ -392,6 +441,7 @@ class SPMDPPOTrainerVL:
         :param state: From :meth:`save_state`, by ``strategy.load_ckpt``.
         """
         self.kl_ctl.value = state["kl_coef"]
+        self.health.restore(state["health"])
         if len(state["rng"]) == dist.get_world_size():  # nothing here draws from them; a user's reward might
             python, numpy, torch_state = state["rng"][dist.get_rank()]
             random.setstate(python)
@@ -459,16 +509,18 @@ def step_metrics(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, 
     :param maxima: Largest log-prob gap and the times, in seconds.
     """
     metrics = {name: value / sums["responses"] for name, value in sums.items() if name.startswith("rollout/")}
-    sampled_tokens = sums["rollout/response_length"]
+    # without any finite micro-batch these are NaN
+    tokens, gap_tokens = sums["tokens"] or math.nan, sums["gap_tokens"] or math.nan
     variance = sums["squares"] / sums["responses"] - metrics["rollout/reward"] ** 2
     metrics |= {
         "rollout/reward_std": math.sqrt(variance) if variance > 1e-9 else 0.0,
         "rollout/groups_without_spread": sums["groups_alike"] / sums["groups"],
-        "rollout/logprob_gap_mean": sums["gap"] / sampled_tokens,
+        "rollout/logprob_gap_mean": sums["gap"] / gap_tokens,
         "rollout/logprob_gap_max": maxima["gap"],
-        "train/policy_loss": sums["policy_loss"] / sums["micro_batches"],
-        "train/kl": sums["kl"] / sums["tokens"],
-        "train/clip_fraction": sums["clipped"] / sums["tokens"],
+        "train/policy_loss": sums["policy_loss"] / (sums["micro_batches"] or math.nan),
+        "train/kl": sums["kl"] / tokens,
+        "train/clip_fraction": sums["clipped"] / tokens,
+        "train/not_finite": sums["train/not_finite"],
         "samples_per_second": sums["responses"] / maxima["time/step"],
     }
     return metrics | {name: value for name, value in maxima.items() if name.startswith("time/")}

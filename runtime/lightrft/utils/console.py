@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -48,7 +49,8 @@ class Console:
             return
         print(*parts, file=self.stream, flush=True)
         if self.log_file is not None:
-            print(*parts, flush=True)
+            with suppress(OSError):  # a full disk shall not end the run by way of its log
+                print(*parts, flush=True)
 
     def warn(self, message: str) -> None:
         """Print a warning, whatever the rank.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from .console import console
 
 
 class MetricsWriter:
@@ -27,7 +30,8 @@ class MetricsWriter:
                 path.replace(folder / "metrics.jsonl.old")
             else:
                 keep_steps(path, done)
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
+        self._pending: list[bytes] = []  # records that the disk had no room for
         self._wandb = self._tensorboard = None
         if args.use_wandb:
             import wandb
@@ -60,16 +64,34 @@ class MetricsWriter:
         :param metrics: Name to value; a NaN becomes null in the file.
         """
         record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._pending.append((json.dumps(record) + "\n").encode())
+        self._flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
 
+    def _flush(self) -> None:
+        end = self._file.tell()
+        try:
+            self._write_all(b"".join(self._pending))
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)
+            if len(self._pending) == 1:
+                console.warn(f"metrics.jsonl cannot be written ({error}); tried again at every step")
+            return
+        self._pending.clear()
+
+    def _write_all(self, data: bytes) -> None:
+        while data:
+            data = data[self._file.write(data) :]
+
     def close(self) -> None:
         """Flush and close everything."""
+        if self._pending:
+            self._flush()
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -1,0 +1,120 @@
+"""What DeepSpeed leaves open: a step that must not be made, a disk that is full, a checkpoint from somebody else."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+# classes in DeepSpeed's checkpoints, beside what torch itself allows
+KNOWN = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+class StepGuard:
+    """Stands before the optimizer. Where gradients must not be used, its step changes neither weights nor moments.
+
+    DeepSpeed skips some steps by itself, applies others with a norm of -1 (ZeRO-2 in bfloat16), and tells neither.
+
+    :param engine: DeepSpeed engine.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.applied = False  # whether the last step was made
+        self._discard = False
+        self._inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        self._step: Callable[..., Any] = self._inner.step
+        self._inner.step = self._guarded
+
+    def _guarded(self, *args: Any, **kwargs: Any) -> Any:
+        norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
+        if self._discard or not (norm is None or is_usable(norm)):
+            return None
+        self.applied = True
+        return self._step(*args, **kwargs)
+
+    def step(self, discard: bool) -> float:
+        """DeepSpeed's step at a boundary: the optimizer's too, and the gradients are gone.
+
+        :param discard: Let the weights be.
+        :return: The gradient's norm over all ranks, before clipping; not :func:`is_usable` if it was not finite, and
+            then the weights were let be.
+        """
+        norm = None
+        if self._inner is self.engine.optimizer:  # plain data parallelism in float32: DeepSpeed keeps no norm
+            parameters = self.engine.module.parameters()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._discard, self.applied = discard or not (norm is None or is_usable(norm)), False
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+
+def is_usable(norm: float | torch.Tensor) -> bool:
+    """Whether a gradient's norm is one; DeepSpeed says -1 where it found NaN or infinity.
+
+    :param norm: The norm.
+    """
+    return bool(math.isfinite(norm) and norm >= 0)
+
+
+class Storage(TorchCheckpointEngine):
+    """Writes and reads the files of a checkpoint.
+
+    A failure to write is remembered instead of raised, because the other ranks would wait for this one for ever. Only
+    tensors, plain values and the classes in :data:`KNOWN` are read: a checkpoint runs no code.
+
+    :param engine: DeepSpeed engine, which uses this from now on.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(None)
+        self.zipfile_serialization = False  # the zip writer does not say what the system said
+        self.failure: str | None = None
+        engine.checkpoint_engine = self
+        copy_script = engine._copy_recovery_script
+        engine._copy_recovery_script = lambda path: self._attempt(copy_script, path)
+
+    def _attempt(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # what torch writes by itself raises the latter
+            self.failure = str(error).splitlines()[0]
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """As the base class.
+
+        :param path: Folder.
+        :param exist_ok: Whether it may be there already.
+        """
+        self._attempt(super().makedirs, path, exist_ok)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """As the base class.
+
+        :param state_dict: What to write.
+        :param path: File.
+        """
+        self._attempt(super().save, state_dict, path)
+
+    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+        """As the base class, without running code from the file.
+
+        :param path: File.
+        :param map_location: As for :func:`torch.load`.
+        """
+        known = [argparse.Namespace]
+        for name in KNOWN:
+            module, _, attribute = name.rpartition(".")
+            known.append(getattr(importlib.import_module(module), attribute))
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location=map_location, weights_only=True)
