@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""A long run: does memory grow, does a step get slower, do engine and trainer drift apart?
+
+    python benchmarks/soak.py --demo_dir results/demo
+
+Work: 2,000 GRPO steps of the demo's model in one run, vLLM rollouts, 4 prompts x 8 responses, a weight sync each.
+Limits: memory (resident, of the process and its children) grows by less than 2 % from steps 200-300 to the last 100,
+the median step takes less than 10 % longer from steps 200-400 to the last 200, and the largest log-prob gap of any step
+stays below 1e-3. Ends with status 1 if one is passed. Written to ``benchmarks/results/<date>_soak.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS, SAMPLES = 4, 8
+
+
+def memory_of(process: psutil.Process) -> int:
+    """Resident bytes of a process and its children.
+
+    :param process: The process.
+    """
+    total = 0
+    for each in (process, *process.children(recursive=True)):
+        try:
+            total += each.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def watch(command: list[str], metrics: Path, steps: int) -> tuple[list[int], list[dict[str, float]]]:
+    """Run a training and look at its memory at every step.
+
+    :param command: The training.
+    :param metrics: Its ``metrics.jsonl``.
+    :param steps: Steps it will take.
+    :return: Bytes and metrics of each step.
+    :raises SystemExit: if it fails.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        run = subprocess.Popen(command, stdout=output, stderr=output)
+        process, memory = psutil.Process(run.pid), []
+        with tqdm(total=steps, desc="soak", unit="step") as bar:
+            while run.poll() is None:
+                done = metrics.read_text(encoding="utf-8").count("\n") if metrics.exists() else 0
+                if done > len(memory):
+                    memory += [memory_of(process)] * (done - len(memory))
+                    bar.update(done - bar.n)
+                time.sleep(0.1)
+        if run.returncode != 0:
+            output.seek(0)
+            raise SystemExit(f"the run ended with {run.returncode}:\n{output.read()[-3000:]}")
+    return memory, [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    """Run, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
+    parser.add_argument("--steps", type=int, default=2000, help="steps (default: %(default)s; at least 600)")
+    args = parser.parse_args()
+    if args.steps < 600:
+        raise SystemExit(f"--steps {args.steps}: the first 400 and the last 200 are compared; use 600 or more")
+    if not (args.demo_dir / "model").is_dir():
+        raise SystemExit(f"{args.demo_dir}/model: no such folder; run make demo first, or give its --demo_dir")
+    with tempfile.TemporaryDirectory() as out:
+        rows = 100 * PROMPTS  # an episode
+        flags = {
+            "pretrain": args.demo_dir / "model",
+            "prompt_data": args.demo_dir / "parquet",
+            "save_path": out,
+            "max_samples": rows,
+            "num_episodes": -(-args.steps // 100),
+            "rollout_batch_size": PROMPTS,
+            "n_samples_per_prompt": SAMPLES,
+            "train_batch_size": PROMPTS * SAMPLES,
+            "micro_train_batch_size": PROMPTS * SAMPLES,
+            "micro_rollout_batch_size": PROMPTS * SAMPLES,
+            "generate_max_len": 16,
+            "actor_learning_rate": 1e-4,
+            "zero_stage": 2,
+        }
+        script = str(ROOT / "examples" / "r1_aqa" / "train_colocate.py")
+        command = [sys.executable, script, "--use_kl_loss"]
+        command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        memory, metrics = watch(command, Path(out) / "metrics.jsonl", args.steps)
+
+    seconds = [record["time/step"] for record in metrics]
+    first, last = statistics.median(memory[200:300]), statistics.median(memory[-100:])
+    early, late = statistics.median(seconds[200:400]), statistics.median(seconds[-200:])
+    gap = max(record["rollout/logprob_gap_max"] for record in metrics)
+    growth, drift = last / first - 1, late / early - 1
+    result = {
+        "steps": len(metrics),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "mebibytes": [round(first / 2**20, 1), round(last / 2**20, 1)],
+        "memory_growth": round(growth, 4),
+        "seconds_a_step": [round(early, 3), round(late, 3)],
+        "step_time_drift": round(drift, 4),
+        "largest_logprob_gap": gap,
+    }
+    path = ROOT / "benchmarks" / "results" / f"{date.today()}_soak.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"steps      {len(metrics)}, {sum(seconds) / 60:.0f} min")
+    print(f"memory     {first / 2**20:.0f} -> {last / 2**20:.0f} MiB ({growth:+.2%}, limit 2 %)")
+    print(f"step       {early:.3f} -> {late:.3f} s ({drift:+.1%}, limit 10 %)")
+    print(f"gap        {gap:.1e} at most (limit 1e-3)")
+    print(path.relative_to(ROOT))
+    raise SystemExit(int(growth >= 0.02 or drift >= 0.1 or not gap < 1e-3))
+
+
+if __name__ == "__main__":
+    main()
