@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightrft.engines.base import Sampling, checkpoint_name, checksum, stable_se
 from lightrft.models.actor_al import load_model
 from lightrft.strategy.checkpoint import begin, commit, newest, rotate, write_hf_folder
 from lightrft.utils import blending_datasets, get_tokenizer_processor_vl
+from lightrft.utils import metrics as metrics_module
 from lightrft.utils.data import find_split
 from lightrft.utils.metrics import MetricsWriter
 
@@ -314,16 +316,37 @@ def test_rotation_deletes_the_oldest_and_never_the_last_whole_one(tmp_path, keep
 def test_a_checkpoint_gets_its_name_when_it_is_whole(tmp_path):
     (tmp_path / "step_000001.part").mkdir()  # of a save that was killed
     (tmp_path / "step_000003").mkdir()  # of a run that went further before it was resumed from an older one
-    begin(str(tmp_path))
+    begin(str(tmp_path), "step_000003.part")
     assert newest(str(tmp_path))[0] is None
     folder = tmp_path / "step_000003.part"
-    (folder / "zero").mkdir(parents=True)
+    (folder / "zero").mkdir()
     (folder / "zero" / "state").write_bytes(b"12345")
     commit(str(tmp_path), "step_000003")
     assert newest(str(tmp_path)) == ("step_000003", [])
     assert json.loads((tmp_path / "step_000003" / "manifest.json").read_text()) == {"zero/state": 5}
     assert (tmp_path / "latest").read_text() == "step_000003"
     assert {path.name for path in tmp_path.iterdir()} == {"step_000003", "latest"}
+
+
+def test_metrics_wait_for_room_on_the_disk(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(metrics_module.console, "warn", said.append)
+    writer = MetricsWriter(tmp_path, SimpleNamespace(use_wandb=False, use_tensorboard=None))
+    writer.write(1, {"x": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))  # room for half of the next record
+    try:
+        writer.write(2, {"x": 2.0})
+        writer.write(3, {"x": 3.0})
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [json.loads(line)["step"] for line in lines] == [1]
+    writer.write(4, {"x": 4.0})
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert len(said) == 1 and said[0].startswith("metrics.jsonl cannot be written")
 
 
 def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path):

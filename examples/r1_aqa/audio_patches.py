@@ -291,6 +291,8 @@ def patch_policy(patch: Patch, model: Any) -> None:
     :param patch: Takes the replacement.
     :param model: ``Qwen2AudioForConditionalGeneration``.
     """
-    from audio_policy import policy_forward
+    from audio_policy import parts_of, policy_forward
+    from token_log_probs import patch_head
 
     patch.replace(model, "forward", types.MethodType(policy_forward, model))
+    patch_head(patch, parts_of(model).head)

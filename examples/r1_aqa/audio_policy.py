@@ -7,7 +7,7 @@ on either host, with transformers 4.57 and 5. What differs from transformers' ow
 - the tower works on the valid frames (rounded up to the longest clip) and not on 30 s of padding;
 - a prompt that several responses share goes through the language model once, and its keys and values are reused;
 - audio goes to the placeholders of the *prompt*, so a sampled placeholder cannot shift it;
-- logits are made for response positions only.
+- logits are made for response positions only, some at a time (``token_log_probs``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from token_log_probs import token_log_probs
 from torch import nn
 from transformers import DynamicCache, Qwen2AudioForConditionalGeneration
 
@@ -169,12 +170,7 @@ def response_log_probs(
     else:
         hidden = hidden[:, :-1]
     chosen = response_mask.bool()
-    logits = head(hidden[chosen]).float()  # (response tokens, vocabulary)
-    for token, bias in (logit_bias or {}).items():
-        logits[:, token] = logits[:, token] + bias
-    if temperature != 1.0:
-        logits = logits / temperature
-    log_probs = -F.cross_entropy(logits, sequences[:, split:][chosen], reduction="none")
+    log_probs = token_log_probs(head, hidden[chosen], sequences[:, split:][chosen], temperature, logit_bias)
     return log_probs.new_zeros(chosen.shape).masked_scatter(chosen, log_probs)
 
 

@@ -47,17 +47,21 @@ class Console:
         """
         if self.rank != 0:
             return
-        print(*parts, file=self.stream, flush=True)
+        self._write(self.stream, *parts)
         if self.log_file is not None:
-            with suppress(OSError):  # a full disk shall not end the run by way of its log
-                print(*parts, flush=True)
+            self._write(sys.stdout, *parts)
 
     def warn(self, message: str) -> None:
         """Print a warning, whatever the rank.
 
         :param message: One line.
         """
-        print(f"WARNING (rank {self.rank}): {message}", file=self.stream, flush=True)
+        self._write(self.stream, f"WARNING (rank {self.rank}): {message}")
+
+    @staticmethod
+    def _write(stream: TextIO, *parts: object) -> None:
+        with suppress(OSError):  # a full disk, or a reader that has gone, shall not end the run by way of its output
+            print(*parts, file=stream, flush=True)
 
     def _show_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         lines = "".join(traceback.format_exception(kind, error, trace))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(name, value, step)
 
     def _flush(self) -> None:
-        end = self._file.tell()
+        end = self._file.seek(0, os.SEEK_END)
         try:
             self._write_all(b"".join(self._pending))
         except OSError as error:
