@@ -70,6 +70,29 @@ def encode_clips(model: Any, features: torch.Tensor, frames: torch.Tensor) -> tu
     :return: Audio embeddings ``(sum of tokens, hidden)``, clip after clip, and tokens a clip ``(clips,)``.
     """
     tower, projector, _, _ = parts_of(model)
+    tokens = tower._get_feat_extract_output_lengths(frames)[1]
+    cache = getattr(model, "tower_cache", None)  # of a frozen tower (``share_tower_outputs``)
+    states = _tower_states(tower, features, frames) if cache is None else _known_states(cache, tower, features, frames)
+    return projector(states), tokens
+
+
+def _known_states(cache: Any, tower: Any, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """:func:`_tower_states` of a frozen tower, from the cache where it has them."""
+    keys = [cache.key(clip, count) for clip, count in zip(features, frames.tolist(), strict=True)]
+    kept = [cache.get(key) for key in keys]
+    missing = [i for i, states in enumerate(kept) if states is None]
+    if missing:
+        with torch.no_grad():
+            new = _tower_states(tower, features[missing], frames[missing])
+        sizes = tower._get_feat_extract_output_lengths(frames[missing])[1].tolist()
+        for i, states in zip(missing, new.split(sizes), strict=True):
+            kept[i] = states
+            cache.put(keys[i], states)
+    return torch.cat([states.to(features.device, non_blocking=True) for states in kept])
+
+
+def _tower_states(tower: Any, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """States of all clips' audio tokens ``(sum of tokens, d_model)``."""
     after_conv, tokens = tower._get_feat_extract_output_lengths(frames)
     # two frames of context, and an even number of states for the pooling; masked keys weigh exactly 0, so that
     # leaving out the padding changes no value
@@ -85,9 +108,8 @@ def encode_clips(model: Any, features: torch.Tensor, frames: torch.Tensor) -> tu
     for layer in tower.layers:
         hidden = layer(hidden, mask, None)[0] if old else layer(hidden, mask)
     hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
-    embeddings = projector(hidden)
-    valid = torch.arange(embeddings.shape[1], device=tokens.device)[None, :] < tokens[:, None]
-    return embeddings[valid], tokens
+    valid = torch.arange(hidden.shape[1], device=tokens.device)[None, :] < tokens[:, None]
+    return hidden[valid]
 
 
 def _padding_mask(tower: Any, hidden: torch.Tensor, valid: torch.Tensor) -> torch.Tensor | None:

@@ -52,6 +52,7 @@ def train(args: argparse.Namespace) -> None:
     )
     from audio_patches import BANNED
     from reward_models_utils import reward_fn
+    from tower_cache import share_tower_outputs
 
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
     from lightrft.utils import get_tokenizer_processor_vl
@@ -108,8 +109,11 @@ def train(args: argparse.Namespace) -> None:
     patch_strategy_for_audio(strategy, processor)
     strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
     strategy.report_memory("with models and engine")
-    for model in filter(None, (actor, initial_model)):
+    models = [model for model in (actor, initial_model) if model is not None]
+    for model in models:
         patch_actor_for_audio(model)
+    if on_runtime() and "audio_tower" in (args.freeze_prefix or []) and args.zero_stage < 3:
+        share_tower_outputs(*(strategy.unwrap_model(model.model) for model in models))
     audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
     trainer = SPMDPPOTrainerVL(
         strategy,

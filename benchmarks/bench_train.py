@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""What the policy's forward and backward save, each measure against leaving it out.
+
+    python benchmarks/bench_train.py
+
+1. Memory and time with Qwen2-Audio's vocabulary of 156,032: a micro-batch of 8 responses, 600 tokens each (a prompt of
+   344 with a clip of 10 s, 256 sampled), a random model of 2 layers of width 128. Baseline: plain transformers, a clip
+   a sample padded to 30 s, logits of all positions. Each run is a process of its own; memory is its peak above what it
+   held before the step.
+2. Time with a random model of 4 layers of width 256 and a vocabulary of 8,192: 8 responses of 64 tokens to one prompt
+   with a clip of 10 s. Baseline: the same forward with one measure left out: the tower once per clip, the prompt once
+   per group, the outputs of a frozen tower kept.
+
+Float32, pairs interleaved, medians of the ratios. Written to ``benchmarks/results/<date>_train.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
+
+AUDIO, CLIP_FRAMES, AUDIO_TOKENS = 7, 1000, 250
+VOCABULARY, BATCH = 156_032, 8
+
+
+def build_model(layers: int, width: int, vocabulary: int) -> Any:
+    """A random Qwen2-Audio.
+
+    :param layers: Of tower and language model.
+    :param width: Of both.
+    :param vocabulary: Tokens.
+    """
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    audio = {"encoder_layers": layers, "encoder_attention_heads": 4, "encoder_ffn_dim": 4 * width, "d_model": width}
+    audio |= {"model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "max_source_positions": 1500}
+    text = {"model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 4 * width}
+    text |= {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 4}
+    torch.manual_seed(0)
+    model = Qwen2AudioForConditionalGeneration(
+        Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=AUDIO)
+    )
+    model.config.use_cache = False
+    return model
+
+
+def make_batch(vocabulary: int, text: int, response: int) -> dict[str, torch.Tensor]:
+    """8 responses to one prompt with a clip of 10 s.
+
+    :param vocabulary: Tokens to draw from.
+    :param text: Text tokens of the prompt.
+    :param response: Tokens a response.
+    :return: Arguments of ``response_log_probs``.
+    """
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(8, vocabulary, (text,), generator=generator)
+    prompt = torch.cat([prompt[:4], torch.full((AUDIO_TOKENS,), AUDIO), prompt[4:]])
+    sampled = torch.randint(8, vocabulary, (BATCH, response), generator=generator)
+    sequences = torch.cat([prompt.expand(BATCH, -1), sampled], 1)
+    features = torch.randn(1, 128, 3000, generator=generator)
+    features[:, :, CLIP_FRAMES + 2 :] = 0
+    return {
+        "sequences": sequences,
+        "attention_mask": torch.ones_like(sequences),
+        "response_mask": torch.ones_like(sampled),
+        "features": features,
+        "frames": torch.tensor([CLIP_FRAMES]),
+        "clip_index": torch.zeros(BATCH, dtype=torch.long),
+    }
+
+
+def plain_log_probs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Transformers' forward with a clip a sample, and the log-softmax of all its logits.
+
+    :param model: Unpatched.
+    :param batch: From :func:`make_batch`.
+    """
+    width = batch["response_mask"].shape[1]
+    mask = (torch.arange(3000) < CLIP_FRAMES).long()[None].expand(BATCH, -1)
+    logits = model(
+        input_ids=batch["sequences"],
+        attention_mask=batch["attention_mask"],
+        input_features=batch["features"].expand(BATCH, -1, -1),
+        feature_attention_mask=mask,
+    ).logits
+    log_probs = logits[:, :-1].float().log_softmax(-1)
+    return log_probs.gather(-1, batch["sequences"][:, 1:, None])[:, -width:, 0]
+
+
+def make_policy(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """Our forward.
+
+    :param model: Is patched.
+    """
+    from audio_patches import Patch, patch_policy
+
+    patch_policy(Patch(), model)
+    return lambda batch: model(**batch)
+
+
+def memory(name: str) -> int:
+    """A figure of this process in bytes.
+
+    :param name: ``VmHWM``, its peak of resident memory.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def run_once(way: str) -> None:
+    """One process of the first part: print seconds, peak bytes and the sum of the log-probs.
+
+    :param way: ``plain`` or ``ours``.
+    """
+    model, batch = build_model(2, 128, VOCABULARY).train(), make_batch(VOCABULARY, 94, 256)
+    policy = make_policy(model) if way == "ours" else lambda batch: plain_log_probs(model, batch)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of building the model, is forgotten
+    before = memory("VmHWM")
+    started = time.perf_counter()
+    values = policy(batch)
+    values.mean().backward()
+    seconds = time.perf_counter() - started
+    peak = memory("VmHWM") - before
+    grads = sum(float(p.grad.double().norm()) for p in model.parameters() if p.grad is not None)
+    print(json.dumps([seconds, peak, float(values.detach().double().sum()), grads]))
+
+
+def compare_processes(rounds: int) -> dict[str, Any]:
+    """The first part.
+
+    :param rounds: Pairs.
+    """
+    results: dict[str, list[list[float]]] = {"plain": [], "ours": []}
+    for _ in range(rounds):
+        for way, found in results.items():
+            command = [sys.executable, __file__, "--way", way]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+            if done.returncode != 0:
+                raise SystemExit(f"{way} ended with {done.returncode}: {done.stderr[-2000:]}")
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    plain, ours = results["plain"], results["ours"]
+    for a, b in zip(plain, ours, strict=True):
+        if abs(a[2] - b[2]) > 1e-6 * abs(a[2]) or abs(a[3] - b[3]) > 1e-4 * a[3]:
+            raise SystemExit(f"the two ways differ: log-probs {a[2]} and {b[2]}, gradients {a[3]} and {b[3]}")
+    median = statistics.median
+    return {
+        "plain_seconds": round(median(a[0] for a in plain), 2),
+        "our_seconds": round(median(b[0] for b in ours), 2),
+        "plain_peak_mebibytes": round(median(a[1] for a in plain) / 2**20),
+        "our_peak_mebibytes": round(median(b[1] for b in ours) / 2**20),
+        "times_faster": round(median(a[0] / b[0] for a, b in zip(plain, ours, strict=True)), 2),
+        "share_of_memory": round(median(b[1] / a[1] for a, b in zip(plain, ours, strict=True)), 3),
+    }
+
+
+def compare_measures(rounds: int) -> dict[str, float]:
+    """The second part.
+
+    :param rounds: Pairs.
+    :return: Seconds without a measure divided by seconds with all, for each.
+    """
+    import audio_policy
+    from tower_cache import share_tower_outputs
+
+    batch = make_batch(8192, 40, 64)
+    model, frozen = build_model(4, 256, 8192).train(), build_model(4, 256, 8192).train()
+    plain = build_model(4, 256, 8192).train()
+    ours, cached = make_policy(model), make_policy(frozen)
+    audio_policy.parts_of(frozen).tower.requires_grad_(False)
+    cache = share_tower_outputs(frozen)
+    decoder = audio_policy.parts_of(model).decoder
+    clip_a_sample = batch | {
+        "features": batch["features"].expand(BATCH, -1, -1),
+        "frames": batch["frames"].expand(BATCH),
+        "clip_index": torch.arange(BATCH),
+    }
+
+    def without_prefix(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        decoder.gradient_checkpointing = True  # only looked at by the policy's forward: no layer checkpoints
+        try:
+            return ours(batch)
+        finally:
+            decoder.gradient_checkpointing = False
+
+    def without_cache(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        del frozen.tower_cache
+        try:
+            return cached(batch)
+        finally:
+            frozen.tower_cache = cache
+
+    pairs = {
+        "tower once per clip": (lambda: ours(clip_a_sample), lambda: ours(batch)),
+        "prompt once per group": (lambda: without_prefix(batch), lambda: ours(batch)),
+        "frozen tower kept": (lambda: without_cache(batch), lambda: cached(batch)),
+        "all, against plain transformers": (lambda: plain_log_probs(plain, batch), lambda: ours(batch)),
+    }
+    ratios = {}
+    for name, (without, with_it) in pairs.items():
+        seconds: list[tuple[float, float]] = []
+        for _ in range(rounds + 1):  # the first is warm-up
+            pair = []
+            for forward in (without, with_it):
+                started = time.perf_counter()
+                forward().mean().backward()
+                pair.append(time.perf_counter() - started)
+            seconds.append((pair[0], pair[1]))
+        ratios[name] = round(statistics.median(a / b for a, b in seconds[1:]), 2)
+    return ratios
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of each comparison (default: %(default)s)")
+    parser.add_argument("--way", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        run_once(args.way)
+        return
+    result = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    result["measures"] = compare_measures(args.rounds)
+    for name, ratio in result["measures"].items():
+        print(f"{name:<34} {ratio:.2f} times faster")
+    big = result["vocabulary"] = compare_processes(args.rounds)
+    memory_change = f"{big['plain_peak_mebibytes']} -> {big['our_peak_mebibytes']} MiB ({big['share_of_memory']:.0%}"
+    print(
+        f"vocabulary of {VOCABULARY:,}, 8 x 600 tokens: {big['plain_seconds']} -> {big['our_seconds']} s "
+        f"({big['times_faster']} times faster), peak {memory_change}; limit 33 %)"
+    )
+    path = ROOT / "benchmarks" / "results" / f"{date.today()}_train.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
