@@ -29,10 +29,10 @@ demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (
 	@$(PY) examples/r1_aqa/demo/run_demo.py --out_dir $(DEMO_DIR) --seed $(SEED)
 
 test: $(READY) ## run the tests (about 5 minutes)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-all: $(READY) ## run the tests and the longer ones that CI leaves out
-	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest
+	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for (about 40 minutes)
 	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py tests/test_health.py tests/test_deepspeed_hooks.py \

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "r1_aqa"
@@ -35,30 +37,44 @@ def run_script(script: str, *args: object, check: bool = True, **kwargs) -> subp
     return done
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that all workers of ``pytest -n`` use and the first that needs it makes.
+
+    :param tmp_path_factory: pytest's.
+    :param name: Of the folder.
+    :param make: Fills it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """The demo's model, warm-started to answer in the right format."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    run_script("demo/make_model.py", "--out_dir", folder, "--warm_start_steps", 60)
-    return folder
+    command = ("demo/make_model.py", "--warm_start_steps", 60, "--out_dir")
+    return made_once(tmp_path_factory, "tiny_model", lambda folder: run_script(*command, folder))
 
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory) -> Path:
     """A small set of the demo's data: train_qa.data, audios/, demo-test.json, test-audios/."""
-    folder = tmp_path_factory.mktemp("demo") / "data"
     questions = ("--train_questions", 96, "--train_clips", 40, "--test_questions", 24)
-    run_script("demo/make_data.py", "--out_dir", folder, *questions)
-    return folder
+    command = ("demo/make_data.py", *questions, "--out_dir")
+    return made_once(tmp_path_factory, "demo_data", lambda folder: run_script(*command, folder))
 
 
 @pytest.fixture(scope="session")
 def demo_parquet(demo_data, tmp_path_factory) -> Path:
     """The demo's training rows through avqa.py, with a validation split."""
-    folder = tmp_path_factory.mktemp("parquet")
     source = ("--input_jsonl", demo_data / "train_qa.data", "--audio_dir", demo_data)
-    run_script("data_preprocess/avqa.py", *source, "--local_save_dir", folder, "--val_ratio", 0.2)
-    return folder
+    command = ("data_preprocess/avqa.py", *source, "--val_ratio", 0.2, "--local_save_dir")
+    return made_once(tmp_path_factory, "demo_parquet", lambda folder: run_script(*command, folder))
 
 
 @pytest.fixture(scope="session")

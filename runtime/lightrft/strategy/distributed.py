@@ -36,6 +36,8 @@ def init_process_group(device: torch.device, timeout: timedelta = timedelta(minu
         torch.cuda.set_device(device)
     import deepspeed
 
+    # DeepSpeed would compile, with the machine's C++ compiler, a shared-memory reduction that only inference uses
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
 
 
