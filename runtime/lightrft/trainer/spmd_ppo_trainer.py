@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lightrft.engines.base import Sampling
 from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens
+from lightrft.strategy import checkpoint
 from lightrft.strategy.checkpoint import SaveError
 from lightrft.strategy.deepspeed_hooks import StepGuard, is_usable
 from lightrft.strategy.distributed import gather_objects, reduce_metrics
@@ -164,6 +165,8 @@ class SPMDPPOTrainerVL:
         step = consumed_samples // args.rollout_batch_size
         self.boundary = (step, self.kl_ctl.value, self.health.state())
         stop_request.install()
+        if step and not self.disable_ds_ckpt:
+            self._finish_save(args)
         writer = MetricsWriter(Path(args.save_path), args, step) if self.strategy.is_rank_0() else None
         show_bar = self.strategy.is_rank_0() and console.stream.isatty()
         bar = tqdm(total=total, initial=step, desc="GRPO", file=console.stream, disable=not show_bar, leave=False)
@@ -395,17 +398,42 @@ class SPMDPPOTrainerVL:
             if not self.disable_ds_ckpt:
                 self.save_state(args)
             if self.save_hf_ckpt:
-                folder = Path(args.save_path) / f"hf_step_{self.boundary[0]:06d}"
-                aside = folder.with_name(folder.name + ".part")
-                self.strategy.save_model(self.actor, self.tokenizer, str(aside))
-                if self.strategy.is_rank_0():
-                    shutil.rmtree(folder, ignore_errors=True)
-                    aside.rename(folder)
+                self._save_folder(args)
         except SaveError as error:
             if args.on_save_error == "stop":
                 raise
             self.failed_saves += 1
             self.warn(f"step {self.boundary[0]} could not be saved ({error}); what was saved before is as it was")
+
+    def _save_folder(self, args: Any) -> None:
+        folder = Path(args.save_path) / f"hf_step_{self.boundary[0]:06d}"
+        aside = folder.with_name(folder.name + ".part")
+
+        def rename() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+
+        self.strategy.save_model(self.actor, self.tokenizer, str(aside))
+        self.strategy.together(rename, self.strategy.is_rank_0())
+
+    def _finish_save(self, args: Any) -> None:
+        """Do what is left of a save in which the run was ended, once it goes on.
+
+        :param args: The run's arguments.
+        """
+        step, run = self.boundary[0], Path(args.save_path)
+
+        def tidy() -> None:
+            for left_over in run.glob("hf_step_*.part"):
+                shutil.rmtree(left_over)
+            checkpoint.clear(str(Path(args.ckpt_path) / "_actor"))
+            checkpoint.rotate(str(Path(args.ckpt_path) / "_actor"), args.max_ckpt_num)
+
+        self.strategy.together(tidy, self.strategy.is_rank_0())
+        due = self.save_hf_ckpt and args.save_steps > 0 and step % args.save_steps == 0
+        # agreed on: rank 0 alone looks, and another node may see another disk
+        if any(gather_objects(self.strategy.is_rank_0() and due and not (run / f"hf_step_{step:06d}").exists())):
+            self._save_folder(args)
 
     def _save_for_later(self, args: Any) -> str:
         step = f"step {self.boundary[0]} is the last one that is done"
