@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 2  # steps
-PHASES = ("rollout", "logprobs", "train", "sync", "step")
+PHASES = ("data", "rollout", "logprobs", "train", "sync", "step")
 
 
 def run(script: list[str], demo: Path, steps: int, environment: dict[str, str]) -> dict[str, float]:

@@ -69,10 +69,10 @@ def main() -> None:
     def count_steps(module: Any) -> None:
         def counting(original: Callable) -> Callable:
             @functools.wraps(original)
-            def train_on(self: Any, batch: Any, step: int) -> Any:
+            def train_on(self: Any, batch: Any, step: int, waited: float) -> Any:
                 seen.update(step=step, calls=0)
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-                return original(self, batch, step)
+                return original(self, batch, step, waited)
 
             return train_on
 

@@ -349,7 +349,7 @@ def make_trainer(tmp_path):
 
 def test_metrics_of_a_step_are_the_responses_means(tmp_path, capsys, process_group):
     trainer = make_trainer(tmp_path)
-    with lightrft_host.patch_trainer(trainer):
+    with lightrft_host.patch_trainer(trainer, SimpleNamespace(seconds_waited=0.25)):
         for step in (1, 2):
             trainer.evaluate_now = step == 2
             trainer.experience_maker.make_experience_list()
@@ -364,6 +364,7 @@ def test_metrics_of_a_step_are_the_responses_means(tmp_path, capsys, process_gro
     assert first["rollout/logprob_gap_max"] == 0.5
     assert (first["train/kl"], first["train/policy_loss"], first["train/grad_norm"]) == (0.25, 0.5, 0.75)
     assert first["train/lr"] == 1e-6
+    assert first["time/data"] == 0.25
     assert {"time/rollout", "time/logprobs", "time/train", "time/sync", "time/step"} < first.keys()
     assert "eval/reward" not in first and second["eval/reward"] == 1.0
     assert second["rollout/logprob_gap_mean"] == first["rollout/logprob_gap_mean"]  # without the evaluation's
@@ -376,7 +377,7 @@ def test_log_probs_that_are_not_finite_stop_the_run(tmp_path, process_group):
     trainer = make_trainer(tmp_path)
     experiences = trainer.experience_maker._make_experience_list_by_model([])
     experiences[0].action_log_probs[0, 0] = float("nan")
-    with lightrft_host.patch_trainer(trainer), pytest.raises(FloatingPointError, match="not finite"):
+    with lightrft_host.patch_trainer(trainer, None), pytest.raises(FloatingPointError, match="not finite"):
         trainer.experience_maker.make_experience_list()
 
 

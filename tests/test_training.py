@@ -26,6 +26,7 @@ METRICS = [
     "train/clip_fraction",
     "train/grad_norm",
     "train/lr",
+    "time/data",
     "time/rollout",
     "time/logprobs",
     "time/train",

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from audio_io import HOP_LENGTH, MAX_SECONDS, SAMPLING_RATE, AudioError, load_audio, probe_all, show
+from audio_loader import DECODE_THREADS, WaveformCache
 from audio_patches import (
     patch_actor_for_audio,
     patch_experience_maker_for_audio,
@@ -145,6 +147,7 @@ class AudioPromptDataset(Dataset):
     :param audio_root: Folder that no audio may lie outside of, links resolved; None: anywhere.
     :param decode_all: Decode every file now, not only its header: what cannot be trained on stops the run before its
         first step. Takes some milliseconds a clip.
+    :param cache_bytes: Most memory for decoded clips, which the next episode then finds.
     :raises DataError: if a row cannot be trained on; all such rows are counted, the first are named.
     """
 
@@ -159,14 +162,16 @@ class AudioPromptDataset(Dataset):
         sandbox: Sandbox | None = None,
         audio_root: str | None = None,
         decode_all: bool = False,
+        cache_bytes: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.processor = processor
         self.max_length = max_length
         self.audio_root = audio_root
-        self.load_audio = load_audio if sandbox is None else sandbox.load
+        load = load_audio if sandbox is None else sandbox.load
+        self.clips = WaveformCache(load, cache_bytes)
         read_header = None if sandbox is None else sandbox.read_header
-        self.reader = self.load_audio if decode_all else read_header
+        self.reader = load if decode_all else read_header
         columns = read_columns(dataset, strategy.args)
         self.audio_paths: list[str | None] = [path or None for path in columns["images_key"]]
         self.references: list[str] = columns["reference_key"]
@@ -238,11 +243,32 @@ class AudioPromptDataset(Dataset):
         :return: Prompt text, (waveform ``(samples,)`` float32, 16000) or None, reference, label.
         :raises AudioError: if the file does not decode.
         """
-        path = self.audio_paths[index]
-        if path is not None and (problem := self._confine(path)):  # a link may have changed since the check
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[str, Waveform | None, str, str]]:
+        """A batch of prompts, its clips decoded in parallel; what a ``DataLoader`` asks for.
+
+        :param indices: Rows.
+        :return: As :meth:`__getitem__`, one entry a row. Rows of the same file share its waveform.
+        :raises AudioError: if a file does not decode.
+        """
+        paths = dict.fromkeys(path for index in indices if (path := self.audio_paths[index]) is not None)
+        with ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode") as pool:
+            waves = dict(zip(paths, pool.map(self._decode, paths), strict=True))
+        return [
+            (
+                self.prompts[index],
+                (waves[path], SAMPLING_RATE) if (path := self.audio_paths[index]) is not None else None,
+                self.references[index],
+                self.labels[index],
+            )
+            for index in indices
+        ]
+
+    def _decode(self, path: str) -> np.ndarray:
+        if problem := self._confine(path):  # a link may have changed since the check, and since it was decoded
             raise AudioError(problem)
-        audio = None if path is None else (self.load_audio(path), SAMPLING_RATE)
-        return self.prompts[index], audio, self.references[index], self.labels[index]
+        return self.clips(path)
 
     @staticmethod
     def collate_fn(rows: Sequence[tuple[str, Waveform | None, str, str]]) -> tuple[list, list, list, list]:
@@ -311,7 +337,7 @@ class AudioMultimodalProcessor:
         """What LightRFT asks of its multimodal processor, for audio.
 
         Text-only prompts (None in ``all_images``) may be mixed in. The mel spectrogram of a clip is computed once,
-        whatever ``n_samples_per_prompt``.
+        whatever ``n_samples_per_prompt``, and once for all prompts that share a waveform.
 
         :param all_prompts: Prompt texts with one placeholder a clip.
         :param all_images: One ``(waveform, rate)`` or None a prompt.
@@ -332,6 +358,7 @@ class AudioMultimodalProcessor:
         if images_num is not None and list(images_num) != counts:
             raise DataError(f"images_num says {list(images_num)} clips a prompt, there are {counts}")
         prompt_ids, rows, grids = [], [], []
+        extracted: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}  # by waveform and rate
         token_ids = self.tokenizer(list(all_prompts), add_special_tokens=False)["input_ids"]
         for i, ids in enumerate(token_ids):
             if len(ids) > self.prompt_max_len:
@@ -344,7 +371,10 @@ class AudioMultimodalProcessor:
                     f"{all_prompts[i]!r}"
                 )
             if audio[i] is not None:
-                clip, tokens = self.extract(audio[i])
+                key = id(audio[i][0]), audio[i][1]  # prompts about one file share its waveform
+                if key not in extracted:
+                    extracted[key] = self.extract(audio[i])
+                clip, tokens = extracted[key]
                 rows += [clip] * n
                 grids += [grid_of(clip)] * n
                 at = ids.index(self.audio_token_id)

@@ -144,7 +144,7 @@ def trainer_arguments(args: argparse.Namespace, processor: Any) -> dict[str, Any
     }
 
 
-def patch_trainer(trainer: Any) -> Patch:
+def patch_trainer(trainer: Any, prompts_dataloader: Any) -> Patch:
     """Add to LightRFT's trainer what this example promises on every host.
 
     Metrics under the same names in ``<save_path>/metrics.jsonl``, a line a step, a warning where engine and trainer
@@ -152,12 +152,13 @@ def patch_trainer(trainer: Any) -> Patch:
     the log with waveforms.
 
     :param trainer: ``SPMDPPOTrainerVL`` whose experience maker is patched for audio.
+    :param prompts_dataloader: The :class:`~audio_loader.PrefetchLoader` that it will train on.
     :return: Undoes it.
     """
     patch = Patch()
     strategy = trainer.strategy
     _shorten_prints(patch, strategy)
-    Recorder(trainer).watch(patch)
+    Recorder(trainer, prompts_dataloader).watch(patch)
     if trainer.trajectory_saver is not None:
         lightrft_audio.patch_trajectory_saver(patch, trainer.trajectory_saver)
     if strategy.args.fsdp:
@@ -180,10 +181,12 @@ class Recorder:
     """Measures each step of LightRFT's trainer and writes it to ``metrics.jsonl``.
 
     :param trainer: ``SPMDPPOTrainerVL``.
+    :param prompts_dataloader: The :class:`~audio_loader.PrefetchLoader` that it trains on.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, prompts_dataloader: Any) -> None:
         self.trainer = trainer
+        self.prompts_dataloader = prompts_dataloader
         self.strategy = trainer.strategy
         self.args = trainer.strategy.args
         self.path = Path(self.args.save_path) / "metrics.jsonl"
@@ -284,6 +287,7 @@ class Recorder:
         ended = time.perf_counter()
         times = {"rollout": 0.0, "experience": 0.0, "update": 0.0, "sync": 0.0} | self.times
         self.times = {
+            "time/data": self.prompts_dataloader.seconds_waited,
             "time/rollout": times["rollout"],
             "time/logprobs": times["experience"] - times["rollout"],
             "time/train": times["update"] - times["sync"],

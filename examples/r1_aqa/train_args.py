@@ -69,6 +69,12 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
         "run in the middle (some milliseconds a clip)",
     )
     g.add_argument(
+        "--audio_cache_mib",
+        type=int,
+        default=1024,
+        help="memory of a rank for decoded clips, MiB; 27 clips of 10 s take 16; 0: decode anew in each episode",
+    )
+    g.add_argument(
         "--confine_audio", metavar="FOLDER", help="refuse audio outside this folder, links resolved: for foreign data"
     )
     g.add_argument(
@@ -188,6 +194,7 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
             ("engine_mem_util", 0 < args.engine_mem_util < 1, "between 0 and 1"),
             ("generate_max_len", args.generate_max_len >= 1, "1 or more"),
             ("prompt_max_len", args.prompt_max_len >= 1, "1 or more"),
+            ("audio_cache_mib", args.audio_cache_mib >= 0, "0 or more"),
             ("max_ckpt_num", args.max_ckpt_num >= 1, "1 or more"),
             ("num_episodes", args.num_episodes >= 1, "1 or more"),
             ("max_epochs", args.max_epochs >= 1, "1 or more"),

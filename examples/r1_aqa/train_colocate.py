@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
 from train_args import build_parser, find_problems, finish, has_split
 
@@ -76,8 +77,8 @@ def train(args: argparse.Namespace) -> None:
     per_rank = args.rollout_batch_size // strategy.world_size
     if len(dataset) < args.rollout_batch_size:
         raise SystemExit(f"{len(dataset)} rows are fewer than --rollout_batch_size {args.rollout_batch_size}")
-    prompts_dataloader = strategy.setup_dataloader(
-        dataset, per_rank, False, True, collate_fn=dataset.collate_fn, drop_last=True
+    prompts_dataloader = PrefetchLoader(
+        strategy.setup_dataloader(dataset, per_rank, False, True, collate_fn=dataset.collate_fn, drop_last=True)
     )
     eval_dataloader = make_eval_dataloader(args, strategy, tokenizer, processor, per_rank)
 
@@ -145,7 +146,7 @@ def train(args: argparse.Namespace) -> None:
     )
     patch_experience_maker_for_audio(trainer.experience_maker, processor, tokenizer, args.prompt_max_len)
     if not on_runtime():
-        lightrft_host.patch_trainer(trainer)
+        lightrft_host.patch_trainer(trainer, prompts_dataloader)
     elif args.load_checkpoint:
         trainer.restore(states)
 
@@ -206,6 +207,7 @@ def load_prompts(
         sandbox=Sandbox() if args.sandbox_audio else None,
         audio_root=args.confine_audio,
         decode_all=args.decode_audio,
+        cache_bytes=args.audio_cache_mib * 2**20,
     )
 
 
@@ -228,7 +230,8 @@ def make_eval_dataloader(args: argparse.Namespace, strategy: Any, tokenizer: Any
         )
         return None
     dataset = load_prompts(args, strategy, tokenizer, processor, source, args.eval_split, args.max_eval_samples)
-    return strategy.setup_dataloader(dataset, size, False, False, collate_fn=dataset.collate_fn, drop_last=False)
+    loader = strategy.setup_dataloader(dataset, size, False, False, collate_fn=dataset.collate_fn, drop_last=False)
+    return PrefetchLoader(loader)
 
 
 def freeze(model: Any, parts: list[str]) -> str:

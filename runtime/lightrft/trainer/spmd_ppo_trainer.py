@@ -14,6 +14,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,9 @@ class SPMDPPOTrainerVL:
                 sampler = prompts_dataloader.sampler
                 sampler.set_epoch(episode)
                 sampler.start = step % per_episode * prompts_dataloader.batch_size
-                for batch in prompts_dataloader:
+                for batch, waited in timed(prompts_dataloader):
                     step += 1
-                    metrics = self.train_on(batch, step)
+                    metrics = self.train_on(batch, step, waited)
                     if eval_dataloader is not None and args.eval_steps > 0 and step % args.eval_steps == 0:
                         metrics |= self.evaluate(eval_dataloader)
                     self.report(writer, bar, step, total, metrics)
@@ -201,11 +202,12 @@ class SPMDPPOTrainerVL:
         self.strategy.print(f"trained {step - consumed_samples // args.rollout_batch_size} steps in {seconds:.0f} s")
         return metrics
 
-    def train_on(self, batch: tuple[Any, ...], step: int) -> dict[str, float]:
+    def train_on(self, batch: tuple[Any, ...], step: int, waited: float) -> dict[str, float]:
         """One rollout batch: sample, score, train, synchronise.
 
         :param batch: Prompts, image-slot contents, references, labels.
         :param step: Rollout step, from 1.
+        :param waited: Seconds that the batch was waited for; part of the step's time.
         :return: Metrics, the same on every rank.
         """
         started = time.perf_counter()
@@ -220,9 +222,10 @@ class SPMDPPOTrainerVL:
         ended = time.perf_counter()
         maxima |= {f"time/{name}": value for name, value in self.experience_maker.timings.items()}
         maxima |= {
+            "time/data": waited,
             "time/train": sync_started - train_started,
             "time/sync": ended - sync_started,
-            "time/step": ended - started,
+            "time/step": waited + ended - started,
         }
         sums |= self._rollout_sums(items)
         reduce_metrics(sums, maxima, self.strategy.device)
@@ -498,6 +501,17 @@ class SPMDPPOTrainerVL:
                     "truncated": item.truncated,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Each batch, and the seconds that it was waited for.
+
+    :param batches: A dataloader.
+    """
+    started = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - started
+        started = time.perf_counter()
 
 
 def rollout_sums(items: list[Experience]) -> dict[str, float]:

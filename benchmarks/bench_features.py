@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Mel features for a rollout batch against extracting them once a sample, as a processor call for each response does.
+
+    python benchmarks/bench_features.py --model_path results/demo/model
+
+Work: 16 clips of 10 s x 8 samples. Baseline: the Hugging Face extractor for each of the 128 samples, padded to 30 s.
+Limits: at least 10 times faster than it, at most 1.2 times the extractor's one pass over the 16 clips, at most an
+eighth of its memory. Ours is measured as the runtime calls it (a clip's rows once, shared by its samples) and as
+LightRFT does (rows once a sample, which its own buffers then copy). Rounds are interleaved; the figures are medians of
+the rounds' ratios. Memory is what a process of its own needs on top, at its highest. Ends with status 1 if the
+runtime's figures pass a limit. Written to ``benchmarks/results/<date>_features.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
+
+CLIPS, SAMPLES, SECONDS = 16, 8, 10
+BASE, ONE_PASS, OURS, LIGHTRFT = "once a sample", "one pass", "ours, runtime", "ours, LightRFT"
+
+
+def make_ways(path: str, clips: int = CLIPS) -> dict[str, Callable[[], Any]]:
+    """The ways to make the features of a batch; each returns what it keeps.
+
+    :param path: Qwen2-Audio folder.
+    :param clips: Clips of the batch.
+    """
+    from audio_dataset import AudioMultimodalProcessor, render_prompt
+    from audio_io import SAMPLING_RATE
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(path)
+    ours = AudioMultimodalProcessor(processor.tokenizer, processor, 512)
+    waves = np.random.default_rng(0).uniform(-0.5, 0.5, (clips, SECONDS * SAMPLING_RATE)).astype(np.float32)
+    content = [{"type": "audio", "audio_url": "a.wav"}, {"type": "text", "text": "What is it?"}]
+    prompts = [render_prompt(processor, [{"role": "user", "content": content}])] * clips
+    audio = [(wave, SAMPLING_RATE) for wave in waves]
+
+    def extract(times: int) -> list[Any]:
+        one = processor.feature_extractor
+        return [
+            one(wave, sampling_rate=SAMPLING_RATE, return_tensors="pt")["input_features"]
+            for wave in waves
+            for _ in range(times)
+        ]
+
+    def process(times: int) -> Any:
+        return ours.process_multimodal_batch(prompts, audio, None, None, times)["all_images_pixel_values"]
+
+    return {
+        BASE: lambda: extract(SAMPLES),
+        ONE_PASS: lambda: extract(1),
+        OURS: lambda: process(1),
+        LIGHTRFT: lambda: process(SAMPLES),
+    }
+
+
+def memory_of(path: str, name: str) -> int:
+    """Bytes that a way needs on top of a process that is ready for it.
+
+    :param path: Qwen2-Audio folder.
+    :param name: The way.
+    """
+    make_ways(path, 1)[name]()  # what is made once, in torch and transformers
+    way = make_ways(path)[name]
+    before = psutil.Process().memory_info().rss
+    kept = way()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    del kept
+    return after - before
+
+
+def main() -> None:
+    """Measure, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", default="results/demo/model", help="Qwen2-Audio folder")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
+    args = parser.parse_args()
+    import torch
+
+    ways = make_ways(args.model_path)
+    done = {name: way() for name, way in ways.items()}  # warms up, and shows that the values are the same
+    rows = done[OURS].unflatten(0, (CLIPS, -1))
+    expected = torch.cat(done[ONE_PASS])[:, :, : rows.shape[1]].transpose(1, 2)
+    difference = float((rows - expected).abs().max())
+    del done, expected
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    bytes_ = {}
+    for name in ways:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            bytes_[name] = pool.submit(memory_of, args.model_path, name).result()
+    table = {}
+    for name, times in seconds.items():
+        faster = [base / t for base, t in zip(seconds[BASE], times, strict=True)]
+        passes = [t / one for one, t in zip(seconds[ONE_PASS], times, strict=True)]
+        table[name] = {
+            "seconds": round(statistics.median(times), 4),
+            "times_faster": round(statistics.median(faster), 2),
+            "passes": round(statistics.median(passes), 3),
+            "mebibytes": round(bytes_[name] / 2**20, 1),
+            "memory_share": round(bytes_[name] / bytes_[BASE], 3),
+        }
+        row = table[name]
+        print(
+            f"{name:15}  {row['seconds']:7.3f} s   {row['times_faster']:6.1f} x   {row['passes']:6.2f} passes   "
+            f"{row['mebibytes']:6.1f} MiB ({row['memory_share']:.3f})"
+        )
+    print(f"largest difference from the extractor's values: {difference:.1g}")
+    result = {
+        "clips": CLIPS,
+        "samples": SAMPLES,
+        "seconds_a_clip": SECONDS,
+        "rounds": args.rounds,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "difference": difference,
+        "ways": table,
+    }
+    out = ROOT / "benchmarks" / "results" / f"{date.today()}_features.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {out.relative_to(ROOT)}")
+    ours = table[OURS]
+    missed = ours["times_faster"] < 10 or ours["passes"] > 1.2 or ours["memory_share"] > 1 / 8 or difference > 1e-5
+    raise SystemExit(int(missed))
+
+
+if __name__ == "__main__":
+    main()
