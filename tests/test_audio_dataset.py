@@ -322,10 +322,12 @@ def test_the_mel_of_a_clip_is_computed_once(audio_processor, processor, monkeypa
         "_torch_extract_fbank_features",
         lambda self, wave, *rest: widths.append(wave.shape[-1]) or compute(self, wave, *rest),
     )
-    audio = [(noise(8_000), RATE), (noise(16_000), RATE)]
-    process(audio_processor, [prompt_of(processor, True)] * 2, audio, n=n)
-    assert len(widths) == 2
+    short, long = (noise(8_000), RATE), (noise(16_000), RATE)
+    out = process(audio_processor, [prompt_of(processor, True)] * 3, [short, long, (short[0], RATE)], n=n)
+    assert len(widths) == 2  # the third prompt is about the first one's file
     assert max(widths) < 2 * RATE  # and of a second of sound, not of 30
+    first, _, third = out["all_images_pixel_values"].split([52 * n, 102 * n, 52 * n])
+    assert torch.equal(first, third)
 
 
 @pytest.mark.parametrize(

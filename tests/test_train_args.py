@@ -175,6 +175,7 @@ def test_sizes_below_one_are_refused(problems, name, value):
         ("num_episodes", 0, 1),
         ("max_epochs", 0, 1),
         ("limit_mm_image_per_prompt", 0, 1),
+        ("audio_cache_mib", -1, 0),
     ],
 )
 def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good):
