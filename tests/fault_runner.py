@@ -4,7 +4,7 @@
     python tests/fault_runner.py POINT STEP DEED SCRIPT [ARGUMENTS ...]
 
 POINT names a function of the runtime (see :data:`POINTS`); in step STEP, when it is about to be called or has just
-been, every rank gets the signal DEED, or its result becomes NaN, or, with FULL, no file may grow beyond 100 kB until
+been, the last rank gets the signal DEED; or the result becomes NaN; or, with FULL, no file may grow beyond 100 kB until
 the next step.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
             return result * float("nan")
         if deed == "FULL":
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        else:
+        elif int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), getattr(signal, deed))
         return result
 

@@ -137,13 +137,15 @@ def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet
     if "FAULTS" not in os.environ:
         pytest.skip("make test-faults runs two processes too")
     out = tmp_path / "run"
-    fault = ("second micro-batch", "3", number)
+    fault = ("first micro-batch", "3", number)
     process = start(tiny_model, demo_parquet, out, "--engine_type", "hf", fault=fault, processes=2)
     started = time.monotonic()
     shown = end(process)
     assert process.returncode != 0
     if number == "SIGKILL":
-        assert "exitcode  : -9" in shown and "Signal 9" in shown and "rank      :" in shown
+        assert "exitcode  : -9" in shown and "Signal 9" in shown and "rank      : 1" in shown
+    else:
+        assert "SIGTERM: step 2 is the last one that is done and saved" in shown, shown[-3000:]
     assert time.monotonic() - started < 120
     assert orphans(out) == []
     process = start(tiny_model, demo_parquet, out, "--engine_type", "hf", "--load_checkpoint", processes=2)
