@@ -135,12 +135,67 @@ def test_weight_sync_reaches_every_weight_and_empties_every_cache(vllm_engine, p
         sync(vllm_engine, actor)
 
 
+def clips_encoded(engine):
+    """How many clips' tower outputs vLLM holds."""
+    return len(engine.llm.llm_engine.engine_core.engine_core.scheduler.encoder_cache_manager.cached)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "kept"),
+    [(("audio_tower.", "multi_modal_projector."), True), (("audio_tower.",), False), (("language_model.",), False)],
+)
+def test_a_sync_of_what_trains_leaves_the_engine_with_the_trainers_weights(vllm_engine, parts, noises, frozen, kept):
+    """Frozen layers are not sent and not touched; the encoder's outputs stay if nothing before them trains."""
+    actor = parts[0]
+    named = {checkpoint_name(name): p for name, p in actor.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in named.items()}
+    trained = {name: p for name, p in named.items() if not name.startswith(frozen)}
+    prompts = [prompt_of(parts[2])] * len(noises)
+    try:
+        sync(vllm_engine, actor)
+        assert clips_encoded(vllm_engine) == 0
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(2):
+            rollout(vllm_engine, parts, noises, prompts)
+            encoded = clips_encoded(vllm_engine)
+            assert encoded > 0
+            with torch.no_grad():
+                for parameter in trained.values():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+            stale, bias = rollout(vllm_engine, parts, noises, prompts)
+            assert max(gaps(parts, stale, bias)) > 1e-2
+            vllm_engine.load_weights((name, p.data) for name, p in trained.items())
+            assert clips_encoded(vllm_engine) == (encoded if kept else 0)
+            fresh, bias = rollout(vllm_engine, parts, noises, prompts)
+            assert max(gaps(parts, fresh, bias)) < 1e-4
+    finally:
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(before[name])
+        sync(vllm_engine, actor)
+
+
 def test_a_sync_that_does_not_arrive_is_noticed(vllm_engine, parts, monkeypatch):
     actor = parts[0]
-    monkeypatch.setattr(vllm_engine.llm, "collective_rpc", lambda method, kwargs: list(kwargs["weights_iterator"]))
-    moved = ((checkpoint_name(name), p.data + 0.1) for name, p in actor.model.named_parameters())
-    with pytest.raises(RuntimeError, match=r"weight sync failed: .* sums to .* in vLLM and .* in the trainer"):
+    model = vllm_engine.llm.apply_model(lambda model: model)[0]
+    monkeypatch.setattr(model, "load_weights", lambda weights: {name for name, _ in weights})
+    moved = ((checkpoint_name(name), p.data + 1e-6) for name, p in actor.model.named_parameters())
+    with pytest.raises(RuntimeError, match=r"weight sync failed: .* in vLLM is not what the trainer sent"):
         vllm_engine.load_weights(moved)
+
+
+def test_a_change_of_what_was_not_sent_is_noticed(vllm_engine, parts):
+    weights = [(checkpoint_name(name), p.data) for name, p in parts[0].model.named_parameters()]
+    sync(vllm_engine, parts[0])
+    tower = vllm_engine.llm.apply_model(lambda model: model.audio_tower.layers[0].fc1.weight.data)[0]
+    was = tower[0, 0].item()
+    tower[0, 0] += 1e-6
+    try:
+        with pytest.raises(RuntimeError, match=r"audio_tower\.layers\.0\.fc1\.weight was not sent and has changed"):
+            vllm_engine.load_weights((name, p) for name, p in weights if not name.startswith("audio_tower."))
+    finally:
+        tower[0, 0] = was
+        sync(vllm_engine, parts[0])
 
 
 def test_sampling_is_reproducible_and_samples_differ(vllm_engine, parts, noises):

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
-from lightrft.engines.base import Sampling, checkpoint_name, checksum, stable_seed, tee_checksums
+from lightrft.engines.base import Sampling, checkpoint_name, checksum, layer_of, stable_seed
 from lightrft.models.actor_al import load_model
 from lightrft.strategy.checkpoint import begin, commit, newest, rotate, write_hf_folder
+from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 from lightrft.utils import blending_datasets, get_tokenizer_processor_vl
 from lightrft.utils import metrics as metrics_module
 from lightrft.utils.data import find_split
@@ -250,15 +251,68 @@ def test_checkpoint_names_are_those_of_a_stored_model(tiny_model):
     assert names == set(load_file(tiny_model / "model.safetensors"))
 
 
-def test_weights_pass_the_checksums_unchanged():
-    weights, sums = [("a", torch.tensor([[1.5, 2.5]])), ("b", torch.full((1000,), 0.1))], {}
-    passed = list(tee_checksums(iter(weights), sums))
-    assert [name for name, _ in passed] == ["a", "b"]
-    assert passed[0][1] is weights[0][1]
-    assert sums["a"] == ((1, 2), 4.0)
-    # float64: a thousand times float32's 0.1 without the rounding of float32 sums
-    assert sums["b"][1] == pytest.approx(1000 * torch.tensor(0.1).double().item(), rel=1e-14)
-    assert checksum(torch.tensor([1.0, 2.0])) == 3.0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("length", [0, 1, 4, 1003])
+@pytest.mark.parametrize("start", [0, 1])  # at 1 a view does not begin at a whole word
+def test_a_checksum_is_the_sum_of_the_64_bit_words(dtype, length, start):
+    tensor = torch.randn(length + start, generator=torch.Generator().manual_seed(0)).to(dtype)[start:]
+    octets = bytes(tensor.clone().view(torch.uint8).tolist())
+    words = [int.from_bytes(octets[i : i + 8], "little") for i in range(0, len(octets), 8)]
+    assert checksum(tensor) == sum(words) % 2**64
+
+
+def test_a_checksum_sees_the_least_update_and_adds_up():
+    weight = torch.full((64, 32), 0.02)
+    same = weight.t().contiguous().t()  # the same values, laid out otherwise
+    assert checksum(same) == checksum(weight) == (checksum(weight[:16]) + checksum(weight[16:])) % 2**64
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(1.0))
+    assert checksum(same) != checksum(weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.language_model.layers.0.self_attn.q_proj.weight", "model.language_model.layers.0.self_attn"),
+        ("model.language_model.layers.0.mlp.gate_proj.weight", "model.language_model.layers.0.mlp"),
+        ("model.language_model.layers.0.input_layernorm.weight", "model.language_model.layers.0.input_layernorm"),
+        ("model.multi_modal_projector.linear.bias", "model.multi_modal_projector.linear"),
+        ("lm_head.weight", "lm_head"),
+    ],
+)
+def test_layers_that_are_sent_as_one(name, layer):
+    assert layer_of(name) == layer
+
+
+class Engine:
+    """Notes what is sent."""
+
+    def __init__(self):
+        self.sent = []
+
+    def wake_up(self):
+        pass
+
+    def load_weights(self, weights):
+        self.sent.append([name for name, _ in weights])
+
+
+def test_frozen_layers_are_sent_once(tiny_model):
+    actor = SimpleNamespace(model=load_model(str(tiny_model), dtype=torch.float32))
+    frozen = ("audio_tower", "embed_tokens", "q_proj")
+    for name, parameter in actor.model.named_parameters():
+        parameter.requires_grad_(not set(frozen) & set(name.split(".")))
+    strategy = object.__new__(DeepspeedStrategy)  # without a process group
+    strategy.args, strategy.inference_engine, strategy.engine_has_all = SimpleNamespace(zero_stage=0), Engine(), False
+    for _ in range(3):
+        strategy.update_engine_weights(actor)
+    first, *later = strategy.inference_engine.sent
+    everything = {checkpoint_name(name) for name, _ in actor.model.named_parameters()}
+    assert set(first) == everything and len(first) == len(everything)
+    # vLLM keeps q, k and v of a block in one layer, so that a frozen q goes with its k and v
+    assert all(
+        everything - set(names) == {n for n in everything if n.startswith("audio_tower.") or "embed_tokens" in n}
+        for names in later
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- folders

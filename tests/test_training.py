@@ -148,6 +148,7 @@ def test_frozen_parts_do_not_move(tiny_model, demo_parquet, tmp_path):
     done = train(tiny_model, demo_parquet, tmp_path, "--max_samples", 8, "--zero_stage", 0, *parts)
     assert "frozen: audio_tower (" in done.stdout
     changed, same = moved(tiny_model, tmp_path)
+    assert all(record["rollout/logprob_gap_max"] < 1e-4 for record in metrics_of(tmp_path))  # they are sent once
     frozen = ("audio_tower.", "multi_modal_projector.")
     assert not [name for name in changed if name.startswith(frozen)]
     assert not [name for name in same if not name.startswith(frozen) and "k_proj.bias" not in name]

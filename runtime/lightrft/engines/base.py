@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -69,7 +69,8 @@ class RolloutEngine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take over new weights and drop every cache that depends on the old ones.
 
-        :param weights: Checkpoint name and tensor of every parameter.
+        :param weights: Checkpoint name and tensor, at first of every parameter; later layers (:func:`layer_of`) that
+            have not changed may be left out.
         """
 
     def sleep(self) -> None:
@@ -104,22 +105,28 @@ def checkpoint_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def checksum(tensor: torch.Tensor) -> float:
-    """Sum of a tensor in float64: enough to tell whether an update arrived.
+def layer_of(name: str) -> str:
+    """The layer that a parameter is loaded with: all of it is sent to an engine, or nothing.
 
-    :param tensor: Any floating tensor.
+    :param name: Parameter name, live or of a checkpoint.
+    :return: The module that owns it; for a projection the block around it, because engines fuse projections of a block
+        (q, k and v; gate and up) into one layer.
     """
-    return tensor.detach().double().sum().item()
+    module = name.rpartition(".")[0]
+    block, _, leaf = module.rpartition(".")
+    return block if leaf.endswith("_proj") else module
 
 
-def tee_checksums(
-    weights: Iterable[tuple[str, torch.Tensor]], sums: dict[str, tuple[tuple[int, ...], float]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass weights on and note shape and checksum of each.
+def checksum(tensor: torch.Tensor) -> int:
+    """Sum of a tensor's memory as 64-bit words, modulo 2**64: any one bit that differs changes it.
 
-    :param weights: Name and tensor.
-    :param sums: Filled with name to (shape, checksum).
+    Exact, so that neither the order of summation nor the size of an update matters, and quick: one pass, no copy.
+
+    :param tensor: Any tensor. If it fills whole words, its checksum is the sum of those of parts that do, too.
     """
-    for name, tensor in weights:
-        sums[name] = (tuple(tensor.shape), checksum(tensor))
-        yield name, tensor
+    octets = tensor.detach().reshape(-1).view(torch.uint8)
+    if octets.storage_offset() % 8:
+        octets = octets.clone()  # torch views words at whole words only
+    whole = len(octets) // 8 * 8
+    words = octets[:whole].view(torch.int64).sum().item()
+    return (words + int.from_bytes(bytes(octets[whole:].tolist()), "little")) % 2**64

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from .base import RolloutOutput, Sampling, tee_checksums
+from .base import RolloutOutput, Sampling, checksum
 
 
 class VLLMEngine:
@@ -45,6 +45,7 @@ class VLLMEngine:
         on_gpu = torch.cuda.is_available()
         self._vllm = vllm
         self._can_sleep = enable_sleep and on_gpu
+        self._checksums: dict[str, int] = {}
         self.llm = vllm.LLM(
             model=model,
             dtype=str(dtype).removeprefix("torch."),
@@ -99,28 +100,13 @@ class VLLMEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See :class:`~lightrft.engines.base.RolloutEngine`.
 
-        :raises RuntimeError: if the engine's weights are not the new ones afterwards.
+        :raises RuntimeError: if the engine's weights are not the new ones afterwards, or others have changed.
         """
-        sent: dict[str, tuple[tuple[int, ...], float]] = {}
-        # loads through vLLM's own loader, which on the CPU also repacks the linear weights
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tee_checksums(weights, sent)})
-        self.reset_caches()
-        held = self.llm.apply_model(_checksums)[0]
-        compared = 0
-        for name, (shape, total) in sent.items():
-            if name in held and held[name][0] == shape:
-                compared += 1
-                if not math.isclose(held[name][1], total, rel_tol=1e-6, abs_tol=1e-6 * math.prod(shape) ** 0.5):
-                    raise RuntimeError(
-                        f"weight sync failed: {name} sums to {held[name][1]:.9g} in vLLM and {total:.9g} in the trainer"
-                    )
-        if compared == 0:
-            raise RuntimeError("weight sync cannot be checked: no parameter of vLLM's model has a name that was sent")
-
-    def reset_caches(self) -> None:
-        """Drop what was computed with old weights: KV blocks, audio-tower outputs, processed clips' bookkeeping."""
+        sent, self._checksums = self.llm.collective_rpc(_load, args=(weights, self._checksums))[0]
         self.llm.reset_prefix_cache()
-        self.llm.llm_engine.engine_core.reset_encoder_cache()
+        if not all(name.startswith("language_model.") for name in sent):
+            self.llm.llm_engine.engine_core.reset_encoder_cache()  # outputs of tower and projector
+        # depends on no weights, but clips rarely come back, and it would grow to 4 GiB
         self.llm.reset_mm_cache()
 
     def sleep(self) -> None:
@@ -135,12 +121,66 @@ class VLLMEngine:
             self.llm.reset_mm_cache()
 
 
-def _checksums(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], float]]:
-    """Shape and checksum of the parameters that vLLM neither fuses, shards nor repacks: all but linear layers'."""
-    from .base import checksum
+def _load(
+    worker: Any, weights: Iterable[tuple[str, torch.Tensor]], before: dict[str, int]
+) -> tuple[set[str], dict[str, int]]:
+    """Load weights, inside vLLM's worker, and compare what has arrived.
 
-    return {
-        name: (tuple(p.shape), checksum(p))
-        for name, p in model.named_parameters()
-        if "norm" in name or "conv" in name or "embed_positions" in name
+    A weight is written straight into vLLM's parameter: one copy, and no other layer is touched. Linear layers that vLLM
+    has repacked, as it does on the CPU, keep nothing to write to: these go through its layer-wise reload, which
+    restores, fills and repacks one after the other.
+
+    :param worker: vLLM's worker.
+    :param weights: As for :meth:`VLLMEngine.load_weights`.
+    :param before: Checksums of vLLM's parameters after the last time.
+    :return: Names that were sent, and the new checksums.
+    :raises RuntimeError: if a parameter is not what was sent, or has changed though it was not sent.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model = worker.get_model()
+    layers, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    fused = {
+        part: whole
+        for layer in layers.values()
+        for whole, parts in getattr(layer, "packed_modules_mapping", {}).items()
+        for part in parts
     }
+    sent: set[str] = set()
+    sizes: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
+    reloading: list[torch.nn.Module] = []
+
+    def pass_on() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            path, module, kind = name.rsplit(".", 2)
+            if f"{path}.{module}" not in layers:
+                module = fused.get(module, module)
+            layer, own = layers.get(f"{path}.{module}"), parameters.get(f"{path}.{module}.{kind}")
+            if hasattr(layer, "cpu_linear") and layer not in reloading:
+                initialize_layerwise_reload(layer)
+                reloading.append(layer)
+            if own is not None and own.numel():  # a repacked weight has no element
+                sizes[f"{path}.{module}.{kind}"] += tensor.numel()
+                sums[f"{path}.{module}.{kind}"] += checksum(tensor.to(own.dtype))
+            sent.add(name)
+            yield name, tensor
+
+    with set_current_vllm_config(worker.vllm_config):
+        model.load_weights(pass_on())
+        for layer in reloading:
+            finalize_layerwise_reload(layer, worker.model_config)
+
+    now = {name: checksum(p) for name, p in model.named_parameters() if p.numel()}
+    # those that tensor parallelism splits or vLLM pads are not comparable
+    arrived = {name: sums[name] % 2**64 for name, size in sizes.items() if size == parameters[name].numel()}
+    if not arrived:
+        raise RuntimeError("weight sync cannot be checked: no parameter of vLLM's model has a name that was sent")
+    for name, value in arrived.items():
+        if now[name] != value:
+            raise RuntimeError(f"weight sync failed: {name} in vLLM is not what the trainer sent")
+    for name in before.keys() - sizes.keys():
+        if now[name] != before[name]:
+            raise RuntimeError(f"weight sync failed: {name} was not sent and has changed in vLLM")
+    return sent, now

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_scheduler
 
-from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling, checkpoint_name
+from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling, checkpoint_name, layer_of
 from lightrft.utils.console import console
 
 from . import checkpoint
@@ -38,6 +38,7 @@ class DeepspeedStrategy:
         self.world_size = dist.get_world_size()
         self.engine_mp_group = engine_groups(args.engine_tp_size)
         self.inference_engine: RolloutEngine | None = None
+        self.engine_has_all = False
         self.set_seed(args.seed)
 
     # ------------------------------------------------------------ small things
@@ -340,13 +341,16 @@ class DeepspeedStrategy:
         return mine
 
     def update_engine_weights(self, actor: nn.Module) -> None:
-        """Give the rollout engine the actor's present weights.
+        """Give the rollout engine the actor's present weights: all of them the first time, then those that train.
+
+        The engine has read the frozen ones itself, from ``--pretrain``; a resumed run's are its checkpoint's.
 
         :param actor: Prepared actor.
         :raises RuntimeError: if the engine's weights are not the new ones afterwards.
         """
         self.inference_engine.wake_up()
-        self.inference_engine.load_weights(self.named_weights(actor.model))
+        self.inference_engine.load_weights(self.named_weights(actor.model, trained_only=self.engine_has_all))
+        self.engine_has_all = True
 
     # ------------------------------------------------------------ weights and folders
     @staticmethod
@@ -370,15 +374,20 @@ class DeepspeedStrategy:
         with deepspeed.zero.GatheredParameters(list(module.parameters())) if whole else nullcontext():
             yield module
 
-    def named_weights(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """Checkpoint name and whole value of each parameter, one at a time.
+    def named_weights(self, model: nn.Module, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Checkpoint name and whole value of each parameter, one at a time, not copied.
 
         :param model: Prepared model. A collective under ZeRO-3: all ranks iterate.
+        :param trained_only: Leave out layers that are frozen.
         """
         import deepspeed
 
         whole = self.args.zero_stage == 3
-        for name, parameter in self.unwrap_model(model).named_parameters():
+        parameters = dict(self.unwrap_model(model).named_parameters())
+        trained = {layer_of(name) for name, parameter in parameters.items() if parameter.requires_grad}
+        for name, parameter in parameters.items():
+            if trained_only and layer_of(name) not in trained:
+                continue
             with deepspeed.zero.GatheredParameters([parameter]) if whole else nullcontext():
                 yield checkpoint_name(name), parameter.data
 
