@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT / "runtime"), str(ROOT / "examples" / "r1_aqa"), str(RO
 
 
 def write_random_model(folder: Path) -> None:
-    """Write a Qwen2-Audio of 98 M parameters, 26 M of them in the tower.
+    """Write a Qwen2-Audio of 99 M parameters, 27 M of them in the tower.
 
     :param folder: To write.
     """
