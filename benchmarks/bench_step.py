@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""Seconds a whole GRPO step: this project against R1-AQA's scheme and, where it is installed, ms-swift.
+
+    python benchmarks/bench_step.py --model_path results/demo/model
+    python benchmarks/bench_step.py --model_path results/demo/model --swift_python /path/to/swift-venv/bin/python
+
+Work: the demo's model in float32, 16 prompts x 8 responses of up to 16 tokens, with a reference model, two threads and
+the same micro-batch on every side. Each prompt has a clip of its own, 1 to 10 s: the demo's sounds, one class a clip,
+drawn again and again until the length is reached. Ways:
+
+- ``R1-AQA's scheme``: ``r1_aqa_scheme.py``. It ends with a comparison of log-probs, loss and gradient with the
+  runtime's on one micro-batch; a difference above 1e-4 ends the benchmark.
+- ``runtime, vllm`` and ``runtime, hf``: ``train_colocate.py`` as a user runs it.
+- ``ms-swift, transformers`` and ``ms-swift, vllm``: ``swift_step.py`` with the interpreter of an environment that has
+  ms-swift 4.6.0 (that file says how to make one).
+
+Each way is a process of its own and writes seconds to ``metrics.jsonl``; the first step is left out. Rounds are
+interleaved; the figure is the median over the rounds of the ratio to ``runtime, vllm``, in seconds and, because other
+work on the machine lengthens those, in CPU seconds. Written to ``benchmarks/results/<date>_step.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import psutil
+import soundfile
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "r1_aqa"
+sys.path[:0] = [str(EXAMPLE)]
+from demo.make_data import train_rows  # noqa: E402
+from demo.sounds import CLASSES, SAMPLING_RATE, synthesize  # noqa: E402
+
+WARM_UP = 1  # steps
+PHASES = ("rollout", "logprobs", "train", "sync", "step")
+PROMPTS, SAMPLES, MAX_NEW_TOKENS = 16, 8, 16
+LEARNING = ("rollout/reward", "rollout/response_length", "train/kl")
+LIMIT = 1e-4  # of the comparison
+OURS, BASELINE = "runtime, vllm", "R1-AQA's scheme"
+
+
+def make_questions(folder: Path, count: int, shortest: float, longest: float, seed: int = 0) -> Path:
+    """Questions about clips of given lengths, through ``avqa.py`` as a user's.
+
+    :param folder: Where to write.
+    :param count: Questions, each with a clip of its own.
+    :param shortest: Seconds; lengths are drawn evenly between this
+    :param longest: and this.
+    :param seed: Of the clips, questions and lengths.
+    :return: Folder of the parquet file.
+    """
+    rng = np.random.default_rng(seed)
+    (folder / "audios").mkdir(parents=True)
+    clips = []
+    for i in range(count):
+        label = CLASSES[i % len(CLASSES)]
+        samples, wave = round(rng.uniform(shortest, longest) * SAMPLING_RATE), np.empty(0, np.float32)
+        while len(wave) < samples:
+            wave = np.concatenate([wave, synthesize(label, rng)])
+        clips.append((f"clip_{i:05d}.wav", label))
+        soundfile.write(folder / "audios" / clips[-1][0], wave[:samples], SAMPLING_RATE, subtype="PCM_16")
+    rows = train_rows(clips, count, rng)
+    (folder / "train_qa.data").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = ["--input_jsonl", folder / "train_qa.data", "--audio_dir", folder, "--local_save_dir", folder / "parquet"]
+    run_script([sys.executable, EXAMPLE / "data_preprocess" / "avqa.py", *source], {})
+    return folder / "parquet"
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """CPU seconds that a process and its children have used.
+
+    :param process: The process.
+    """
+    total = 0.0
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(each.cpu_times()[:2])
+    return total
+
+
+def run_script(command: list[object], environment: dict[str, str], metrics: Path | None = None) -> list[float]:
+    """Run a command, and end with its message if it fails.
+
+    :param command: Command.
+    :param environment: Added to the environment.
+    :param metrics: The ``metrics.jsonl`` that it writes.
+    :return: CPU seconds used when each line of that appeared.
+    """
+    words, used = [str(word) for word in command], []
+    with tempfile.TemporaryFile("w+") as output:
+        run = subprocess.Popen(words, env=os.environ | environment, stdout=output, stderr=output)
+        process = psutil.Process(run.pid)
+        while run.poll() is None:
+            if metrics is not None and metrics.exists():
+                lines = metrics.read_text(encoding="utf-8").count("\n")
+                if lines > len(used):
+                    used += [cpu_seconds(process)] * (lines - len(used))
+            time.sleep(0.02)
+        if run.returncode != 0:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(words)} ended with {run.returncode}\n{output.read()[-4000:]}")
+    return used
+
+
+def train(script: list[object], flags: dict[str, object], threads: int, out: Path) -> list[dict[str, float]]:
+    """Train some steps.
+
+    :param script: Command up to the flags.
+    :param flags: Flags and values; True for a switch.
+    :param threads: OpenMP threads of the process.
+    :param out: Folder of the run.
+    :return: Metrics of each step after the first :data:`WARM_UP`, with ``cpu/step``, its CPU seconds.
+    """
+    words = [word for name, v in flags.items() for word in ((f"--{name}",) if v is True else (f"--{name}", v))]
+    # spinning threads slow all ways down beside other work; the runtime sets the same
+    environment = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "3000", "HF_HUB_OFFLINE": "1"}
+    used = run_script([*script, *words, "--save_path", out], environment, out / "metrics.jsonl")
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for i in range(WARM_UP, min(len(used), len(metrics))):
+        metrics[i]["cpu/step"] = used[i] - used[i - 1]
+    metrics = metrics[WARM_UP:]
+    bad = [m["step"] for m in metrics if not all(math.isfinite(v) for k, v in m.items() if k.startswith("train/"))]
+    if bad:
+        raise SystemExit(f"{script[-1]}: a loss, KL or gradient of steps {bad} is not finite")
+    return metrics
+
+
+def medians(metrics: list[dict[str, float]], names: list[str]) -> dict[str, float]:
+    """Median of each metric that is there.
+
+    :param metrics: Of the steps.
+    :param names: Metrics.
+    """
+    return {name: statistics.median(m[name] for m in metrics) for name in names if all(name in m for m in metrics)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", type=Path, default=ROOT / "results" / "demo" / "model", help="Qwen2-Audio")
+    parser.add_argument("--micro_batch", type=int, default=8, help="responses a forward and backward, a multiple of 8")
+    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each process")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--steps", type=int, default=6, help="steps a run")
+    parser.add_argument("--swift_python", type=Path, help="interpreter of an environment with ms-swift 4.6.0")
+    args = parser.parse_args()
+    if args.micro_batch % SAMPLES or PROMPTS * SAMPLES % args.micro_batch:
+        parser.error(f"--micro_batch {args.micro_batch}: use 8, 16, 32, 64 or 128")
+    flags = {
+        "pretrain": args.model_path.resolve(),
+        "rollout_batch_size": PROMPTS,
+        "n_samples_per_prompt": SAMPLES,
+        "micro_train_batch_size": args.micro_batch,
+        "generate_max_len": MAX_NEW_TOKENS,
+        # small, so that all ways go on sampling from nearly the same policy: responses of the same length
+        "actor_learning_rate": 1e-6,
+    }
+    train_batch, micro = {"train_batch_size": PROMPTS * SAMPLES}, {"micro_rollout_batch_size": args.micro_batch}
+    user = flags | train_batch | micro | {"use_kl_loss": True}
+    colocate = [sys.executable, EXAMPLE / "train_colocate.py"]
+    ways: dict[str, tuple[list[object], dict[str, object]]] = {
+        BASELINE: ([sys.executable, ROOT / "benchmarks" / "r1_aqa_scheme.py"], flags),
+        OURS: (colocate, user),
+        "runtime, hf": (colocate, user | {"engine_type": "hf"}),
+    }
+    if args.swift_python:
+        swift = [args.swift_python, ROOT / "benchmarks" / "swift_step.py"]
+        ways["ms-swift, transformers"] = (swift, flags)
+        ways["ms-swift, vllm"] = (swift, flags | {"vllm": True})
+
+    names = [*(f"time/{phase}" for phase in PHASES), "cpu/step", *LEARNING]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    checks: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        parquet = make_questions(Path(folder) / "data", PROMPTS * args.steps, 1.0, 10.0)
+        for round_ in range(args.rounds):
+            for number, (name, (script, way_flags)) in enumerate(ways.items()):
+                out = Path(folder) / f"{round_}_{number}"
+                metrics = train(script, way_flags | {"prompt_data": parquet}, args.threads, out)
+                runs[name].append(medians(metrics, names))
+                if name == BASELINE:
+                    checks.append(json.loads((out / "check.json").read_text(encoding="utf-8")))
+                    worst = max(checks[-1][key] for key in ("log_probs", "loss", "gradient"))
+                    if not worst < LIMIT:
+                        raise SystemExit(f"baseline and runtime compute different things: {checks[-1]}")
+            seconds = {name: round(done[-1]["time/step"], 2) for name, done in runs.items()}
+            print(f"round {round_ + 1}/{args.rounds}: {seconds} s a step", flush=True)
+
+    table = {}
+    for name, done in runs.items():
+        table[name] = {key: round(value, 4) for key, value in medians(done, names).items()}
+        for kind in ("time", "cpu"):
+            pairs = zip(done, runs[OURS], strict=True)
+            ratio = statistics.median(theirs[f"{kind}/step"] / ours[f"{kind}/step"] for theirs, ours in pairs)
+            table[name][f"{kind}/ratio"] = round(ratio, 2)
+        row = table[name]
+        phases = "  ".join(f"{p} {row[f'time/{p}']:.2f}" for p in PHASES if f"time/{p}" in row)
+        print(
+            f"{name:23}  seconds: {phases}   {row['time/ratio']:.2f} x   CPU seconds: {row['cpu/step']:.2f}   "
+            f"{row['cpu/ratio']:.2f} x   reward {row['rollout/reward']:.2f}   "
+            f"tokens {row['rollout/response_length']:.1f}"
+        )
+    gaps = {key: max(check[key] for check in checks) for key in ("log_probs", "loss", "gradient")}
+    print(
+        f"same computation: on a micro-batch of {args.micro_batch} responses the log-probs of {BASELINE} and of the "
+        f"runtime are at most {gaps['log_probs']:.0e} apart, the losses {gaps['loss']:.0e}, the gradients "
+        f"{gaps['gradient']:.0e} of their norm (limit {LIMIT:.0e})"
+    )
+    out = ROOT / "benchmarks" / "results" / f"{date.today()}_step.json"
+    out.parent.mkdir(exist_ok=True)
+    settings = {key: getattr(args, key) for key in ("micro_batch", "threads", "rounds", "steps")}
+    record = settings | {"load_average": os.getloadavg(), "largest_differences": gaps, "ways": table, "runs": runs}
+    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"micro-batch {args.micro_batch}, reference model, {args.threads} threads on every side; written to {out.name}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What the benchmarks compute: the baseline's loss and its agreement with the runtime, fits, and the prediction."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_scaling
+import r1_aqa_scheme
+
+
+def test_loss_of_the_baseline_by_hand():
+    # sequence 1: two tokens, KL 0 and exp(ln 2) - ln 2 - 1 = 1 - ln 2; sequence 2: one token, KL 0
+    values = torch.tensor([[-1.0, -2.0], [-0.5, -7.0]], requires_grad=True)
+    reference = torch.tensor([[-1.0, -2.0 + math.log(2)], [-0.5, 3.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    loss, kl = r1_aqa_scheme.grpo_loss(values, reference, torch.tensor([1.0, -2.0]), mask, 0.5)
+    extra = 1 - math.log(2)
+    # -(1 + 1 - 0.5 * extra) / 2 and -(-2), and their mean
+    assert loss.item() == pytest.approx((-1 + extra / 4 + 2) / 2)
+    assert kl == pytest.approx(extra / 3)
+    loss.backward()
+    # of the first sequence's tokens -1/4 each, the second with d KL / d value = 1 - 2: 0.5 * (-1) / 4 more
+    torch.testing.assert_close(values.grad, torch.tensor([[-0.25, -0.375], [1.0, 0.0]]))
+
+
+def test_baseline_computes_what_the_runtime_does(tiny_model):
+    from demo.sounds import SAMPLING_RATE, synthesize
+    from demo.warm_start import render_prompt
+    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+    torch.manual_seed(0)
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    model, ref = (Qwen2AudioForConditionalGeneration.from_pretrained(tiny_model).eval() for _ in range(2))
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that the KL is not 0
+            parameter.mul_(1.02)
+    rng = np.random.default_rng(0)
+    rows = []
+    for seconds, label in ((1, "bell"), (3, "rain")):
+        wave = np.resize(synthesize(label, rng), seconds * SAMPLING_RATE)
+        prompt = render_prompt(processor, "What do you hear in the audio?", ["bell", "rain", "horn", "drum"][:seconds])
+        rows.append((prompt, (wave, SAMPLING_RATE), label, "avqa_rule"))
+    batch = r1_aqa_scheme.sample(model, processor, rows, 3, 12)
+    assert batch["input_features"].shape == (6, 128, 3000)
+    assert (batch["sequences"][:, -batch["mask"].shape[1] :] != batch["suppressed"]).all()
+    gaps = r1_aqa_scheme.compare(model, ref, batch, 0.04, 3)
+    assert max(gaps["log_probs"], gaps["loss"], gaps["gradient"]) < 1e-4
+    assert gaps["gradient_norm"] > 0.01
+
+
+def test_fit_finds_a_line():
+    start, slope, r2 = bench_scaling.fit([1, 2, 4], [5.0, 7.0, 11.0])
+    assert (start, slope, r2) == pytest.approx((3, 2, 1))
+    assert bench_scaling.fit([0, 1, 2], [0.0, 3.0, 0.0])[2] == pytest.approx(0)
+
+
+def test_prediction_by_hand():
+    # decoder: 32 * (4 * 4096^2 + 3 * 4096 * 11008); a rollout reads it and the head once a token
+    assert bench_scaling.DECODER == 6_476_005_376
+    assert pytest.approx(8.4e9, rel=0.01) == bench_scaling.PARAMETERS
+    # 340 tokens of prompt and 24 of response, 16 responses, 2 * 2 * 32 * 4096 bytes of keys and values a token
+    read = 2 * (6_476_005_376 + 4096 * 156_032) + 16 * 364 * 524_288
+    parts = bench_scaling.predict("A100 80 GB", 2, 8)
+    assert parts["decode"] == pytest.approx(24 * read / (0.7 * 2.04e12))
+    # four micro-batches of 4 x 364 tokens, four passes each, at 40 % of 312 TFLOP/s; tower and attention add a little
+    assert 1 < parts["train"] / (4 * 4 * 2 * 6_476_005_376 * 4 * 364 / (0.4 * 312e12)) < 1.1
+    assert parts["step"] == pytest.approx(sum(value for name, value in parts.items() if name != "step"))
