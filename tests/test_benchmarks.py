@@ -47,7 +47,11 @@ def test_baseline_computes_what_the_runtime_does(tiny_model):
         rows.append((prompt, (wave, SAMPLING_RATE), label, "avqa_rule"))
     batch = r1_aqa_scheme.sample(model, processor, rows, 3, 12)
     assert batch["input_features"].shape == (6, 128, 3000)
-    assert (batch["sequences"][:, -batch["mask"].shape[1] :] != batch["suppressed"]).all()
+    responses = batch["sequences"][:, -batch["mask"].shape[1] :]
+    assert (responses != batch["suppressed"]).all()
+    end = processor.tokenizer.eos_token_id
+    for tokens, mask in zip(responses.tolist(), batch["mask"].tolist(), strict=True):
+        assert sum(mask) == (tokens.index(end) + 1 if end in tokens else len(tokens))
     gaps = r1_aqa_scheme.compare(model, ref, batch, 0.04, 3)
     assert max(gaps["log_probs"], gaps["loss"], gaps["gradient"]) < 1e-4
     assert gaps["gradient_norm"] > 0.01
