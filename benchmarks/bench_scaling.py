@@ -137,7 +137,7 @@ def draw(table: dict[str, list[dict[str, float]]], fits: dict[str, tuple[float, 
         ax.set(xlabel=labels.get(name, "processes, one thread each"), ylabel="seconds", ylim=(0, None))
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
-    axes.flat[0].legend(fontsize=8, frameon=False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     base = f"{PROMPTS} prompts x {BASE['samples']}, clips of {BASE['clip']} s, {BASE['response']} tokens, one process"
     figure.suptitle(f"Seconds of a GRPO step, the demo's model on a CPU; base point: {base}", fontsize=11)
     figure.savefig(path, dpi=120)

@@ -47,7 +47,7 @@ from demo.sounds import CLASSES, SAMPLING_RATE, synthesize  # noqa: E402
 WARM_UP = 1  # steps
 PHASES = ("rollout", "logprobs", "train", "sync", "step")
 PROMPTS, SAMPLES, MAX_NEW_TOKENS = 16, 8, 16
-LEARNING = ("rollout/reward", "rollout/response_length", "train/kl")
+LEARNING = ("rollout/reward", "rollout/response_length", "train/kl", "train/loss", "train/policy_loss")
 LIMIT = 1e-4  # of the comparison
 OURS, BASELINE = "runtime, vllm", "R1-AQA's scheme"
 

@@ -158,8 +158,8 @@ def compare(model: Any, ref: Any, batch: dict[str, Any], kl_coef: float, n: int)
     norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
     gap = (ours[shown] - theirs[mask]).abs().max()
     return {
-        "log_probs": float(gap),
-        "loss": abs(float(ours_loss) - float(loss)),
+        "log_probs": float(gap.detach()),
+        "loss": abs(float((ours_loss - loss).detach())),
         "gradient": square**0.5 / norm,
         "gradient_norm": norm,
     }
@@ -250,7 +250,7 @@ def main() -> None:
             file.write(json.dumps(record) + "\n")
             file.flush()
     gaps = compare(model, ref, batch, args.init_kl_coef, n)
-    (args.save_path / "check.json").write_text(json.dumps(gaps | {"threads": torch.get_num_threads()}))
+    (args.save_path / "check.json").write_text(json.dumps(gaps), encoding="utf-8")
 
 
 def _lap(times: dict[str, float], name: str, since: float) -> float:
