@@ -19,6 +19,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
+def child_environment() -> dict[str, str]:
+    """The environment, without a process group that a test has made in this process."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in group}
+
+
 def run_script(script: str, *args: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
     """Run one of the example's scripts in a process of its own.
 
@@ -28,10 +34,7 @@ def run_script(script: str, *args: object, check: bool = True, **kwargs) -> subp
     :param kwargs: For subprocess.run.
     """
     command = [sys.executable, str(EXAMPLE / script), *map(str, args)]
-    # a process group that a test has made in this process is no business of the child's
-    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in group}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, **kwargs)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=child_environment(), **kwargs)
     if check and done.returncode != 0:
         pytest.fail(f"{script} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

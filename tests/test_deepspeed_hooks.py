@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, child_environment
 
 from lightrft.strategy.deepspeed_hooks import Storage, is_usable
 
@@ -59,7 +59,7 @@ for stage in (0, 2, 3):
 
 def test_a_step_left_out_is_one_that_never_was():
     """Weights and Adam's moments after good, NaN, infinite, discarded, good are those after good, good."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "runtime")}
+    environment = child_environment() | {"PYTHONPATH": str(ROOT / "runtime")}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     results = [json.loads(line.split(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("RESULT")]

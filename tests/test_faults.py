@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT
+from conftest import EXAMPLE, ROOT, child_environment
 from fault_runner import POINTS
 from safetensors.torch import load_file
 from test_training import SMALL, metrics_of
@@ -43,8 +43,7 @@ EXIT = {"SIGKILL": -9, "SIGTERM": 143, "SIGUSR1": 138, "SIGINT": 130}
 
 
 def start(model: Path, data: Path, out: Path, *more: str, fault=(), processes=1) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment["PYTHONPATH"] = str(ROOT / "tests")
+    environment = child_environment() | {"PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT
+from conftest import EXAMPLE, ROOT, child_environment
 from safetensors.torch import load_file
 from test_training import METRICS, SMALL
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
@@ -21,7 +21,6 @@ LAUNCHER = ROOT / "tests" / "lightrft_launcher.py"
 NOT_MEASURED = {"train/clip_fraction"}  # by LightRFT's trainer
 DEEPSPEED = ("--zero_stage", 2)
 FSDP = ("--fsdp", "--bf16")
-LEAVE_OUT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +36,7 @@ def home() -> Path:
 
 def launch(script: Path, *args: object, hooks=(), processes=1, check=True, home=None) -> subprocess.CompletedProcess:
     """Run a script by the launcher, under torchrun for several processes."""
-    env = {name: value for name, value in os.environ.items() if name not in LEAVE_OUT}
+    env = child_environment()
     if home is not None:
         env["LIGHTRFT_HOME"] = str(home)
     command = [sys.executable]
@@ -322,7 +321,7 @@ def test_the_launch_script(home, tiny_model, demo_parquet, tmp_path):
         "GENERATE_MAX_LEN": 16,
         "MAX_SAMPLES": 16,
     }
-    env = {name: value for name, value in os.environ.items() if name not in LEAVE_OUT}
+    env = child_environment()
     env |= {name: str(value) for name, value in settings.items()}
     script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
     done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
