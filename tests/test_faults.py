@@ -144,7 +144,7 @@ def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet
     if number == "SIGKILL":
         assert "exitcode  : -9" in shown and "Signal 9" in shown and "rank      : 1" in shown
     else:
-        assert "SIGTERM: step 2 is the last one that is done and saved" in shown, shown[-3000:]
+        assert "SIGTERM: step 3 is the last one that is done and saved" in shown, shown[-3000:]
     assert time.monotonic() - started < 120
     assert orphans(out) == []
     process = start(tiny_model, demo_parquet, out, "--engine_type", "hf", "--load_checkpoint", processes=2)
