@@ -8,7 +8,7 @@ SEED ?= 0
 DEMO_DIR ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-faults test-lightrft lint clean
+.PHONY: help setup demo test test-all test-faults test-lightrft bench soak lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/
 		$(PIP) install --no-deps -r requirements/lightrft.txt && \
 		LIGHTRFT_HOME="$(LIGHTRFT_HOME)" OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_lightrft*.py; \
 	fi
+
+bench: $(READY) ## measure each part against its baseline; needs make demo (about an hour)
+	@$(PY) benchmarks/run_all.py --demo_dir $(DEMO_DIR)
+
+soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 15 minutes)
+	@$(PY) benchmarks/soak.py --demo_dir $(DEMO_DIR)
 
 lint: $(READY) ## check style
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -51,7 +51,8 @@ def strategy() -> DeepspeedStrategy:
 
 @pytest.fixture
 def actor() -> ActorAL:
-    return ActorAL(SimpleNamespace(config=SimpleNamespace()))
+    parts = SimpleNamespace(audio_tower=None, multi_modal_projector=None, language_model=None)
+    return ActorAL(SimpleNamespace(config=SimpleNamespace(), model=parts, lm_head=torch.nn.Linear(2, 3, bias=False)))
 
 
 def make_maker(strategy=None, reward_fn=None, tokenizer=None, n=1) -> FastExperienceMaker:
@@ -77,7 +78,7 @@ def targets(strategy, actor, processor):
                 (fast_exp_maker, "get_images_num"),
             ],
         ),
-        "actor": (lambda: patch_actor_for_audio(actor), [(actor, "unpack_audio")]),
+        "actor": (lambda: patch_actor_for_audio(actor), [(actor, "unpack_audio"), (actor.model.lm_head, "forward")]),
     }
 
 
