@@ -28,7 +28,7 @@ $(READY): requirements/torch.txt requirements/cpu.txt requirements/dev.txt
 demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (about 4 minutes)
 	@$(PY) examples/r1_aqa/demo/run_demo.py --out_dir $(DEMO_DIR) --seed $(SEED)
 
-test: $(READY) ## run the tests (about 5 minutes)
+test: $(READY) ## run the tests (about 7 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-all: $(READY) ## run the tests and the longer ones that CI leaves out
