@@ -114,6 +114,7 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "mebibytes": [round(first / 2**20, 1), round(last / 2**20, 1)],
+        "mebibytes_every_100_steps": [round(value / 2**20, 1) for value in memory[99::100]],
         "memory_growth": round(growth, 4),
         "seconds_a_step": [round(early, 3), round(late, 3)],
         "cpu_seconds_a_step": [round(cpu_early, 3), round(cpu_late, 3)],
