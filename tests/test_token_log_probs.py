@@ -75,6 +75,20 @@ def test_bfloat16_weight_gradients_are_added_up_in_float32(monkeypatch):
     assert head.weight.grad.tolist() == [[150.0, 150.0], [-150.0, -150.0]]  # 300 times one half
 
 
+def test_it_is_float32_also_where_a_host_has_another_default():
+    """LightRFT's FSDP2 strategy sets bfloat16."""
+    head, states, targets, _ = make(torch.bfloat16)
+    patch_head(Patch(), head)
+    expected = token_log_probs(head, states, targets, 0.7, BIAS)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        values = token_log_probs(head, states, targets, 0.7, BIAS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert values.dtype == expected.dtype == torch.float32
+    assert torch.equal(values, expected)
+
+
 def test_without_tokens_and_with_a_frozen_head():
     head, states, targets, weights = make()
     patch_head(Patch(), head)

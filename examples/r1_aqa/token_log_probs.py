@@ -47,7 +47,7 @@ def token_log_probs(
     :return: ``(tokens,)`` float32.
     """
     ids = torch.tensor(list(logit_bias or {}), dtype=torch.long, device=hidden.device)
-    values = torch.tensor(list((logit_bias or {}).values()), device=hidden.device)
+    values = torch.tensor(list((logit_bias or {}).values()), dtype=torch.float32, device=hidden.device)
     if getattr(head.forward, "__func__", None) is _head_forward:
         return head(hidden, targets, temperature, ids, values)
     return _log_probs(head(hidden), targets, temperature, ids, values)
@@ -93,7 +93,7 @@ class TokenLogProbs(torch.autograd.Function):
         """
         ctx.save_for_backward(hidden, weight, targets, ids, values)
         ctx.temperature = temperature
-        out = torch.empty(len(hidden), device=hidden.device)
+        out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for rows in _chunks(len(hidden), len(weight)):
             out[rows] = _log_probs(hidden[rows] @ weight.T, targets[rows], temperature, ids, values)
         return out
