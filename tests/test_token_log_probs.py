@@ -75,11 +75,14 @@ def test_bfloat16_weight_gradients_are_added_up_in_float32(monkeypatch):
     assert head.weight.grad.tolist() == [[150.0, 150.0], [-150.0, -150.0]]  # 300 times one half
 
 
-def test_it_is_float32_also_where_a_host_has_another_default():
-    """LightRFT's FSDP2 strategy sets bfloat16."""
+def test_it_is_float32_also_where_a_host_casts_what_goes_into_a_module():
+    """As FSDP2 does, whose strategy in LightRFT makes bfloat16 the default, too."""
     head, states, targets, _ = make(torch.bfloat16)
     patch_head(Patch(), head)
     expected = token_log_probs(head, states, targets, 0.7, BIAS)
+    head.register_forward_pre_hook(
+        lambda _, args: tuple(a.bfloat16() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+    )
     torch.set_default_dtype(torch.bfloat16)
     try:
         values = token_log_probs(head, states, targets, 0.7, BIAS)

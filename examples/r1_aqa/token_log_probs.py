@@ -46,24 +46,24 @@ def token_log_probs(
     :param logit_bias: Added to the logits of these token ids.
     :return: ``(tokens,)`` float32.
     """
-    ids = torch.tensor(list(logit_bias or {}), dtype=torch.long, device=hidden.device)
-    values = torch.tensor(list((logit_bias or {}).values()), dtype=torch.float32, device=hidden.device)
+    # the bias goes in as numbers: FSDP2 would cast a tensor to the weights' type on its way into the head
+    bias = logit_bias or {}
     if getattr(head.forward, "__func__", None) is _head_forward:
-        return head(hidden, targets, temperature, ids, values)
-    return _log_probs(head(hidden), targets, temperature, ids, values)
+        return head(hidden, targets, temperature, bias)
+    return _log_probs(head(hidden), targets, temperature, bias)
 
 
-def _scaled(logits: torch.Tensor, temperature: float, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _scaled(logits: torch.Tensor, temperature: float, bias: dict[int, float]) -> torch.Tensor:
     logits = logits.float()
-    if len(ids):
+    if bias:
+        ids = torch.tensor(list(bias), dtype=torch.long, device=logits.device)
+        values = torch.tensor(list(bias.values()), dtype=torch.float32, device=logits.device)
         logits = logits.index_add(1, ids, values.expand(len(logits), -1))
     return logits if temperature == 1.0 else logits / temperature
 
 
-def _log_probs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, ids: torch.Tensor, values: torch.Tensor
-) -> torch.Tensor:
-    return -nn.functional.cross_entropy(_scaled(logits, temperature, ids, values), targets, reduction="none")
+def _log_probs(logits: torch.Tensor, targets: torch.Tensor, temperature: float, bias: dict[int, float]) -> torch.Tensor:
+    return -nn.functional.cross_entropy(_scaled(logits, temperature, bias), targets, reduction="none")
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -79,23 +79,21 @@ class TokenLogProbs(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         temperature: float,
-        ids: torch.Tensor,
-        values: torch.Tensor,
+        bias: dict[int, float],
     ) -> torch.Tensor:
         """
         :param hidden: ``(tokens, hidden size)``.
         :param weight: ``(vocabulary, hidden size)``.
         :param targets: ``(tokens,)``.
         :param temperature: See :func:`token_log_probs`.
-        :param ids: Biased tokens.
-        :param values: Their biases.
+        :param bias: Added to the logits of these token ids.
         :return: ``(tokens,)`` float32.
         """
-        ctx.save_for_backward(hidden, weight, targets, ids, values)
-        ctx.temperature = temperature
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.bias = temperature, bias
         out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for rows in _chunks(len(hidden), len(weight)):
-            out[rows] = _log_probs(hidden[rows] @ weight.T, targets[rows], temperature, ids, values)
+            out[rows] = _log_probs(hidden[rows] @ weight.T, targets[rows], temperature, bias)
         return out
 
     @staticmethod
@@ -104,12 +102,12 @@ class TokenLogProbs(torch.autograd.Function):
         :param grad: Of the log-probabilities ``(tokens,)``.
         :return: Gradients of hidden and weight.
         """
-        hidden, weight, targets, ids, values = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors
         chunks = _chunks(len(hidden), len(weight))
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
         for rows in chunks:
-            logits = _scaled(hidden[rows] @ weight.T, ctx.temperature, ids, values)
+            logits = _scaled(hidden[rows] @ weight.T, ctx.temperature, ctx.bias)
             grad_logits = logits.softmax(-1).neg_()
             grad_logits.scatter_add_(1, targets[rows, None], torch.ones_like(grad_logits[:, :1]))
             grad_logits = grad_logits.mul_(grad[rows, None] / ctx.temperature).to(hidden.dtype)
@@ -124,7 +122,7 @@ class TokenLogProbs(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         elif ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:
