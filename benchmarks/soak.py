@@ -6,7 +6,8 @@
 Work: 2,000 GRPO steps of the demo's model in one run, vLLM rollouts, 4 prompts x 8 responses, a weight sync each.
 Limits: memory (resident, of the process and its children) grows by less than 2 % from steps 200-300 to the last 100,
 a step takes less than 10 % more wall time (median) and CPU time from steps 200-400 to the last 200, and the largest
-log-prob gap of any step stays below 1e-3. Ends with status 1 if one is passed. Written to ``benchmarks/results/<date>_soak.json``.
+log-prob gap of any step stays below 1e-3. Ends with status 1 if one is passed. Written to
+``benchmarks/results/<date>_soak.json``.
 """
 
 from __future__ import annotations
