@@ -17,5 +17,8 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
     # OpenMP threads that wait soon sleep: spinning ones make steps several times slower on a machine with other work
     "GOMP_SPINCOUNT": "3000",
+    # kernels that oneDNN keeps, one for each layer and number of tokens: a quarter of its default; steps take as long,
+    # and a run on the CPU stops growing after some hundred steps, not thousands
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
 }.items():
     _os.environ.setdefault(_name, _value)
