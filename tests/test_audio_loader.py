@@ -293,6 +293,7 @@ def test_a_process_that_is_left_in_the_middle_ends(tmp_path, end):
     """Also with the iterator still in use, as LightRFT's loop leaves it."""
     code = f"""
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 sys.path.insert(0, {str(EXAMPLE)!r})
 from audio_loader import PrefetchLoader
 from torch.utils.data import DataLoader
