@@ -5,11 +5,11 @@
     python benchmarks/gpu/bench_7b.py --small --rounds 2    # the same code on a CPU, to see that it runs
 
 Work: forward and backward over 8 responses to one prompt with a clip of 10 s, 64, 128 and 256 tokens each, in bfloat16
-with scaled dot product attention. Printed for each: seconds, tokens a second, peak memory, and the floating-point
-operations that were done (as ``torch.utils.flop_counter`` counts them) as a share of what the device reaches in a
-bfloat16 matrix product of its own, measured in the same run. Then what each measure saves, as a ratio of medians of
-interleaved pairs: the tower once per clip, the prompt once per group, logits in chunks. With ``--profile FILE`` a trace
-of one step for Perfetto (ui.perfetto.dev). Written to ``benchmarks/results/<date>_gpu_7b.json``.
+(float32 on a CPU) with scaled dot product attention. Printed for each: seconds, tokens a second, peak memory, and the
+floating-point operations that were done (as ``torch.utils.flop_counter`` counts them) as a share of what the device
+reaches in a matrix product of that type, measured in the same run. Then what each measure saves, as a ratio of medians
+of interleaved pairs: the tower once per clip, the prompt once per group, logits in chunks. With ``--profile FILE`` a
+trace of one step for Perfetto (ui.perfetto.dev). Written to ``benchmarks/results/<date>_gpu_7b.json``.
 
 Not run on a GPU yet.
 """
@@ -39,11 +39,12 @@ SIZES = {  # audio: layers, heads, width; text: layers, heads, width, intermedia
 }
 
 
-def build_model(size: str, device: torch.device) -> Any:
-    """A Qwen2-Audio with random weights in bfloat16.
+def build_model(size: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A Qwen2-Audio with random weights.
 
     :param size: Of :data:`SIZES`.
     :param device: Where its weights are made.
+    :param dtype: Of its weights.
     """
     from audio_patches import Patch, patch_policy
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
@@ -59,7 +60,7 @@ def build_model(size: str, device: torch.device) -> Any:
     config.use_cache = False
     torch.manual_seed(0)
     with device:
-        model = Qwen2AudioForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+        model = Qwen2AudioForConditionalGeneration._from_config(config, dtype=dtype)
     patch_policy(Patch(), model)
     return model.train()
 
@@ -105,14 +106,15 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def matrix_peak(device: torch.device, size: int, rounds: int) -> float:
-    """Floating-point operations a second of a bfloat16 matrix product.
+def matrix_peak(device: torch.device, dtype: torch.dtype, size: int, rounds: int) -> float:
+    """Floating-point operations a second of a matrix product.
 
     :param device: Where.
+    :param dtype: Of the matrices.
     :param size: Of the square matrices.
     :param rounds: The best of so many.
     """
-    a = torch.randn(size, size, device=device).to(torch.bfloat16)
+    a = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / min(seconds_of(lambda: a @ a, device) for _ in range(rounds + 2))
 
 
@@ -129,10 +131,11 @@ def main() -> None:
     import audio_policy
     import token_log_probs
 
-    model = build_model("small" if args.small else "real", device)
-    peak = matrix_peak(device, 512 if args.small else 8192, args.rounds)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # which CPUs without its instructions emulate
+    model = build_model("small" if args.small else "real", device, dtype)
+    peak = matrix_peak(device, dtype, 512 if args.small else 8192, args.rounds)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}: {peak / 1e12:.3g} TFLOP/s in a bfloat16 matrix product, torch {torch.__version__}")
+    print(f"{name}: {peak / 1e12:.3g} TFLOP/s in a matrix product of {dtype}, torch {torch.__version__}")
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         model(**batch).mean().backward()
