@@ -239,9 +239,14 @@ def test_hf_engine_equals_vllm(vllm_engine, parts, noises):
     for a, b in zip(ours, theirs, strict=True):
         assert a.response_ids.tolist() == b.response_ids.tolist()
         torch.testing.assert_close(a.engine_log_probs, b.engine_log_probs, atol=1e-3, rtol=0)  # kernels differ
-    sampled, bias = rollout(engine, parts, noises[:4], prompts, n=3, seed=5)
+    encoded = []
+    tower = actor.model.model.audio_tower
+    handle = tower.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    sampled, bias = rollout(engine, parts, noises[:4], prompts, n=2, seed=5)
+    handle.remove()
+    assert encoded == [2, 2, 1]  # of the rows 0 0 1, 1 2 2, 3 3: a clip once a batch
     assert max(gaps(parts, sampled, bias)) < 1e-4
-    again, _ = rollout(engine, parts, noises[:4], prompts, n=3, seed=5)
+    again, _ = rollout(engine, parts, noises[:4], prompts, n=2, seed=5)
     assert [i.response_ids.tolist() for i in sampled] == [i.response_ids.tolist() for i in again]
 
 

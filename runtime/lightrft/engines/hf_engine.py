@@ -7,7 +7,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from .base import RolloutOutput, Sampling
 
@@ -30,31 +37,41 @@ class HFEngine:
     @torch.no_grad()
     def generate(self, prompts: list[Any], sampling: Sequence[Sampling]) -> list[RolloutOutput]:
         """See :class:`~lightrft.engines.base.RolloutEngine`."""
-        rows = [(p, s, i) for p, s in zip(prompts, sampling, strict=True) for i in range(s.n)]
+        rows = [(prompt, s, i) for prompt, s in enumerate(sampling) for i in range(s.n)]
         outputs = []
         with self.policy() as model:
             training = model.training
             model.eval()
             try:
                 for start in range(0, len(rows), self.batch_size):
-                    outputs += self._batch(model, rows[start : start + self.batch_size])
+                    outputs += self._batch(model, prompts, rows[start : start + self.batch_size])
             finally:
                 model.train(training)
         return outputs
 
-    def _batch(self, model: torch.nn.Module, rows: list[tuple[Any, Sampling, int]]) -> list[RolloutOutput]:
+    def _batch(
+        self, model: torch.nn.Module, prompts: list[Any], rows: list[tuple[int, Sampling, int]]
+    ) -> list[RolloutOutput]:
+        """Responses of some rows; tower and prompt are computed once a prompt, not once a row.
+
+        :param model: Policy.
+        :param prompts: See :meth:`generate`.
+        :param rows: Number of the prompt, how to sample, number of the sample.
+        """
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         first = rows[0][1]
-        if isinstance(rows[0][0], dict):
-            texts = [row["prompt"] for row, _, _ in rows]
-            clips = [wave for row, _, _ in rows for wave, _ in row.get("multi_modal_data", {}).get("audio", [])]
-            rate = self.processor.feature_extractor.sampling_rate
-            audio = {"audio": clips, "sampling_rate": rate} if clips else {}
-            inputs = self.processor(text=texts, return_tensors="pt", padding=True, **audio)
-        else:
-            inputs = tokenizer.pad({"input_ids": [list(row) for row, _, _ in rows]}, return_tensors="pt")
-        inputs = inputs.to(model.device)
+        numbers = sorted({number for number, _, _ in rows})
+        inputs = self._inputs([prompts[number] for number in numbers]).to(model.device)
+        of_row = torch.tensor([numbers.index(number) for number, _, _ in rows], device=model.device)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        cache = DynamicCache(config=model.config)
+        if ids.shape[1] > 1:  # generate begins with the last token
+            inputs |= {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}
+            positions = (mask[:, :-1].cumsum(-1) - 1).clamp(min=0)  # as generate counts them
+            model.model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache.batch_select_indices(of_row)
+        ids, mask = ids[of_row], mask[of_row]
         sampler = _Sampler([(s, i) for _, s, i in rows], model.device)
         config = GenerationConfig(
             max_new_tokens=first.max_tokens,
@@ -62,17 +79,32 @@ class HFEngine:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        sequences = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([sampler]))
-        width = inputs["input_ids"].shape[1]
+        sequences = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+        width = ids.shape[1]
         log_probs = sampler.log_probs(sequences[:, width:])
         outputs = []
         for i in range(len(rows)):
             response = sequences[i, width:].tolist()
             ended = tokenizer.eos_token_id in response
             length = response.index(tokenizer.eos_token_id) + 1 if ended else len(response)
-            prompt = inputs["input_ids"][i][inputs["attention_mask"][i].bool()].tolist()
+            prompt = ids[i][mask[i].bool()].tolist()
             outputs.append(RolloutOutput(prompt, response[:length], log_probs[i, :length].cpu(), not ended))
         return outputs
+
+    def _inputs(self, prompts: list[Any]) -> Any:
+        if not isinstance(prompts[0], dict):
+            return self.processor.tokenizer.pad({"input_ids": [list(ids) for ids in prompts]}, return_tensors="pt")
+        texts = [prompt["prompt"] for prompt in prompts]
+        clips = [wave for prompt in prompts for wave, _ in prompt.get("multi_modal_data", {}).get("audio", [])]
+        rate = self.processor.feature_extractor.sampling_rate
+        audio = {"audio": clips, "sampling_rate": rate} if clips else {}
+        return self.processor(text=texts, return_tensors="pt", padding=True, **audio)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Nothing to do: the weights are shared."""
