@@ -76,6 +76,7 @@ class HFEngine:
         config = GenerationConfig(
             max_new_tokens=first.max_tokens,
             do_sample=False,  # the sampler below draws; generate takes its best
+            use_cache=True,  # a model in training has it switched off in its own settings
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -87,7 +88,7 @@ class HFEngine:
             logits_processor=LogitsProcessorList([sampler]),
         )
         width = ids.shape[1]
-        log_probs = sampler.log_probs(sequences[:, width:])
+        log_probs = sampler.log_probs()
         outputs = []
         for i in range(len(rows)):
             response = sequences[i, width:].tolist()
@@ -142,20 +143,16 @@ class _Sampler(LogitsProcessor):
                 scores = TopKLogitsWarper(s.top_k)(input_ids, scores)
             if s.top_p < 1:
                 scores = TopPLogitsWarper(s.top_p)(input_ids, scores)
-        log_probs = scores.log_softmax(-1)
-        self.steps.append(log_probs)
-        if s.temperature == 0:
-            return log_probs
-        noise = torch.stack(
-            [torch.empty_like(log_probs[0]).exponential_(generator=generator) for generator in self.generators]
-        )
-        return log_probs - noise.log()
+        log_probs = drawn = scores.log_softmax(-1)
+        if s.temperature > 0:
+            noise = torch.stack(
+                [torch.empty_like(log_probs[0]).exponential_(generator=generator) for generator in self.generators]
+            )
+            drawn = log_probs - noise.log()
+        chosen = drawn.argmax(-1, keepdim=True)  # as generate takes it; a row that has ended is filled up by it
+        self.steps.append(log_probs.gather(-1, chosen).squeeze(-1))
+        return drawn
 
-    def log_probs(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-probs of the tokens that were chosen.
-
-        :param tokens: ``(rows, steps)``.
-        :return: ``(rows, steps)`` float32.
-        """
-        stacked = torch.stack(self.steps, 1)
-        return stacked.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    def log_probs(self) -> torch.Tensor:
+        """Log-probs of the tokens that were chosen: ``(rows, steps)`` float32."""
+        return torch.stack(self.steps, 1)
