@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, SAMPLES = 4, 8
+SHOWN = ("time/rollout", "time/logprobs", "time/train", "time/sync", "time/step", "rollout/response_length")
 
 
 def use_of(process: psutil.Process) -> tuple[int, float]:
@@ -68,6 +69,18 @@ def watch(command: list[str], metrics: Path, steps: int) -> tuple[list[tuple[int
             output.seek(0)
             raise SystemExit(f"the run ended with {run.returncode}:\n{output.read()[-3000:]}")
     return used, [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def in_hundreds(metrics: list[dict[str, float]], name: str) -> list[float]:
+    """Medians of a metric over each 100 steps.
+
+    :param metrics: Of each step.
+    :param name: The metric.
+    """
+    return [
+        round(statistics.median(record[name] for record in metrics[i : i + 100]), 4)
+        for i in range(0, len(metrics), 100)
+    ]
 
 
 def main() -> None:
@@ -117,6 +130,7 @@ def main() -> None:
         "mebibytes_every_100_steps": [round(value / 2**20, 1) for value in memory[99::100]],
         "memory_growth": round(growth, 4),
         "seconds_a_step": [round(early, 3), round(late, 3)],
+        "every_100_steps": {name: in_hundreds(metrics, name) for name in SHOWN},
         "cpu_seconds_a_step": [round(cpu_early, 3), round(cpu_late, 3)],
         "cpu_time_drift": round(drift, 4),
         "largest_logprob_gap": gap,
