@@ -34,12 +34,12 @@ test: $(READY) ## run the tests (about 7 minutes)
 test-all: $(READY) ## run the tests and the longer ones that CI leaves out
 	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for (about 40 minutes)
+test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for (about 30 minutes)
 	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_faults.py
 	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests/test_health.py tests/test_deepspeed_hooks.py \
 		tests/test_bad_audio.py tests/test_bad_rows.py tests/test_hostile_text.py
 
-test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 12 minutes)
+test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 10 minutes)
 	@if [ -z "$(LIGHTRFT_HOME)" ]; then \
 		echo "skipped: LIGHTRFT_HOME is not set; it must name a checkout of opendilab/LightRFT at commit 49e62cb"; \
 	else \
