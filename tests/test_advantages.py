@@ -11,6 +11,7 @@ from lightrft.trainer.advantages import (
     ESTIMATORS,
     KLController,
     discounted_returns,
+    overlong_penalty,
     shape_rewards,
     token_advantages,
     whiten,
@@ -27,6 +28,7 @@ from lightrft.trainer.replay_buffer import Experience
         ("group_norm", [0.99990, 0.0, -0.99990, -0.57730, -0.57730, 1.15460]),
         # the mean of the other two: 0.5 1 1.5, and 1 1 0
         ("rloo", [1.5, 0.0, -1.5, -1.0, -1.0, 2.0]),
+        ("dr_grpo", [1.0, 0.0, -1.0, -2 / 3, -2 / 3, 4 / 3]),
         ("reinforce_baseline", [1.0, 0.0, -1.0, -2 / 3, -2 / 3, 4 / 3]),
         ("reinforce", [2.0, 1.0, 0.0, 0.0, 0.0, 2.0]),
         ("reinforce++", [2.0, 1.0, 0.0, 0.0, 0.0, 2.0]),
@@ -38,7 +40,7 @@ def test_shaped_rewards_by_hand(estimator, expected):
 
 
 def test_every_estimator_is_tested_above():
-    assert set(ESTIMATORS) == {"group_norm", "rloo", "reinforce_baseline", "reinforce", "reinforce++"}
+    assert set(ESTIMATORS) == {"group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce", "reinforce++"}
 
 
 @pytest.mark.parametrize("estimator", ["group_norm", "rloo", "reinforce_baseline"])
@@ -122,10 +124,11 @@ def test_kl_controller(target, kl, expected):
 
 
 # ------------------------------------------------------------------------------------------------- the experience maker
-def make_maker(monkeypatch, estimator, *, use_kl_loss=True, reference=False, gamma=1.0, n=2):
+def make_maker(monkeypatch, estimator, *, use_kl_loss=True, reference=False, gamma=1.0, n=2, **more):
     args = SimpleNamespace(advantage_estimator=estimator, use_kl_loss=use_kl_loss, kl_estimator="k1", gamma=gamma)
+    vars(args).update(more)
     strategy = SimpleNamespace(args=args, device=torch.device("cpu"))
-    monkeypatch.setattr(fast_exp_maker.dist, "all_reduce", lambda tensor: None)  # one rank
+    monkeypatch.setattr(fast_exp_maker.dist, "all_reduce", lambda *_: None)  # one rank
     return FastExperienceMaker(
         None, object() if reference else None, None, strategy, KLController(0.5), None, {}, Sampling(n=n), False
     )
@@ -155,6 +158,44 @@ def test_group_norm_is_not_whitened(monkeypatch):
     value = 1 / (2**0.5 + 1e-4)
     torch.testing.assert_close(items[0].advantages, torch.full((3,), value))
     torch.testing.assert_close(items[1].advantages, torch.tensor([-value]))
+
+
+def test_dr_grpo_is_not_whitened(monkeypatch):
+    items = make_items([2.0, 0.0], [3, 1])
+    make_maker(monkeypatch, "dr_grpo").add_advantages(items)
+    assert [item.advantages.tolist() for item in items] == [[1.0, 1.0, 1.0], [-1.0]]
+
+
+def test_overlong_penalty_by_hand(monkeypatch):
+    # limit 16, buffer 4: nothing up to 12, half of 0.8 at 14, all of it at 16
+    lengths = torch.tensor([3.0, 12.0, 13.0, 14.0, 16.0])
+    torch.testing.assert_close(overlong_penalty(lengths, 16, 4, 0.8), torch.tensor([0.0, 0.0, -0.2, -0.4, -0.8]))
+    maker = make_maker(monkeypatch, "group_norm", overlong_buffer_len=4, overlong_buffer_penalty_factor=0.8)
+    items = make_items([2.0, 2.0], [3, 14])
+    maker.penalise_length(items)
+    assert [item.reward for item in items] == [2.0, pytest.approx(1.6)]
+    assert items[1].reward_metrics == {"overlong_penalty": pytest.approx(-0.4)}
+
+
+def test_groups_without_spread_are_replaced(monkeypatch):
+    """Of four groups two teach nothing; the first draw has one that does, the second none."""
+    maker = make_maker(monkeypatch, "group_norm", dynamic_sampling_rounds=2)
+    draws = {1: [0.0, 0.0, 0.0, 1.0], 2: [2.0, 2.0]}
+    asked = []
+
+    def draw_prompts(step, attempt, count):
+        asked.append((step, attempt, count))
+        return ["prompt"] * count, [], [], []
+
+    def rollout(prompts, images, references, labels, sampling, step, attempt):
+        return make_items(draws[attempt], [attempt] * len(draws[attempt]))
+
+    maker.draw_prompts, maker.rollout, maker.score = draw_prompts, rollout, lambda items: None
+    items = maker.replace_groups(make_items([2.0, 2.0, 0.0, 1.0, 0.0, 0.0, 1.0, 2.0], [9] * 8), step=7)
+    assert asked == [(7, 1, 2), (7, 2, 1)]
+    assert [item.reward for item in items] == [0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 2.0]
+    assert [len(item.response_ids) for item in items] == [1, 1, 9, 9, 9, 9, 9, 9]
+    assert [item.reward_metrics["replaced"] for item in items] == [1.0, 1.0, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "reinforce_baseline", "reinforce", "reinforce++"])

@@ -402,6 +402,12 @@ GOOD = {
     "bf16": True,
     "max_norm": 1.0,
     "on_anomaly": "warn",
+    "advantage_estimator": "group_norm",
+    "eps_clip_high": None,
+    "use_gspo": False,
+    "rollout_correction": "none",
+    "dynamic_sampling": False,
+    "lora_rank": 0,
 }
 
 
@@ -417,6 +423,12 @@ GOOD = {
         ({"loss_agg_mode": "token-mean"}, "LightRFT ignores it"),
         ({"fused_linear_logprob": True}, "--fused_linear_logprob"),
         ({"on_anomaly": "stop"}, "--on_anomaly stop"),
+        ({"advantage_estimator": "dr_grpo"}, "--advantage_estimator dr_grpo"),
+        ({"eps_clip_high": 0.3}, "--eps_clip_high 0.3"),
+        ({"use_gspo": True}, "--use_gspo"),
+        ({"rollout_correction": "tis"}, "--rollout_correction tis"),
+        ({"dynamic_sampling": True}, "not those of 2"),
+        ({"lora_rank": 4}, "adapters unmerged"),
         ({"fsdp": True, "bf16": False}, "add --bf16"),
         ({"fsdp": True, "max_norm": 0}, "clip every gradient to zero"),
     ],

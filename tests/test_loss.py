@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightrft.models.loss import KL_ESTIMATORS, LOSS_AGG_MODES, aggregate, kl_tokens, policy_loss_tokens
+from lightrft.models.loss import (
+    KL_ESTIMATORS,
+    LOSS_AGG_MODES,
+    aggregate,
+    kl_tokens,
+    policy_loss_tokens,
+    rollout_weights,
+)
 
 EPS = 0.2
 
@@ -45,6 +52,86 @@ def test_policy_loss_takes_one_advantage_a_response():
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    # 0.2 downwards, 0.5 upwards
+    [
+        (1.4, 2.0, -2.8, -2.8),  # beyond 1.2, and still inside
+        (1.6, 2.0, -3.0, 0.0),  # min(1.6 * 2, 1.5 * 2)
+        (0.5, -2.0, 1.6, 0.0),  # min(-1, -1.6): the lower end is where it was
+    ],
+)
+def test_clip_higher_moves_the_upper_end_alone(ratio, advantage, loss, gradient):
+    old = torch.tensor([[-1.7]])
+    log_probs = (old + math.log(ratio)).requires_grad_()
+    values, _ = policy_loss_tokens(log_probs, old, torch.tensor([[advantage]]), EPS, 0.5)
+    values.sum().backward()
+    torch.testing.assert_close(values.detach(), torch.tensor([[loss]]))
+    torch.testing.assert_close(log_probs.grad, torch.tensor([[gradient]]))
+
+
+def test_gspo_by_hand():
+    """Two tokens with ratios 1.21 and 1: the response's is 1.1. Padding, at a ratio of e^9, does not count."""
+    old = torch.tensor([[-1.0, -2.0, 0.0]])
+    log_probs = (old + torch.tensor([[math.log(1.21), 0.0, 9.0]])).requires_grad_()
+    mask = torch.tensor([[True, True, False]])
+    values, active = policy_loss_tokens(log_probs, old, torch.tensor([[2.0]]), EPS, sequence_mask=mask)
+    aggregate(values, mask, "seq-mean-token-mean").backward()
+    torch.testing.assert_close(values[0, :2].detach(), torch.tensor([-2.2, -2.2]))
+    # d (-1.1 * 2) = -2.2 * half a token's log-prob each
+    torch.testing.assert_close(log_probs.grad, torch.tensor([[-1.1, -1.1, 0.0]]))
+    assert not active[mask].any()
+    # 1.44 and 1: 1.2 each by token, of which one is clipped at 1.1; 1.2 for the response, clipped as a whole
+    log_probs = (old + torch.tensor([[math.log(1.44), 0.0, 0.0]])).requires_grad_()
+    values, active = policy_loss_tokens(log_probs, old, torch.tensor([[2.0]]), 0.1, sequence_mask=mask)
+    aggregate(values, mask, "seq-mean-token-mean").backward()
+    torch.testing.assert_close(values[0, :2].detach(), torch.tensor([-2.2, -2.2]))
+    assert log_probs.grad.abs().sum() == 0
+    assert active[mask].all()
+
+
+def test_on_policy_gspo_has_grpos_gradient():
+    old = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(4)[None] < torch.tensor([4, 1, 2])[:, None]
+    gradients = []
+    for sequence_mask in (None, mask):
+        log_probs = old.clone().requires_grad_()
+        values, _ = policy_loss_tokens(log_probs, old, torch.tensor([[1.0], [-2.0], [0.5]]), EPS, None, sequence_mask)
+        aggregate(values, mask, "seq-mean-token-mean").backward()
+        gradients.append(log_probs.grad)
+    torch.testing.assert_close(*gradients)
+
+
+OLD = torch.log(torch.tensor([[0.5, 0.9, 0.1], [0.3, 0.2, 0.7]]))
+ENGINE = torch.log(torch.tensor([[0.4, 0.3, 0.9], [0.3, 0.4, 0.1]]))
+SAMPLED = torch.tensor([[1, 1, 0], [1, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "limited"),
+    [
+        # ratios 1.25 and 3 (at most 2); 1 and 0.5
+        ("tis", [[1.25, 2.0], [1.0, 0.5]], [[False, True], [False, False]]),
+        # products 3.75, beyond 2, and 0.5
+        ("mis", [[0.0, 0.0], [0.5, 0.5]], [[True, True], [False, False]]),
+    ],
+)
+def test_rollout_corrections_by_hand(method, weights, limited):
+    old = OLD.clone().requires_grad_()
+    found, beyond = rollout_weights(old, ENGINE, SAMPLED, method, 2.0)
+    torch.testing.assert_close(found[:, :2], torch.tensor(weights))
+    assert beyond.tolist() == [[*row, False] for row in limited]  # padding is no token
+    assert not found.requires_grad
+
+
+def test_a_rollout_correction_makes_the_mean_that_of_the_trainers_policy():
+    """What importance weights are for: the engine samples from q, the weighted mean is the one under p."""
+    p, q, value = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.2, 0.3]), torch.tensor([1.0, -1.0, 3.0])
+    for method in ("tis", "mis"):
+        weights, _ = rollout_weights(p.log()[:, None], q.log()[:, None], torch.ones(3, 1), method, 2.0)
+        torch.testing.assert_close((q * weights[:, 0] * value).sum(), (p * value).sum())
 
 
 # rows of 3 and 1 tokens; 99 is what padding must not let through
@@ -171,3 +258,8 @@ def test_kl_gradients(estimator, gradient):
 def test_unknown_estimator_is_refused():
     with pytest.raises(ValueError, match="'k4'; known: k1, k2, k3"):
         kl_tokens(torch.zeros(1, 1), torch.zeros(1, 1), "k4")
+
+
+def test_an_unknown_rollout_correction_is_refused():
+    with pytest.raises(ValueError, match="known: tis, mis"):
+        rollout_weights(OLD, ENGINE, SAMPLED, "none", 2.0)

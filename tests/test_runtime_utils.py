@@ -302,7 +302,11 @@ def test_frozen_layers_are_sent_once(tiny_model):
     for name, parameter in actor.model.named_parameters():
         parameter.requires_grad_(not set(frozen) & set(name.split(".")))
     strategy = object.__new__(DeepspeedStrategy)  # without a process group
-    strategy.args, strategy.inference_engine, strategy.engine_has_all = SimpleNamespace(zero_stage=0), Engine(), False
+    strategy.args, strategy.inference_engine, strategy.engine_has_all = (
+        SimpleNamespace(zero_stage=0, lora_rank=0),
+        Engine(),
+        False,
+    )
     for _ in range(3):
         strategy.update_engine_weights(actor)
     first, *later = strategy.inference_engine.sent

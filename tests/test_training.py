@@ -170,6 +170,23 @@ def test_other_methods_on_the_hf_engine(tiny_model, demo_parquet, tmp_path, esti
     assert records[-1]["train/kl"] != 0
 
 
+def test_methods_together(tiny_model, demo_parquet, tmp_path):
+    """DAPO's, GSPO's and Dr. GRPO's parts in one run; engine and trainer are one model, so corrections weigh 1."""
+    methods = ("--advantage_estimator", "dr_grpo", "--loss_agg_mode", "seq-mean-token-sum-norm", "--use_gspo")
+    dapo = ("--eps_clip_high", 0.3, "--dynamic_sampling", "--overlong_buffer", "--overlong_buffer_len", 6)
+    extra = ("--engine_type", "hf", "--rollout_correction", "mis", "--max_epochs", 2, "--max_samples", 8)
+    train(tiny_model, demo_parquet, tmp_path, *methods, *dapo, *extra)
+    for record in metrics_of(tmp_path):
+        assert record["train/correction_weight"] == pytest.approx(1, abs=1e-3)
+        assert record["train/correction_limited"] == 0
+        # 12 tokens at most, of which the last 6 cost up to 1; an answer has 8
+        assert -1 <= record["rollout/overlong_penalty"] < -0.2
+        total = record["rollout/accuracy_reward"] + record["rollout/format_reward"]
+        assert record["rollout/reward"] == pytest.approx(total + record["rollout/overlong_penalty"], abs=1e-5)
+        assert 0 <= record["rollout/replaced"] <= 1
+        assert record["rollout/groups_without_spread"] <= 0.5
+
+
 @pytest.mark.parametrize(("tensor_parallel", "stage"), [(1, 3), (2, 2), (1, 2), (2, 3)])
 def test_two_processes(tiny_model, demo_parquet, tmp_path, tensor_parallel, stage):
     """Data parallel 2 and tensor parallel 2, ZeRO 2 and 3."""

@@ -81,6 +81,17 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--sp_size {args.sp_size}: sequence parallelism would cut through the clips; use 1")
     if args.loss_agg_mode != "seq-mean-token-mean":
         problems.append(f"--loss_agg_mode {args.loss_agg_mode}: LightRFT ignores it; use seq-mean-token-mean")
+    problems += [
+        f"--{flag} {getattr(args, flag)}: LightRFT has no such thing; drop it"
+        for flag, neutral in (("eps_clip_high", None), ("use_gspo", False), ("rollout_correction", "none"))
+        if getattr(args, flag) != neutral
+    ]
+    if args.lora_rank > 0:
+        problems.append(f"--lora_rank {args.lora_rank}: LightRFT would send the engine adapters unmerged; drop it")
+    if args.advantage_estimator == "dr_grpo":
+        problems.append("--advantage_estimator dr_grpo: LightRFT has no such thing; use group_norm")
+    if args.dynamic_sampling:
+        problems.append("--dynamic_sampling: LightRFT only drops groups of rewards 0 or 1, not those of 2; drop it")
     if args.fused_linear_logprob:
         problems.append("--fused_linear_logprob: only LightRFT's text models know it; drop it")
     if args.on_anomaly != "warn":

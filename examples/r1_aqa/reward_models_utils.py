@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -143,6 +143,26 @@ def reward_fn(
         the model scores; without any, the CUDA device in use if the process has initialised CUDA, else the CPU.
     :raises ValueError: The lengths differ, or a reference is empty; names the sample.
     """
+    return score_batch(model_reward_list, labels, queries, refs, avqa_combined_reward_fn)
+
+
+def score_batch(
+    model_reward_list: Sequence[torch.Tensor],
+    labels: Sequence[str] | None,
+    queries: Sequence[str],
+    refs: Sequence[str],
+    score: Callable[[str, str, bool], tuple[float, float, float]],
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Score a batch by a rule for one response.
+
+    :param model_reward_list: See :func:`reward_fn`, as the next three.
+    :param labels: See there.
+    :param queries: See there.
+    :param refs: See there.
+    :param score: ``(response, reference, think) -> (reward, accuracy, format)``.
+    :return: See there.
+    :raises ValueError: The lengths differ, or ``score`` raised it; names the sample.
+    """
     if labels is None:
         labels = [None] * len(queries)
     if refs is None or not len(queries) == len(refs) == len(labels):
@@ -156,7 +176,7 @@ def reward_fn(
         if ASSISTANT_HEADER not in query:
             _warn_no_header()
         try:
-            scores.append(avqa_combined_reward_fn(extract_response(query), ref, enable_think=label == THINK_LABEL))
+            scores.append(score(extract_response(query), ref, label == THINK_LABEL))
         except ValueError as error:
             raise ValueError(f"sample {index} (label {label!r}): {error}") from error
 

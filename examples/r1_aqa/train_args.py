@@ -8,10 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-ESTIMATORS = ("group_norm", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
+ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
 REFUSED_ESTIMATORS = {"gae": "needs a critic, and none is trained here", "cpgd": "needs a loss that is not in here"}
+REWARDS = ("r1_aqa", "exact", "graded_format", "length_aware")
 LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
-GROUP_METHODS = ("group_norm", "rloo", "reinforce_baseline")
+GROUP_METHODS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline")
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 EXIT_STATUS = (
     "exit status: 0 done; 2 wrong use or wrong data, the message says what to put right; 4 stopped by --on_anomaly "
@@ -42,9 +43,21 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
     g.add_argument(
         "--freeze_prefix",
         nargs="*",
-        choices=("audio_tower", "multi_modal_projector"),
         default=None,
-        help="freeze the audio tower (the flag alone), or the parts that are named",
+        metavar="PART",
+        help="freeze the audio tower (the flag alone), or parts that are named: audio_tower, multi_modal_projector, "
+        "language_model.layers.[0-7], ...; * ? [] as in file names",
+    )
+    g.add_argument(
+        "--lora_rank", type=int, default=0, help="train LoRA adapters of this rank and nothing else; 0: none"
+    )
+    g.add_argument("--lora_alpha", type=int, default=16, help="adapters weigh lora_alpha / lora_rank")
+    g.add_argument(
+        "--target_modules",
+        nargs="+",
+        default=["language_model"],
+        metavar="NAME",
+        help="what gets adapters: linear layers (q_proj), or parts that hold them (language_model, audio_tower)",
     )
 
     g = parser.add_argument_group("data")
@@ -103,7 +116,33 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
 
     g = parser.add_argument_group("GRPO")
     g.add_argument("--advantage_estimator", choices=ESTIMATORS, default="group_norm", help="group_norm is GRPO")
+    g.add_argument(
+        "--reward",
+        default="r1_aqa",
+        help="what is paid for: r1_aqa (accuracy + format), exact (no math_verify), graded_format, length_aware, or a "
+        "function of your own, module:function, of (response, reference, think)",
+    )
     g.add_argument("--eps_clip", type=float, default=0.2, help="PPO's clip range")
+    g.add_argument("--eps_clip_high", type=float, help="its upper half (DAPO's clip-higher); default: --eps_clip")
+    g.add_argument("--use_gspo", action=flag, default=False, help="one ratio a response, not a token (GSPO)")
+    g.add_argument(
+        "--rollout_correction",
+        choices=("none", "tis", "mis"),
+        default="none",
+        help="weigh the loss by the trainer's over the engine's probability of what was sampled: tis of each token, at "
+        "most --rollout_correction_limit; mis of each response, and 0 beyond that",
+    )
+    g.add_argument("--rollout_correction_limit", type=float, default=2.0, help="largest weight of a correction")
+    g.add_argument(
+        "--dynamic_sampling",
+        action=flag,
+        default=False,
+        help="replace groups whose rewards are all alike by groups of other prompts, drawn from all data (DAPO)",
+    )
+    g.add_argument("--dynamic_sampling_rounds", type=int, default=2, help="most rollouts a step to replace them")
+    g.add_argument("--overlong_buffer", action=flag, default=False, help="lower the reward near the token limit (DAPO)")
+    g.add_argument("--overlong_buffer_len", type=int, default=64, help="tokens before the limit over which it falls")
+    g.add_argument("--overlong_buffer_penalty_factor", type=float, default=1.0, help="by how much at the limit")
     g.add_argument("--loss_agg_mode", choices=LOSS_AGG_MODES, default="seq-mean-token-mean", help="averaging of tokens")
     g.add_argument("--gamma", type=float, default=1.0, help="discount a token")
     g.add_argument("--init_kl_coef", type=float, default=0.04, help="weight of the KL to the start model; 0: none")
@@ -180,10 +219,16 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
         f"--{name} {getattr(args, name)}: must be {rule}"
         for name, fits, rule in (
             ("max_samples", args.max_samples >= 1, "1 or more"),
+            ("lora_rank", args.lora_rank >= 0, "0 (none) or more"),
+            ("lora_alpha", args.lora_alpha >= 1, "1 or more"),
             ("max_eval_samples", args.max_eval_samples >= 1, "1 or more"),
             ("temperature", 0 < args.temperature <= 2, "above 0 and at most 2 (vLLM's limit)"),
             ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
             ("eps_clip", 0 < args.eps_clip < math.inf, "above 0"),
+            ("eps_clip_high", args.eps_clip_high is None or 0 < args.eps_clip_high < math.inf, "above 0"),
+            ("rollout_correction_limit", 0 < args.rollout_correction_limit < math.inf, "above 0"),
+            ("dynamic_sampling_rounds", args.dynamic_sampling_rounds >= 1, "1 or more"),
+            ("overlong_buffer_penalty_factor", 0 <= args.overlong_buffer_penalty_factor < math.inf, "0 or more"),
             ("gamma", 0 < args.gamma <= 1, "in (0, 1]"),
             ("init_kl_coef", 0 <= args.init_kl_coef < math.inf, "0 or more"),
             ("kl_target", args.kl_target is None or 0 < args.kl_target < math.inf, "above 0"),
@@ -213,6 +258,16 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
             f"--advantage_estimator {args.advantage_estimator} compares the responses of a group: "
             f"--n_samples_per_prompt {args.n_samples_per_prompt} must be 2 or more"
         )
+    if args.reward not in REWARDS and not all(args.reward.partition(":")):
+        problems.append(f"--reward {args.reward}: must be one of {', '.join(REWARDS)}, or module:function")
+    if args.lora_rank > 0 and args.freeze_prefix:
+        problems.append("--freeze_prefix with --lora_rank: adapters freeze all else anyway; choose --target_modules")
+    if args.overlong_buffer and not 1 <= args.overlong_buffer_len <= args.generate_max_len:
+        problems.append(
+            f"--overlong_buffer_len {args.overlong_buffer_len}: must be 1 to --generate_max_len {args.generate_max_len}"
+        )
+    if args.dynamic_sampling and args.n_samples_per_prompt < 2:
+        problems.append("--dynamic_sampling: a group of one response is always alike; --n_samples_per_prompt 2 or more")
     if args.use_kl_loss and args.init_kl_coef == 0:
         problems.append("--use_kl_loss with --init_kl_coef 0 asks for a KL of no weight: drop one of the two")
     if args.kl_target is not None and args.init_kl_coef == 0:

@@ -52,22 +52,27 @@ def train(args: argparse.Namespace) -> None:
         patch_strategy_for_audio,
     )
     from audio_patches import BANNED
-    from reward_models_utils import reward_fn
+    from audio_policy import parts_of
+    from freezing import freeze, trainable
+    from rewards import find_reward
     from tower_cache import share_tower_outputs
 
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
     from lightrft.utils import get_tokenizer_processor_vl
 
+    reward_fn = find_reward(args.reward)
     strategy.print(banner(args, strategy))
 
     # ---- models
     with strategy.init_model_context():
         actor = load_actor(args, None if args.fsdp else strategy.get_ds_train_config(is_actor=True))
         initial_model = None
-        if args.init_kl_coef > 0:
+        if args.init_kl_coef > 0 and args.lora_rank == 0:
             initial_model = load_actor(args, None if args.fsdp else strategy.get_ds_eval_config(offload=False))
     if args.freeze_prefix:
         strategy.print(freeze(actor.model, args.freeze_prefix))
+    if args.lora_rank > 0:
+        strategy.print(f"LoRA of rank {args.lora_rank}: {trainable(actor.model)}")
     if args.gradient_checkpointing:
         actor.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -113,8 +118,14 @@ def train(args: argparse.Namespace) -> None:
     models = [model for model in (actor, initial_model) if model is not None]
     for model in models:
         patch_actor_for_audio(model)
-    if on_runtime() and "audio_tower" in (args.freeze_prefix or []) and args.zero_stage < 3:
-        share_tower_outputs(*(strategy.unwrap_model(model.model) for model in models))
+    if on_runtime() and args.zero_stage < 3:
+        modules = [strategy.unwrap_model(model.model) for model in models]
+        if not any(p.requires_grad for p in parts_of(modules[0]).tower.parameters()):
+            share_tower_outputs(*modules)
+    if args.lora_rank > 0 and args.init_kl_coef > 0:
+        from lightrft.models.lora import WithoutAdapters
+
+        initial_model = WithoutAdapters(actor)
     audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
     trainer = SPMDPPOTrainerVL(
         strategy,
@@ -173,7 +184,15 @@ def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> An
         return lightrft_host.load_actor(args, ds_config)
     from lightrft.models.actor_al import ActorAL
 
-    return ActorAL(args.pretrain, use_flash_attention_2=args.flash_attn, bf16=args.bf16, ds_config=ds_config)
+    return ActorAL(
+        args.pretrain,
+        use_flash_attention_2=args.flash_attn,
+        bf16=args.bf16,
+        ds_config=ds_config,
+        lora_rank=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        target_modules=args.target_modules,
+    )
 
 
 def load_prompts(
@@ -232,25 +251,6 @@ def make_eval_dataloader(args: argparse.Namespace, strategy: Any, tokenizer: Any
     dataset = load_prompts(args, strategy, tokenizer, processor, source, args.eval_split, args.max_eval_samples)
     loader = strategy.setup_dataloader(dataset, size, False, False, collate_fn=dataset.collate_fn, drop_last=False)
     return PrefetchLoader(loader)
-
-
-def freeze(model: Any, parts: list[str]) -> str:
-    """Stop training some parts of the model.
-
-    :param model: Qwen2-Audio.
-    :param parts: Names of sub-modules.
-    :return: What was frozen.
-    :raises ValueError: if a part has no parameter, which would leave it training silently.
-    """
-    counts = []
-    for part in parts:
-        parameters = [p for name, p in model.named_parameters() if part in name.split(".")]
-        if not parameters:
-            raise ValueError(f"--freeze_prefix {part}: the model has no parameter below a module of that name")
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        counts.append(f"{part} ({len(parameters)} tensors)")
-    return "frozen: " + ", ".join(counts)
 
 
 def banner(args: argparse.Namespace, strategy: Any) -> str:

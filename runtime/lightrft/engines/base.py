@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
+
+_ADAPTED = re.compile(r"\.(?:base_layer|lora_[AB]\.default)(?=\.)")  # what peft puts into a name
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,22 @@ def checkpoint_name(name: str) -> str:
     if name.startswith("lm_head."):
         return "language_model." + name
     return name.removeprefix("model.")
+
+
+def plain_name(name: str) -> str:
+    """Name of the parameter that an adapted layer's parameter belongs to; any other name stays.
+
+    :param name: Parameter name, live.
+    """
+    return _ADAPTED.sub("", name)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's.
+
+    :param name: Parameter name, live.
+    """
+    return ".lora_" in name
 
 
 def layer_of(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class ActorAL(nn.Module):
     :param use_flash_attention_2: Use flash-attn kernels; otherwise PyTorch's scaled dot product attention.
     :param bf16: Weights in bfloat16; otherwise float32.
     :param ds_config: DeepSpeed configuration; with ZeRO-3 the weights are partitioned while loading.
+    :param lora_rank: Rank of LoRA adapters, which then train alone; 0: none.
+    :param lora_alpha: See :func:`lightrft.models.lora.add_adapters`.
+    :param target_modules: See there.
     """
 
     modality = ActorModality.AUDIO_LANGUAGE
@@ -45,6 +48,9 @@ class ActorAL(nn.Module):
         use_flash_attention_2: bool = False,
         bf16: bool = True,
         ds_config: dict[str, Any] | None = None,
+        lora_rank: int = 0,
+        lora_alpha: int = 16,
+        target_modules: Sequence[str] = ("language_model",),
     ) -> None:
         super().__init__()
         if isinstance(pretrain_or_model, str):
@@ -57,6 +63,12 @@ class ActorAL(nn.Module):
             )
         else:
             self.model = pretrain_or_model
+        self.lora_config: Any = None
+        if lora_rank > 0:
+            from .lora import add_adapters
+
+            name = pretrain_or_model if isinstance(pretrain_or_model, str) else self.model.name_or_path
+            self.lora_config = add_adapters(self.model, lora_rank, lora_alpha, target_modules, name)
         self.model.config.use_cache = False
         # set by the trainer to the sampling's values, so that log-probs are those of the sampling distribution
         self.temperature = 1.0

@@ -6,6 +6,7 @@ import torch
 
 LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+ROLLOUT_CORRECTIONS = ("tis", "mis")
 
 
 def aggregate(
@@ -43,22 +44,64 @@ def aggregate(
 
 
 def policy_loss_tokens(
-    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, eps_clip: float
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    eps_clip: float,
+    eps_clip_high: float | None = None,
+    sequence_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's clipped surrogate for each token.
 
     :param log_probs: ``(batch, length)`` under the policy that is trained.
     :param old_log_probs: ``(batch, length)`` under the policy that sampled.
     :param advantages: ``(batch, length)`` or ``(batch, 1)``.
-    :param eps_clip: Clip range of the ratio.
+    :param eps_clip: How far the ratio may fall below 1.
+    :param eps_clip_high: How far it may rise above 1 (DAPO's clip-higher); None: as far as it may fall.
+    :param sequence_mask: ``(batch, length)``, 1 at response tokens: GSPO. A response's ratio, the geometric mean of
+        its tokens' ratios, takes the place of each token's; None: a ratio a token.
     :return: Loss ``(batch, length)`` to be minimised, and whether the clip was active, ``(batch, length)`` bool.
 
-    Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), equation 7.
+    Sources: Schulman et al., Proximal Policy Optimization Algorithms (2017), equation 7; Yu et al., DAPO (2025),
+    section 3.1; Zheng et al., Group Sequence Policy Optimization (2025), equations 5 to 7.
     """
-    ratio = (log_probs - old_log_probs).exp()
+    log_ratio = log_probs - old_log_probs
+    if sequence_mask is not None:
+        mask = sequence_mask.to(log_ratio.dtype)
+        means = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+        log_ratio = means.expand_as(log_ratio)
+    ratio = log_ratio.exp()
     unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip) * advantages
+    clipped = ratio.clamp(1 - eps_clip, 1 + (eps_clip if eps_clip_high is None else eps_clip_high)) * advantages
     return -torch.min(unclipped, clipped), clipped < unclipped
+
+
+def rollout_weights(
+    old_log_probs: torch.Tensor, engine_log_probs: torch.Tensor, mask: torch.Tensor, method: str, limit: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What corrects a loss for tokens that were sampled from the engine's probabilities, not from the trainer's.
+
+    :param old_log_probs: ``(batch, length)``, the trainer's for the policy that sampled.
+    :param engine_log_probs: ``(batch, length)``, the engine's.
+    :param mask: ``(batch, length)``, 1 at response tokens.
+    :param method: ``tis``: each token weighs its ratio of the two, at most ``limit``; ``mis``: each response weighs the
+        product of its tokens' ratios, and nothing above ``limit``.
+    :param limit: Largest weight.
+    :return: Weights ``(batch, length)`` without gradient, and where the limit took hold, ``(batch, length)`` bool.
+    :raises ValueError: if the method is unknown.
+
+    Sources: Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (2025), for ``tis``;
+    Liu et al., When Speed Kills Stability (2025), for ``mis``.
+    """
+    log_ratio = ((old_log_probs - engine_log_probs) * mask).detach()
+    if method == "tis":
+        ratio = log_ratio.exp()
+        return ratio.clamp(max=limit), (ratio > limit) & mask.bool()
+    if method == "mis":
+        ratio = log_ratio.sum(-1, keepdim=True).exp().expand_as(log_ratio)
+        beyond = ratio > limit
+        return ratio.masked_fill(beyond, 0.0), beyond & mask.bool()
+    raise ValueError(f"unknown rollout correction {method!r}; known: {', '.join(ROLLOUT_CORRECTIONS)}")
 
 
 def kl_tokens(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str) -> torch.Tensor:

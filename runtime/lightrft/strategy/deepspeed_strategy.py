@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_scheduler
 
-from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling, checkpoint_name, layer_of
+from lightrft.engines.base import (
+    RolloutEngine,
+    RolloutOutput,
+    Sampling,
+    checkpoint_name,
+    is_adapter,
+    layer_of,
+    plain_name,
+)
 from lightrft.utils.console import console
 
 from . import checkpoint
@@ -375,7 +384,7 @@ class DeepspeedStrategy:
             yield module
 
     def named_weights(self, model: nn.Module, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Checkpoint name and whole value of each parameter, one at a time, not copied.
+        """Checkpoint name and whole value of each parameter, one at a time; not copied, but adapters are merged.
 
         :param model: Prepared model. A collective under ZeRO-3: all ranks iterate.
         :param trained_only: Leave out layers that are frozen.
@@ -383,16 +392,24 @@ class DeepspeedStrategy:
         import deepspeed
 
         whole = self.args.zero_stage == 3
-        parameters = dict(self.unwrap_model(model).named_parameters())
-        trained = {layer_of(name) for name, parameter in parameters.items() if parameter.requires_grad}
+        module = self.unwrap_model(model)
+        parameters, adapted = dict(module.named_parameters()), {}
+        if self.args.lora_rank > 0:
+            from lightrft.models.lora import adapted_layers, merged
+
+            adapted = adapted_layers(module)
+        trained = {layer_of(plain_name(name)) for name, parameter in parameters.items() if parameter.requires_grad}
         for name, parameter in parameters.items():
-            if trained_only and layer_of(name) not in trained:
+            plain = plain_name(name)
+            if is_adapter(name) or (trained_only and layer_of(plain) not in trained):
                 continue
-            with deepspeed.zero.GatheredParameters([parameter]) if whole else nullcontext():
-                yield checkpoint_name(name), parameter.data
+            layer = adapted.get(name.removesuffix(".base_layer.weight"))
+            needed = [parameter] if layer is None else list(layer.parameters())
+            with deepspeed.zero.GatheredParameters(needed) if whole else nullcontext():
+                yield checkpoint_name(plain), parameter.data if layer is None else merged(layer)
 
     def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str) -> None:
-        """Write a Hugging Face folder that transformers and vLLM load.
+        """Write a Hugging Face folder that transformers and vLLM load, and LoRA's adapter alone into ``adapter`` in it.
 
         :param model: Prepared actor.
         :param tokenizer: Saved beside the weights.
@@ -401,8 +418,21 @@ class DeepspeedStrategy:
         """
         inner = model.model
         weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights(inner)}  # ZeRO keeps views
-        module = self.unwrap_model(inner)
-        self.together(lambda: checkpoint.write_hf_folder(module, weights, tokenizer, output_dir), self.is_rank_0())
+        module, lora_config = self.unwrap_model(inner), model.lora_config
+        adapter = {}
+        if lora_config is not None:
+            from lightrft.models.lora import write_adapter
+
+            with self.gathered(inner):
+                named = ((name, p) for name, p in module.named_parameters() if is_adapter(name))
+                adapter = {name: p.data.cpu().clone() for name, p in named}
+
+        def write() -> None:
+            if lora_config is not None:
+                write_adapter(lora_config, adapter, Path(output_dir) / "adapter")
+            checkpoint.write_hf_folder(module, weights, tokenizer, output_dir)
+
+        self.together(write, self.is_rank_0())
 
     def save_ckpt(
         self, model: Any, save_dir: str, tag: str, max_num: int = 3, client_state: dict[str, Any] | None = None

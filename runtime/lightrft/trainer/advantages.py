@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-ESTIMATORS = ("group_norm", "rloo", "reinforce_baseline", "reinforce++", "reinforce")
+ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce")
+WHITENED = ("rloo", "reinforce_baseline", "reinforce++", "reinforce")  # over the batch, as LightRFT does
 STD_EPS = 1e-4  # R1-AQA's; also keeps rounding noise in a group of equal rewards from being blown up
 
 
@@ -12,13 +13,15 @@ def shape_rewards(rewards: torch.Tensor, estimator: str, n_samples: int) -> torc
     """Rewards relative to their group, one value a response.
 
     :param rewards: ``(prompts * n_samples,)``, a group's responses next to each other.
-    :param estimator: ``group_norm`` (minus mean, over standard deviation: GRPO), ``rloo`` (minus the mean of the
-        others), ``reinforce_baseline`` (minus mean), ``reinforce++`` and ``reinforce`` (unchanged).
+    :param estimator: ``group_norm`` (minus mean, over standard deviation: GRPO), ``dr_grpo`` and
+        ``reinforce_baseline`` (minus mean; only the second is whitened later), ``rloo`` (minus the mean of the others),
+        ``reinforce++`` and ``reinforce`` (unchanged).
     :param n_samples: Responses a prompt.
     :return: ``(prompts * n_samples,)``.
     :raises ValueError: if the estimator is unknown.
 
-    Sources: Shao et al., DeepSeekMath (2024), section 4.1; Ahmadian et al., Back to Basics (2024).
+    Sources: Shao et al., DeepSeekMath (2024), section 4.1; Liu et al., Understanding R1-Zero-Like Training (2025), for
+    Dr. GRPO; Ahmadian et al., Back to Basics (2024).
     """
     groups = rewards.reshape(-1, n_samples)
     if estimator == "group_norm":
@@ -26,13 +29,28 @@ def shape_rewards(rewards: torch.Tensor, estimator: str, n_samples: int) -> torc
     elif estimator == "rloo":
         others = (groups.sum(-1, keepdim=True) - groups) / (n_samples - 1)
         shaped = groups - others
-    elif estimator == "reinforce_baseline":
+    elif estimator in ("dr_grpo", "reinforce_baseline"):
         shaped = groups - groups.mean(-1, keepdim=True)
     elif estimator in ("reinforce++", "reinforce"):
         shaped = groups
     else:
         raise ValueError(f"unknown advantage estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
     return shaped.reshape(-1)
+
+
+def overlong_penalty(lengths: torch.Tensor, max_length: int, buffer: int, factor: float) -> torch.Tensor:
+    """What responses lose that come near the token limit: nothing up to the buffer, ``factor`` at its end.
+
+    :param lengths: Response tokens ``(responses,)``.
+    :param max_length: Token limit.
+    :param buffer: Tokens before it over which the penalty grows.
+    :param factor: The whole penalty.
+    :return: ``(responses,)`` float32, 0 or less.
+
+    Source: Yu et al., DAPO (2025), equation 13.
+    """
+    beyond = (lengths - (max_length - buffer)).clamp(min=0)
+    return -beyond / buffer * factor
 
 
 def discounted_returns(token_rewards: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.actor_modality import get_supported_parameters
 from lightrft.models.loss import kl_tokens
 
-from .advantages import KLController, shape_rewards, token_advantages, whiten
+from .advantages import WHITENED, KLController, overlong_penalty, shape_rewards, token_advantages, whiten
 from .replay_buffer import Experience, make_micro_batch
 
 
@@ -73,6 +73,7 @@ class FastExperienceMaker:
         self.sampling = sampling
         self.needs_old_log_probs = needs_old_log_probs
         self.multimodal_processor: Any = None  # set by patch_experience_maker_for_audio
+        self.draw_prompts: Callable[[int, int, int], tuple[Any, ...]] | None = None  # see replace_groups
         self.timings: dict[str, float] = {}
 
     def make_experience_list(
@@ -95,6 +96,10 @@ class FastExperienceMaker:
         started = time.perf_counter()
         items = self.rollout(all_prompts, all_images, all_references, all_labels, self.sampling, step)
         self.score(items)
+        if self.draw_prompts is not None:
+            items = self.replace_groups(items, step)
+        if self.strategy.args.overlong_buffer:
+            self.penalise_length(items)
         rolled_out = time.perf_counter()
         self.add_log_probs(items)
         self.add_advantages(items)
@@ -109,6 +114,7 @@ class FastExperienceMaker:
         all_labels: Sequence[str],
         sampling: Sampling,
         step: int,
+        attempt: int = 0,
     ) -> list[Experience]:
         """Sample responses, one engine request a prompt.
 
@@ -118,6 +124,7 @@ class FastExperienceMaker:
         :param all_labels: See there.
         :param sampling: How to sample; each prompt gets a seed of (run seed, step, position in the global batch).
         :param step: Rollout step.
+        :param attempt: Number of the rollout within the step, which the seeds depend on, too.
         :return: Experiences without rewards.
         :raises RuntimeError: if the engine saw other prompt tokens than the trainer will.
         """
@@ -135,11 +142,10 @@ class FastExperienceMaker:
         rows = data["all_images_pixel_values"]
         sizes = data["all_images_grid_thw"].prod(-1).tolist()
         clips = list(rows.split(sizes)) if rows is not None else []
-        rank, world, seed = self.strategy.rank, self.strategy.world_size, self.strategy.args.seed
+        rank, world = self.strategy.rank, self.strategy.world_size
+        seed = (self.strategy.args.seed, step, *([attempt] if attempt else []))
         outputs = self.strategy.gather_and_generate(
-            sampling_params=[
-                sampling.with_seed(stable_seed(seed, step, i * world + rank)) for i in range(len(all_prompts))
-            ],
+            sampling_params=[sampling.with_seed(stable_seed(*seed, i * world + rank)) for i in range(len(all_prompts))],
             all_prompt_token_ids=data["all_prompt_token_ids"],
             all_prompts=data["all_prompts"],
             all_images=data["all_images"],
@@ -171,6 +177,53 @@ class FastExperienceMaker:
                     )
                 )
         return items
+
+    def replace_groups(self, items: list[Experience], step: int) -> list[Experience]:
+        """Put groups with spread in place of those whose rewards are all alike, which teach nothing.
+
+        Prompts are drawn with ``draw_prompts(step, attempt, count)``, as many on every rank as the rank with most to
+        replace needs, since an engine may span ranks. After ``dynamic_sampling_rounds`` what is left stays as it is.
+
+        :param items: Scored experiences, a group's next to each other.
+        :param step: Rollout step.
+        :return: As many, group by group; each carries whether it is a replacement in its reward metrics.
+
+        Source: Yu et al., DAPO (2025), section 3.2.
+        """
+        n = self.sampling.n
+        groups = [items[i : i + n] for i in range(0, len(items), n)]
+        dull = [i for i, group in enumerate(groups) if not has_spread(group)]
+        replaced = set()
+        for attempt in range(1, self.strategy.args.dynamic_sampling_rounds + 1):
+            most = torch.tensor(float(len(dull)), device=self.strategy.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            if most == 0:
+                break
+            drawn = self.rollout(*self.draw_prompts(step, attempt, int(most)), self.sampling, step, attempt)
+            self.score(drawn)
+            fresh = [drawn[i : i + n] for i in range(0, len(drawn), n)]
+            for group in filter(has_spread, fresh):
+                if dull:
+                    groups[dull[0]] = group
+                    replaced.add(dull.pop(0))
+        for i, group in enumerate(groups):
+            for item in group:
+                item.reward_metrics["replaced"] = float(i in replaced)
+        return [item for group in groups for item in group]
+
+    def penalise_length(self, items: list[Experience]) -> None:
+        """Take from the rewards what responses near the token limit lose.
+
+        :param items: Scored experiences; changed in place.
+        """
+        args = self.strategy.args
+        lengths = torch.tensor([float(len(item.response_ids)) for item in items])
+        penalties = overlong_penalty(
+            lengths, self.sampling.max_tokens, args.overlong_buffer_len, args.overlong_buffer_penalty_factor
+        )
+        for item, penalty in zip(items, penalties.tolist(), strict=True):
+            item.reward += penalty
+            item.reward_metrics["overlong_penalty"] = penalty
 
     def score(self, items: list[Experience]) -> None:
         """Set the rewards.
@@ -240,13 +293,22 @@ class FastExperienceMaker:
         for item, value in zip(items, shaped, strict=True):
             kl = kl_tokens(item.old_log_probs, item.ref_log_probs, args.kl_estimator) if in_reward else None
             item.advantages = token_advantages(value, len(item.response_ids), kl, self.kl_ctl.value, args.gamma)
-        if args.advantage_estimator != "group_norm":  # LightRFT whitens all others over the batch
+        if args.advantage_estimator in WHITENED:
             flat = torch.cat([item.advantages for item in items]).double()
             sums = torch.stack([flat.sum(), flat.square().sum(), flat.new_tensor(len(flat))]).to(self.strategy.device)
             dist.all_reduce(sums)
             mean, factor = whiten(*sums.tolist())
             for item in items:
                 item.advantages = (item.advantages - mean) * factor
+
+
+def has_spread(group: Sequence[Experience]) -> bool:
+    """Whether the rewards of a group differ.
+
+    :param group: Scored experiences of a prompt.
+    """
+    rewards = [item.reward for item in group]
+    return min(rewards) < max(rewards)
 
 
 def forward(model: Any, batch: Any) -> torch.Tensor:

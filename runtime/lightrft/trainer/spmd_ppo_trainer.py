@@ -15,6 +15,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from lightrft.engines.base import Sampling
-from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens
+from lightrft.engines.base import Sampling, stable_seed
+from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens, rollout_weights
 from lightrft.strategy import checkpoint
 from lightrft.strategy.checkpoint import SaveError
 from lightrft.strategy.deepspeed_hooks import StepGuard, is_usable
@@ -173,6 +174,8 @@ class SPMDPPOTrainerVL:
         bar = tqdm(total=total, initial=step, desc="GRPO", file=console.stream, disable=not show_bar, leave=False)
         started = time.perf_counter()
         metrics: dict[str, float] = {}
+        if args.dynamic_sampling:
+            self.experience_maker.draw_prompts = partial(self.draw_prompts, prompts_dataloader)
         try:
             for episode in range(step // per_episode, args.num_episodes):
                 sampler = prompts_dataloader.sampler
@@ -244,6 +247,19 @@ class SPMDPPOTrainerVL:
             self.save_trajectories(items, step)
         return metrics
 
+    def draw_prompts(self, loader: Any, step: int, attempt: int, count: int) -> tuple[Any, ...]:
+        """Prompts beside those of the step, at random from all data; the same again in a resumed run.
+
+        :param loader: This rank's prompts.
+        :param step: Rollout step.
+        :param attempt: Number of the draw within the step.
+        :param count: How many.
+        :return: As a batch of the loader.
+        """
+        seed = stable_seed(self.strategy.args.seed, "more", step, attempt, self.strategy.rank)
+        rows = random.Random(seed).choices(range(len(loader.dataset)), k=count)
+        return loader.dataset.collate_fn(loader.dataset.__getitems__(rows))
+
     def update(self, items: list[Experience], step: int) -> tuple[dict[str, float], dict[str, float], bool]:
         """Forward and backward over all micro-batches; DeepSpeed steps the optimizer when its batch is full.
 
@@ -256,6 +272,8 @@ class SPMDPPOTrainerVL:
         sums = dict.fromkeys(
             ("policy_loss", "kl", "clipped", "tokens", "micro_batches", "gap", "gap_tokens", "train/not_finite"), 0.0
         )
+        if args.rollout_correction != "none":
+            sums |= {"weights": 0.0, "limited": 0.0}
         maxima = {"gap": 0.0, "grad_norm": math.nan}  # no norm where no optimizer step was due
         skip = self.health.action == "skip"
         updated = False
@@ -278,9 +296,22 @@ class SPMDPPOTrainerVL:
                 detached = log_probs.detach()
                 on_policy = part[0].old_log_probs is None
                 old = detached if on_policy else self._padded(part, "old_log_probs", width)
+                engine_log_probs = self._padded(part, "engine_log_probs", width)
                 losses, clipped = policy_loss_tokens(
-                    log_probs, old, self._padded(part, "advantages", width), self.eps_clip
+                    log_probs,
+                    old,
+                    self._padded(part, "advantages", width),
+                    self.eps_clip,
+                    args.eps_clip_high,
+                    mask if args.use_gspo else None,
                 )
+                if args.rollout_correction != "none":
+                    weights, limited = rollout_weights(
+                        old, engine_log_probs, mask, args.rollout_correction, args.rollout_correction_limit
+                    )
+                    losses = losses * weights
+                    sums["weights"] += float((weights * mask).sum())
+                    sums["limited"] += float(limited.sum())
                 policy_loss = loss = aggregate(losses, mask, **scale)
                 kl = None
                 if part[0].ref_log_probs is not None:
@@ -299,7 +330,7 @@ class SPMDPPOTrainerVL:
                     if kl is not None:
                         sums["kl"] += float((kl.detach() * mask).sum())
                     if epoch == 0:  # the weights are still those that sampled
-                        gap = ((old - self._padded(part, "engine_log_probs", width)).abs() * mask).cpu()
+                        gap = ((old - engine_log_probs).abs() * mask).cpu()
                         sums["gap"] += float(gap.sum())
                         sums["gap_tokens"] += float(mask.sum())
                         maxima["gap"] = max(maxima["gap"], float(gap.max()))
@@ -562,6 +593,8 @@ def step_metrics(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, 
         "train/policy_loss": sums["policy_loss"] / (sums["micro_batches"] or math.nan),
         "train/kl": sums["kl"] / tokens,
         "train/clip_fraction": sums["clipped"] / tokens,
+        **({"train/correction_weight": sums["weights"] / tokens} if "weights" in sums else {}),
+        **({"train/correction_limited": sums["limited"] / tokens} if "limited" in sums else {}),
         "train/not_finite": sums["train/not_finite"],
         "samples_per_second": sums["responses"] / maxima["time/step"],
     }

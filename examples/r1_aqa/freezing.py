@@ -1,0 +1,63 @@
+"""Which parts of the model train."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+
+def freeze(model: Any, parts: list[str]) -> str:
+    """Stop training some parts of the model.
+
+    :param model: Qwen2-Audio.
+    :param parts: Names of sub-modules, dotted or not; ``*``, ``?`` and ``[]`` as in file names.
+    :return: What was frozen, and what still trains.
+    :raises SystemExit: if a part has no parameter, which would leave it training silently.
+    """
+    counts = []
+    for part in parts:
+        parameters = [p for name, p in model.named_parameters() if is_below(name, part)]
+        if not parameters:
+            raise SystemExit(f"--freeze_prefix {part}: the model has no parameter below a module of that name")
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        counts.append(f"{part} ({len(parameters)} tensors, {in_millions(parameters)})")
+    return f"frozen: {', '.join(counts)}; {trainable(model)}"
+
+
+def is_below(name: str, part: str) -> bool:
+    """Whether a parameter belongs to a part of the model.
+
+    :param name: Parameter name.
+    :param part: Consecutive parts of its path; ``*``, ``?`` and ``[]`` stand for others.
+    """
+    path, wanted = name.split(".")[:-1], part.split(".")
+    starts = range(len(path) - len(wanted) + 1)
+    return any(all(map(fnmatchcase, path[i : i + len(wanted)], wanted)) for i in starts)
+
+
+def trainable(model: Any) -> str:
+    """How much of a model trains.
+
+    :param model: Qwen2-Audio.
+    """
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    share = sum(map(size_of, trained)) / sum(map(size_of, parameters))
+    return f"{in_millions(trained)} of {in_millions(parameters)} parameters train ({share:.2%})"
+
+
+def in_millions(parameters: list[Any]) -> str:
+    """Number of values.
+
+    :param parameters: Parameters, whole or partitioned by ZeRO-3.
+    """
+    return f"{sum(map(size_of, parameters)) / 1e6:,.3f} M"
+
+
+def size_of(parameter: Any) -> int:
+    """Number of values of a parameter, on all ranks together.
+
+    :param parameter: Whole, or partitioned by ZeRO-3.
+    """
+    return getattr(parameter, "ds_numel", parameter.numel())

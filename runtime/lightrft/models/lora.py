@@ -1,0 +1,107 @@
+"""LoRA by peft: small trained matrices beside frozen linear layers, in the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+
+ADAPTER = "default"  # peft's name for the only one
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: int, targets: Sequence[str], base: str) -> LoraConfig:
+    """Freeze a model and put adapters beside some of its linear layers.
+
+    :param model: Qwen2-Audio, changed in place; its class and the names of its modules stay.
+    :param rank: Rank of the adapters' product.
+    :param alpha: The product weighs ``alpha / rank``.
+    :param targets: What to adapt: names of linear layers (``q_proj``) or of modules that hold them
+        (``language_model``). The head is never adapted: log-probs are computed from its weight.
+    :param base: Checkpoint that the model is from, for the adapter's configuration.
+    :return: peft's configuration, which :func:`write_adapter` saves.
+    :raises ValueError: if a target is not in the model.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    for target in targets:
+        if not any(target in name.split(".") for name in linear):
+            raise ValueError(f"--target_modules {target}: no linear layer of the model has that name or is below it")
+    chosen = [name for name in linear if set(targets) & set(name.split("."))]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, base_model_name_or_path=base)
+    inject_adapter_in_model(config, model)
+    return config
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Module name to layer, of those with an adapter.
+
+    :param model: Any model.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def merged(layer: LoraLayer) -> torch.Tensor:
+    """Weight of a plain layer that does what the adapted one does: base + ``alpha / rank`` * B A.
+
+    :param layer: Adapted linear layer, its parameters whole.
+    :return: A new tensor in the base weight's dtype; the sum is formed in float32.
+
+    Source: Hu et al., LoRA (2021), section 4.1.
+    """
+    weight, a, b = layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    product = torch.addmm(weight.data.float(), b.data.float(), a.data.float(), alpha=layer.scaling[ADAPTER])
+    return product.to(weight.dtype)
+
+
+def write_adapter(config: LoraConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write an adapter as peft loads it (``PeftModel.from_pretrained(base, folder)``).
+
+    :param config: From :func:`add_adapters`.
+    :param weights: Live names and values of the adapters' parameters, in CPU memory.
+    :param folder: Made if needed; the configuration is written last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    config.save_pretrained(folder)
+
+
+class WithoutAdapters:
+    """A reference model that costs no memory: the actor with its adapters switched off.
+
+    :param actor: Actor with adapters.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.modality = actor.modality
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with switched_off(self.actor.model):
+            return self.actor(*args, **kwargs)
+
+    def to(self, _: Any) -> WithoutAdapters:
+        """Nothing to move: the actor stays where it is."""
+        return self
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Let adapted layers do what their base layers do.
+
+    :param model: Model with adapters.
+    """
+    layers = adapted_layers(model).values()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
