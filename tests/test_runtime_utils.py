@@ -21,6 +21,7 @@ from lightrft.engines.base import Sampling, checkpoint_name, checksum, layer_of,
 from lightrft.models.actor_al import load_model
 from lightrft.strategy.checkpoint import begin, commit, newest, rotate, write_hf_folder
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
+from lightrft.trainer.spmd_ppo_trainer import hand_back_memory
 from lightrft.utils import blending_datasets, get_tokenizer_processor_vl
 from lightrft.utils import metrics as metrics_module
 from lightrft.utils.data import find_split
@@ -446,3 +447,15 @@ def test_a_tokenizer_without_padding_token_pads_with_the_end(tiny_model, tmp_pat
     assert tokenizer.pad_token == tokenizer.eos_token
     assert model.config.pad_token_id == tokenizer.eos_token_id
     assert tokenizer.padding_side == "left"
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+def test_freed_memory_goes_back_to_the_system():
+    def resident() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+
+    chunks = [b"x" * 100_000 for _ in range(3000)]  # 286 MiB, each too small for a mapping of its own
+    del chunks[:-1]  # the last one keeps the heap from shrinking
+    before = resident()
+    hand_back_memory()
+    assert resident() < before - 200
