@@ -50,7 +50,7 @@ test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/
 bench: $(READY) ## measure each part against its baseline; needs make demo (about an hour)
 	@$(PY) benchmarks/run_all.py --demo_dir $(DEMO_DIR)
 
-soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 15 minutes)
+soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 10 minutes)
 	@$(PY) benchmarks/soak.py --demo_dir $(DEMO_DIR)
 
 lint: $(READY) ## check style

@@ -5,7 +5,7 @@
 
 Each prints its own figures, with its work, baseline and limit in its ``--help``. Everything goes to
 ``benchmarks/results/<date>.json``, by benchmark. Left out: ``bench_host.py``, which needs a LightRFT checkout, and
-``soak.py``, which takes a quarter of an hour.
+``soak.py``, which takes ten minutes.
 """
 
 from __future__ import annotations

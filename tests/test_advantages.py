@@ -66,7 +66,7 @@ def test_group_advantages_do_not_depend_on_the_other_groups():
 
 
 def test_unknown_estimator_is_refused():
-    with pytest.raises(ValueError, match="'gae'; known: group_norm, rloo"):
+    with pytest.raises(ValueError, match="'gae'; known: group_norm, dr_grpo, rloo"):
         shape_rewards(torch.zeros(4), "gae", 2)
 
 
@@ -171,6 +171,7 @@ def test_overlong_penalty_by_hand(monkeypatch):
     lengths = torch.tensor([3.0, 12.0, 13.0, 14.0, 16.0])
     torch.testing.assert_close(overlong_penalty(lengths, 16, 4, 0.8), torch.tensor([0.0, 0.0, -0.2, -0.4, -0.8]))
     maker = make_maker(monkeypatch, "group_norm", overlong_buffer_len=4, overlong_buffer_penalty_factor=0.8)
+    maker.sampling = Sampling(n=2, max_tokens=16)
     items = make_items([2.0, 2.0], [3, 14])
     maker.penalise_length(items)
     assert [item.reward for item in items] == [2.0, pytest.approx(1.6)]

@@ -19,7 +19,7 @@ def pay(name, response, reference="2 dogs", label="avqa_rule"):
     ("name", "response", "label", "reward"),
     [
         ("exact", "<answer>2 dogs</answer>", "avqa_rule", 2.0),
-        ("exact", "<answer>2 cats</answer>", "avqa_rule", 1.0),  # 2.0 by math_verify, which sees two twos
+        ("exact", "<answer>2 cats</answer>", "avqa_rule", 1.0),
         ("exact", "2 dogs", "avqa_rule", 1.0),
         ("graded_format", "<answer>2 dogs</answer>", "avqa_rule", 2.0),
         ("graded_format", "it is <answer>2 dogs</answer>", "avqa_rule", 1.5),  # both tags, not the whole response
@@ -38,7 +38,8 @@ def test_rewards_by_hand(name, response, label, reward):
 
 
 def test_what_r1_aqa_counts_is_measured_whatever_is_paid():
-    total, metrics = pay("exact", "<answer>2 cats</answer>")
+    total, metrics = pay("exact", "<answer>about 2 cats</answer>", "some 2 dogs")  # math_verify sees two twos
+    assert total.tolist() == [1.0]
     assert metrics["accuracy_reward"].tolist() == [1.0] and metrics["format_reward"].tolist() == [1.0]
     assert torch.equal(metrics["rule_reward"], total)
 

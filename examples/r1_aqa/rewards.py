@@ -23,7 +23,7 @@ LONGEST_COST = 0.5
 
 
 def exact(response: str, reference: str, think: bool) -> float:
-    """Format, and accuracy as text alone: ``math_verify`` takes "2 cats" for "2 dogs", this does not.
+    """Format, and accuracy as text alone: ``math_verify`` takes "about 2 cats" for "some 2 dogs".
 
     :param response: Response text.
     :param reference: Gold answer.
