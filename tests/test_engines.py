@@ -256,6 +256,7 @@ def maker(vllm_engine, parts):
     """The experience maker on the real engine, in a single process."""
     actor, tokenizer, processor = parts
     args = SimpleNamespace(
+        overlong_buffer=False,
         seed=1,
         enable_engine_sleep=True,
         micro_rollout_batch_size=4,
