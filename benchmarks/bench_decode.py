@@ -20,20 +20,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
-import torch
+from report import ROOT, Report
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "r1_aqa"
 PROMPTS, SAMPLES = 16, 8
 RATE, SECONDS = 44_100, 10
 WAYS = ("ahead", "memory", "baseline")
+LIMIT = 0.95
 TAKING_TURNS = f"""
 import sys
 sys.path.insert(0, {str(EXAMPLE)!r})
@@ -115,10 +114,11 @@ def run(demo: Path, data: Path, episodes: int) -> list[dict[str, float]]:
 def main() -> None:
     """Measure, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo_dir", type=Path, default=ROOT / "results" / "demo", help="what make demo wrote")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of three episodes")
+    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of three episodes (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="steps an episode")
     args = parser.parse_args()
+    report = Report("decode", __doc__, args.rounds)
     with tempfile.TemporaryDirectory() as folder:
         make_data(args.demo_dir.resolve(), Path(folder), PROMPTS * args.steps)
         steps = run(args.demo_dir.resolve(), Path(folder), len(WAYS) * args.rounds)
@@ -139,14 +139,10 @@ def main() -> None:
         print(f"{way:8}  waits {median[f'{way}_wait']:.4f} s of a step of {median[f'{way}_step']:.2f} s{hidden}")
     start = steps[0]["time/data"]
     print(f"the first batch of a run: {start:.4f} s, of an episode not in memory: {median['ahead_first_wait']:.3f} s")
-    result = {"rounds": args.rounds, "steps": args.steps, "torch": torch.__version__, "cores": os.cpu_count()}
-    result |= {"threads": torch.get_num_threads(), "first_wait_of_the_run": round(start, 4), "median": median}
-    result["all"] = [{name: round(value, 4) for name, value in times.items()} for times in rounds]
-    out = ROOT / "benchmarks" / "results" / f"{date.today()}_decode.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {out.relative_to(ROOT)}")
-    raise SystemExit(int(min(median["ahead_hidden"], median["memory_hidden"]) < 0.95))
+    report.judge("decoding ahead: share hidden", median["ahead_hidden"], at_least=LIMIT)
+    report.judge("decoded clips in memory: share hidden", median["memory_hidden"], at_least=LIMIT)
+    all_ = [{name: round(value, 4) for name, value in times.items()} for times in rounds]
+    report.finish(steps=args.steps, first_wait_of_the_run=round(start, 4), median=median, all=all_)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,26 @@
 #!/usr/bin/env python3
 """Questions a second of eval_mmau.py's engines against the published way: transformers, one question after another.
 
-    python benchmarks/bench_eval.py --model_path results/demo/model --data_dir results/demo/data
+    python benchmarks/bench_eval.py --demo_dir results/demo
 
 Work: greedy answers of up to 16 tokens to the same questions. Baseline: processor and ``generate`` for each question,
 as in R1-AQA's and LightRFT's scripts (30 s of padding through the tower each time). Rounds are interleaved, so that
-other load on the machine strikes all alike; the figure is the median of the rounds' ratios. Written to
+other load on the machine strikes all alike; the figure is the median of the rounds' ratios. Limits: every engine faster
+than the baseline, with the same answers; ends with status 1 beyond them. Written to
 ``benchmarks/results/<date>_eval.json``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from report import ROOT, Report, ratio, timed
+
 sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "examples" / "r1_aqa" / "data_preprocess")]
 
 MAX_NEW_TOKENS = 16
@@ -56,10 +55,9 @@ def one_by_one(path: str, jobs: list[Any]) -> Callable[[], list[str]]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", default="results/demo/model", help="Qwen2-Audio folder")
-    parser.add_argument("--data_dir", type=Path, default=Path("results/demo/data"), help="the demo's data")
+    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
     parser.add_argument("--questions", type=int, default=64, help="questions a round")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
     args = parser.parse_args()
 
     from audio_io import load_audio
@@ -67,12 +65,11 @@ def main() -> None:
     from eval_items import make_items, read_rows
     from eval_models import resolve_model
 
-    log = ROOT / "benchmarks" / "results" / "bench_eval.log"
-    log.parent.mkdir(exist_ok=True)
-    benchmark, rows = read_rows(args.data_dir / "demo-test.json", "mmau")
-    items = make_items(rows[: args.questions], benchmark, args.data_dir, False)
-    model = resolve_model(args.model_path, None)
-    with chatter_to(log) as screen:
+    report, data = Report("eval", __doc__, args.rounds), args.demo_dir / "data"
+    benchmark, rows = read_rows(data / "demo-test.json", "mmau")
+    items = make_items(rows[: args.questions], benchmark, data, False)
+    model = resolve_model(str(args.demo_dir / "model"), None)
+    with chatter_to(report.log) as screen:
         processor = load_processor(model)
         jobs = [Job(i.index, render(processor, i.prompt), i.audio, len(load_audio(i.audio)), False) for i in items]
 
@@ -98,27 +95,25 @@ def main() -> None:
         answers = {name: way() for name, way in ways.items()}  # warms up, and shows that all say the same
         for round_ in range(args.rounds):
             for name, way in ways.items():
-                started = time.perf_counter()
-                way()
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(timed(way)[0].wall)
             print(f"round {round_ + 1}/{args.rounds}", file=screen, flush=True)
     base = "transformers, one by one"
     table = {}
     for name, times in seconds.items():
-        ratios = [b / t for b, t in zip(seconds[base], times, strict=True)]
         table[name] = {
             "questions_per_second": round(args.questions / statistics.median(times), 1),
-            "ratio": round(statistics.median(ratios), 2),
+            "ratio": round(ratio(seconds[base], times), 2),
             "same_answers": sum(a == b for a, b in zip(answers[base], answers[name], strict=True)),
         }
         print(
             f"{name:26}  {table[name]['questions_per_second']:8.1f} questions/s   {table[name]['ratio']:6.2f} x   "
             f"{table[name]['same_answers']}/{args.questions} same answers"
         )
-    out = log.with_name(f"{date.today()}_eval.json")
-    record = {"questions": args.questions, "rounds": args.rounds, "model": args.model_path, "ways": table}
-    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {out.relative_to(ROOT)}")
+    for name in [name for name in ways if name != base]:
+        report.judge(f"evaluation, {name}: times one by one", table[name]["ratio"], at_least=1)
+    same = min(row["same_answers"] for row in table.values())
+    report.judge(f"evaluation: same answers, of {args.questions}", same, at_least=args.questions)
+    report.finish(questions=args.questions, ways=table)
 
 
 if __name__ == "__main__":

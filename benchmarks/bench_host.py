@@ -19,12 +19,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import torch
+from report import ROOT, Report, ratio
 
-ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 2  # steps
 PHASES = ("data", "rollout", "logprobs", "train", "sync", "step")
 
@@ -65,10 +64,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lightrft_home", required=True, type=Path, help="checkout of LightRFT, commit 49e62cb")
-    parser.add_argument("--demo_dir", type=Path, default=ROOT / "results" / "demo", help="what make demo wrote")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="steps a run")
     args = parser.parse_args()
+    report = Report("host", __doc__, args.rounds)
     train = str(ROOT / "examples" / "r1_aqa" / "train_colocate.py")
     launcher = [] if torch.cuda.is_available() else [str(ROOT / "tests" / "lightrft_launcher.py")]
     home = {"LIGHTRFT_HOME": str(args.lightrft_home.resolve())}
@@ -83,15 +83,11 @@ def main() -> None:
     table = {
         name: {p: round(statistics.median(t[p] for t in times), 3) for p in PHASES} for name, times in seconds.items()
     }
-    pairs = zip(seconds["LightRFT"], seconds["runtime"], strict=True)
-    ratio = round(statistics.median(real["step"] / ours["step"] for real, ours in pairs), 2)
     for name, times in table.items():
         print(f"{name:9}", *(f"{phase} {times[phase]:6.3f} s" for phase in PHASES), sep="  ")
-    print(f"a step inside LightRFT takes {ratio} x the runtime's")
-    out = ROOT / "benchmarks" / "results" / f"{date.today()}_host.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"rounds": args.rounds, "steps": args.steps, "seconds": table, "ratio": ratio}, indent=2))
-    print(f"written to {out.relative_to(ROOT)}")
+    steps = {name: [t["step"] for t in times] for name, times in seconds.items()}
+    report.judge("a step inside LightRFT, times the runtime's", ratio(steps["LightRFT"], steps["runtime"]))
+    report.finish(steps=args.steps, seconds=table)
 
 
 if __name__ == "__main__":

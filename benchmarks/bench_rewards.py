@@ -19,16 +19,13 @@ below 3. Written to ``benchmarks/results/<date>_rewards.json``.
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import functools
 import random
 import statistics
 import sys
-import time
-from datetime import date
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from report import ROOT, Report, ratio, timed
+
 sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "tests")]
 
 LIMIT = 3.0  # times as many rewards a second
@@ -103,10 +100,11 @@ def main() -> None:
     """Measure, compare, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=125, help="questions a round, of 8 responses each")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the texts")
     args = parser.parse_args()
 
+    report = Report("rewards", __doc__, args.rounds)
     import answer_matching
     import literal_rule
     from reward_models_utils import PLAIN_LABEL, reward_fn
@@ -126,38 +124,23 @@ def main() -> None:
         answer_matching._math_equal.cache_clear()
         values = {}
         for name, way in (("literal", literal), ("ours", ours)):
-            started = time.perf_counter()
-            values[name] = way(samples)
+            took, values[name] = timed(functools.partial(way, samples))
             if round_:  # the first warms up, and starts the checker
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(took.wall)
         checked += answer_matching._math_equal.cache_info().misses
         compared += len(samples)
         pairs = zip(samples, values["literal"], values["ours"], strict=True)
         different += [(s[1][len(s[0]) :], s[2], a, b) for s, a, b in pairs if a != b]
-    ratio = statistics.median(a / b for a, b in zip(seconds["literal"], seconds["ours"], strict=True))
     size = args.questions * 8
     table = {name: round(size / statistics.median(times)) for name, times in seconds.items()}
     for name, rate in table.items():
         print(f"{name:8}  {rate:7} rewards/s")
-    print(f"ratio     {ratio:7.1f}   limit {LIMIT}")
-    print(f"values    {compared - len(different)}/{compared} equal; math_verify asked for {checked} of them by ours")
+    print(f"math_verify asked for {checked} of {compared} by ours")
     for text, gold, literal_value, own in different[:5]:
         print(f"  {text!r} for {gold!r}: literal {literal_value}, ours {own}")
-    record = {
-        "rounds": args.rounds,
-        "samples_a_round": size,
-        "cores": os.cpu_count(),
-        "rewards_per_second": table,
-        "ratio": round(ratio, 2),
-        "different_values": len(different),
-        "compared": compared,
-        "asked_math_verify": checked,
-    }
-    out = ROOT / "benchmarks" / "results" / f"{date.today()}_rewards.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {out.relative_to(ROOT)}")
-    raise SystemExit(int(bool(different) or ratio < LIMIT))
+    report.judge("rewards: times as many a second", ratio(seconds["literal"], seconds["ours"]), at_least=LIMIT)
+    report.judge(f"rewards: values that differ, of {compared}", len(different), at_most=0)
+    report.finish(samples_a_round=size, rewards_per_second=table, asked_math_verify=checked)
 
 
 if __name__ == "__main__":

@@ -18,19 +18,16 @@ Rounds are interleaved; a ratio is the median over the rounds. Ends with status 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bench_step import MAX_NEW_TOKENS, PROMPTS, ROOT, SAMPLES, make_questions
+from bench_step import MAX_NEW_TOKENS, PROMPTS, SAMPLES, make_questions
+from report import ROOT, Report, ratio, timed
 
 sys.path[:0] = [str(ROOT / "runtime")]
 LIMIT = 0.95
@@ -114,27 +111,27 @@ def measure(engine: Any, ways: dict[str, Callable], rounds: int) -> dict[str, di
     :param engine: vLLM engine.
     :param ways: From :func:`make_ways`.
     :param rounds: Interleaved rounds, after one that warms up.
-    :return: Way to tokens a second and ratio to the baseline.
+    :return: Way to tokens a second and ratio to the baseline, also in tokens a CPU second.
     :raises SystemExit: if the ways sample different tokens.
     """
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    speeds: dict[str, list[list[float]]] = {name: [] for name in ways}  # a second, and a CPU second
     for round_ in range(rounds + 1):
         sampled = {}
         for name, way in ways.items():
             engine.llm.reset_prefix_cache()
             engine.llm.llm_engine.engine_core.reset_encoder_cache()
             engine.llm.reset_mm_cache()
-            started = time.perf_counter()
-            sampled[name] = way()
+            took, sampled[name] = timed(way)
             if round_:
-                speeds[name].append(sum(map(len, sampled[name])) / (time.perf_counter() - started))
+                speeds[name].append([sum(map(len, sampled[name])) / seconds for seconds in took])
         for name in ("generation", "whole rollout"):
             if sampled[name] != sampled[BASELINE]:
                 raise SystemExit(f"{name!r} did not sample the tokens of {BASELINE!r}")
     table = {}
     for name, values in speeds.items():
-        ratios = [own / base for own, base in zip(values, speeds[BASELINE], strict=True)]
-        table[name] = {"tokens_per_second": statistics.median(values), "ratio": statistics.median(ratios)}
+        (wall, cpu), (base, base_cpu) = zip(*values, strict=True), zip(*speeds[BASELINE], strict=True)
+        table[name] = {"tokens_per_second": round(statistics.median(wall)), "ratio": round(ratio(wall, base), 3)}
+        table[name]["cpu_ratio"] = round(ratio(cpu, base_cpu), 3)
     return table
 
 
@@ -142,7 +139,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
     args = parser.parse_args()
 
     from audio_dataset import AudioPromptDataset
@@ -153,8 +150,8 @@ def main() -> None:
     from lightrft.utils import get_tokenizer_processor_vl
     from lightrft.utils.console import console
 
-    out = ROOT / "benchmarks" / "results" / f"{date.today()}_rollout.json"
-    console.redirect(out.with_name("bench_rollout.log"))
+    report = Report("rollout", __doc__, args.rounds, console.print)
+    console.redirect(report.log)
     model = (args.demo_dir / "model").resolve()
     init_process_group(pick_device())
     with tempfile.TemporaryDirectory() as folder:
@@ -167,12 +164,14 @@ def main() -> None:
         engine, ways = make_ways(model, rows)
         table = measure(engine, ways, args.rounds)
     for name, row in table.items():
-        console.print(f"{name:18}  {row['tokens_per_second']:7.0f} tokens/s  {row['ratio']:5.2f} x")
-    record = {"rounds": args.rounds, "cores": os.cpu_count(), "prompts": PROMPTS, "samples": SAMPLES, "ways": table}
-    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    console.print(f"generation is limited to at least {LIMIT}; written to {out.relative_to(ROOT)}")
-    if table["generation"]["ratio"] < LIMIT:
-        raise SystemExit(1)
+        console.print(
+            f"{name:18}  {row['tokens_per_second']:7} tokens/s  {row['ratio']:5.2f} x   {row['cpu_ratio']:5.2f} x "
+            "a CPU second"
+        )
+    report.judge("rollout: tokens a second, of vLLM alone", table["generation"]["ratio"], at_least=LIMIT)
+    report.judge("rollout: the same, with features and checks", table["whole rollout"]["ratio"])
+    report.judge("rollout: vLLM with a request a sample, of one a prompt", table["a request a sample"]["ratio"])
+    report.finish(prompts=PROMPTS, samples=SAMPLES, ways=table)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How a GRPO step's seconds grow with samples, clip length, response length and processes.
 
-    python benchmarks/bench_scaling.py --model_path results/demo/model     # measure: docs/scaling.png
+    python benchmarks/bench_scaling.py --demo_dir results/demo             # measure: docs/scaling.png
     python benchmarks/bench_scaling.py --predict                           # Qwen2-Audio-7B on 8 GPUs, not measured
 
 Base point: the demo's model, float32, 8 prompts x 8 samples, clips of 5 s, responses of 16 tokens, micro-batches of 8,
@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import sys
 import tempfile
 import textwrap
-from datetime import date
 from pathlib import Path
 
 import numpy as np
-from bench_step import EXAMPLE, ROOT, make_questions, medians, train
+from bench_step import EXAMPLE, make_questions, medians, train
+from report import ROOT, Report, ratio
 
 PROMPTS, MICRO = 8, 8
 BASE = {"samples": 8, "clip": 5, "response": 16, "processes": 1}
@@ -148,11 +147,12 @@ def run_all(args: argparse.Namespace) -> None:
 
     :param args: Flags.
     """
+    report = Report("scaling", __doc__, args.rounds)
     points = [BASE] + [BASE | {name: v} for name, values in VARIED.items() for v in values if v != BASE[name]]
     runs: list[list[dict[str, float]]] = [[] for _ in points]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = never_ending(args.model_path, folder / "model")
+        model = never_ending(args.demo_dir / "model", folder / "model")
         data = {s: make_questions(folder / f"clips_{s}", PROMPTS * args.steps, s, s) for s in VARIED["clip"]}
         for round_ in range(args.rounds):
             for i, point in enumerate(points):
@@ -170,15 +170,12 @@ def run_all(args: argparse.Namespace) -> None:
             fits[name] = fit([point["x"] for point in table[name]], steps)
             start, slope, r2 = fits[name]
             print(f"{name:10}  step = {start:.2f} s + {1000 * slope:.1f} ms a {UNITS[name]}   (R2 {r2:.3f})")
-        else:
-            print(f"{name:10}  {values[-1]} processes: {steps[0] / steps[-1]:.2f} x as fast as one")
     draw(table, fits, ROOT / "docs" / "scaling.png")
-    out = ROOT / "benchmarks" / "results" / f"{date.today()}_scaling.json"
-    out.parent.mkdir(exist_ok=True)
-    settings = {"rounds": args.rounds, "steps": args.steps, "base": BASE, "prompts": PROMPTS, "micro_batch": MICRO}
-    record = settings | {"load_average": os.getloadavg(), "table": table, "fits": fits}
-    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {out.relative_to(ROOT)} and docs/scaling.png")
+    for name, (_, slope, _) in fits.items():
+        report.judge(f"scaling: milliseconds a {UNITS[name]}", 1000 * slope)
+    one, two = ([run["time/step"] for run in runs[points.index(BASE | {"processes": n})]] for n in (1, 2))
+    report.judge("scaling: two processes, times as fast as one", ratio(one, two))
+    report.finish(steps=args.steps, base=BASE, prompts=PROMPTS, micro_batch=MICRO, table=table, fits=fits)
 
 
 # ------------------------------------------------------------------------------------------------------------- predict
@@ -281,9 +278,9 @@ def print_prediction() -> None:
 def main() -> None:
     """Measure or predict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", type=Path, default=ROOT / "results" / "demo" / "model", help="the demo's model")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds")
-    parser.add_argument("--steps", type=int, default=6, help="steps a run")
+    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="steps a run (default: %(default)s)")
     parser.add_argument("--predict", action="store_true", help="print the prediction for Qwen2-Audio-7B and end")
     args = parser.parse_args()
     if args.predict:

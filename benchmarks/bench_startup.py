@@ -12,17 +12,15 @@ Written to ``benchmarks/results/<date>_startup.json``.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from report import ROOT, Report
+
 EXAMPLE = ROOT / "examples" / "r1_aqa"
 TRAIN, EVALUATE = str(EXAMPLE / "train_colocate.py"), str(EXAMPLE / "eval_mmau.py")
 FILES = ["--model_path", "m", "--data_file", "nowhere.json", "--out_file", "nowhere.json.out.json"]
@@ -89,32 +87,24 @@ def main() -> None:
     """Measure, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
-    parser.add_argument("--runs", type=int, default=7, help="runs of the short programs (default: %(default)s)")
-    parser.add_argument("--trainings", type=int, default=3, help="runs to the first step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each program (default: %(default)s)")
     args = parser.parse_args()
     if not (args.demo_dir / "model").is_dir():
         raise SystemExit(f"{args.demo_dir}/model: no such folder; run make demo first, or give its --demo_dir")
-    seconds: dict[str, list[float]] = {name: [] for name in SHORT}
-    for round_ in range(args.runs + 1):
+    report = Report("startup", __doc__, args.rounds)
+    seconds: dict[str, list[float]] = {name: [] for name in (*SHORT, "start to first step")}
+    for round_ in range(args.rounds + 1):
         for name, (_, status, arguments) in SHORT.items():
             taken = whole(arguments, status)
             if round_:  # the first warms up
                 seconds[name].append(taken)
-    limits = {name: limit for name, (limit, _, _) in SHORT.items()}
-    if args.trainings:
-        seconds["start to first step"] = [first_step(args.demo_dir.resolve()) for _ in range(args.trainings + 1)][1:]
-        limits["start to first step"] = FIRST_STEP_S
-    table = {
-        name: {"seconds": round(statistics.median(times), 3), "limit": limits[name], "runs": len(times)}
-        for name, times in seconds.items()
-    }
-    for name, row in table.items():
-        print(f"{name:26}  {row['seconds']:7.3f} s   limit {row['limit']:4.1f} s")
-    out = ROOT / "benchmarks" / "results" / f"{date.today()}_startup.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"cores": os.cpu_count(), "programs": table}, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {out.relative_to(ROOT)}")
-    raise SystemExit(int(any(row["seconds"] >= row["limit"] for row in table.values())))
+        taken = first_step(args.demo_dir.resolve())
+        if round_:
+            seconds["start to first step"].append(taken)
+    limits = {name: limit for name, (limit, _, _) in SHORT.items()} | {"start to first step": FIRST_STEP_S}
+    for name, times in seconds.items():
+        report.judge(f"{name}: seconds", statistics.median(times), at_most=limits[name])
+    report.finish(seconds={name: [round(s, 3) for s in times] for name, times in seconds.items()})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Seconds a whole GRPO step: this project against R1-AQA's scheme and, where it is installed, ms-swift.
 
-    python benchmarks/bench_step.py --model_path results/demo/model
-    python benchmarks/bench_step.py --model_path results/demo/model --swift_python /path/to/swift-venv/bin/python
+    python benchmarks/bench_step.py --demo_dir results/demo
+    python benchmarks/bench_step.py --demo_dir results/demo --swift_python /path/to/swift-venv/bin/python
 
 Work: the demo's model in float32, 16 prompts x 8 responses of up to 16 tokens, with a reference model, two threads and
 the same micro-batch on every side. Each prompt has a clip of its own, 1 to 10 s: the demo's sounds, one class a clip,
@@ -10,10 +10,12 @@ drawn again and again until the length is reached. Ways:
 
 - ``R1-AQA's scheme``: ``r1_aqa_scheme.py``. It ends with a comparison of log-probs, loss and gradient with the
   runtime's on one micro-batch; a difference above 1e-4 ends the benchmark.
-- ``runtime, vllm`` and ``runtime, hf``: ``train_colocate.py`` as a user runs it.
-- ``ms-swift, transformers`` and ``ms-swift, vllm``: ``swift_step.py`` with the interpreter of an environment that has
-  ms-swift 4.6.0 (that file says how to make one).
+- ``runtime, vllm``: ``train_colocate.py`` as a user runs it.
+- ``ms-swift, vllm``: ``swift_step.py`` with the interpreter of an environment that has ms-swift 4.6.0 (that file says
+  how to make one).
+- with ``--all_ways`` also ``runtime, hf`` and ``ms-swift, transformers``.
 
+Limits: at least 4 times as fast as R1-AQA's scheme and 5 times as fast as ms-swift with vLLM; status 1 beyond them.
 Each way is a process of its own and writes seconds to ``metrics.jsonl``; the first step is left out. Rounds are
 interleaved; the figure is the median over the rounds of the ratio to ``runtime, vllm``, in seconds and, because other
 work on the machine lengthens those, in CPU seconds. Written to ``benchmarks/results/<date>_step.json``.
@@ -31,14 +33,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import psutil
 import soundfile
+from report import ROOT, Report, ratio
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "r1_aqa"
 sys.path[:0] = [str(EXAMPLE)]
 from demo.make_data import train_rows  # noqa: E402
@@ -49,7 +50,8 @@ PHASES = ("rollout", "logprobs", "train", "sync", "step")
 PROMPTS, SAMPLES, MAX_NEW_TOKENS = 16, 8, 16
 LEARNING = ("rollout/reward", "rollout/response_length", "train/kl", "train/loss", "train/policy_loss")
 LIMIT = 1e-4  # of the comparison
-OURS, BASELINE = "runtime, vllm", "R1-AQA's scheme"
+OURS, BASELINE, SWIFT = "runtime, vllm", "R1-AQA's scheme", "ms-swift, vllm"
+LIMITS = {BASELINE: 4.0, SWIFT: 5.0}  # times as fast
 
 
 def make_questions(folder: Path, count: int, shortest: float, longest: float, seed: int = 0) -> Path:
@@ -150,17 +152,19 @@ def medians(metrics: list[dict[str, float]], names: list[str]) -> dict[str, floa
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", type=Path, default=ROOT / "results" / "demo" / "model", help="Qwen2-Audio")
+    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
     parser.add_argument("--micro_batch", type=int, default=8, help="responses a forward and backward, a multiple of 8")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each process")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
-    parser.add_argument("--steps", type=int, default=6, help="steps a run")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="steps a run (default: %(default)s)")
     parser.add_argument("--swift_python", type=Path, help="interpreter of an environment with ms-swift 4.6.0")
+    parser.add_argument("--all_ways", action="store_true", help="also rollouts with transformers, on both sides")
     args = parser.parse_args()
     if args.micro_batch % SAMPLES or PROMPTS * SAMPLES % args.micro_batch:
         parser.error(f"--micro_batch {args.micro_batch}: use 8, 16, 32, 64 or 128")
+    report = Report("step", __doc__, args.rounds)
     flags = {
-        "pretrain": args.model_path.resolve(),
+        "pretrain": (args.demo_dir / "model").resolve(),
         "rollout_batch_size": PROMPTS,
         "n_samples_per_prompt": SAMPLES,
         "micro_train_batch_size": args.micro_batch,
@@ -174,12 +178,14 @@ def main() -> None:
     ways: dict[str, tuple[list[object], dict[str, object]]] = {
         BASELINE: ([sys.executable, ROOT / "benchmarks" / "r1_aqa_scheme.py"], flags),
         OURS: (colocate, user),
-        "runtime, hf": (colocate, user | {"engine_type": "hf"}),
     }
+    swift = [args.swift_python, ROOT / "benchmarks" / "swift_step.py"]
     if args.swift_python:
-        swift = [args.swift_python, ROOT / "benchmarks" / "swift_step.py"]
-        ways["ms-swift, transformers"] = (swift, flags)
-        ways["ms-swift, vllm"] = (swift, flags | {"vllm": True})
+        ways[SWIFT] = (swift, flags | {"vllm": True})
+    if args.all_ways:
+        ways["runtime, hf"] = (colocate, user | {"engine_type": "hf"})
+        if args.swift_python:
+            ways["ms-swift, transformers"] = (swift, flags)
 
     names = [*(f"time/{phase}" for phase in PHASES), "cpu/step", *LEARNING]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -203,9 +209,8 @@ def main() -> None:
     for name, done in runs.items():
         table[name] = {key: round(value, 4) for key, value in medians(done, names).items()}
         for kind in ("time", "cpu"):
-            pairs = zip(done, runs[OURS], strict=True)
-            ratio = statistics.median(theirs[f"{kind}/step"] / ours[f"{kind}/step"] for theirs, ours in pairs)
-            table[name][f"{kind}/ratio"] = round(ratio, 2)
+            steps = [[m[f"{kind}/step"] for m in way] for way in (done, runs[OURS])]
+            table[name][f"{kind}/ratio"] = round(ratio(*steps), 2)
         row = table[name]
         phases = "  ".join(f"{p} {row[f'time/{p}']:.2f}" for p in PHASES if f"time/{p}" in row)
         print(
@@ -219,14 +224,14 @@ def main() -> None:
         f"runtime are at most {gaps['log_probs']:.0e} apart, the losses {gaps['loss']:.0e}, the gradients "
         f"{gaps['gradient']:.0e} of their norm (limit {LIMIT:.0e})"
     )
-    out = ROOT / "benchmarks" / "results" / f"{date.today()}_step.json"
-    out.parent.mkdir(exist_ok=True)
-    settings = {key: getattr(args, key) for key in ("micro_batch", "threads", "rounds", "steps")}
-    record = settings | {"load_average": os.getloadavg(), "largest_differences": gaps, "ways": table, "runs": runs}
-    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"micro-batch {args.micro_batch}, reference model, {args.threads} threads on every side; written to {out.name}"
-    )
+    print(f"micro-batch {args.micro_batch}, reference model, {args.threads} threads on every side")
+    for name, row in table.items():
+        if name != OURS:
+            report.judge(f"step: times as fast as {name}", row["time/ratio"], at_least=LIMITS.get(name))
+            report.judge(f"step: the same in CPU seconds, {name}", row["cpu/ratio"])
+    report.judge("step: largest difference from R1-AQA's scheme", max(gaps.values()), at_most=LIMIT)
+    settings = {key: getattr(args, key) for key in ("micro_batch", "threads", "steps")}
+    report.finish(**settings, reference_model=True, largest_differences=gaps, ways=table, runs=runs)
 
 
 if __name__ == "__main__":
