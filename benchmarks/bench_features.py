@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import ROOT, Report, ratio, take_turns
+from report import ROOT, Report, forget_peak, peak_bytes, ratio, take_turns
 
 sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
 
@@ -77,18 +76,12 @@ def memory_of(path: str, name: str) -> int:
     """
     make_ways(path, 1)[name]()  # what is made once, in torch and transformers
     way = make_ways(path)[name]
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what there is now
-    before = peak()
+    forget_peak()
+    before = peak_bytes()
     kept = way()
-    after = peak()
+    after = peak_bytes()
     del kept
     return after - before
-
-
-def peak() -> int:
-    """The most resident bytes that this process has had."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024
 
 
 def main() -> None:

@@ -25,11 +25,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from report import ROOT, Report, ratio, take_turns, timed
+from report import ROOT, Report, forget_peak, peak_bytes, ratio, take_turns, timed
 
 sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
 
@@ -112,15 +111,6 @@ def make_policy(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]
     return lambda batch: model(**batch)
 
 
-def memory(name: str) -> int:
-    """A figure of this process in bytes.
-
-    :param name: ``VmHWM``, its peak of resident memory.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def forward_and_backward(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
     """A micro-batch.
 
@@ -139,10 +129,10 @@ def run_once(way: str) -> None:
     """
     model, batch = build_model(2, 128, VOCABULARY).train(), make_batch(VOCABULARY, 94, 256)
     policy = make_policy(model) if way == "ours" else lambda batch: plain_log_probs(model, batch)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of building the model, is forgotten
-    before = memory("VmHWM")
+    forget_peak()  # of building the model
+    before = peak_bytes()
     took, values = timed(lambda: forward_and_backward(lambda: policy(batch)))
-    peak = memory("VmHWM") - before
+    peak = peak_bytes() - before
     grads = sum(float(p.grad.double().norm()) for p in model.parameters() if p.grad is not None)
     print(json.dumps([took.wall, peak, float(values.double().sum()), grads, took.cpu]))
 

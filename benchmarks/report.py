@@ -63,6 +63,17 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
+def forget_peak() -> None:
+    """From now on :func:`peak_bytes` is about what comes."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most resident bytes that this process has had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 class Report:
     """Collects a benchmark's figures, judges its limits and writes ``benchmarks/results/<date>_<name>.json``.
 

@@ -5,8 +5,8 @@
 
 Each prints its own figures, with its work, baseline and limit in its ``--help``. Everything goes to
 ``benchmarks/results/<date>.json``, by benchmark; the table holds the newest figures of each, so that ``--only`` renews
-some of its rows. Status 1 if a limit is missed or a benchmark fails. Left out: ``bench_host.py``, which needs a LightRFT
-checkout, and ``soak.py``.
+some of its rows. Status 1 if a limit is missed or a benchmark fails. Left out: ``bench_host.py``, which needs a
+checkout of LightRFT, and ``soak.py``.
 """
 
 from __future__ import annotations

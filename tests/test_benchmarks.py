@@ -1,5 +1,6 @@
 """What the benchmarks compute: the baseline's loss and its agreement with the runtime, fits, and the prediction."""
 
+import json
 import math
 import sys
 
@@ -11,6 +12,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_scaling
 import r1_aqa_scheme
+import report
+import run_all
 
 
 def test_loss_of_the_baseline_by_hand():
@@ -75,3 +78,51 @@ def test_prediction_by_hand():
     # four micro-batches of 4 x 364 tokens, four passes each, at 40 % of 312 TFLOP/s; tower and attention add a little
     assert 1 < parts["train"] / (4 * 4 * 2 * 6_476_005_376 * 4 * 364 / (0.4 * 312e12)) < 1.1
     assert parts["step"] == pytest.approx(sum(value for name, value in parts.items() if name != "step"))
+
+
+def test_ratio_is_the_median_of_pairs():
+    # pairs 2, 1, 10: not the ratio of the medians, which is 4 / 2
+    assert report.ratio([2.0, 4.0, 10.0], [1.0, 4.0, 1.0]) == 2.0
+    assert report.ratio([1.0, 9.0, 8.0], [2.0, 3.0, 1.0]) == 3.0
+
+
+def test_limits_are_judged_and_a_missed_one_ends_with_status_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    ended = {}
+    for value in (0.5, 0.51, math.nan):
+        found = report.Report("thing", "what it does", 5)
+        found.judge("share", value, at_most=0.5)
+        found.judge("times", 3.0, at_least=3)
+        found.judge("differences", 0, at_most=0)
+        found.judge("seconds", 7.25)
+        with pytest.raises(SystemExit) as end:
+            found.finish(detail=1)
+        ended[value] = end.value.code
+    assert list(ended.values()) == [0, 1, 1]
+    assert capsys.readouterr().out.count("MISSED") == 2
+    (path,) = tmp_path.glob("*_thing.json")
+    record = json.loads(path.read_text())
+    assert [row["met"] for row in record["limits"]] == [False, True, True, None]
+    assert record["limits"][1]["limit"] == "at least 3"
+    assert 0 <= record["machine"]["others"] <= 1
+    assert record["details"] == {"detail": 1}
+
+
+def test_take_turns_leaves_out_the_first_round():
+    order = []
+    found = report.take_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2)
+    assert order == ["a", "b"] * 3
+    assert [len(times) for times in found.values()] == [2, 2]
+
+
+def test_table_of_results_goes_between_its_marks():
+    row = {"what": "speed", "value": 2.5, "limit": "at least 3", "met": False}
+    machine = {"threads": 2, "cores": 4, "others": 0.07}
+    record = {"date": "2026-01-02", "rounds": 5, "seconds": 125, "machine": machine, "limits": [row]}
+    text = run_all.table({"thing": record})
+    assert "| speed | 2.5 | at least 3 | **missed** |" in text
+    assert "| thing | 2026-01-02 | 5 | 2, 4 | 7% | 2 min |" in text
+    page = f"before\n{run_all.START}old\n{run_all.END}after\n"
+    assert run_all.put_between(page, text) == f"before\n{run_all.START}{text}{run_all.END}after\n"
+    assert run_all.put_between(run_all.PAGE.read_text(), "").count(run_all.END) == 1

@@ -5,36 +5,48 @@
     python benchmarks/gpu/bench_7b.py --small --rounds 2    # the same code on a CPU, to see that it runs
 
 Work: forward and backward over 8 responses to one prompt with a clip of 10 s, 64, 128 and 256 tokens each, in bfloat16
-(float32 on a CPU) with scaled dot product attention. Printed for each: seconds, tokens a second, peak memory, and the
-floating-point operations that were done (as ``torch.utils.flop_counter`` counts them) as a share of what the device
-reaches in a matrix product of that type, measured in the same run; the ``hf`` engine's tokens a second, and how far its
-log-probs are from the training forward's; and what each measure saves, as a ratio of medians of interleaved pairs: the
-tower once per clip, the prompt once per group, logits in chunks. With ``--profile FILE`` a trace of one step for
-Perfetto (ui.perfetto.dev). Written to ``benchmarks/results/<date>_gpu_7b.json``.
+(float32 on a CPU) with scaled dot product attention. For each: seconds, tokens a second, peak memory, and model FLOP
+utilisation: three times the floating-point operations of the forward pass (``torch.utils.flop_counter``; what is
+computed again in the backward pass does not count) a second, as a share of what the device reaches in a matrix product
+of that type, measured in the same run. Limit on a GPU: 45 % with 256 tokens. Then
 
-Not run on a GPU yet.
+- the ``hf`` engine's tokens a second, and how far its log-probs are from the training forward's, in bfloat16;
+- what each measure saves, the step without it against the step with it, as ratios of interleaved pairs: the tower once
+  per clip, the prompt once per group, logits in chunks, the outputs of a frozen tower kept;
+- with ``--profile FOLDER`` a picture of one step (``step.png``: time by kind of work beside the time that the model's
+  operations need at the measured peak; the rest is what is left on the table) and a trace for ui.perfetto.dev.
+
+Written to ``benchmarks/results/<date>_gpu_7b.json``. Has not been run on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from report import ROOT, Report, forget_peak, peak_bytes, ratio  # noqa: E402
+
 sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
 
 BATCH, AUDIO, CLIP_FRAMES, AUDIO_TOKENS, TEXT = 8, 3, 1000, 250, 94  # the placeholder of the demo's tokenizer
+MFU = 0.45  # limit
+KINDS = {  # of kernels and operators, by parts of their names; the first that fits
+    "attention": ("attention", "flash", "fmha"),
+    "matrix products": ("gemm", "mm", "matmul", "cutlass", "xmma", "linear"),
+    "convolution": ("conv",),
+    "softmax, cross entropy": ("softmax", "nll_loss"),
+    "copies": ("copy", "memcpy", "memset", "cat", "index", "fill", "zero"),
+}
 SIZES = {  # audio: layers, heads, width; text: layers, heads, width, intermediate, vocabulary
     "real": ((32, 20, 1280), (32, 32, 4096, 11_008, 156_032)),
     "small": ((1, 2, 64), (2, 2, 64, 128, 152_000)),
@@ -176,53 +188,140 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, size: int, rounds: int
     return 2 * size**3 / min(seconds_of(lambda: a @ a, device) for _ in range(rounds + 2))
 
 
+def peak_memory(device: torch.device, work: Callable[[], Any]) -> int:
+    """Most bytes in use during some work: of the GPU's memory or, on a CPU, of this process.
+
+    :param device: Where it runs.
+    :param work: To run.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated()
+    forget_peak()
+    work()
+    return peak_bytes()
+
+
+def by_kind(events: list[tuple[str, float]]) -> dict[str, float]:
+    """Seconds of each of :data:`KINDS`, and of the rest.
+
+    :param events: Name and seconds of kernels (on a GPU) or operators.
+    """
+    found = dict.fromkeys((*KINDS, "element by element"), 0.0)
+    for name, seconds in events:
+        fits = (kind for kind, parts in KINDS.items() if any(part in name.lower() for part in parts))
+        found[next(fits, "element by element")] += seconds
+    return found
+
+
+def profile(step: Callable[[], Any], ideal: float, device: torch.device, folder: Path) -> dict[str, float]:
+    """Where the time of one step goes.
+
+    :param step: To run.
+    :param ideal: Seconds that its operations need at the measured peak.
+    :param device: Where it runs.
+    :param folder: Gets ``step.png`` and ``trace.json``.
+    :return: Seconds by kind; ``idle`` is when nothing ran on the GPU.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    step()
+    with torch.profiler.profile() as profiler:
+        seconds = seconds_of(step, device)
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    on_gpu = device.type == "cuda"
+    kernels = [e for e in profiler.events() if not on_gpu or e.device_type == torch.profiler.DeviceType.CUDA]
+    times = [(e.name, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e6) for e in kernels]
+    kinds = by_kind(times)
+    if on_gpu:
+        kinds["idle"] = max(0.0, seconds - sum(kinds.values()))
+    figure, ax = plt.subplots(figsize=(8, 3), layout="constrained")
+    names = list(reversed(kinds))
+    ax.barh(names, [1000 * kinds[name] for name in names], color="#1f5fa8")
+    ax.axvline(1000 * ideal, color="#c0392b", linestyle="--", label="all operations at the measured matrix peak")
+    ax.set(xlabel="milliseconds", title=f"One training step, {1000 * seconds:.0f} ms, by kind of work")
+    ax.legend(frameon=False)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    figure.savefig(folder / "step.png", dpi=120)
+    return kinds | {"step": seconds, "ideal": ideal}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny model with the real vocabulary, also on a CPU")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each measurement (default: %(default)s)")
-    parser.add_argument("--profile", type=Path, help="write a trace of one step of 256 tokens to this file")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write a picture and a trace of one step there")
     args = parser.parse_args()
     if not args.small and not torch.cuda.is_available():
         raise SystemExit("no GPU here: --small runs the same code with a tiny model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    import audio_policy
-    import token_log_probs
-
+    report = Report("gpu_7b", __doc__, args.rounds)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # which CPUs without its instructions emulate
     model = build_model("small" if args.small else "real", device, dtype)
     peak = matrix_peak(device, dtype, 512 if args.small else 8192, args.rounds)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}: {peak / 1e12:.3g} TFLOP/s in a matrix product of {dtype}, torch {torch.__version__}")
+    if device.type == "cpu":
+        print("a CPU: this shows that the code runs; nothing here is a figure of a GPU")
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         model(**batch).mean().backward()
         model.zero_grad()
 
-    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "peak_tflops": peak / 1e12, "steps": {}}
+    steps = {}
     for response in (64, 128, 256):
         batch = make_batch(response, 1, device)
         with FlopCounterMode(display=False) as counter:
-            step(batch)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            model(**batch)
+        flops = 3 * counter.get_total_flops()
+        memory = peak_memory(device, lambda batch=batch: step(batch)) / 2**30
         seconds = statistics.median(seconds_of(lambda batch=batch: step(batch), device) for _ in range(args.rounds))
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        used = counter.get_total_flops() / seconds / peak
-        result["steps"][response] = {"seconds": seconds, "of_peak": used, "peak_gibibytes": memory / 2**30}
-        print(
-            f"{response:4} tokens: {seconds:.3f} s, {BATCH * response / seconds:,.0f} sampled tokens/s, "
-            f"{used:.0%} of the matrix product, peak {memory / 2**30:.1f} GiB"
-        )
+        steps[response] = {"seconds": seconds, "mfu": flops / seconds / peak, "peak_gibibytes": memory}
+        print(f"{response:4} tokens: {seconds:.3f} s, peak memory {memory:.2f} GiB")
+        report.judge(f"7B step, {response} tokens: sampled tokens a second", BATCH * response / seconds)
+        limit = MFU if response == 256 and not args.small else None
+        report.judge(f"7B step, {response} tokens: model FLOP utilisation", flops / seconds / peak, at_least=limit)
 
-    result["rollout"] = sampled = rollout(model, 256, device)
-    print(
-        f"hf engine, 256 tokens: {sampled['tokens_per_second']:,.0f} tokens/s; log-probs differ from the training "
-        f"forward's by {sampled['gap_mean']:.1e} on average, {sampled['gap_max']:.1e} at most"
-    )
+    sampled = rollout(model.to(torch.bfloat16), 32 if args.small else 256, device)
+    model.to(dtype)
+    report.judge("hf engine: tokens a second, bfloat16", sampled["tokens_per_second"])
+    report.judge("hf engine: mean difference of log-probs, bfloat16", sampled["gap_mean"])
+    report.judge("hf engine: largest difference of log-probs, bfloat16", sampled["gap_max"])
+
+    ratios = {}
+    for way, (without, with_it) in measures(model, step, device).items():
+        pairs = [(seconds_of(without, device), seconds_of(with_it, device)) for _ in range(args.rounds + 1)]
+        ratios[way] = ratio(*zip(*pairs[1:], strict=True))
+        report.judge(f"7B step: {way}, times faster", ratios[way])
+    shares = {}
+    if args.profile:
+        shares = profile(lambda: step(batch), flops / peak, device, args.profile)
+        print(f"{args.profile / 'step.png'}, {args.profile / 'trace.json'}")
+    report.finish(device=name, peak_tflops=peak / 1e12, steps=steps, rollout=sampled, ratios=ratios, profile=shares)
+
+
+def measures(
+    model: Any, step: Callable[[dict[str, torch.Tensor]], None], device: torch.device
+) -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
+    """A step without each measure, and with all.
+
+    :param model: From :func:`build_model`.
+    :param step: Forward and backward of a batch.
+    :param device: Where it runs.
+    """
+    import audio_policy
+    import token_log_probs
+    from tower_cache import share_tower_outputs
 
     batch, clip_a_sample = make_batch(256, 1, device), make_batch(256, BATCH, device)
-    decoder = audio_policy.parts_of(model).decoder
+    decoder, tower = audio_policy.parts_of(model).decoder, audio_policy.parts_of(model).tower
 
     def without_prefix() -> None:
         decoder.gradient_checkpointing = True  # only the policy's forward looks at it: no layer checkpoints
@@ -234,22 +333,23 @@ def main() -> None:
         step(batch)
         token_log_probs.LOGITS_AT_ONCE = at_once
 
-    ways = {"tower once per clip": lambda: step(clip_a_sample), "prompt once per group": without_prefix}
-    ways["logits in chunks"] = without_chunks
-    result["ratios"] = {}
-    for way, without in ways.items():
-        pairs = [(seconds_of(without, device), seconds_of(lambda: step(batch), device)) for _ in range(args.rounds + 1)]
-        result["ratios"][way] = statistics.median(a / b for a, b in pairs[1:])
-        print(f"{way:<22} {result['ratios'][way]:.2f} times faster")
-    if args.profile:
-        with torch.profiler.profile() as profiler:
-            step(batch)
-        profiler.export_chrome_trace(str(args.profile))
-        print(f"trace: {args.profile}")
-    path = ROOT / "benchmarks" / "results" / f"{date.today()}_gpu_7b.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(path.relative_to(ROOT))
+    def frozen(cache: Any) -> None:
+        tower.requires_grad_(False)
+        model.tower_cache = cache
+        step(batch)
+        model.tower_cache = None
+        tower.requires_grad_(True)
+
+    tower.requires_grad_(False)
+    cache = share_tower_outputs(model)
+    tower.requires_grad_(True)
+    model.tower_cache = None
+    return {
+        "tower once per clip": (lambda: step(clip_a_sample), lambda: step(batch)),
+        "prompt once per group": (without_prefix, lambda: step(batch)),
+        "logits in chunks": (without_chunks, lambda: step(batch)),
+        "frozen tower's outputs kept": (lambda: frozen(None), lambda: frozen(cache)),
+    }
 
 
 if __name__ == "__main__":
