@@ -71,7 +71,7 @@ def measure(point: dict[str, int], model: Path, parquet: Path, out: Path) -> dic
     :param model: From :func:`never_ending`.
     :param parquet: Questions with clips of that length.
     :param out: Folder of the run.
-    :return: Median seconds of the phases, and the mean response length.
+    :return: Median seconds of the phases, CPU seconds of the step, and the mean response length.
     """
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", point["processes"]]
     launcher = torchrun if point["processes"] > 1 else []
@@ -89,7 +89,7 @@ def measure(point: dict[str, int], model: Path, parquet: Path, out: Path) -> dic
         "use_kl_loss": True,
     }
     metrics = train([sys.executable, *launcher, EXAMPLE / "train_colocate.py"], flags, 1, out)
-    return medians(metrics, [*(f"time/{phase}" for phase in (*PHASES, "step")), "rollout/response_length"])
+    return medians(metrics, [*(f"time/{phase}" for phase in (*PHASES, "step")), "cpu/step", "rollout/response_length"])
 
 
 def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
@@ -173,6 +173,8 @@ def run_all(args: argparse.Namespace) -> None:
     draw(table, fits, ROOT / "docs" / "scaling.png")
     for name, (_, slope, _) in fits.items():
         report.judge(f"scaling: milliseconds a {UNITS[name]}", 1000 * slope)
+        cpu = fit([point["x"] for point in table[name]], [point["cpu/step"] for point in table[name]])
+        report.judge(f"scaling: CPU milliseconds a {UNITS[name]}", 1000 * cpu[1])
     one, two = ([run["time/step"] for run in runs[points.index(BASE | {"processes": n})]] for n in (1, 2))
     report.judge("scaling: two processes, times as fast as one", ratio(one, two))
     report.finish(steps=args.steps, base=BASE, prompts=PROMPTS, micro_batch=MICRO, table=table, fits=fits)

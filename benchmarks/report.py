@@ -126,7 +126,7 @@ class Report:
         seconds = time.time() - self._started
         cores = os.cpu_count() or 1
         machine = {"cores": cores, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine["others"] = round(max(0.0, busy - used) / (cores * seconds), 2)
+        machine["others"] = round(min(max(0.0, busy - used) / (cores * seconds), 1.0), 2)
         record = {"name": self.name, "date": str(date.today()), "rounds": self.rounds, "seconds": round(seconds)}
         record |= {"machine": machine, "limits": self.limits, "description": self.description, "details": details}
         path = RESULTS / f"{date.today()}_{self.name}.json"

