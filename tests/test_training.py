@@ -81,11 +81,15 @@ def moved(model, out):
     return changed, old.keys() - changed
 
 
+def benchmark_of(data):
+    return ("--eval_benchmark", data / "demo-test.json", "--eval_audio_dir", data)
+
+
 @pytest.fixture(scope="module")
-def run(tiny_model, demo_parquet, tmp_path_factory):
-    """Four steps, with checkpoints after two and four, evaluation and trajectories."""
+def run(tiny_model, demo_parquet, demo_data, tmp_path_factory):
+    """Four steps, with checkpoints after two and four, evaluations, the best kept, and trajectories."""
     out = tmp_path_factory.mktemp("run")
-    every = ("--save_steps", 2, "--eval_steps", 2, "--max_ckpt_num", 1)
+    every = ("--save_steps", 2, "--eval_steps", 2, "--max_ckpt_num", 1, "--keep_best", *benchmark_of(demo_data))
     switches = ("--save_hf_ckpt", "--save_trajectories", "--num_trajectories_to_save", 3)
     done = train(tiny_model, demo_parquet, out, "--max_samples", 16, *every, *switches)
     return out, done
@@ -135,12 +139,42 @@ def test_trajectories_hold_what_was_said_and_earned(run):
     assert record["reward"] == record["accuracy_reward"] + record["format_reward"]
 
 
-def test_resume_continues_after_the_checkpoint(run, tiny_model, demo_parquet):
+def test_a_benchmark_is_scored_as_afterwards_on_the_same_engine(run, demo_data, tmp_path):
+    result = tmp_path / "result.json"
+    source = ("--model_path", run[0], "--data_file", demo_data / "demo-test.json", "--audio_dir", demo_data)
+    run_script("eval_mmau.py", *source, "--out_file", result, "--engine", "vllm", "--max_new_tokens", 12)
+    assert json.loads(result.read_text()) == json.loads((run[0] / "eval" / "demo-test_step_000004.json").read_text())
+    score = json.loads(result.with_suffix(".score.json").read_text())
+    record = metrics_of(run[0])[3]
+    assert record["eval/demo-test/accuracy"] == score["accuracy"]
+    assert record["eval/demo-test/sound"] == score["by"]["task"]["sound"]["accuracy"]
+
+
+def test_the_best_model_is_kept(run):
+    values = {record["step"]: record.get("eval/demo-test/accuracy") for record in metrics_of(run[0])}
+    assert values[1] is None and values[3] is None
+    step = 4 if values[4] > values[2] else 2  # of equal ones the first
+    best = run[0] / "best"
+    record = {"step": step, "metric": "eval/demo-test/accuracy", "value": values[step]}
+    assert json.loads((best / "best.json").read_text()) == record
+    weights, expected = (load_file(f / "model.safetensors") for f in (best, run[0] / f"hf_step_{step:06d}"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert AutoProcessor.from_pretrained(best).audio_token == "<|AUDIO|>"
+
+
+def test_resume_continues_after_the_checkpoint(run, tiny_model, demo_parquet, demo_data):
     out = run[0]
+    better = {"step": 4, "metric": "eval/demo-test/accuracy", "value": 2.0}  # than any that will come
+    (out / "best" / "best.json").write_text(json.dumps(better))
+    weights = (out / "best" / "model.safetensors").read_bytes()
     assert [path.name for path in (out / "_actor").iterdir() if path.is_dir()] == ["step_000004"]  # rotated
-    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, "--num_episodes", 2, "--load_checkpoint")
+    every = ("--eval_steps", 4, "--keep_best", *benchmark_of(demo_data))
+    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, "--num_episodes", 2, "--load_checkpoint", *every)
     assert "16 prompts were already used" in done.stdout
     assert [record["step"] for record in metrics_of(out)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert json.loads((out / "best" / "best.json").read_text()) == better
+    assert (out / "best" / "model.safetensors").read_bytes() == weights
+    assert metrics_of(out)[7]["eval/best"] == 2.0 and metrics_of(out)[7]["eval/demo-test/accuracy"] < 2.0
 
 
 def test_frozen_parts_do_not_move(tiny_model, demo_parquet, tmp_path):
