@@ -53,12 +53,13 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def shout(response, reference, think):\n    return 3.5 if response.isupper() else 0\n"
         "def broken(response, reference, think):\n    return float('nan')\n"
+        "LIMIT = 3\n"
     )
     monkeypatch.chdir(tmp_path)
     assert pay("my_rewards:shout", "DOGS")[0].tolist() == [3.5]
     assert pay("my_rewards:shout", "dogs")[0].tolist() == [0.0]
     with pytest.raises(ValueError, match="must return a finite number, not nan, for 'dogs'"):
         pay("my_rewards:broken", "dogs")
-    for name in ("my_rewards:gone", "nowhere_to_be_found:shout"):
+    for name in ("my_rewards:gone", "nowhere_to_be_found:shout", "my_rewards:LIMIT"):
         with pytest.raises(SystemExit, match=re.escape(f"--reward {name}: ")):
             find_reward(name)

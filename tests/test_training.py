@@ -192,6 +192,7 @@ def test_frozen_parts_do_not_move(tiny_model, demo_parquet, tmp_path):
     ("estimator", "more"),
     [
         ("rloo", ("--max_epochs", 2, "--no-use_kl_loss", "--kl_estimator", "k1", "--init_kl_coef", 0.1)),
+        ("dr_grpo", ("--loss_agg_mode", "seq-mean-token-sum-norm")),
         ("reinforce++", ("--gradient_checkpointing", "--loss_agg_mode", "token-mean", "--init_kl_coef", 0.01)),
     ],
 )
@@ -205,8 +206,8 @@ def test_other_methods_on_the_hf_engine(tiny_model, demo_parquet, tmp_path, esti
 
 
 def test_methods_together(tiny_model, demo_parquet, tmp_path):
-    """DAPO's, GSPO's and Dr. GRPO's parts in one run; engine and trainer are one model, so corrections weigh 1."""
-    methods = ("--advantage_estimator", "dr_grpo", "--loss_agg_mode", "seq-mean-token-sum-norm", "--use_gspo")
+    """DAPO's and GSPO's parts in one run; engine and trainer are one model, so corrections weigh 1."""
+    methods = ("--advantage_estimator", "dr_grpo", "--use_gspo")
     dapo = ("--eps_clip_high", 0.3, "--dynamic_sampling", "--overlong_buffer", "--overlong_buffer_len", 6)
     extra = ("--engine_type", "hf", "--rollout_correction", "mis", "--max_epochs", 2, "--max_samples", 8)
     train(tiny_model, demo_parquet, tmp_path, *methods, *dapo, *extra)

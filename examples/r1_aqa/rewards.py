@@ -106,6 +106,9 @@ def _import(name: str) -> Any:
     if "" not in sys.path:
         sys.path.append("")  # the current folder, after all else
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise SystemExit(f"--reward {name}: {error}; it must be module:function, the module on PYTHONPATH") from error
+    if not callable(found):
+        raise SystemExit(f"--reward {name}: is {found!r:.80}, no function of (response, reference, think)")
+    return found

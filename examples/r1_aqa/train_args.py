@@ -300,6 +300,16 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
         )
     if args.dynamic_sampling and args.n_samples_per_prompt < 2:
         problems.append("--dynamic_sampling: a group of one response is always alike; --n_samples_per_prompt 2 or more")
+    if args.dynamic_sampling and args.prompt_data_probs_end is not None:
+        problems.append(
+            "--dynamic_sampling with --prompt_data_probs_end: replacements are drawn from all rows, those too whose turn "
+            "has not come; use one of the two"
+        )
+    if args.use_gspo and args.loss_agg_mode != "seq-mean-token-mean":
+        problems.append(
+            f"--use_gspo with --loss_agg_mode {args.loss_agg_mode}: GSPO weighs all responses alike, this by their "
+            "length; use seq-mean-token-mean"
+        )
     if args.use_kl_loss and args.init_kl_coef == 0:
         problems.append("--use_kl_loss with --init_kl_coef 0 asks for a KL of no weight: drop one of the two")
     if args.kl_target is not None and args.init_kl_coef == 0:

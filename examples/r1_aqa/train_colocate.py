@@ -57,7 +57,7 @@ def train(args: argparse.Namespace) -> None:
     from audio_policy import parts_of
     from eval_models import NOTES_FILE
     from freezing import freeze, trainable
-    from reward_models_utils import THINK_LABEL
+    from reward_models_utils import THINK_LABEL, label_doubts
     from rewards import find_reward
     from tower_cache import share_tower_outputs
 
@@ -87,6 +87,8 @@ def train(args: argparse.Namespace) -> None:
     per_rank = args.rollout_batch_size // strategy.world_size
     if len(dataset) < args.rollout_batch_size:
         raise SystemExit(f"{len(dataset)} rows are fewer than --rollout_batch_size {args.rollout_batch_size}")
+    for doubt in label_doubts(dataset.prompts, dataset.labels):
+        strategy.print(f"WARNING: {doubt}")
     shuffle = args.prompt_data_probs_end is None  # else the order is the curriculum
     prompts_dataloader = PrefetchLoader(
         strategy.setup_dataloader(dataset, per_rank, False, shuffle, collate_fn=dataset.collate_fn, drop_last=True)
