@@ -302,8 +302,8 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
         problems.append("--dynamic_sampling: a group of one response is always alike; --n_samples_per_prompt 2 or more")
     if args.dynamic_sampling and args.prompt_data_probs_end is not None:
         problems.append(
-            "--dynamic_sampling with --prompt_data_probs_end: replacements are drawn from all rows, those too whose turn "
-            "has not come; use one of the two"
+            "--dynamic_sampling with --prompt_data_probs_end: replacements are drawn from all rows, also whose turn "
+            "has not come yet; use one of the two"
         )
     if args.use_gspo and args.loss_agg_mode != "seq-mean-token-mean":
         problems.append(
