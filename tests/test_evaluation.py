@@ -227,13 +227,25 @@ def test_a_new_run_moves_an_earlier_ones_aside(make_best, tmp_path):
     assert kept(tmp_path)[1] == 8 and kept(tmp_path, "best.old")[1] == 9
 
 
-@pytest.mark.parametrize(("left", "found"), [(("best.part", 4), 4), (("best.old.part", 2), 2)])
-def test_killed_between_the_renames(make_best, tmp_path, left, found):
-    name, step = left
-    keep(make_best(resumed=False), step, 0.5)
-    (tmp_path / "best").rename(tmp_path / name)
-    assert make_best().record["step"] == found
-    assert [path.name for path in tmp_path.iterdir()] == ["best"] and kept(tmp_path)[1] == found
+@pytest.mark.parametrize(
+    ("left", "found"),
+    [
+        ({"best.part": 4, "best.old.part": 2}, 4),  # between the renames
+        ({"best": 4, "best.old.part": 2}, 4),  # after them
+        ({"best": 2, "best.part": 4}, 2),  # before them: perhaps not all of it is on disk
+        ({"best.part": 4}, None),
+    ],
+)
+def test_killed_at_the_renames(make_best, tmp_path, left, found):
+    for name, step in left.items():
+        keep(make_best(resumed=False), step, 0.5)
+        (tmp_path / "best").rename(tmp_path / f"{name} made")
+    for name in left:
+        (tmp_path / f"{name} made").rename(tmp_path / name)
+    record = make_best().record
+    assert (record and record["step"]) == found
+    assert [path.name for path in tmp_path.iterdir()] == ([] if found is None else ["best"])
+    assert found is None or kept(tmp_path)[1] == found
 
 
 def test_killed_while_writing(make_best, tmp_path):

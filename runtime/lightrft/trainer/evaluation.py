@@ -186,10 +186,8 @@ class BestModel:
 
     def _tidy(self, resumed: bool) -> None:
         aside, old = self._beside(checkpoint.PART), self._beside(f".old{checkpoint.PART}")
-        if not self.folder.exists():  # killed between two renames
-            whole = next((folder for folder in (aside, old) if (folder / BEST_RECORD).is_file()), None)
-            if whole is not None:
-                whole.rename(self.folder)
+        if old.exists() and not self.folder.exists():  # killed between two renames: the new one is on disk, whole
+            (aside if aside.exists() else old).rename(self.folder)
         for left_over in (aside, old):
             shutil.rmtree(left_over, ignore_errors=True)
         if not resumed and self.folder.exists():
