@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark_eval
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from benchmark_eval import BenchmarkEvaluator
 from eval_items import MMAU, make_items
+from transformers import AutoProcessor
 
 from lightrft.strategy.checkpoint import SaveError
 from lightrft.strategy.distributed import ResumableSampler, reduce_by_name
@@ -162,6 +165,43 @@ def test_two_ranks_count_each_row_once(tmp_path):
             found.append("a rank hangs")
             process.kill()
     assert found == [] and [process.exitcode for process in ranks] == [0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------- a benchmark
+@pytest.mark.parametrize(
+    ("change", "limit", "message"),
+    [
+        ({}, 512, None),
+        ({"answer": None}, 512, "holds no answers"),
+        ({"choices": "bell"}, 512, "choices is 'bell'"),
+        ({"audio_id": "./gone.wav"}, 512, "gone.wav: does not exist"),
+        ({}, 20, "prompt tokens, more than --prompt_max_len 20"),
+    ],
+)
+def test_what_cannot_be_asked_is_named_before_training(
+    tiny_model, demo_data, tmp_path, monkeypatch, change, limit, message
+):
+    monkeypatch.setattr(benchmark_eval, "gather_objects", lambda value: [value])  # one rank
+    rows = json.loads((demo_data / "demo-test.json").read_text())[:2]
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps([row | change for row in rows]))
+    args = SimpleNamespace(save_path=tmp_path, rollout_batch_size=4, n_samples_per_prompt=2, prompt_max_len=limit)
+    vars(args).update(sandbox_audio=False, confine_audio=None, audio_cache_mib=0, pretrain=str(tiny_model))
+    strategy = SimpleNamespace(rank=0, world_size=1)
+    processor = AutoProcessor.from_pretrained(tiny_model)
+
+    def make():
+        return BenchmarkEvaluator(path, demo_data, False, processor, args, strategy)
+
+    if message is None:
+        evaluator = make()
+        assert evaluator.metric == "eval/questions/accuracy" and evaluator.batch_size == 8
+        end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        said = processor.tokenizer("<answer>bell</answer>")["input_ids"]
+        assert evaluator.text([*said, end, *said]) == "<answer>bell</answer>"
+        return
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        make()
 
 
 # ------------------------------------------------------------------------------------------------------- the best model

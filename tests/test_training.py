@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 from conftest import EXAMPLE, ROOT, run_script
+from eval_items import read_rows
+from eval_scoring import is_right
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
@@ -223,17 +225,24 @@ def test_methods_together(tiny_model, demo_parquet, tmp_path):
 
 
 @pytest.mark.parametrize(("tensor_parallel", "stage"), [(1, 3), (2, 2), (1, 2), (2, 3)])
-def test_two_processes(tiny_model, demo_parquet, tmp_path, tensor_parallel, stage):
-    """Data parallel 2 and tensor parallel 2, ZeRO 2 and 3."""
+def test_two_processes(tiny_model, demo_parquet, demo_data, tmp_path, tensor_parallel, stage):
+    """Data parallel 2 and tensor parallel 2, ZeRO 2 and 3; 7 rows and 24 questions are evaluated by both."""
     if (tensor_parallel, stage) in ((1, 2), (2, 3)) and "ALL_TESTS" not in os.environ:
         pytest.skip("the other two combinations run by default; make test-all runs these too")
     extra = ("--zero_stage", stage, "--engine_tp_size", tensor_parallel, "--max_samples", 12)
-    train(tiny_model, demo_parquet, tmp_path, *extra, processes=2)
+    evaluated = ("--eval_steps", 3, "--max_eval_samples", 7, "--keep_best", "eval/reward", *benchmark_of(demo_data))
+    train(tiny_model, demo_parquet, tmp_path, *extra, *evaluated, processes=2)
     records = metrics_of(tmp_path)
     assert len(records) == 3
     assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
     _, same = moved(tiny_model, tmp_path)
     assert {name for name in same if "embed_positions" not in name and "k_proj.bias" not in name} == set()
+    answers = json.loads((tmp_path / "eval" / "demo-test_step_000003.json").read_text())
+    right = sum(is_right(row["model_output"], row["answer"], row["choices"]) for row in answers)
+    assert records[2]["eval/demo-test/accuracy"] == right / len(answers)
+    assert [row["id"] for row in answers] == [row["id"] for row in read_rows(demo_data / "demo-test.json")[1]]
+    assert records[2]["eval/reward"] * 7 == pytest.approx(round(records[2]["eval/reward"] * 7))  # of 7 rows, not 8
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["value"] == records[2]["eval/reward"]
 
 
 def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):

@@ -107,8 +107,8 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
         "--audio_cache_mib",
         type=int,
         default=1024,
-        help="memory of a rank for decoded clips, MiB, for training and evaluation data each: 1024 hold 1,677 clips of "
-        "10 s, whose files are not decoded again in the next episode; 0: none",
+        help="memory of a rank for decoded clips, MiB, for training data, evaluation data and each benchmark: 1024 "
+        "hold 1,677 clips of 10 s, whose files are not decoded again in the next episode; 0: none",
     )
     g.add_argument(
         "--confine_audio", metavar="FOLDER", help="refuse audio outside this folder, links resolved: for foreign data"
