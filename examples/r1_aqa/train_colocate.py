@@ -94,7 +94,8 @@ def train(args: argparse.Namespace) -> None:
         strategy.setup_dataloader(dataset, per_rank, False, shuffle, collate_fn=dataset.collate_fn, drop_last=True)
     )
     asked_to_think = sum(label == THINK_LABEL for label in dataset.labels) / len(dataset)
-    eval_dataloader = make_eval_dataloader(args, strategy, tokenizer, processor, per_rank)
+    at_once = per_rank * args.n_samples_per_prompt if on_runtime() else per_rank  # of one answer each
+    eval_dataloader = make_eval_dataloader(args, strategy, tokenizer, processor, at_once)
     evaluators = make_evaluators(args, strategy, processor, asked_to_think == 1)
     choose_metric(args, eval_dataloader, evaluators)
 
