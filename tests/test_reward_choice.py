@@ -30,6 +30,8 @@ def pay(name, response, reference="2 dogs", label="avqa_rule"):
         ("graded_format", "<think>hm</think><answer>2 dogs</answer>", "avqa_think_rule", 2.0),
         ("length_aware", f"<think>{'a ' * 62}</think><answer>2 dogs</answer>", "avqa_think_rule", 2.0),  # 64 words
         ("length_aware", f"<think>{'a ' * 94}</think><answer>2 dogs</answer>", "avqa_think_rule", 1.75),  # 96
+        # 1,900 characters without a space are 95 words, and dogs</answer> is one
+        ("length_aware", f"<think>{'a' * 1876}</think><answer>2 dogs</answer>", "avqa_think_rule", 1.75),
         ("length_aware", f"<think>{'a ' * 999}</think><answer>2 dogs</answer>", "avqa_think_rule", 1.5),
     ],
 )
