@@ -186,9 +186,10 @@ def test_groups_without_spread_are_replaced(monkeypatch):
 
     def draw_prompts(step, attempt, count):
         asked.append((step, attempt, count))
-        return ["prompt"] * count, [], [], []
+        return ["prompt"] * count, [], [], [], [("dataset/a",)] * count
 
-    def rollout(prompts, images, references, labels, sampling, step, attempt):
+    def rollout(prompts, images, references, labels, sampling, step, attempt, all_tags):
+        assert all_tags == [("dataset/a",)] * len(prompts)
         return make_items(draws[attempt], [attempt] * len(draws[attempt]))
 
     maker.draw_prompts, maker.rollout, maker.score = draw_prompts, rollout, lambda items: None

@@ -87,6 +87,8 @@ def test_row_as_r1_aqa_has_it(run, think):
             "reference": "Yacht consignment",
             "label": "avqa_think_rule" if think else "avqa_rule",
             "audio_path": path,
+            "dataset_name": "AVQA",
+            "question_type": "Happening",
             "reward_model": {"ground_truth": "Yacht consignment"},
             "extra_info": {
                 "id": 183,
@@ -203,7 +205,9 @@ BAD_ROWS = [
     ("bad_audio_path", row(1, audio_path="a\0.wav")),
     ("bad_audio_path", row(1, audio_path=False)),
     ("bad_dataset_name", row(1, dataset_name=3)),
+    ("bad_question_type", row(1, question_type=["Where"])),
     ("bad_text", row(1, question_text="\ud800?")),
+    ("bad_text", row(1, question_type="\ud800")),
     ("bad_text", row(1, multi_choice=["a", "\udfff"])),
     ("duplicate_id", row(1000)),
     ("duplicate_id", row(1, id="1000")),

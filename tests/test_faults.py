@@ -34,8 +34,17 @@ FLAGS = [
     "--kl_target",
     "0.05",
     "--save_hf_ckpt",
+    "--eval_steps",
+    "3",
+    "--max_eval_samples",
+    "8",
+    "--keep_best",
 ]
-SAVING = {point for point, (module, *_) in POINTS.items() if module.endswith("checkpoint")}
+SAVING = {
+    point
+    for point, (module, *_) in POINTS.items()
+    if module.endswith("checkpoint") and not point.startswith("best model")  # the first is kept at step 3
+}
 SAMPLE = [("SIGKILL", "second micro-batch"), ("SIGKILL", "written, not renamed"), ("SIGTERM", "after the rollout")]
 CASES = [(number, point) for number in ("SIGKILL", "SIGTERM") for point in POINTS]
 CASES += [("SIGUSR1", "first micro-batch"), ("SIGINT", "second micro-batch"), ("SIGINT", "before the sync")]
@@ -125,6 +134,10 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(
     expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
     assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
     assert comparable(out) == comparable(reference)
+    record, best = ((folder / "best" / "best.json").read_text() for folder in (reference, out))
+    assert best == record
+    expected, weights = (load_file(folder / "best" / "model.safetensors") for folder in (reference, out))
+    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
     for pattern in ("_actor/*", "hf_step_*"):
         assert {path.name for path in out.glob(pattern)} == {path.name for path in reference.glob(pattern)}
     assert not list(out.rglob("*.part"))

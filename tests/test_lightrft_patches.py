@@ -408,6 +408,8 @@ GOOD = {
     "rollout_correction": "none",
     "dynamic_sampling": False,
     "lora_rank": 0,
+    "eval_benchmark": None,
+    "keep_best": None,
 }
 
 
@@ -429,6 +431,8 @@ GOOD = {
         ({"rollout_correction": "tis"}, "--rollout_correction tis"),
         ({"dynamic_sampling": True}, "not those of 2"),
         ({"lora_rank": 4}, "adapters unmerged"),
+        ({"eval_benchmark": "mmau.json"}, "--eval_benchmark: only this repository's runtime"),
+        ({"keep_best": ""}, "--keep_best: only this repository's runtime"),
         ({"fsdp": True, "bf16": False}, "add --bf16"),
         ({"fsdp": True, "max_norm": 0}, "clip every gradient to zero"),
     ],

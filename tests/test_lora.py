@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from types import SimpleNamespace
 
+import eval_mmau
 import pytest
 import torch
 from peft import PeftModel
@@ -121,7 +123,7 @@ def test_gradients_are_those_of_the_merged_weight(actor):
 
 
 @pytest.mark.parametrize(("stage", "processes"), [(2, 1), (3, 2)])
-def test_training(tiny_model, demo_parquet, tmp_path, stage, processes):
+def test_training(tiny_model, demo_parquet, demo_data, tmp_path, stage, processes):
     """Engine and trainer agree, only what was adapted has moved, and the folder holds model and adapter."""
     lora = ("--lora_rank", 2, "--target_modules", "language_model", "fc1", "--zero_stage", stage)
     done = train(tiny_model, demo_parquet, tmp_path, "--max_samples", 12, *lora, processes=processes)
@@ -139,3 +141,14 @@ def test_training(tiny_model, demo_parquet, tmp_path, stage, processes):
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().eval()
     torch.testing.assert_close(logits(loaded), logits(load_model(str(tmp_path), dtype=torch.float32).eval()))
     assert all(tensor.abs().max() > 0 for tensor in adapter.values())
+    if processes == 1:
+        answers = [answers_of(folder, demo_data, tmp_path) for folder in (tmp_path, tmp_path / "adapter", tiny_model)]
+        assert answers[0] == answers[1] != answers[2]
+
+
+def answers_of(model, data, folder):
+    """What eval_mmau.py's model says to the test questions."""
+    out = folder / "answers.json"
+    source = ("--model_path", model, "--data_file", data / "demo-test.json", "--audio_dir", data, "--out_file", out)
+    assert eval_mmau.main([str(value) for value in (*source, "--max_new_tokens", 12, "--overwrite")]) == 0
+    return [row["raw_output"] for row in json.loads(out.read_text())]

@@ -30,6 +30,8 @@ def pay(name, response, reference="2 dogs", label="avqa_rule"):
         ("graded_format", "<think>hm</think><answer>2 dogs</answer>", "avqa_think_rule", 2.0),
         ("length_aware", f"<think>{'a ' * 62}</think><answer>2 dogs</answer>", "avqa_think_rule", 2.0),  # 64 words
         ("length_aware", f"<think>{'a ' * 94}</think><answer>2 dogs</answer>", "avqa_think_rule", 1.75),  # 96
+        # 1,900 characters without a space are 95 words, and dogs</answer> is one
+        ("length_aware", f"<think>{'a' * 1876}</think><answer>2 dogs</answer>", "avqa_think_rule", 1.75),
         ("length_aware", f"<think>{'a ' * 999}</think><answer>2 dogs</answer>", "avqa_think_rule", 1.5),
     ],
 )
@@ -53,12 +55,13 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def shout(response, reference, think):\n    return 3.5 if response.isupper() else 0\n"
         "def broken(response, reference, think):\n    return float('nan')\n"
+        "LIMIT = 3\n"
     )
     monkeypatch.chdir(tmp_path)
     assert pay("my_rewards:shout", "DOGS")[0].tolist() == [3.5]
     assert pay("my_rewards:shout", "dogs")[0].tolist() == [0.0]
     with pytest.raises(ValueError, match="must return a finite number, not nan, for 'dogs'"):
         pay("my_rewards:broken", "dogs")
-    for name in ("my_rewards:gone", "nowhere_to_be_found:shout"):
+    for name in ("my_rewards:gone", "nowhere_to_be_found:shout", "my_rewards:LIMIT"):
         with pytest.raises(SystemExit, match=re.escape(f"--reward {name}: ")):
             find_reward(name)

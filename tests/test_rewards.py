@@ -436,3 +436,14 @@ def test_no_worker_outlives_its_parent_and_a_fork_gets_its_own(end):
     finally:
         if end == "killed":
             os.kill(child, signal.SIGKILL)
+
+
+def test_labels_that_do_not_fit_are_told():
+    plain, think = "Output the final answer in <answer>", "Output the thinking process in <think> </think> and"
+    assert rewards.label_doubts([plain, think], [rewards.PLAIN_LABEL, rewards.THINK_LABEL]) == []
+    prompts = [plain, think, plain, think, plain, plain]
+    labels = ["avqa", rewards.PLAIN_LABEL, rewards.THINK_LABEL, None, rewards.THINK_LABEL, rewards.PLAIN_LABEL]
+    first, second, third = rewards.label_doubts(prompts, labels)
+    assert first.startswith("2 of 6 rows have a label that is no rule") and "(row 0: label 'avqa')" in first
+    assert second.startswith("2 of 6 rows are labelled avqa_think_rule") and "(row 2: " in second
+    assert third.startswith("2 of 6 rows have prompts that say <think>") and "(row 1: " in third

@@ -235,6 +235,15 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
         ({"use_kl_loss": True, "kl_estimator": "k1"}, "no reference model", {"kl_estimator": "k3"}),
         ({"eval_data": "nowhere"}, "--eval_data nowhere: does not exist", {"eval_data": None}),
         ({"prompt_data_probs": "0.5,0.5"}, "one share for each of 1 sources", {"prompt_data_probs": "1.0"}),
+        ({"prompt_data_probs": "0.9"}, "must add up to 1, not 0.9; 1 would be", {"prompt_data_probs": "1"}),
+        ({"prompt_data_probs_end": "1.0"}, "needs several sources", {"prompt_data_probs_end": None}),
+        (
+            {"use_gspo": True, "loss_agg_mode": "token-mean"},
+            "GSPO weighs all responses alike",
+            {"loss_agg_mode": "seq-mean-token-mean"},
+        ),
+        ({"keep_best": "eval/reward"}, "--keep_best without an evaluation", {"eval_steps": 5}),
+        ({"eval_benchmark": "gone.json", "eval_audio_dir": ".", "eval_steps": 5}, "gone", {"eval_benchmark": None}),
         ({"load_checkpoint": True, "ckpt_path": "gone"}, "gone holds no checkpoint", {"load_checkpoint": None}),
     ],
 )
@@ -258,9 +267,28 @@ def test_several_sources_each_need_a_share(problems, tmp_path):
     sources = f"{tmp_path / 'data'}, {other}"
     assert "one share for each of 2 sources" in problems(prompt_data=sources)[0]
     assert problems(prompt_data=sources, prompt_data_probs="0.7,0.3") == []
+    assert "must add up to 1, not 3; 0.3333,0.6667" in problems(prompt_data=sources, prompt_data_probs="1,2")[0]
+    curriculum = {"prompt_data": sources, "prompt_data_probs": "1,0", "prompt_data_probs_end": "0,1"}
+    assert problems(**curriculum) == []
+    assert "use --num_episodes 1" in problems(**curriculum, num_episodes=2)[0]
+    assert "use one of the two" in problems(**curriculum, dynamic_sampling=True)[0]
     # the same spelling for the data to evaluate on
     assert problems(eval_data=sources, eval_split="train") == []
     assert "holds no validation.parquet (--eval_split)" in problems(eval_data=sources)[0]
+
+
+def test_benchmarks_need_their_recordings(problems, tmp_path):
+    for name in ("a.json", "b.jsonl"):
+        (tmp_path / name).touch()
+    files = f"{tmp_path}/a.json,{tmp_path}/b.jsonl"
+    known = {"eval_benchmark": files, "eval_steps": 5}
+    assert "--eval_audio_dir is missing" in problems(**known)[0]
+    assert problems(**known, eval_audio_dir=str(tmp_path)) == []
+    assert problems(**known, eval_audio_dir=f"{tmp_path},{tmp_path}") == []
+    assert "one for each of 2 files" in problems(**known, eval_audio_dir=",".join([str(tmp_path)] * 3))[0]
+    assert "--eval_benchmark without an evaluation" in problems(**known | {"eval_steps": -1}, eval_audio_dir=".")[0]
+    twice = f"{tmp_path}/a.json,{tmp_path}/../{tmp_path.name}/a.json"
+    assert "two files have one name" in problems(**known | {"eval_benchmark": twice}, eval_audio_dir=".")[0]
 
 
 @pytest.mark.parametrize("shares", ["a", "0.5;0.5", ""])

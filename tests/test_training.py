@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 from conftest import EXAMPLE, ROOT, run_script
+from eval_items import read_rows
+from eval_scoring import is_right
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
@@ -81,11 +83,15 @@ def moved(model, out):
     return changed, old.keys() - changed
 
 
+def benchmark_of(data):
+    return ("--eval_benchmark", data / "demo-test.json", "--eval_audio_dir", data)
+
+
 @pytest.fixture(scope="module")
-def run(tiny_model, demo_parquet, tmp_path_factory):
-    """Four steps, with checkpoints after two and four, evaluation and trajectories."""
+def run(tiny_model, demo_parquet, demo_data, tmp_path_factory):
+    """Four steps, with checkpoints after two and four, evaluations, the best kept, and trajectories."""
     out = tmp_path_factory.mktemp("run")
-    every = ("--save_steps", 2, "--eval_steps", 2, "--max_ckpt_num", 1)
+    every = ("--save_steps", 2, "--eval_steps", 2, "--max_ckpt_num", 1, "--keep_best", *benchmark_of(demo_data))
     switches = ("--save_hf_ckpt", "--save_trajectories", "--num_trajectories_to_save", 3)
     done = train(tiny_model, demo_parquet, out, "--max_samples", 16, *every, *switches)
     return out, done
@@ -135,12 +141,42 @@ def test_trajectories_hold_what_was_said_and_earned(run):
     assert record["reward"] == record["accuracy_reward"] + record["format_reward"]
 
 
-def test_resume_continues_after_the_checkpoint(run, tiny_model, demo_parquet):
+def test_a_benchmark_is_scored_as_afterwards_on_the_same_engine(run, demo_data, tmp_path):
+    result = tmp_path / "result.json"
+    source = ("--model_path", run[0], "--data_file", demo_data / "demo-test.json", "--audio_dir", demo_data)
+    run_script("eval_mmau.py", *source, "--out_file", result, "--engine", "vllm", "--max_new_tokens", 12)
+    assert json.loads(result.read_text()) == json.loads((run[0] / "eval" / "demo-test_step_000004.json").read_text())
+    score = json.loads(result.with_suffix(".score.json").read_text())
+    record = metrics_of(run[0])[3]
+    assert record["eval/demo-test/accuracy"] == score["accuracy"]
+    assert record["eval/demo-test/sound"] == score["by"]["task"]["sound"]["accuracy"]
+
+
+def test_the_best_model_is_kept(run):
+    values = {record["step"]: record.get("eval/demo-test/accuracy") for record in metrics_of(run[0])}
+    assert values[1] is None and values[3] is None
+    step = 4 if values[4] > values[2] else 2  # of equal ones the first
+    best = run[0] / "best"
+    record = {"step": step, "metric": "eval/demo-test/accuracy", "value": values[step]}
+    assert json.loads((best / "best.json").read_text()) == record
+    weights, expected = (load_file(f / "model.safetensors") for f in (best, run[0] / f"hf_step_{step:06d}"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert AutoProcessor.from_pretrained(best).audio_token == "<|AUDIO|>"
+
+
+def test_resume_continues_after_the_checkpoint(run, tiny_model, demo_parquet, demo_data):
     out = run[0]
+    better = {"step": 4, "metric": "eval/demo-test/accuracy", "value": 2.0}  # than any that will come
+    (out / "best" / "best.json").write_text(json.dumps(better))
+    weights = (out / "best" / "model.safetensors").read_bytes()
     assert [path.name for path in (out / "_actor").iterdir() if path.is_dir()] == ["step_000004"]  # rotated
-    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, "--num_episodes", 2, "--load_checkpoint")
+    every = ("--eval_steps", 4, "--keep_best", *benchmark_of(demo_data))
+    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, "--num_episodes", 2, "--load_checkpoint", *every)
     assert "16 prompts were already used" in done.stdout
     assert [record["step"] for record in metrics_of(out)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert json.loads((out / "best" / "best.json").read_text()) == better
+    assert (out / "best" / "model.safetensors").read_bytes() == weights
+    assert metrics_of(out)[7]["eval/best"] == 2.0 and metrics_of(out)[7]["eval/demo-test/accuracy"] < 2.0
 
 
 def test_frozen_parts_do_not_move(tiny_model, demo_parquet, tmp_path):
@@ -158,6 +194,7 @@ def test_frozen_parts_do_not_move(tiny_model, demo_parquet, tmp_path):
     ("estimator", "more"),
     [
         ("rloo", ("--max_epochs", 2, "--no-use_kl_loss", "--kl_estimator", "k1", "--init_kl_coef", 0.1)),
+        ("dr_grpo", ("--loss_agg_mode", "seq-mean-token-sum-norm")),
         ("reinforce++", ("--gradient_checkpointing", "--loss_agg_mode", "token-mean", "--init_kl_coef", 0.01)),
     ],
 )
@@ -171,8 +208,8 @@ def test_other_methods_on_the_hf_engine(tiny_model, demo_parquet, tmp_path, esti
 
 
 def test_methods_together(tiny_model, demo_parquet, tmp_path):
-    """DAPO's, GSPO's and Dr. GRPO's parts in one run; engine and trainer are one model, so corrections weigh 1."""
-    methods = ("--advantage_estimator", "dr_grpo", "--loss_agg_mode", "seq-mean-token-sum-norm", "--use_gspo")
+    """DAPO's and GSPO's parts in one run; engine and trainer are one model, so corrections weigh 1."""
+    methods = ("--advantage_estimator", "dr_grpo", "--use_gspo")
     dapo = ("--eps_clip_high", 0.3, "--dynamic_sampling", "--overlong_buffer", "--overlong_buffer_len", 6)
     extra = ("--engine_type", "hf", "--rollout_correction", "mis", "--max_epochs", 2, "--max_samples", 8)
     train(tiny_model, demo_parquet, tmp_path, *methods, *dapo, *extra)
@@ -188,17 +225,24 @@ def test_methods_together(tiny_model, demo_parquet, tmp_path):
 
 
 @pytest.mark.parametrize(("tensor_parallel", "stage"), [(1, 3), (2, 2), (1, 2), (2, 3)])
-def test_two_processes(tiny_model, demo_parquet, tmp_path, tensor_parallel, stage):
-    """Data parallel 2 and tensor parallel 2, ZeRO 2 and 3."""
+def test_two_processes(tiny_model, demo_parquet, demo_data, tmp_path, tensor_parallel, stage):
+    """Data parallel 2 and tensor parallel 2, ZeRO 2 and 3; 7 rows and 24 questions are evaluated by both."""
     if (tensor_parallel, stage) in ((1, 2), (2, 3)) and "ALL_TESTS" not in os.environ:
         pytest.skip("the other two combinations run by default; make test-all runs these too")
     extra = ("--zero_stage", stage, "--engine_tp_size", tensor_parallel, "--max_samples", 12)
-    train(tiny_model, demo_parquet, tmp_path, *extra, processes=2)
+    evaluated = ("--eval_steps", 3, "--max_eval_samples", 7, "--keep_best", "eval/reward", *benchmark_of(demo_data))
+    train(tiny_model, demo_parquet, tmp_path, *extra, *evaluated, processes=2)
     records = metrics_of(tmp_path)
     assert len(records) == 3
     assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
     _, same = moved(tiny_model, tmp_path)
     assert {name for name in same if "embed_positions" not in name and "k_proj.bias" not in name} == set()
+    answers = json.loads((tmp_path / "eval" / "demo-test_step_000003.json").read_text())
+    right = sum(is_right(row["model_output"], row["answer"], row["choices"]) for row in answers)
+    assert records[2]["eval/demo-test/accuracy"] == right / len(answers)
+    assert [row["id"] for row in answers] == [row["id"] for row in read_rows(demo_data / "demo-test.json")[1]]
+    assert records[2]["eval/reward"] * 7 == pytest.approx(round(records[2]["eval/reward"] * 7))  # of 7 rows, not 8
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["value"] == records[2]["eval/reward"]
 
 
 def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):

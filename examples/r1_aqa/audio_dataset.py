@@ -24,6 +24,7 @@ from audio_patches import (
 )
 from audio_sandbox import Sandbox, escape_of
 from audio_slots import GUARD_ROWS, MAX_FRAMES, audio_token_count, grid_of, pack_clip
+from data_mixing import SOURCE_COLUMN
 from torch.utils.data import Dataset
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
 
 RESPONSE_HEADER = "<|im_start|>assistant\n"  # behind it the response begins; see reward_models_utils
 Waveform = tuple[np.ndarray, int]  # samples and rate in Hz
+TAG_COLUMNS = {SOURCE_COLUMN: "source", "dataset_name": "dataset", "question_type": "question_type"}
+MOST_TAGS = 32  # of a kind; each makes several metrics
 
 
 class DataError(ValueError):
@@ -86,6 +89,24 @@ def read_columns(dataset: Any, args: Any) -> dict[str, list]:
             )
         columns[flag] = list(dataset[name])
     return columns
+
+
+def tags_of(dataset: Any, labels: Sequence[str]) -> list[tuple[str, ...]]:
+    """What each row is counted under in the metrics: its source, data set, question type and label.
+
+    A column with one value only says nothing and is left out, and so is one with more than :data:`MOST_TAGS`.
+
+    :param dataset: ``datasets.Dataset`` or any mapping of columns.
+    :param labels: Reward rule of each row.
+    :return: ``kind/value``, any number of them a row.
+    """
+    there = getattr(dataset, "column_names", None) or list(dataset)
+    columns = {kind: list(dataset[name]) for name, kind in TAG_COLUMNS.items() if name in there} | {"label": labels}
+    tags: list[tuple[str, ...]] = [()] * len(labels)
+    for kind, values in columns.items():
+        if 2 <= len(set(filter(None, values))) <= MOST_TAGS:
+            tags = [(*row, f"{kind}/{value}") if value else row for row, value in zip(tags, values, strict=True)]
+    return tags
 
 
 def check_types(columns: dict[str, list]) -> list[str]:
@@ -148,6 +169,7 @@ class AudioPromptDataset(Dataset):
     :param decode_all: Decode every file now, not only its header: what cannot be trained on stops the run before its
         first step. Takes some milliseconds a clip.
     :param cache_bytes: Most memory for decoded clips, which the next episode then finds.
+    :param tagged: Rows and batches get a fifth member, their tags (:func:`tags_of`); LightRFT's trainer takes four.
     :raises DataError: if a row cannot be trained on; all such rows are counted, the first are named.
     """
 
@@ -163,6 +185,7 @@ class AudioPromptDataset(Dataset):
         audio_root: str | None = None,
         decode_all: bool = False,
         cache_bytes: int = 0,
+        tagged: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.processor = processor
@@ -176,6 +199,7 @@ class AudioPromptDataset(Dataset):
         self.audio_paths: list[str | None] = [path or None for path in columns["images_key"]]
         self.references: list[str] = columns["reference_key"]
         self.labels: list[str] = columns["label_key"]
+        self.tags = tags_of(dataset, self.labels) if tagged else None
         self.prompts: list[str] = []
         problems = check_types(columns)
         if not problems:
@@ -236,16 +260,16 @@ class AudioPromptDataset(Dataset):
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, index: int) -> tuple[str, Waveform | None, str, str]:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         """One prompt.
 
         :param index: Row.
-        :return: Prompt text, (waveform ``(samples,)`` float32, 16000) or None, reference, label.
+        :return: Prompt text, (waveform ``(samples,)`` float32, 16000) or None, reference, label, tags if ``tagged``.
         :raises AudioError: if the file does not decode.
         """
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[str, Waveform | None, str, str]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, ...]]:
         """A batch of prompts, its clips decoded in parallel; what a ``DataLoader`` asks for.
 
         :param indices: Rows.
@@ -261,6 +285,7 @@ class AudioPromptDataset(Dataset):
                 (waves[path], SAMPLING_RATE) if (path := self.audio_paths[index]) is not None else None,
                 self.references[index],
                 self.labels[index],
+                *([] if self.tags is None else [self.tags[index]]),
             )
             for index in indices
         ]
@@ -271,13 +296,12 @@ class AudioPromptDataset(Dataset):
         return self.clips(path)
 
     @staticmethod
-    def collate_fn(rows: Sequence[tuple[str, Waveform | None, str, str]]) -> tuple[list, list, list, list]:
-        """A batch: prompts, audio, references, labels, each a list.
+    def collate_fn(rows: Sequence[tuple[Any, ...]]) -> tuple[list, ...]:
+        """A batch: prompts, audio, references, labels, and tags where there are some, each a list.
 
         :param rows: From :meth:`__getitem__`.
         """
-        prompts, audio, references, labels = zip(*rows, strict=True)
-        return list(prompts), list(audio), list(references), list(labels)
+        return tuple(map(list, zip(*rows, strict=True)))
 
 
 class AudioMultimodalProcessor:

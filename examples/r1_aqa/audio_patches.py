@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,12 +123,13 @@ def is_marked(owner: Any, name: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------- strategy
-def patch_strategy_for_audio(strategy: Any, processor: Any = None) -> Patch:
+def patch_strategy_for_audio(strategy: Any, processor: Any = None, files: dict[str, str] | None = None) -> Patch:
     """Make a strategy send audio to the engine, and save the processor with the model.
 
     :param strategy: LightRFT strategy.
     :param processor: If given, every folder that ``save_model`` writes also gets its files, which transformers and
         vLLM need to load an audio model.
+    :param files: Further files for these folders: name to text.
     :return: Undoes it.
     :raises PatchError: if ``_build_multimodal_inputs`` or ``save_model`` are not as expected.
     """
@@ -136,9 +138,9 @@ def patch_strategy_for_audio(strategy: Any, processor: Any = None) -> Patch:
         if not on_runtime():
             import lightrft_audio
 
-            lightrft_audio.patch_strategy(patch, strategy, processor)
+            lightrft_audio.patch_strategy(patch, strategy, processor, files)
         elif processor is not None:
-            _patch_save_model(patch, strategy, processor)
+            _patch_save_model(patch, strategy, processor, files)
     return patch
 
 
@@ -186,7 +188,7 @@ def build_audio_inputs(
     return requests
 
 
-def _patch_save_model(patch: Patch, strategy: Any, processor: Any) -> None:
+def _patch_save_model(patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
     """LightRFT saves model and tokenizer; without the processor's files an audio model cannot be loaded again."""
     original = _require(strategy, "save_model", ("model", "tokenizer", "output_dir"))
     if is_marked(strategy, "save_model"):
@@ -196,9 +198,21 @@ def _patch_save_model(patch: Patch, strategy: Any, processor: Any) -> None:
     def save_model(model: Any, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
         original(model, tokenizer, output_dir, **kwargs)
         if strategy.is_rank_0():
-            processor.save_pretrained(output_dir)
+            write_processor(processor, files, output_dir)
 
     patch.replace(strategy, "save_model", mark(save_model, original))
+
+
+def write_processor(processor: Any, files: dict[str, str] | None, output_dir: str) -> None:
+    """Write what a model's folder lacks.
+
+    :param processor: Qwen2-Audio processor.
+    :param files: See :func:`patch_strategy_for_audio`.
+    :param output_dir: The folder.
+    """
+    processor.save_pretrained(output_dir)
+    for name, text in (files or {}).items():
+        (Path(output_dir) / name).write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------- experience maker

@@ -83,7 +83,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--benchmark", choices=["auto", *BENCHMARKS], default="auto", help="auto: by the fields (default: auto)"
     )
     g.add_argument("--limit", type=int, help="ask the first so many questions only (default: all)")
-    g.add_argument("--think", action=flag, default=False, help="ask for the thinking process before the answer")
+    g.add_argument(
+        "--think",
+        action=flag,
+        help="ask for the thinking process before the answer (default: as all the model's training rows did, else not)",
+    )
     g.add_argument(
         "--silent_audio",
         action=flag,
@@ -175,21 +179,29 @@ def evaluate(args: argparse.Namespace) -> None:
     :raises EvalError: for anything that the user can put right; before any model is loaded, but for the model's own
         faults.
     """
-    from eval_models import resolve_model
+    from eval_models import asked_to_think, resolve_model
 
     out = Path(args.out_file)
     benchmark, rows = read_rows(Path(args.data_file), args.benchmark)
     if benchmark is MMAU and out.suffix != ".json":
         raise EvalError(f"--out_file {out}: must end in .json, the only format that MMAU's script reads")
+    model = resolve_model(args.model_path, args.base_model)
+    trained = asked_to_think(model)
+    if args.think is None:
+        args.think = trained == 1
     items = make_items(rows[: args.limit], benchmark, Path(args.audio_dir), args.think, args.confine_audio)
     sandbox = None
     if args.sandbox_audio:
         from audio_sandbox import Sandbox
 
         sandbox = Sandbox()
-    model = resolve_model(args.model_path, args.base_model)
     print(f"{benchmark.title}: {len(items)} questions of {args.data_file}")
     print(f"model  {args.model_path}" + (f"\n       {model.note}" if model.note else ""))
+    if args.think:
+        print("asked for the thinking process before the answer")
+    if trained == 1 - args.think:
+        habit = "to think before it answers" if trained else "to answer at once"
+        print(f"WARNING: the model was trained {habit}, and is asked otherwise", file=sys.stderr)
     if args.silent_audio:
         print("ABLATION: silence of the same length in place of every clip")
 
@@ -222,7 +234,7 @@ def evaluate(args: argparse.Namespace) -> None:
         scores |= describe_answers(answers, responses, args.think)
         scores["bad_audio"] = [items[i].row.get("id") for i in bad]
         scores["digital_silence"] = [items[i].row.get("id") for i in silent]
-        scores["run"] = describe_run(args, model) | timing
+        scores["run"] = describe_run(args, model) | timing | {"trained_to_think": trained}
         write_whole(to_json(scores), out.with_suffix(".score.json"))
     write_rows(results, out)
     partial.remove()

@@ -14,6 +14,7 @@ from eval_items import EvalError
 _STEP_FOLDERS = re.compile(r"(?:hf_step_|global_step|checkpoint-)(\d+)(?:_hf)?")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+NOTES_FILE = "r1_aqa.json"  # written by train_colocate.py into every model's folder
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -40,6 +41,19 @@ class Model:
             files = sorted(file for pattern in _WEIGHTS for file in Path(place).glob(pattern))
             parts += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
         return parts
+
+
+def asked_to_think(model: Model) -> float | None:
+    """The share of a model's training rows that asked for the thinking process.
+
+    :param model: Resolved model.
+    :return: 0 to 1; None where nothing is known: start models, and other programs'.
+    """
+    trained = Path(model.adapter or model.path)
+    for folder in (trained, trained.parent) if model.adapter else (trained,):  # a run has its adapter in a folder of it
+        if (folder / NOTES_FILE).is_file():
+            return _read_json(folder / NOTES_FILE).get("asked_to_think")
+    return None
 
 
 def resolve_model(model_path: str, base_model: str | None = None) -> Model:

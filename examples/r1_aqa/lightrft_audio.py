@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from audio_patches import Patch, is_marked, mark, patch_policy
+from audio_patches import Patch, is_marked, mark, patch_policy, write_processor
 from audio_slots import MAX_FRAMES, audio_token_count, unpack_clips
 from lightrft_compat import at_least
 from torch import nn
@@ -125,12 +125,13 @@ def audio_forward(
 
 
 # ------------------------------------------------------------------------------------------------------------- strategy
-def patch_strategy(patch: Patch, strategy: Any, processor: Any) -> None:
+def patch_strategy(patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None = None) -> None:
     """Make a LightRFT strategy roll out with audio, synchronise and save what audio needs.
 
     :param patch: Takes the replacements.
     :param strategy: ``DeepspeedStrategy`` or ``FSDPV2Strategy``.
     :param processor: Saved with the model; None leaves saving as it is.
+    :param files: Saved with it, too: name to text.
     """
     if is_marked(strategy, "engine_generate_local"):
         return
@@ -154,7 +155,7 @@ def patch_strategy(patch: Patch, strategy: Any, processor: Any) -> None:
     patch.replace(strategy, "gather_and_generate", _with_checked_prompts(strategy.gather_and_generate))
     _patch_weight_sync(patch, strategy)
     if processor is not None:
-        _patch_save(patch, strategy, processor)
+        _patch_save(patch, strategy, processor, files)
 
 
 def _with_checked_prompts(original: Callable) -> Callable:
@@ -299,7 +300,7 @@ def _clear_encoder_cache(worker: Any) -> None:
     worker.model_runner.encoder_cache.clear()
 
 
-def _patch_save(patch: Patch, strategy: Any, processor: Any) -> None:
+def _patch_save(patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
     """A Hugging Face folder with processor.
 
     LightRFT saves none under FSDP2. Under DeepSpeed it saves one without the processor, and beside transformers 5 not
@@ -313,7 +314,7 @@ def _patch_save(patch: Patch, strategy: Any, processor: Any) -> None:
         if strategy.is_rank_0():
             write_model(inner, weights, output_dir)
             tokenizer.save_pretrained(output_dir)
-            processor.save_pretrained(output_dir)
+            write_processor(processor, files, output_dir)
         dist.barrier()
 
     patch.replace(strategy, "save_model", mark(save_model, strategy.save_model))

@@ -92,6 +92,11 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--advantage_estimator dr_grpo: LightRFT has no such thing; use group_norm")
     if args.dynamic_sampling:
         problems.append("--dynamic_sampling: LightRFT only drops groups of rewards 0 or 1, not those of 2; drop it")
+    problems += [
+        f"--{flag}: only this repository's runtime evaluates so; drop it, and use eval_mmau.py afterwards"
+        for flag in ("eval_benchmark", "keep_best")
+        if getattr(args, flag) is not None
+    ]
     if args.fused_linear_logprob:
         problems.append("--fused_linear_logprob: only LightRFT's text models know it; drop it")
     if args.on_anomaly != "warn":

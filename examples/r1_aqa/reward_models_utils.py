@@ -195,6 +195,35 @@ def _device(model_reward_list: Sequence[Any] | None) -> torch.device:
     return torch.device("cpu")
 
 
+def label_doubts(prompts: Sequence[str], labels: Sequence[str | None]) -> list[str]:
+    """What the labels of training rows do not fit: the rules, or what the prompts ask for.
+
+    :param prompts: Rendered prompts.
+    :param labels: Rule of each.
+    :return: A line for each kind of doubt, with the number of rows and the first of them.
+    """
+    kinds = {
+        f"have a label that is no rule: they are scored by {PLAIN_LABEL}": [
+            i for i, label in enumerate(labels) if label not in (PLAIN_LABEL, THINK_LABEL)
+        ],
+        f"are labelled {THINK_LABEL}, but their prompts do not say {_THINK_OPEN}, which their format reward wants": [
+            i
+            for i, (prompt, label) in enumerate(zip(prompts, labels, strict=True))
+            if label == THINK_LABEL and _THINK_OPEN not in prompt
+        ],
+        f"have prompts that say {_THINK_OPEN}, but are not labelled {THINK_LABEL}: their format reward forbids it": [
+            i
+            for i, (prompt, label) in enumerate(zip(prompts, labels, strict=True))
+            if label != THINK_LABEL and _THINK_OPEN in prompt
+        ],
+    }
+    return [
+        f"{len(rows)} of {len(prompts)} rows {what} (row {rows[0]}: label {labels[rows[0]]!r})"
+        for what, rows in kinds.items()
+        if rows
+    ]
+
+
 @lru_cache(maxsize=1024)
 def _warn_unknown_label(label: str) -> None:
     logger.warning("unknown label %r: scored by the plain rule %r (known: %r)", label, PLAIN_LABEL, THINK_LABEL)

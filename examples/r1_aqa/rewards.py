@@ -19,6 +19,7 @@ from reward_models_utils import avqa_combined_reward_fn, format_reward_fn, rewar
 
 Reward = Callable[[str, str, bool], float]
 BRIEF_WORDS = 64  # that cost nothing
+LONGEST_WORD = 20  # characters; a longer one counts as several, so that leaving out spaces saves nothing
 LONGEST_COST = 0.5
 
 
@@ -56,7 +57,8 @@ def length_aware(response: str, reference: str, think: bool) -> float:
     :return: -0.5 to 2.0.
     """
     total, _, _ = avqa_combined_reward_fn(response, reference, think)
-    beyond = max(0, len(response.split()) - BRIEF_WORDS) / BRIEF_WORDS
+    words = sum(-(-len(word) // LONGEST_WORD) for word in response.split())
+    beyond = max(0, words - BRIEF_WORDS) / BRIEF_WORDS
     return total - LONGEST_COST * min(1.0, beyond)
 
 
@@ -106,6 +108,9 @@ def _import(name: str) -> Any:
     if "" not in sys.path:
         sys.path.append("")  # the current folder, after all else
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise SystemExit(f"--reward {name}: {error}; it must be module:function, the module on PYTHONPATH") from error
+    if not callable(found):
+        raise SystemExit(f"--reward {name}: is {found!r:.80}, no function of (response, reference, think)")
+    return found

@@ -62,12 +62,34 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
 
     g = parser.add_argument_group("data")
     g.add_argument("--prompt_data", help="folder or parquet file that avqa.py wrote; several with commas")
-    g.add_argument("--prompt_data_probs", default="1.0", help="share of each source, with commas")
+    g.add_argument(
+        "--prompt_data_probs",
+        default="1.0",
+        help="share of each source, with commas; an episode ends with the rows of the first source that is used up",
+    )
+    g.add_argument(
+        "--prompt_data_probs_end",
+        help="a curriculum: the shares go, in equal steps, from --prompt_data_probs at the first row to these at the "
+        "last; a source that is used up starts again, and there are as many rows as in all sources together, at most "
+        "--max_samples",
+    )
     g.add_argument("--prompt_split", default="train", help="split to train on")
     g.add_argument("--max_samples", type=int, default=1_000_000, help="use at most this many rows, drawn by --seed")
     g.add_argument("--eval_data", help="data to evaluate on; default: the --eval_split of --prompt_data, if it exists")
     g.add_argument("--eval_split", default="validation", help="split to evaluate on")
     g.add_argument("--max_eval_samples", type=int, default=500, help="the same for evaluation")
+    g.add_argument(
+        "--eval_benchmark",
+        metavar="FILE",
+        help="MMAU's .json or MMAR's .jsonl to evaluate on, too, by the official rule as eval_mmau.py does; several "
+        "with commas",
+    )
+    g.add_argument("--eval_audio_dir", metavar="FOLDER", help="its recordings; one folder for all, or one each")
+    g.add_argument(
+        "--eval_think",
+        action=flag,
+        help="ask its questions for the thinking process, too; default: as all training rows do, else not",
+    )
     g.add_argument("--input_key", default="prompt", help="column with the chat messages")
     g.add_argument("--images_key", default="audio_path", help="column with the audio file (LightRFT's image slot)")
     g.add_argument("--reference_key", default="reference", help="column with the gold answer")
@@ -85,8 +107,8 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
         "--audio_cache_mib",
         type=int,
         default=1024,
-        help="memory of a rank for decoded clips, MiB, for training and evaluation data each: 1024 hold 1,677 clips of "
-        "10 s, whose files are not decoded again in the next episode; 0: none",
+        help="memory of a rank for decoded clips, MiB, for training data, evaluation data and each benchmark: 1024 "
+        "hold 1,677 clips of 10 s, whose files are not decoded again in the next episode; 0: none",
     )
     g.add_argument(
         "--confine_audio", metavar="FOLDER", help="refuse audio outside this folder, links resolved: for foreign data"
@@ -182,7 +204,17 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
         help="a checkpoint cannot be written (disk full): say so and go on, or stop with status 5; those written "
         "before stay whole either way",
     )
-    g.add_argument("--eval_steps", type=int, default=-1, help="evaluate every so many steps; -1: never")
+    g.add_argument(
+        "--eval_steps", type=int, default=-1, help="evaluate every so many steps and after the last; -1: never"
+    )
+    g.add_argument(
+        "--keep_best",
+        nargs="?",
+        const="",
+        metavar="METRIC",
+        help="keep the model of the best evaluation in <save_path>/best; by this metric, such as eval/reward (the flag "
+        "alone: the first benchmark's accuracy, else eval/accuracy_reward)",
+    )
     g.add_argument("--save_trajectories", action=flag, default=False, help="write responses of each step as JSON Lines")
     g.add_argument("--num_trajectories_to_save", type=int, default=10, help="how many a step")
     g.add_argument("--use_wandb", action=flag, default=False, help="log to wandb (key from WANDB_API_KEY or a login)")
@@ -268,6 +300,16 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
         )
     if args.dynamic_sampling and args.n_samples_per_prompt < 2:
         problems.append("--dynamic_sampling: a group of one response is always alike; --n_samples_per_prompt 2 or more")
+    if args.dynamic_sampling and args.prompt_data_probs_end is not None:
+        problems.append(
+            "--dynamic_sampling with --prompt_data_probs_end: replacements are drawn from all rows, also whose turn "
+            "has not come yet; use one of the two"
+        )
+    if args.use_gspo and args.loss_agg_mode != "seq-mean-token-mean":
+        problems.append(
+            f"--use_gspo with --loss_agg_mode {args.loss_agg_mode}: GSPO weighs all responses alike, this by their "
+            "length; use seq-mean-token-mean"
+        )
     if args.use_kl_loss and args.init_kl_coef == 0:
         problems.append("--use_kl_loss with --init_kl_coef 0 asks for a KL of no weight: drop one of the two")
     if args.kl_target is not None and args.init_kl_coef == 0:
@@ -344,14 +386,10 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--prompt_data is missing: the folder that data_preprocess/avqa.py wrote")
     else:
         problems += _source_problems("prompt_data", args.prompt_data, args.prompt_split)
-        shares = args.prompt_data_probs.split(",")
-        if len(shares) != len(args.prompt_data.split(",")) or not all(map(_is_number, shares)):
-            sources = len(args.prompt_data.split(","))
-            problems.append(
-                f"--prompt_data_probs {args.prompt_data_probs}: one share for each of {sources} sources is needed"
-            )
+        problems += _share_problems(args)
     if args.confine_audio and not Path(args.confine_audio).is_dir():
         problems.append(f"--confine_audio {args.confine_audio}: no such folder")
+    problems += _evaluation_problems(args)
     if args.eval_data:
         problems += _source_problems("eval_data", args.eval_data, args.eval_split)
     if args.load_checkpoint:
@@ -360,6 +398,56 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
         if not found:
             what = "a folder with FSDP2's .metadata" if args.fsdp else "latest"
             problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/{what})")
+    return problems
+
+
+def _share_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    sources = len(args.prompt_data.split(","))
+    for name in ("prompt_data_probs", "prompt_data_probs_end"):
+        text = getattr(args, name)
+        if text is None:
+            continue
+        shares = text.split(",")
+        if len(shares) != sources or not all(map(_is_number, shares)):
+            problems.append(f"--{name} {text}: one share for each of {sources} sources is needed")
+        elif abs(sum(map(float, shares)) - 1) > 1e-6:
+            total = sum(map(float, shares))
+            fitting = ",".join(f"{float(share) / total:.4g}" for share in shares) if total else ""
+            remedy = f"; {fitting} would be these shares" if fitting else ""
+            problems.append(f"--{name} {text}: the shares must add up to 1, not {total:g}{remedy}")
+    if args.prompt_data_probs_end is not None and sources == 1:
+        problems.append("--prompt_data_probs_end: a curriculum needs several sources in --prompt_data")
+    if args.prompt_data_probs_end is not None and args.num_episodes != 1:
+        problems.append(
+            f"--num_episodes {args.num_episodes} with --prompt_data_probs_end: the shares move over one episode, for "
+            "which --max_samples sets the rows; use --num_episodes 1"
+        )
+    return problems
+
+
+def _evaluation_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    files = args.eval_benchmark.split(",") if args.eval_benchmark else []
+    problems += [f"--eval_benchmark {file}: no such file" for file in files if not Path(file).is_file()]
+    if len({Path(file).stem for file in files}) < len(files):
+        problems.append(f"--eval_benchmark {args.eval_benchmark}: two files have one name, and the metrics go by it")
+    if files:
+        folders = (args.eval_audio_dir or "").split(",")
+        if len(folders) not in (1, len(files)):
+            problems.append(
+                f"--eval_audio_dir {args.eval_audio_dir}: one folder, or one for each of {len(files)} files"
+            )
+        problems += [
+            f"--eval_audio_dir {folder or 'is missing: it'}: must be the folder of --eval_benchmark's recordings"
+            for folder in folders
+            if not folder or not Path(folder).is_dir()
+        ]
+    problems += [
+        f"--{name} without an evaluation: set --eval_steps"
+        for name, wanted in (("eval_benchmark", files), ("keep_best", args.keep_best is not None))
+        if wanted and args.eval_steps <= 0
+    ]
     return problems
 
 

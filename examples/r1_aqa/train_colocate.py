@@ -13,12 +13,14 @@ R1-AQA's values:  bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "data_preprocess"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
@@ -53,7 +55,9 @@ def train(args: argparse.Namespace) -> None:
     )
     from audio_patches import BANNED
     from audio_policy import parts_of
+    from eval_models import NOTES_FILE
     from freezing import freeze, trainable
+    from reward_models_utils import THINK_LABEL, label_doubts
     from rewards import find_reward
     from tower_cache import share_tower_outputs
 
@@ -78,14 +82,22 @@ def train(args: argparse.Namespace) -> None:
 
     # ---- data
     tokenizer, processor = get_tokenizer_processor_vl(args.pretrain, actor.model, "left")
-    dataset = load_prompts(args, strategy, tokenizer, processor, args.prompt_data, args.prompt_split, args.max_samples)
+    source = (args.prompt_data, args.prompt_split, args.max_samples)
+    dataset = load_prompts(args, strategy, tokenizer, processor, *source, training=True)
     per_rank = args.rollout_batch_size // strategy.world_size
     if len(dataset) < args.rollout_batch_size:
         raise SystemExit(f"{len(dataset)} rows are fewer than --rollout_batch_size {args.rollout_batch_size}")
+    for doubt in label_doubts(dataset.prompts, dataset.labels):
+        strategy.print(f"WARNING: {doubt}")
+    shuffle = args.prompt_data_probs_end is None  # else the order is the curriculum
     prompts_dataloader = PrefetchLoader(
-        strategy.setup_dataloader(dataset, per_rank, False, True, collate_fn=dataset.collate_fn, drop_last=True)
+        strategy.setup_dataloader(dataset, per_rank, False, shuffle, collate_fn=dataset.collate_fn, drop_last=True)
     )
-    eval_dataloader = make_eval_dataloader(args, strategy, tokenizer, processor, per_rank)
+    asked_to_think = sum(label == THINK_LABEL for label in dataset.labels) / len(dataset)
+    at_once = per_rank * args.n_samples_per_prompt if on_runtime() else per_rank  # of one answer each
+    eval_dataloader = make_eval_dataloader(args, strategy, tokenizer, processor, at_once)
+    evaluators = make_evaluators(args, strategy, processor, asked_to_think == 1)
+    choose_metric(args, eval_dataloader, evaluators)
 
     # ---- optimizer
     rollouts = len(prompts_dataloader) * args.num_episodes
@@ -112,7 +124,7 @@ def train(args: argparse.Namespace) -> None:
         strategy.print(f"resumed {path}: {consumed_samples} prompts were already used")
 
     # ---- rollout engine and audio
-    patch_strategy_for_audio(strategy, processor)
+    patch_strategy_for_audio(strategy, processor, {NOTES_FILE: json.dumps({"asked_to_think": asked_to_think}) + "\n"})
     strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
     strategy.report_memory("with models and engine")
     models = [model for model in (actor, initial_model) if model is not None]
@@ -158,8 +170,10 @@ def train(args: argparse.Namespace) -> None:
     patch_experience_maker_for_audio(trainer.experience_maker, processor, tokenizer, args.prompt_max_len)
     if not on_runtime():
         lightrft_host.patch_trainer(trainer, prompts_dataloader)
-    elif args.load_checkpoint:
-        trainer.restore(states)
+    else:
+        trainer.evaluators = evaluators
+        if args.load_checkpoint:
+            trainer.restore(states)
 
     # ---- train and save
     metrics = trainer.fit(
@@ -196,9 +210,17 @@ def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> An
 
 
 def load_prompts(
-    args: argparse.Namespace, strategy: Any, tokenizer: Any, processor: Any, source: str, split: str, limit: int
+    args: argparse.Namespace,
+    strategy: Any,
+    tokenizer: Any,
+    processor: Any,
+    source: str,
+    split: str,
+    limit: int,
+    training: bool = False,
 ) -> Any:
-    """A split as a checked dataset.
+    """A split of one or several sources as a checked dataset: the training data mixed, evaluation data one after
+    the other.
 
     :param args: Flags.
     :param strategy: Strategy.
@@ -207,16 +229,26 @@ def load_prompts(
     :param source: Files or folders.
     :param split: Split.
     :param limit: Most rows.
+    :param training: The training data.
     """
+    import data_mixing
     from audio_dataset import AudioPromptDataset
     from audio_sandbox import Sandbox
+    from datasets import concatenate_datasets
 
-    from lightrft.utils import blending_datasets
-
-    probs = args.prompt_data_probs if source == args.prompt_data else ",".join("1.0" for _ in source.split(","))
-    rows = blending_datasets(source, probs, strategy, args.seed, return_eval=False, train_split=split)
+    needed = (args.input_key, args.images_key, args.reference_key, args.label_key)
+    parts = data_mixing.read_sources(source, split, strategy, args.seed, needed)
+    start, end = shares_of(args.prompt_data_probs), shares_of(args.prompt_data_probs_end)
+    if not training:
+        rows = concatenate_datasets(parts)
+    elif end:
+        rows = data_mixing.mix_drifting(parts, start, end, limit, args.seed)
+    else:
+        rows = data_mixing.mix(parts, start, args.seed)
     if limit < len(rows):
         rows = rows.shuffle(seed=args.seed).select(range(limit))
+    if len(parts) > 1:
+        strategy.print(data_mixing.describe_mix(rows))
     return AudioPromptDataset(
         rows,
         tokenizer,
@@ -227,7 +259,16 @@ def load_prompts(
         audio_root=args.confine_audio,
         decode_all=args.decode_audio,
         cache_bytes=args.audio_cache_mib * 2**20,
+        tagged=on_runtime(),
     )
+
+
+def shares_of(text: str | None) -> list[float]:
+    """Numbers with commas.
+
+    :param text: A flag's value; None: no numbers.
+    """
+    return [float(share) for share in text.split(",")] if text else []
 
 
 def make_eval_dataloader(args: argparse.Namespace, strategy: Any, tokenizer: Any, processor: Any, size: int) -> Any:
@@ -243,14 +284,55 @@ def make_eval_dataloader(args: argparse.Namespace, strategy: Any, tokenizer: Any
         return None
     source = args.eval_data or args.prompt_data
     if not args.eval_data and not all(has_split(s, args.eval_split) for s in source.split(",")):
-        strategy.print(
-            f"note: no evaluation every {args.eval_steps} steps: {source} has no split {args.eval_split!r} "
-            "(avqa.py --val_ratio makes one)"
-        )
+        if not args.eval_benchmark:
+            strategy.print(
+                f"note: no evaluation every {args.eval_steps} steps: {source} has no split {args.eval_split!r} "
+                "(avqa.py --val_ratio makes one)"
+            )
         return None
     dataset = load_prompts(args, strategy, tokenizer, processor, source, args.eval_split, args.max_eval_samples)
     loader = strategy.setup_dataloader(dataset, size, False, False, collate_fn=dataset.collate_fn, drop_last=False)
     return PrefetchLoader(loader)
+
+
+def make_evaluators(args: argparse.Namespace, strategy: Any, processor: Any, think: bool) -> list[Any]:
+    """What is evaluated on benchmark files.
+
+    :param args: Flags.
+    :param strategy: Strategy.
+    :param processor: Processor.
+    :param think: Whether all training rows ask for the thinking process.
+    """
+    if not args.eval_benchmark:
+        return []
+    from benchmark_eval import BenchmarkEvaluator
+
+    files, folders = args.eval_benchmark.split(","), args.eval_audio_dir.split(",")
+    folders = folders * len(files) if len(folders) == 1 else folders
+    asks = think if args.eval_think is None else args.eval_think
+    return [
+        BenchmarkEvaluator(Path(file), Path(folder), asks, processor, args, strategy)
+        for file, folder in zip(files, folders, strict=True)
+    ]
+
+
+def choose_metric(args: argparse.Namespace, eval_dataloader: Any, evaluators: list[Any]) -> None:
+    """Settle what ``--keep_best`` compares.
+
+    :param args: Flags, changed in place.
+    :param eval_dataloader: Prompts that are evaluated, or None.
+    :param evaluators: Benchmarks.
+    :raises SystemExit: if nothing is evaluated, or not this metric.
+    """
+    if args.keep_best is None:
+        return
+    parquet = ["accuracy_reward", "reward", "format_reward"] if eval_dataloader is not None else []
+    known = [evaluator.metric for evaluator in evaluators] + [f"eval/{name}" for name in parquet]
+    if not known:
+        raise SystemExit("--keep_best: nothing is evaluated; give --eval_benchmark or --eval_data")
+    args.keep_best = args.keep_best or known[0]
+    if args.keep_best not in known:
+        raise SystemExit(f"--keep_best {args.keep_best}: no such metric here; there are {', '.join(known)}")
 
 
 def banner(args: argparse.Namespace, strategy: Any) -> str:

@@ -28,7 +28,8 @@ def build_table(rows: list[Row], paths: list[str], label: str) -> "pa.Table":
     :type paths: list[str]
     :param label: Names the reward rule.
     :type label: str
-    :return: The table. ``extra_info.id`` is int64 where every id is such a number, text otherwise.
+    :return: The table. ``extra_info.id`` is int64 where every id is such a number, text otherwise; ``question_type``
+        is empty where the input has none.
     :rtype: pa.Table
     """
     import pyarrow as pa
@@ -50,13 +51,14 @@ def build_table(rows: list[Row], paths: list[str], label: str) -> "pa.Table":
 
     choice_offsets = itertools.accumulate((len(row.choices) for row in rows), initial=0)
     gold, path = strings([row.gold for row in rows]), strings(paths)
+    dataset_name = strings([row.dataset_name for row in rows])
     extra_info = {
         "id": integers(ids, "q") if numbered else strings(list(map(str, ids))),
         "index": integers([row.index for row in rows], "q"),
         "question_text": strings([row.question for row in rows]),
         "multi_choice": lists(choice_offsets, strings([choice for row in rows for choice in row.choices])),
         "answer_idx": integers([row.answer_idx for row in rows], "q"),
-        "dataset_name": strings([row.dataset_name for row in rows]),
+        "dataset_name": dataset_name,
         "audio_path": path,
         "solution": strings([f"<answer>{row.gold}</answer>" for row in rows]),
     }
@@ -66,6 +68,8 @@ def build_table(rows: list[Row], paths: list[str], label: str) -> "pa.Table":
         "reference": gold,
         "label": strings([label] * count),
         "audio_path": path,
+        "dataset_name": dataset_name,
+        "question_type": strings([row.question_type for row in rows]),
         "reward_model": struct({"ground_truth": gold}),
         "extra_info": struct(extra_info),
     }

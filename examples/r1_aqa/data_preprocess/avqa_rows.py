@@ -108,6 +108,7 @@ class Row(NamedTuple):
     answer_idx: int
     gold: str
     dataset_name: str
+    question_type: str
     audio_name: str
     prompt: str
 
@@ -309,12 +310,13 @@ def parse_record(record: Record, index: int, enable_think: bool) -> Row:
         choices=texts,
         answer_idx=answer_idx,
         gold=gold,
-        dataset_name=_check_dataset_name(value.get("dataset_name")),
+        dataset_name=_check_name("dataset_name", value.get("dataset_name")) or DEFAULT_DATASET_NAME,
+        question_type=_check_name("question_type", value.get("question_type")),
         audio_name=wav_name_of_video(video_name) if audio_path in _ABSENT else _check_audio_path(audio_path),
         prompt=render_prompt(question, choices, enable_think),
     )
     try:
-        "".join((question, *texts, row.dataset_name, row.audio_name, str(row.id))).encode("utf-8")
+        "".join((question, *texts, row.dataset_name, row.question_type, row.audio_name, str(row.id))).encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError("bad_text", f"half a surrogate pair, {error.object[error.start]!a}, cannot be stored") from error
     return row
@@ -458,17 +460,19 @@ def _check_id(identity: object) -> int | str:
     return identity
 
 
-def _check_dataset_name(name: object) -> str:
+def _check_name(field: str, name: object) -> str:
     """
-    :param name: The row's ``dataset_name``; raw AVQA has none.
+    :param field: ``dataset_name``, which raw AVQA has not, or ``question_type``, which other data need not have.
+    :type field: str
+    :param name: Its value in the row.
     :type name: object
-    :return: The name, ``AVQA`` where there is none.
+    :return: The name, empty where there is none.
     :rtype: str
     :raises RowError: if it is not text.
     """
     if name is not None and not isinstance(name, str):
-        raise RowError("bad_dataset_name", f"dataset_name is {show_value(name)}, expected text")
-    return name or DEFAULT_DATASET_NAME
+        raise RowError(f"bad_{field}", f"{field} is {show_value(name)}, expected text")
+    return name or ""
 
 
 def _check_audio_path(path: object) -> str:

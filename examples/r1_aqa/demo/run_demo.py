@@ -2,6 +2,7 @@
 """The whole way in one command: make a tiny model and sounds, evaluate, train with GRPO, evaluate again, show it.
 
     python examples/r1_aqa/demo/run_demo.py --out_dir results/demo
+    python examples/r1_aqa/demo/run_demo.py --out_dir results/demo_lora -- --lora_rank 1 --actor_learning_rate 1e-2
 
 Everything runs through the scripts that the real model uses: avqa.py, train_colocate.py, eval_mmau.py.
 """
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of model, sounds and training")
     parser.add_argument("--steps", type=int, default=100, help="GRPO steps (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=16, help="prompts a step (default: %(default)s)")
+    parser.add_argument("train_flags", nargs="*", help="behind --: further flags of train_colocate.py")
     args = parser.parse_args()
     started = time.perf_counter()
     out = args.out_dir.resolve()
@@ -43,7 +45,7 @@ def main() -> None:
     before = evaluate(out, out / "model", "before")
     print(f"before training: accuracy {before:.3f} on held-out sounds", flush=True)
     shutil.rmtree(out / "run", ignore_errors=True)
-    train(out, args.seed, args.prompts)
+    train(out, args.seed, args.prompts, args.train_flags)
     after = evaluate(out, out / "run", "after")
     silent = evaluate(out, out / "run", "silent", "--silent_audio")
 
@@ -61,6 +63,7 @@ def main() -> None:
         "host": read_host(out / "run" / "logs" / "rank0.log"),
         "checkpoint": str(out / "run"),
         "seed": args.seed,
+        "train_flags": args.train_flags,
     }
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     draw_curve(metrics, summary, out / "curve.png")
@@ -91,12 +94,13 @@ def make_assets(out: Path, seed: int, questions: int) -> None:
     write_atomically(marker, stamp)
 
 
-def train(out: Path, seed: int, prompts: int) -> None:
+def train(out: Path, seed: int, prompts: int, flags: list[str]) -> None:
     """GRPO with R1-AQA's group size and reward, at a learning rate for a model of this size.
 
     :param out: The demo's folder.
     :param seed: Seed of the data's order and of the sampling.
     :param prompts: Prompts a step.
+    :param flags: Further flags, which outrank those here.
     """
     run(
         "train_colocate.py",
@@ -106,6 +110,7 @@ def train(out: Path, seed: int, prompts: int) -> None:
         *("--micro_rollout_batch_size", 4 * N_SAMPLES, "--generate_max_len", 16),
         *("--actor_learning_rate", 1e-3, "--init_kl_coef", 0.04, "--use_kl_loss", "--seed", seed),
         *("--zero_stage", 2, "--save_trajectories"),
+        *flags,
     )
 
 

@@ -78,16 +78,30 @@ def commit(save_dir: str, tag: str) -> None:
     folder = Path(save_dir) / (tag + PART)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps(files, indent=0, sort_keys=True), encoding="utf-8")
-    for path in (*folder.rglob("*"), folder):
-        _flush(path)
-    final = Path(save_dir) / tag
-    if final.exists():  # a run that was resumed from an older checkpoint comes by again
-        _remove(final)
-    folder.rename(final)
+    replace_folder(folder, Path(save_dir) / tag)  # it exists where a run resumed from an older one comes by again
     pointer = Path(save_dir) / f"latest{PART}"
     pointer.write_text(tag, encoding="utf-8")
     pointer.replace(Path(save_dir) / "latest")
     _flush(Path(save_dir))
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put a written folder in the place of another, everything on disk first.
+
+    Killed between the two renames, it leaves the new one under its name and the old one as ``<final>.old.part``.
+
+    :param new: The folder that is written.
+    :param final: Its name from now on; a folder of that name is deleted.
+    """
+    for path in (*new.rglob("*"), new):
+        _flush(path)
+    old = final.with_name(f"{final.name}.old{PART}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    _flush(final.parent)
 
 
 def _flush(path: Path) -> None:

@@ -83,6 +83,19 @@ def reduce_metrics(sums: dict[str, float], maxima: dict[str, float], device: tor
             values.update(zip(values, packed.tolist(), strict=True))
 
 
+def reduce_by_name(sums: dict[Any, float], device: torch.device) -> dict[Any, float]:
+    """Add up over all ranks what some of them may not have. Collective.
+
+    :param sums: By names that can be sorted; a name that a rank lacks counts as 0 there.
+    :param device: Where the reduction runs.
+    :return: All names of all ranks, sorted.
+    """
+    names = sorted(set().union(*gather_objects(list(sums))))
+    whole = {name: sums.get(name, 0.0) for name in names}
+    reduce_metrics(whole, {}, device)
+    return whole
+
+
 class ResumableSampler(DistributedSampler):
     """A distributed sampler that can begin inside an epoch.
 

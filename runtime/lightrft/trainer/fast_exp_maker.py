@@ -83,6 +83,7 @@ class FastExperienceMaker:
         all_references: Sequence[str],
         all_labels: Sequence[str],
         step: int,
+        all_tags: Sequence[Sequence[str]] | None = None,
     ) -> list[Experience]:
         """Rollout, rewards, log-probs and advantages for this rank's prompts.
 
@@ -91,10 +92,12 @@ class FastExperienceMaker:
         :param all_references: Gold answers.
         :param all_labels: Reward rules.
         :param step: Rollout step, which the sampling seeds depend on.
+        :param all_tags: What each prompt is counted under, beside all others.
         :return: ``n`` experiences a prompt, a group's next to each other.
         """
         started = time.perf_counter()
-        items = self.rollout(all_prompts, all_images, all_references, all_labels, self.sampling, step)
+        prompts = (all_prompts, all_images, all_references, all_labels)
+        items = self.rollout(*prompts, self.sampling, step, all_tags=all_tags)
         self.score(items)
         if self.draw_prompts is not None:
             items = self.replace_groups(items, step)
@@ -115,6 +118,7 @@ class FastExperienceMaker:
         sampling: Sampling,
         step: int,
         attempt: int = 0,
+        all_tags: Sequence[Sequence[str]] | None = None,
     ) -> list[Experience]:
         """Sample responses, one engine request a prompt.
 
@@ -125,6 +129,7 @@ class FastExperienceMaker:
         :param sampling: How to sample; each prompt gets a seed of (run seed, step, position in the global batch).
         :param step: Rollout step.
         :param attempt: Number of the rollout within the step, which the seeds depend on, too.
+        :param all_tags: See :meth:`make_experience_list`.
         :return: Experiences without rewards.
         :raises RuntimeError: if the engine saw other prompt tokens than the trainer will.
         """
@@ -174,6 +179,7 @@ class FastExperienceMaker:
                         clips=mine,
                         reference=all_references[i],
                         label=all_labels[i],
+                        tags=all_tags[i] if all_tags else (),
                     )
                 )
         return items
@@ -199,7 +205,8 @@ class FastExperienceMaker:
             dist.all_reduce(most, dist.ReduceOp.MAX)
             if most == 0:
                 break
-            drawn = self.rollout(*self.draw_prompts(step, attempt, int(most)), self.sampling, step, attempt)
+            prompts, tags = split_tags(self.draw_prompts(step, attempt, int(most)))
+            drawn = self.rollout(*prompts, self.sampling, step, attempt, all_tags=tags)
             self.score(drawn)
             fresh = [drawn[i : i + n] for i in range(0, len(drawn), n)]
             for group in filter(has_spread, fresh):
@@ -300,6 +307,14 @@ class FastExperienceMaker:
             mean, factor = whiten(*sums.tolist())
             for item in items:
                 item.advantages = (item.advantages - mean) * factor
+
+
+def split_tags(batch: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Sequence[str]] | None]:
+    """Prompts, images, references and labels of a batch, and its tags, if it has that fifth member.
+
+    :param batch: From the prompts' loader.
+    """
+    return batch[:4], batch[4] if len(batch) > 4 else None
 
 
 def has_spread(group: Sequence[Experience]) -> bool:

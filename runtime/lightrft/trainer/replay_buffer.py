@@ -20,6 +20,7 @@ class Experience:
     :param clips: Rows of each clip of the prompt, ``(rows, n_mels)``; the responses of a group share the tensors.
     :param reference: Gold answer.
     :param label: Reward rule.
+    :param tags: What it is counted under beside all others, such as its data set.
     :param response: Decoded response, for trajectories.
     :param reward: Total reward.
     :param reward_metrics: Its parts.
@@ -36,6 +37,7 @@ class Experience:
     clips: list[torch.Tensor]
     reference: str
     label: str
+    tags: Sequence[str] = ()
     response: str = ""
     reward: float = 0.0
     reward_metrics: dict[str, float] = field(default_factory=dict)

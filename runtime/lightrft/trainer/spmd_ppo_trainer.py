@@ -14,7 +14,6 @@ import math
 import random
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,13 +29,14 @@ from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens, rollo
 from lightrft.strategy import checkpoint
 from lightrft.strategy.checkpoint import SaveError
 from lightrft.strategy.deepspeed_hooks import StepGuard, is_usable
-from lightrft.strategy.distributed import gather_objects, reduce_metrics
+from lightrft.strategy.distributed import gather_objects, reduce_by_name, reduce_metrics
 from lightrft.utils.console import console
 from lightrft.utils.metrics import MetricsWriter
 from lightrft.utils.preemption import StopError, stop_request
 
 from .advantages import KLController
-from .fast_exp_maker import FastExperienceMaker, forward
+from .evaluation import BestModel, Evaluation, Evaluator, rollout_sums, tag_metrics, tag_sums
+from .fast_exp_maker import FastExperienceMaker, forward, split_tags
 from .health import AnomalyError, Health
 from .replay_buffer import Experience, make_micro_batch, pad_tokens
 
@@ -121,6 +121,9 @@ class SPMDPPOTrainerVL:
         self.health = Health(dtype, args.on_anomaly, self.warn)
         self.guard = StepGuard(actor.model)
         self.failed_saves = 0
+        self.evaluators: list[Evaluator] = []  # what is measured every eval_steps beside the reward, see Evaluation
+        self.best: BestModel | None = None
+        self.best_remembered: dict[str, Any] | None = None  # by the checkpoint that was loaded
         # last step whose gradients are all in the weights, the KL weight then, and what health knew
         self.boundary = (0, init_kl_coef, self.health.state())
         for model in filter(None, (actor, initial_model)):
@@ -171,6 +174,10 @@ class SPMDPPOTrainerVL:
         stop_request.install()
         if step and not self.disable_ds_ckpt:
             self._finish_save(args)
+        evaluation = Evaluation(self.experience_maker, self.max_new_tokens, eval_dataloader, self.evaluators)
+        if args.keep_best is not None:
+            folder = Path(args.save_path) / "best"
+            self.best = BestModel(self.strategy, folder, args.keep_best, step > 0, self.best_remembered)
         writer = MetricsWriter(Path(args.save_path), args, step) if self.strategy.is_rank_0() else None
         show_bar = self.strategy.is_rank_0() and console.stream.isatty()
         bar = tqdm(total=total, initial=step, desc="GRPO", file=console.stream, disable=not show_bar, leave=False)
@@ -186,8 +193,9 @@ class SPMDPPOTrainerVL:
                 for batch, waited in timed(prompts_dataloader):
                     step += 1
                     metrics = self.train_on(batch, step, waited)
-                    if eval_dataloader is not None and args.eval_steps > 0 and step % args.eval_steps == 0:
-                        metrics |= self.evaluate(eval_dataloader)
+                    if evaluation.due(step, total, args.eval_steps):
+                        metrics |= evaluation(step)
+                        self.keep_best(args, metrics, step)
                     self.report(writer, bar, step, total, metrics)
                     if step % MEMORY_STEPS == 0:
                         hand_back_memory()
@@ -212,15 +220,15 @@ class SPMDPPOTrainerVL:
     def train_on(self, batch: tuple[Any, ...], step: int, waited: float) -> dict[str, float]:
         """One rollout batch: sample, score, train, synchronise.
 
-        :param batch: Prompts, image-slot contents, references, labels.
+        :param batch: Prompts, image-slot contents, references, labels, and tags where rows have some.
         :param step: Rollout step, from 1.
         :param waited: Seconds that the batch was waited for; part of the step's time.
         :return: Metrics, the same on every rank.
         """
         started = time.perf_counter()
-        prompts, images, references, labels = batch
+        prompts, tags = split_tags(batch)
         stop_request.check(self.strategy.device)
-        items = self.experience_maker.make_experience_list(prompts, images, references, labels, step)
+        items = self.experience_maker.make_experience_list(*prompts, step, all_tags=tags)
         train_started = time.perf_counter()
         sums, maxima, updated = self.update(items, step)
         sync_started = time.perf_counter()
@@ -237,6 +245,7 @@ class SPMDPPOTrainerVL:
         sums |= self._rollout_sums(items)
         reduce_metrics(sums, maxima, self.strategy.device)
         metrics = step_metrics(sums, maxima)
+        metrics |= tag_metrics(reduce_by_name(tag_sums(items), self.strategy.device), "rollout", sums["responses"])
         metrics["train/grad_norm"] = maxima["grad_norm"]
         metrics["train/lr"] = self.scheduler.get_last_lr()[0]
         if math.isfinite(metrics["train/kl"]):
@@ -383,23 +392,6 @@ class SPMDPPOTrainerVL:
     def _padded(self, items: list[Experience], name: str, width: int) -> torch.Tensor:
         return pad_tokens([getattr(item, name) for item in items], width, self.strategy.device)
 
-    def evaluate(self, dataloader: Any) -> dict[str, float]:
-        """Greedy answers to the evaluation prompts, scored with the training reward.
-
-        :param dataloader: This rank's evaluation prompts.
-        :return: ``eval/*`` metrics over all ranks.
-        """
-        maker = self.experience_maker
-        greedy = Sampling(n=1, temperature=0.0, max_tokens=self.max_new_tokens, logit_bias=maker.sampling.logit_bias)
-        sums: dict[str, float] = defaultdict(float)
-        for prompts, images, references, labels in dataloader:
-            items = maker.rollout(prompts, images, references, labels, greedy, step=0)
-            maker.score(items)
-            for name, value in rollout_sums(items).items():
-                sums[name] += value
-        reduce_metrics(sums, {}, self.strategy.device)
-        return {f"eval/{k.removeprefix('rollout/')}": v / sums["responses"] for k, v in sums.items() if "/" in k}
-
     # ------------------------------------------------------------ output
     def report(self, writer: MetricsWriter | None, bar: Any, step: int, total: int, metrics: dict[str, float]) -> None:
         """Write the metrics and print the step's line.
@@ -423,6 +415,10 @@ class SPMDPPOTrainerVL:
         )
         if "eval/accuracy_reward" in m:
             line += f"  eval acc {m['eval/accuracy_reward']:.3f}"
+        for name in (name for name in m if name.startswith("eval/") and name.endswith("/accuracy")):
+            line += f"  {name.removesuffix('/accuracy')} {m[name]:.3f}"
+        if m.get("eval/best_step") == step:
+            line += "  (best)"
         console.print(line)
         bar.refresh()
 
@@ -438,21 +434,36 @@ class SPMDPPOTrainerVL:
             if self.save_hf_ckpt:
                 self._save_folder(args)
         except SaveError as error:
-            if args.on_save_error == "stop":
-                raise
-            self.failed_saves += 1
-            self.warn(f"step {self.boundary[0]} could not be saved ({error}); what was saved before is as it was")
+            self._take_failure(args, error)
+
+    def keep_best(self, args: Any, metrics: dict[str, float], step: int) -> None:
+        """Keep the model if its evaluation is the best so far, and say in the metrics which one is.
+
+        :param args: The run's arguments.
+        :param metrics: The step's; ``eval/best`` and ``eval/best_step`` are added.
+        :param step: Rollout step.
+        :raises SaveError: as :meth:`save`.
+        """
+        if self.best is None:
+            return
+        try:
+            self.best.keep(metrics, step, lambda folder: self.strategy.save_model(self.actor, self.tokenizer, folder))
+        except SaveError as error:
+            self._take_failure(args, error)
+        if self.best.record is not None:
+            metrics |= {"eval/best": self.best.record["value"], "eval/best_step": float(self.best.record["step"])}
+
+    def _take_failure(self, args: Any, error: SaveError) -> None:
+        if args.on_save_error == "stop":
+            raise error
+        self.failed_saves += 1
+        self.warn(f"step {self.boundary[0]} could not be saved ({error}); what was saved before is as it was")
 
     def _save_folder(self, args: Any) -> None:
         folder = Path(args.save_path) / f"hf_step_{self.boundary[0]:06d}"
-        aside = folder.with_name(folder.name + ".part")
-
-        def rename() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
-
+        aside = folder.with_name(folder.name + checkpoint.PART)
         self.strategy.save_model(self.actor, self.tokenizer, str(aside))
-        self.strategy.together(rename, self.strategy.is_rank_0())
+        self.strategy.together(lambda: checkpoint.replace_folder(aside, folder), self.strategy.is_rank_0())
 
     def _finish_save(self, args: Any) -> None:
         """Do what is left of a save in which the run was ended, once it goes on.
@@ -496,6 +507,7 @@ class SPMDPPOTrainerVL:
             "consumed_samples": step * args.rollout_batch_size,
             "kl_coef": kl_coef,
             "health": health,
+            "best": self.best and self.best.record,
             "rng": gather_objects((random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state())),
         }
         folder = str(Path(args.ckpt_path) / "_actor")
@@ -508,6 +520,7 @@ class SPMDPPOTrainerVL:
         """
         self.kl_ctl.value = state["kl_coef"]
         self.health.restore(state["health"])
+        self.best_remembered = state.get("best")  # checkpoints of earlier versions have none
         if len(state["rng"]) == dist.get_world_size():  # nothing here draws from them; a user's reward might
             python, numpy, torch_state = state["rng"][dist.get_rank()]
             random.setstate(python)
@@ -547,22 +560,6 @@ def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
     for batch in batches:
         yield batch, time.perf_counter() - started
         started = time.perf_counter()
-
-
-def rollout_sums(items: list[Experience]) -> dict[str, float]:
-    """Sums over responses that the rollout metrics are made of.
-
-    :param items: Scored experiences.
-    """
-    sums = {
-        "responses": float(len(items)),
-        "rollout/reward": sum(item.reward for item in items),
-        "rollout/response_length": float(sum(len(item.response_ids) for item in items)),
-        "rollout/truncated_fraction": float(sum(item.truncated for item in items)),
-    }
-    for name in items[0].reward_metrics:
-        sums[f"rollout/{name}"] = sum(item.reward_metrics[name] for item in items)
-    return sums
 
 
 def spread_sums(items: list[Experience], n_samples: int) -> dict[str, float]:

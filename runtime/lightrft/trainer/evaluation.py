@@ -1,0 +1,224 @@
+"""Evaluation while training: prompts scored by the reward, what the example adds, and the best model so far."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightrft.engines.base import Sampling
+from lightrft.strategy import checkpoint
+from lightrft.strategy.distributed import gather_objects, reduce_by_name, reduce_metrics
+
+from .fast_exp_maker import FastExperienceMaker, split_tags
+from .replay_buffer import Experience
+
+Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
+Evaluator = Callable[[Ask, int], dict[str, float]]
+
+BEST_RECORD = "best.json"
+
+
+class Evaluation:
+    """What is measured every ``eval_steps``, with greedy answers of the rollout engine.
+
+    An evaluator is a function ``(ask, step) -> metrics`` that all ranks call: ``ask(prompts, images)`` gives the token
+    ids of the answers to this rank's prompts, at least one and on all ranks equally often; the metrics are the same on
+    every rank.
+
+    :param maker: Asks the engine.
+    :param max_new_tokens: Longest answer.
+    :param dataloader: This rank's prompts to score by the reward, unshuffled; None: none.
+    :param evaluators: What else is measured.
+    """
+
+    def __init__(
+        self, maker: FastExperienceMaker, max_new_tokens: int, dataloader: Any, evaluators: Sequence[Evaluator]
+    ) -> None:
+        self.maker = maker
+        self.strategy = maker.strategy
+        self.greedy = Sampling(n=1, temperature=0.0, max_tokens=max_new_tokens, logit_bias=maker.sampling.logit_bias)
+        self.dataloader = dataloader
+        self.evaluators = evaluators
+
+    def due(self, step: int, total: int, every: int) -> bool:
+        """Whether to evaluate after a step: every so many, and after the last.
+
+        :param step: Rollout step, from 1.
+        :param total: Steps of the run.
+        :param every: ``eval_steps``; -1: never.
+        """
+        something = self.dataloader is not None or bool(self.evaluators)
+        return something and every > 0 and (step % every == 0 or step == total)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Evaluate. Collective.
+
+        :param step: Rollout step.
+        :return: ``eval/*`` metrics and ``time/eval`` in seconds, the same on every rank.
+        """
+        started = time.perf_counter()
+        metrics = {} if self.dataloader is None else self.rewards()
+        for evaluator in self.evaluators:
+            metrics |= evaluator(self.ask, step)
+        seconds = {"time/eval": time.perf_counter() - started}
+        reduce_metrics({}, seconds, self.strategy.device)
+        return metrics | seconds
+
+    def ask(self, prompts: Sequence[str], images: Sequence[Any]) -> list[list[int]]:
+        """Greedy answers to this rank's prompts, without a reward.
+
+        :param prompts: Rendered prompts, at least one.
+        :param images: What the image slot carries, one entry a prompt.
+        :return: Token ids of each answer, end of turn included.
+        """
+        nothing = [""] * len(prompts)
+        items = self.maker.rollout(prompts, images, nothing, nothing, self.greedy, step=0)
+        return [item.response_ids.tolist() for item in items]
+
+    def rewards(self) -> dict[str, float]:
+        """Answers to the dataloader's prompts, scored with the training reward; each row counts once.
+
+        :return: ``eval/*`` metrics over all ranks.
+        """
+        rank, world = self.strategy.rank, self.strategy.world_size
+        left = len(range(rank, len(self.dataloader.dataset), world))  # a sampler fills short ranks up with others' rows
+        sums: dict[Any, float] = defaultdict(float)
+        tagged: dict[Any, float] = defaultdict(float)
+        for batch in self.dataloader:
+            prompts, tags = split_tags(batch)
+            items = self.maker.rollout(*prompts, self.greedy, step=0, all_tags=tags)
+            items = items[:left]
+            left -= len(items)
+            if not items:
+                continue
+            self.maker.score(items)
+            for total, part in ((sums, rollout_sums(items)), (tagged, tag_sums(items))):
+                for name, value in part.items():
+                    total[name] += value
+        # a rank without rows has no names
+        sums, tagged = (reduce_by_name(part, self.strategy.device) for part in (sums, tagged))
+        count = sums["responses"]
+        metrics = {f"eval/{k.removeprefix('rollout/')}": v / count for k, v in sums.items() if "/" in k}
+        return metrics | tag_metrics(tagged, "eval", count)
+
+
+def rollout_sums(items: list[Experience]) -> dict[str, float]:
+    """Sums over responses that the rollout metrics are made of.
+
+    :param items: Scored experiences.
+    """
+    sums = {
+        "responses": float(len(items)),
+        "rollout/reward": sum(item.reward for item in items),
+        "rollout/response_length": float(sum(len(item.response_ids) for item in items)),
+        "rollout/truncated_fraction": float(sum(item.truncated for item in items)),
+    }
+    for name in items[0].reward_metrics:
+        sums[f"rollout/{name}"] = sum(item.reward_metrics[name] for item in items)
+    return sums
+
+
+def tag_sums(items: list[Experience]) -> dict[tuple[str, str], float]:
+    """Sums over the responses of each tag: how many there are, and the parts of their rewards.
+
+    :param items: Scored experiences.
+    :return: By name and tag.
+    """
+    sums: dict[tuple[str, str], float] = defaultdict(float)
+    for item in items:
+        for tag in item.tags:
+            sums["share", tag] += 1
+            for name, value in item.reward_metrics.items():
+                sums[name, tag] += value
+    return dict(sums)
+
+
+def tag_metrics(sums: dict[tuple[str, str], float], prefix: str, responses: float) -> dict[str, float]:
+    """Metrics of each tag: its share of the responses, and means of the parts of their rewards.
+
+    :param sums: From :func:`tag_sums`, over all ranks.
+    :param prefix: ``rollout`` or ``eval``.
+    :param responses: All of them, tagged or not.
+    :return: ``<prefix>/<name>/<tag>``.
+    """
+    return {
+        f"{prefix}/{name}/{tag}": value / (responses if name == "share" else sums["share", tag])
+        for (name, tag), value in sums.items()
+    }
+
+
+class BestModel:
+    """Keeps the model of the best evaluation as a Hugging Face folder, with :data:`BEST_RECORD` in it. Collective.
+
+    What the folder says outranks what a checkpoint remembers: it is written before it. A killed run leaves the old
+    folder or the new one, whole.
+
+    :param strategy: Strategy.
+    :param folder: Where to; a new run moves an earlier run's aside (``.old``).
+    :param metric: What is compared; more is better.
+    :param resumed: This run goes on with an earlier one.
+    :param remembered: What the checkpoint says: step, metric and value; None: of none.
+    :raises SystemExit: if the folder's model was chosen by another metric.
+    """
+
+    def __init__(
+        self, strategy: Any, folder: Path, metric: str, resumed: bool, remembered: dict[str, Any] | None
+    ) -> None:
+        self.strategy = strategy
+        self.folder = folder
+        self.metric = metric
+        strategy.together(lambda: self._tidy(resumed), strategy.is_rank_0())
+        record = folder / BEST_RECORD
+        mine = json.loads(record.read_text(encoding="utf-8")) if strategy.is_rank_0() and record.is_file() else None
+        self.record: dict[str, Any] | None = gather_objects(mine)[0]
+        if self.record is not None and self.record["metric"] != metric:
+            raise SystemExit(
+                f"--keep_best {metric}: {folder} holds the best by {self.record['metric']}, which cannot be compared; "
+                "name that one, or move the folder away"
+            )
+        if self.record is None and remembered is not None:
+            strategy.print(f"note: {folder} is gone, the model of step {remembered['step']}: the next one is the best")
+
+    def _tidy(self, resumed: bool) -> None:
+        aside, old = self._beside(checkpoint.PART), self._beside(f".old{checkpoint.PART}")
+        if old.exists() and not self.folder.exists():  # killed between two renames: the new one is on disk, whole
+            (aside if aside.exists() else old).rename(self.folder)
+        for left_over in (aside, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        if not resumed and self.folder.exists():
+            shutil.rmtree(self._beside(".old"), ignore_errors=True)
+            self.folder.rename(self._beside(".old"))
+
+    def _beside(self, suffix: str) -> Path:
+        return self.folder.with_name(self.folder.name + suffix)
+
+    def keep(self, metrics: dict[str, float], step: int, save: Callable[[str], None]) -> None:
+        """Keep the model if it is better than the best so far; of equal ones the first stays.
+
+        :param metrics: Of an evaluation.
+        :param step: Rollout step.
+        :param save: Writes the model into a folder, on all ranks together.
+        :raises KeyError: if the evaluation does not have the metric.
+        :raises SaveError: if it could not be written; the best so far is then as it was.
+        """
+        if self.metric not in metrics:
+            there = ", ".join(sorted(name for name in metrics if name.startswith("eval/")))
+            raise KeyError(f"--keep_best {self.metric}: the evaluation has no such metric; it has {there}")
+        value = metrics[self.metric]
+        if not value > (self.record["value"] if self.record else float("-inf")):
+            return
+        record = {"step": step, "metric": self.metric, "value": value}
+        aside = self._beside(checkpoint.PART)
+        save(str(aside))
+
+        def finish() -> None:
+            (aside / BEST_RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+            checkpoint.replace_folder(aside, self.folder)
+
+        self.strategy.together(finish, self.strategy.is_rank_0())
+        self.record = record
