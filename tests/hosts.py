@@ -57,7 +57,7 @@ class Host:
 
         :param arguments: Of it.
         """
-        subprocess.run([*self._inside, "ip", *arguments], check=True, timeout=20)
+        self.run("ip", *arguments)
 
     def start(self, command: Sequence[object], folder: Path, **kwargs: Any) -> subprocess.Popen:
         """Start a command on it.
@@ -70,6 +70,15 @@ class Host:
         command = [*self._inside, "env", f"--chdir={folder}", *map(str, command)]
         self.started.append(subprocess.Popen(command, **kwargs))
         return self.started[-1]
+
+    def run(self, *command: object) -> str:
+        """Run a command on it.
+
+        :param command: With arguments.
+        :return: What it prints.
+        """
+        command = [*self._inside, *map(str, command)]
+        return subprocess.run(command, check=True, timeout=20, capture_output=True, text=True).stdout
 
     def processes(self) -> list[str]:
         """Command lines of what runs on it, its first process aside."""
@@ -85,8 +94,7 @@ class Host:
 
     def listening(self) -> list[str]:
         """TCP ports that something listens on."""
-        command = [*self._inside, "ss", "--no-header", "--listening", "--tcp", "--numeric"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = self.run("ss", "--no-header", "--listening", "--tcp", "--numeric").splitlines()
         return [line.split()[3] for line in lines]
 
     def kill(self) -> None:

@@ -25,7 +25,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -38,8 +37,8 @@ PROBE_EVERY = 5  # seconds
 JOIN_SECONDS = 300  # for all ranks to come; torchrun starts them together, but they read Python's files first
 GRACE = 5.0  # seconds that a rank has to end by itself
 CAUSE_LENGTH = 2000  # characters
-SILENT = f"its host does not answer for {SILENCE} s: it is down, or the network between is"
-GONE = "its process ended without a word: killed, perhaps for want of memory; what its host shows may say more"
+SILENT = f"no answer for {SILENCE} s; its host is down, or the network is"
+GONE = "its process ended without a word (killed? out of memory?); its own host may show more"
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class _Line:
         with contextlib.suppress(OSError):  # who is not there any more need not know
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def read(self) -> Iterator[list | None]:
+    def read(self) -> list[list | None]:
         """Messages that are there.
 
         :raises OSError: if the connection broke.
@@ -81,8 +80,7 @@ class _Line:
         if not data:
             raise EOFError
         *lines, self.received = (self.received + data).split(b"\n")
-        for line in lines:
-            yield json.loads(line)
+        return [json.loads(line) for line in lines]
 
 
 @dataclass
@@ -95,6 +93,7 @@ class Peers:
 
     rank: int
     world: int
+    store: dist.Store | None = None
     loss: Loss | None = None
     complete: threading.Event = field(default_factory=threading.Event)  # all connections stand
     _lost: threading.Event = field(default_factory=threading.Event)
@@ -111,13 +110,13 @@ class Peers:
         wait = timedelta(seconds=JOIN_SECONDS)
         host = socket.gethostname()
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+            self.store = store = next(dist.rendezvous("env://", timeout=wait))[0]
             if self.rank == 0:
                 everywhere = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
                 server = socket.create_server(("", 0), backlog=self.world, **everywhere)
                 secret = secrets.token_hex(16)
                 store.set("lightrft/peers", json.dumps([server.getsockname()[1], secret, host]))
-                self._run(self._gather, server, secret, store)
+                self._run(self._gather, server, secret)
                 return
             port, secret, hub = json.loads(store.get("lightrft/peers"))
             line = _Line(socket.create_connection((os.environ["MASTER_ADDR"], port), JOIN_SECONDS), 0, hub)
@@ -134,8 +133,8 @@ class Peers:
     def _run(self, target: object, *args: object) -> None:
         threading.Thread(target=target, args=args, name="peers", daemon=True).start()
 
-    def _gather(self, server: socket.socket, secret: str, store: dist.Store) -> None:
-        """Rank 0: take the others' connections, then watch all of them. The store is only kept alive."""
+    def _gather(self, server: socket.socket, secret: str) -> None:
+        """Rank 0: take the others' connections, then watch all of them."""
         deadline = time.monotonic() + JOIN_SECONDS
         with selectors.DefaultSelector() as selector, server:
             selector.register(server, selectors.EVENT_READ)
@@ -159,16 +158,19 @@ class Peers:
 
     def _greet(self, selector: selectors.BaseSelector, line: _Line, secret: str) -> None:
         try:
-            first, *more = line.read()
-            known, line.rank, line.host = first
-        except (OSError, EOFError, ValueError, TypeError):
-            known = ""
-        if not secrets.compare_digest(str(known), secret):  # not one of ours
+            messages = list(line.read())
+            if not messages and len(line.received) < CAUSE_LENGTH:
+                return  # not all of it is there yet
+            secret_of_it, rank, host = messages[0]
+            if not secrets.compare_digest(secret_of_it, secret):
+                raise ValueError
+        except (OSError, EOFError, ValueError, TypeError, IndexError):  # not one of ours
             selector.unregister(line.socket)
             line.socket.close()
             return
+        line.rank, line.host = rank, host
         self._lines[line.rank] = line
-        self._handle(selector, line, more)
+        self._handle(selector, line, messages[1:])
 
     # ------------------------------------------------------------ watching
     def _watch(self, selector: selectors.BaseSelector | None = None) -> None:
@@ -193,7 +195,7 @@ class Peers:
             selector.unregister(line.socket)
             self._learn(Loss(line.rank, line.host, SILENT))
 
-    def _handle(self, selector: selectors.BaseSelector, line: _Line, messages: Iterator | list) -> None:
+    def _handle(self, selector: selectors.BaseSelector, line: _Line, messages: list[list | None]) -> None:
         for message in messages:
             if message is None or message[0] == line.rank:  # what comes after its last word is no news
                 selector.unregister(line.socket)
@@ -231,9 +233,9 @@ class Peers:
         if not self._said.acquire(blocking=False) or self.rank != speaker or (here and loss.told):
             return
         console.fail(
-            f"rank {loss.rank} on {loss.host} is lost: {loss.cause}\n"
-            f"Rank {self.rank} on {socket.gethostname()} ends, too. Start all hosts again to go on from the newest "
-            "checkpoint: --load_checkpoint, RESUME=1 of the launch script."
+            f"rank {loss.rank} on {loss.host} {'failed' if loss.told else 'is lost'}: {loss.cause}\n"
+            f"This run ends, also on {socket.gethostname()}. Started again on all hosts, it goes on from its newest "
+            "checkpoint with --load_checkpoint (RESUME=1)."
         )
 
     def leave(self, cause: str | None, may_follow: bool) -> bool:
@@ -301,6 +303,14 @@ def own_address() -> str | None:
     _mine.complete.wait()  # or this process is ended
     other = max(_mine._lines)  # of rank 0: on the last host, not on its own
     return _mine._lines[other].socket.getsockname()[0].removeprefix("::ffff:")
+
+
+def first_to_speak() -> bool:
+    """Whether no other rank of this host has asked before: what all have to say is said once."""
+    if _mine is None:
+        return True
+    node = _mine.rank // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _mine.store.compare_set(f"lightrft/spoken/{node}", "", str(_mine.rank)).decode() == str(_mine.rank)
 
 
 def leave(error: BaseException | None = None, may_follow: bool = False) -> bool:
