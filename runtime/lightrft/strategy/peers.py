@@ -105,7 +105,7 @@ class Peers:
     def connect(self) -> None:
         """Open the connections; rank 0 waits for them in its thread.
 
-        :raises ConnectionError: if rank 0 is not there.
+        :raises SystemExit: if rank 0 is not there, or torchrun's store.
         """
         wait = timedelta(seconds=JOIN_SECONDS)
         host = socket.gethostname()
@@ -121,9 +121,8 @@ class Peers:
             port, secret, hub = json.loads(store.get("lightrft/peers"))
             line = _Line(socket.create_connection((os.environ["MASTER_ADDR"], port), JOIN_SECONDS), 0, hub)
         except (OSError, RuntimeError) as error:  # the store's errors are torch's DistError, a RuntimeError
-            raise ConnectionError(
-                f"rank {self.rank} on {host} does not reach rank 0 at {os.environ.get('MASTER_ADDR')}: {error}"
-            ) from None
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise SystemExit(f"rank {self.rank} on {host} and the others do not meet at {where}: {error}") from None
         watch_kernel(line.socket)
         line.send([secret, self.rank, host])
         self._lines[0] = line
@@ -261,6 +260,7 @@ class Peers:
 
 
 _mine: Peers | None = None
+_tried = False
 
 
 def watch_kernel(connection: socket.socket) -> None:
@@ -281,12 +281,13 @@ def watch_kernel(connection: socket.socket) -> None:
 
 
 def join() -> None:
-    """Connect with the other ranks, if there are any. Called first of all, so that nothing goes unnoticed.
+    """Connect with the other ranks, if there are any. Called first of all, so that nothing goes unnoticed; tries once.
 
-    :raises ConnectionError: if rank 0 is not there.
+    :raises SystemExit: if rank 0 is not there, or torchrun's store.
     """
-    global _mine
-    if _mine is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    global _mine, _tried
+    if not _tried and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _tried = True
         peers = Peers(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         peers.connect()
         _mine = peers
