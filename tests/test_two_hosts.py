@@ -6,6 +6,7 @@ ordinary suite takes a sample.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -130,10 +131,9 @@ def test_twenty_steps_are_those_of_one_process(hosts, alone, tiny_model, demo_pa
     assert [process.returncode for process in processes] == [0, 0], shown
     for host in hosts:
         assert_nothing_is_left(host)
-        traffic = host.run("cat", f"/sys/class/net/{CABLE}/statistics/tx_bytes")
-        assert (
-            int(traffic) > 20 * (tiny_model / "model.safetensors").stat().st_size / 2
-        )  # a host's half of the gradients
+        (state,) = json.loads(host.run("ip", "-json", "-stats", "link", "show", CABLE))
+        # half of the gradients, each step
+        assert state["stats64"]["tx"]["bytes"] > 20 * (tiny_model / "model.safetensors").stat().st_size / 2
     assert_equal(comparable(run_of(tmp_path)), alone(20, 0, "--engine_type", engine))
 
 
@@ -157,7 +157,7 @@ def test_a_cut_cable_ends_both_hosts(hosts, tiny_model, demo_parquet, tmp_path, 
 
 @everything
 def test_the_host_that_the_others_meet_at_dies(hosts, tiny_model, demo_parquet, tmp_path):
-    """Node 0, where torchrun's store is; and it dies while the models are being loaded, before any collective."""
+    """Node 0, where torchrun's store is; and it dies at the start, before or after the ranks have met."""
     processes = start(hosts, tmp_path, environment(tiny_model, demo_parquet, 400), "--engine_type", "hf")
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("results/x/*-run/logs/rank1.log")):
@@ -169,5 +169,6 @@ def test_the_host_that_the_others_meet_at_dies(hosts, tiny_model, demo_parquet, 
     seconds = time.monotonic() - killed
     print(f"{seconds:.1f} s")
     assert processes[1].returncode == 1
-    assert "rank 0" in shown, shown[-3000:]
+    met, not_met = "ERROR: rank 0 on node0 is lost", "rank 1 on node1 and the others do not meet at node0:20092"
+    assert met in shown or not_met in shown, shown[-3000:]
     assert_nothing_is_left(hosts[1])

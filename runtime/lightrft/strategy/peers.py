@@ -107,10 +107,13 @@ class Peers:
 
         :raises SystemExit: if rank 0 is not there, or torchrun's store.
         """
-        wait = timedelta(seconds=JOIN_SECONDS)
         host = socket.gethostname()
+        # torchrun's store has just been there, on all hosts
+        there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
-            self.store = store = next(dist.rendezvous("env://", timeout=wait))[0]
+            patience = timedelta(seconds=SILENCE if there else JOIN_SECONDS)
+            self.store = store = next(dist.rendezvous("env://", timeout=patience))[0]
+            store.set_timeout(timedelta(seconds=JOIN_SECONDS))
             if self.rank == 0:
                 everywhere = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
                 server = socket.create_server(("", 0), backlog=self.world, **everywhere)
