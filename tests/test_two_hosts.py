@@ -172,3 +172,13 @@ def test_the_host_that_the_others_meet_at_dies(hosts, tiny_model, demo_parquet, 
     met, not_met = "ERROR: rank 0 on node0 is lost", "rank 1 on node1 and the others do not meet at node0:20092"
     assert met in shown or not_met in shown, shown[-3000:]
     assert_nothing_is_left(hosts[1])
+
+
+@everything
+def test_an_engine_a_host(hosts, alone, tiny_model, demo_parquet, tmp_path):
+    """Two hosts of two processes: data parallel over the hosts, tensor parallel in vLLM and ZeRO-3 over all four."""
+    settings = environment(tiny_model, demo_parquet, 10, MLP_WORKER_GPU=2, ENGINE_TP=2)
+    processes = start(hosts, tmp_path, settings, "--zero_stage", 3)
+    shown = [end(process, 500) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], shown
+    assert_equal(comparable(run_of(tmp_path)), alone(10, 0, "--engine_type", "hf"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -309,6 +310,7 @@ def _host_problems(args: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Parse, validate, train."""
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # the launch script has torchrun ignore it, and so would we
     parser = build_parser(add_arguments)
     args = parser.parse_args()
     finish(args)
