@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -156,6 +157,7 @@ def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet
     assert process.returncode != 0
     if number == "SIGKILL":
         assert "exitcode  : -9" in shown and "Signal 9" in shown and "rank      : 1" in shown
+        assert f"ERROR: rank 1 on {socket.gethostname()} is lost" in shown, shown[-3000:]
     else:
         assert "SIGTERM: step 3 is the last one that is done and saved" in shown, shown[-3000:]
     assert time.monotonic() - started < 120
@@ -269,12 +271,12 @@ def test_the_launch_script_saves_on_a_signal_and_resumes(tiny_model, demo_parque
     environment = os.environ | {name: str(value) for name, value in settings.items()}
     command = ["bash", str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"), "--engine_type", "hf", "--num_episodes"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
-    process = subprocess.Popen([*command, "50"], env=environment, **pipes)
+    process = subprocess.Popen([*command, "50"], env=environment, start_new_session=True, **pipes)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("results/*/*/metrics.jsonl")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
-    process.send_signal(signal.SIGUSR1)
+    os.killpg(process.pid, signal.SIGUSR1)  # as Slurm does
     shown = end(process)
     assert process.returncode == 138 and "SIGUSR1: step" in shown, shown[-2000:]
     [run] = tmp_path.glob("results/*/*")

@@ -27,7 +27,7 @@ def problems(tmp_path):
         for name in names:
             (folder / name).touch()
 
-    def find(world_size: int = 1, **flags) -> list[str]:
+    def find(world_size: int = 1, local_world_size: int | None = None, **flags) -> list[str]:
         flags = {"pretrain": str(model), "prompt_data": str(data)} | flags
         command = []
         for name, value in flags.items():
@@ -37,7 +37,7 @@ def problems(tmp_path):
                 command.append(f"--{name}={value}")
         args = build_parser(add_arguments).parse_args(command)
         finish(args)
-        return find_problems(args, world_size)
+        return find_problems(args, world_size, local_world_size)
 
     return find
 
@@ -115,6 +115,29 @@ def test_batch_rules_name_numbers_and_an_alternative_that_works(problems, world,
     assert len(found) == 1
     assert re.search(message, found[0]), found[0]
     assert problems(world, **SMALL | flags | remedy) == []
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "tp", "remedy"),
+    [
+        (16, 8, 4, None),
+        (16, 8, 16, "use 8, or 16 ranks a node"),
+        (12, 6, 4, "use 3, or 8 ranks a node"),
+        (4, 1, 2, "use 1, or 2 ranks a node"),
+    ],
+)
+def test_an_engine_lies_within_a_node(problems, world, local, tp, remedy):
+    sizes = {"rollout_batch_size": world, "n_samples_per_prompt": 4, "train_batch_size": 4 * world}
+    sizes |= {"micro_train_batch_size": 4, "micro_rollout_batch_size": 4}
+    found = problems(world, local, engine_tp_size=tp, **sizes)
+    if remedy is None:
+        assert found == []
+        return
+    assert len(found) == 1 and f"--engine_tp_size {tp} does not divide the {local} ranks of a node" in found[0]
+    assert remedy in found[0]
+    smaller, larger = map(int, re.search(r"use (\d+), or (\d+)", remedy).groups())
+    assert problems(world, local, engine_tp_size=smaller, **sizes) == []
+    assert larger % tp == 0
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

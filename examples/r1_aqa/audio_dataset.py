@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -248,10 +249,17 @@ class AudioPromptDataset(Dataset):
         probe = probe_all if self.reader is None else functools.partial(probe_all, reader=self.reader)
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return relative + probe(paths)
-        rank, world = dist.get_rank(), dist.get_world_size()
-        shares: list[list[str]] = [[] for _ in range(world)]
-        dist.all_gather_object(shares, probe(paths[rank::world]))
-        return relative + [problem for share in shares for problem in share]
+        world = dist.get_world_size()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        # every host looks at every file: its disk may be its own
+        found = [(socket.gethostname(), problem) for problem in probe(paths[dist.get_rank() % local :: local])]
+        shares: list[list[tuple[str, str]]] = [[] for _ in range(world)]
+        dist.all_gather_object(shares, found)
+        hosts: dict[str, set[str]] = {}
+        for host, problem in (entry for share in shares for entry in share):
+            hosts.setdefault(problem, set()).add(host)
+        where = {p: "" if len(on) == world // local else f" (on {', '.join(sorted(on))})" for p, on in hosts.items()}
+        return relative + [problem + where[problem] for problem in hosts]
 
     def _confine(self, path: str) -> str | None:
         where = None if self.audio_root is None else escape_of(path, self.audio_root)

@@ -84,7 +84,10 @@ if [ "${RESUME:-0}" = 1 ]; then             # go on with the newest run of the e
 fi
 log="rft_logs/${EXPERIMENT_NAME}/node${MLP_ROLE_INDEX}_$(date +%Y%m%d_%H%M%S).log"
 mkdir -p "$save_path" "$(dirname "$log")"
-exec > >(tee "$log") 2>&1
+# Slurm, and a terminal's Ctrl-C, signal all processes: tee has to stay for what is said then, and SIGUSR1 would end
+# torchrun. Of these only the training does something about it, see below.
+trap '' USR1
+exec > >(trap '' INT TERM && exec tee "$log") 2>&1
 
 "$PYTHON" -m torch.distributed.run \
     --nnodes "$MLP_WORKER_NUM" \

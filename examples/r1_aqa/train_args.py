@@ -239,14 +239,15 @@ def finish(args: argparse.Namespace) -> None:
     args.fsdp = getattr(args, "fsdp", False)  # a flag of the real LightRFT only
 
 
-def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
+def find_problems(args: argparse.Namespace, world_size: int, local_world_size: int | None = None) -> list[str]:
     """Everything that is wrong with a configuration, before anything loads.
 
     :param args: Finished flags.
     :param world_size: Ranks of the run.
+    :param local_world_size: Ranks of a node; default: there is but one.
     :return: One entry a problem, with values and a remedy; empty if all is well.
     """
-    problems = _batch_problems(args, world_size)
+    problems = _batch_problems(args, world_size, local_world_size or world_size)
     problems += [
         f"--{name} {getattr(args, name)}: must be {rule}"
         for name, fits, rule in (
@@ -321,7 +322,7 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
     return problems + _path_problems(args)
 
 
-def _batch_problems(args: argparse.Namespace, world: int) -> list[str]:
+def _batch_problems(args: argparse.Namespace, world: int, local: int) -> list[str]:
     rollout, n, train = args.rollout_batch_size, args.n_samples_per_prompt, args.train_batch_size
     micro, micro_rollout, tp = args.micro_train_batch_size, args.micro_rollout_batch_size, args.engine_tp_size
     names = "rollout_batch_size n_samples_per_prompt train_batch_size micro_train_batch_size micro_rollout_batch_size"
@@ -334,6 +335,12 @@ def _batch_problems(args: argparse.Namespace, world: int) -> list[str]:
         return problems
     if world % tp:
         problems.append(f"--engine_tp_size {tp} does not divide the {world} ranks of this run")
+    elif local % tp:
+        fitting = max(d for d in range(1, min(tp, local) + 1) if local % d == 0)
+        problems.append(
+            f"--engine_tp_size {tp} does not divide the {local} ranks of a node, and an engine must lie within one: "
+            f"use {fitting}, or {_up(local, tp)} ranks a node (MLP_WORKER_GPU)"
+        )
     if rollout % world:
         problems.append(
             f"--rollout_batch_size {rollout} prompts do not divide among {world} ranks; {_up(rollout, world)} would"

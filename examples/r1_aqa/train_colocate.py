@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -391,23 +392,59 @@ def _host_problems(args: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Parse, validate, train."""
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # the launch script has torchrun ignore it, and so would we
     parser = build_parser(add_arguments)
     args = parser.parse_args()
     finish(args)
-    problems = find_problems(args, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = find_problems(args, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     problems += _host_problems(args)
     if problems:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{len(problems)} problems with this configuration:", *problems, sep="\n  - ", file=sys.stderr)
-        raise SystemExit(2)
+        text = "\n  - ".join([f"{len(problems)} problems with this configuration:", *problems])
+        if speaks_for_host():
+            print(text, file=sys.stderr, flush=True)
+        tell_others(SystemExit(text))
+        raise SystemExit(WRONG_USE)
     try:
         train(args)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         status = exit_status(error)
+        if status is not None:
+            report_error(error, args.debug)
+        if tell_others(error, may_follow=status is None and isinstance(error, Exception)):
+            raise SystemExit(1) from None
         if status is None:
             raise
-        report_error(error, args.debug)
         raise SystemExit(status) from None
+    tell_others()
+
+
+def speaks_for_host() -> bool:
+    """Whether this rank shows what all ranks of its host may have to say: the first that fails, inside LightRFT the
+    first of all."""
+    peers = find_peers()
+    return os.environ.get("LOCAL_RANK", "0") == "0" if peers is None else peers.first_to_speak()
+
+
+def tell_others(error: BaseException | None = None, may_follow: bool = False) -> bool:
+    """Tell the other ranks how this one ends, so that they end, too; LightRFT's would wait for it.
+
+    :param error: What ended it; None if all is well.
+    :param may_follow: The error may be what another rank's loss has led to.
+    :return: Whether it was, and was named.
+    """
+    peers = find_peers()
+    return peers is not None and peers.leave(error, may_follow)
+
+
+def find_peers() -> Any:
+    """The runtime's module for ranks that end, connected; None if this rank is alone, or inside LightRFT."""
+    if not on_runtime() or os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    from lightrft.strategy import peers
+
+    peers.join()  # a wrong flag is found before anything else is done
+    return peers
 
 
 def exit_status(error: BaseException) -> int | None:
@@ -437,7 +474,7 @@ def report_error(error: BaseException, debug: bool) -> None:
 
     rank = int(os.environ.get("RANK", "0"))
     alone = isinstance(error, AudioError)  # a file that could be opened at the start, on the rank that needs it
-    if rank and not alone:
+    if not (alone or speaks_for_host()):
         return
     where = f" (rank {rank})" if alone and int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     stream = sys.stderr

@@ -17,10 +17,18 @@ def get_strategy(args: Any) -> DeepspeedStrategy:
 
     :param args: The run's arguments.
     :return: The strategy.
+    :raises SystemExit: if the ranks were given different arguments, or do not share the folder of checkpoints.
     """
     console.rank = int(os.environ.get("RANK", "0"))
     if not args.verbose and console.log_file is None:
         console.redirect(Path(args.save_path) / "logs" / f"rank{console.rank}.log")
-    from .deepspeed_strategy import DeepspeedStrategy  # torch and DeepSpeed talk while they are imported
+    # torch and DeepSpeed talk while they are imported
+    from . import peers
 
-    return DeepspeedStrategy(args)
+    peers.join()
+    from .deepspeed_strategy import DeepspeedStrategy
+    from .distributed import check_same_run
+
+    strategy = DeepspeedStrategy(args)
+    check_same_run(args)
+    return strategy

@@ -58,6 +58,15 @@ class Console:
         """
         self._write(self.stream, f"WARNING (rank {self.rank}): {message}")
 
+    def fail(self, message: str) -> None:
+        """Say why the run ends, whatever the rank, on the terminal and in the log file.
+
+        :param message: Some lines.
+        """
+        self._write(self.stream, f"ERROR: {message}")
+        if self.log_file is not None:
+            self._write(sys.stdout, f"ERROR: {message}")
+
     @staticmethod
     def _write(stream: TextIO, *parts: object) -> None:
         with suppress(OSError):  # a full disk, or a reader that has gone, shall not end the run by way of its output

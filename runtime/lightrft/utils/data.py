@@ -8,6 +8,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, interleave_datasets
 
+from lightrft.strategy.distributed import check_same, digest
+
 _SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 
 
@@ -65,6 +67,7 @@ def blending_datasets(
     :return: The training rows, or training and evaluation rows.
     :raises FileNotFoundError: if a source or split is missing.
     :raises ValueError: if there are not as many probabilities as sources.
+    :raises SystemExit: if the ranks do not read the same rows.
     """
     sources = [s.strip() for s in datasets.split(",")]
     shares = [float(p) for p in probabilities.split(",")]
@@ -80,6 +83,10 @@ def blending_datasets(
             data = _read(path)
             if strategy is not None:
                 strategy.print(f"data: {path}, {len(data)} rows")
+                if strategy.world_size > 1:
+                    check_same(
+                        {str(path): f"{len(data)} rows with digest {digest(data)}"}, "Give all hosts the same data."
+                    )
             parts.append(data.select(range(min(max_count, len(data)))))
         if len(parts) == 1:
             return parts[0]
