@@ -9,7 +9,6 @@ Recomputation (2022), for the way of counting activations. Never compared with a
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -160,25 +159,27 @@ class Activations:
     head: float
 
 
-def head_bytes(sizes: Sizes, b: int, tokens: int, trains: bool) -> float:
+def head_bytes(sizes: Sizes, b: int, tokens: int, trains: bool, cache: float = 0) -> float:
     """Largest work space of ``TokenLogProbs``: chunks of logits, and the gradient of the head's weight.
 
     :param sizes: Of the model.
     :param b: Bytes a value.
     :param tokens: Scored.
     :param trains: Whether the head does.
+    :param cache: Bytes that the forward pass holds and the backward pass does not.
     """
     vocabulary, weight = sizes.vocabulary, sizes.vocabulary * sizes.width
     rows = max(1, LOGITS // vocabulary)
     chunk, several = min(tokens, rows) * vocabulary, tokens > rows
     half = b if b == 2 else 0
     hidden = tokens * b * sizes.width
+    forward = cache + chunk * (10 if half else 12)  # logits, with the bias of some tokens, and their log-softmax
     logits = chunk * (8 + half)  # in float32, their softmax, and this in the weights' type
     if not trains:
-        return hidden + logits
+        return max(forward, hidden + logits)
     # over several chunks the gradient is summed in float32, with a chunk's own in both types on top
     gradient = weight * (8 + half) if several else weight * b
-    return hidden + max(logits + (4 * weight if several else 0), chunk * (4 + half) + gradient)
+    return max(forward, hidden + max(logits + (4 * weight if several else 0), chunk * (4 + half) + gradient))
 
 
 def micro_batch(
@@ -215,21 +216,24 @@ def micro_batch(
     if size > 1 and not checkpointing:  # the prompt once per group
         passes = [(groups, width.prompt, width.prompt)]
         passes.append((size, width.response - 1, width.prompt + width.response - 1))
-    tokens = sum(rows * new for rows, new, _ in passes)
+    tokens, cache = sum(rows * new for rows, new, _ in passes), 0.0
     for names in modules.decoder:
         flows |= bool(names)
         if flows:
             whole = sum(decoder_layer(s, b, *one, names, rank) for one in passes)
             saved += tokens * b * s.width if checkpointing else whole
-            layer = max(layer, whole if checkpointing else 0)
+            # in float32 the first norm's input is the one that is kept anyway
+            layer = max(layer, whole - (tokens * b * s.width if b == 4 else 0) if checkpointing else 0)
+        elif len(passes) > 1:
+            cache += 2 * passes[1][0] * passes[1][2] * b * s.kv_heads * s.head_width
     saved += flows * tokens * s.width * (4 + b * ("norm" in modules.others))
     scored = size * width.response
     saved += scored * b * s.width
-    # gradients of a layer's inner values and of its input, of the pass that is larger, and of one of its matrices
+    # gradients of a layer's inner values, of the pass that is larger, and of one of its matrices (or it, unpacked)
     most = max(rows * new for rows, new, _ in passes)
     matrix = s.inner * s.width * b * any({"gate_proj", "up_proj", "down_proj"} & names for names in modules.decoder)
-    layer += most * b * (2 * s.inner + 2 * s.width) + matrix * (rank == 0)
-    return Activations(saved, layer, head_bytes(s, b, scored, "lm_head" in modules.others))
+    layer += most * b * 2 * s.inner + matrix * (rank == 0 or args.load_in_4bit)
+    return Activations(saved, layer, head_bytes(s, b, scored, "lm_head" in modules.others, cache))
 
 
 def prompts_in(size: int, samples: int) -> int:
@@ -284,17 +288,19 @@ class Engine(NamedTuple):
     sequences: float
 
 
-def engine_of(sizes: Sizes, args: argparse.Namespace, gib: float) -> Engine:
+def engine_of(sizes: Sizes, args: argparse.Namespace, gpus: int, gib: float) -> Engine:
     """How an engine divides its memory.
 
     :param sizes: Of the model.
     :param args: Flags.
+    :param gpus: Ranks.
     :param gib: Memory of a GPU.
     """
     b, width = 2 if args.bf16 else 4, lengths(args)
     one = (width.prompt + width.response) * cache_bytes(sizes, b)
     if args.engine_type == "hf":
-        rows = min(HF_ROWS, args.rollout_batch_size * args.n_samples_per_prompt)
+        share = args.engine_mem_util * gib * GIB
+        rows = min(HF_ROWS, max(1, share // one), args.rollout_batch_size * args.n_samples_per_prompt // gpus)
         return Engine(rows * one, 0, rows * one, rows)
     weights = b * count(parameters(sizes)) / args.engine_tp_size
     share = args.engine_mem_util * gib * GIB
@@ -337,7 +343,8 @@ def states_of(sizes: Sizes, args: argparse.Namespace, gpus: int, some: Sequence[
     # master weights also where the weights are float32: only plain data parallelism has none of its own
     optimizer = values * (8 if stage == 0 and b == 4 else 12) / share
     if args.adam_offload and stage:
-        return States(weights, whole, 0, 0, optimizer + 4 * values / share)
+        # gradients there in float32 and in the weights' type; ZeRO-2 has new weights there, too, before they are moved
+        return States(weights, whole, 0, 0, optimizer + (4 + b * (2 if stage == 2 else 1)) * values / share)
     return States(weights, whole, b * values / share, optimizer, 0)
 
 
@@ -355,7 +362,7 @@ def memory(
     """
     some = trained(sizes, args.freeze_prefix or (), args.lora_rank, args.target_modules)
     b, stage, values, width = 2 if args.bf16 else 4, args.zero_stage, count(some), lengths(args)
-    states, engine = states_of(sizes, args, gpus, some), engine_of(sizes, args, gib)
+    states, engine = states_of(sizes, args, gpus, some), engine_of(sizes, args, gpus, gib)
     offloaded, share = args.adam_offload and stage > 0, 1 if stage == 0 else gpus
     out = {phase: dict.fromkeys(COMPONENTS, 0.0) for phase in PHASES}
     train = micro_batch(sizes, args, args.micro_train_batch_size, some, width)
@@ -366,8 +373,10 @@ def memory(
         row["weights"], row["optimizer states"] = states.weights, states.optimizer
         row["gradients"] = states.gradients if stays or phase in ("backward", "optimizer") else 0
         row["reserve"] = RESERVE
-        if stage == 3 and not offloaded:
-            row["DeepSpeed buffers"] = b * min(BUCKET, math.inf)
+        if stage == 3:
+            row["DeepSpeed buffers"] = b * BUCKET
+        elif stage == 2 and offloaded:
+            row["DeepSpeed buffers"] = b * max(p.count for p in some)
         if args.engine_type == "vllm":
             awake = phase in ("rollout", "sync") or not args.enable_engine_sleep
             row["engine"] = engine.share if awake else ENGINE_ASLEEP
@@ -387,15 +396,16 @@ def memory(
     backward, step = out["backward"], out["optimizer"]
     backward["activations"], backward["work space"] = train.saved, max(train.layer, train.head)
     if stage == 2:
-        backward["DeepSpeed buffers"] = b * BUCKET * (2 if accelerator else 1) + offloaded * largest
+        backward["DeepSpeed buffers"] += b * BUCKET * (2 if accelerator else 1)
     elif stage == 0 and gpus > 1:
         step["DeepSpeed buffers"] = b * min(BUCKET, values)
     if not offloaded:
         at_once = min(values / share, SUB_GROUP) if stage == 3 else values / share
-        if b == 2:  # copied to float32; ZeRO-2 lets go of the others
+        if b == 2 or stage == 3:  # copied to float32; ZeRO-2 lets go of the others
             step["gradients"] = 4 * at_once + (0 if stage == 2 else states.gradients)
         step["work space"] = 4 * at_once if accelerator else 0
-    out["sync"]["work space"] = largest if stage == 3 or args.lora_rank else 0
+    if args.engine_type == "vllm" and (stage == 3 or args.lora_rank):
+        out["sync"]["work space"] = largest  # gathered, or merged with its adapter
     return out
 
 
