@@ -109,7 +109,7 @@ def test_floating_point_operations_of_the_demos_model(tiny_model):
         return counter.get_total_flops(), out
 
     features = torch.zeros(1, 128, 3000)
-    flops, states = counted(lambda: projector(tower(features).last_hidden_state))
+    flops, _ = counted(lambda: projector(tower(features).last_hidden_state))
     assert flops == pytest.approx(tower_flops(sizes, 30), rel=1e-3)
     embeds = torch.zeros(2, 40, sizes.width)
     flops, out = counted(lambda: decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state)

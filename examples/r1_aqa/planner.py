@@ -1,4 +1,4 @@
-"""``train_colocate.py --plan``: memory of a GPU, the batch's arithmetic, and the flags to change, before anything loads.
+"""``train_colocate.py --plan``: memory of a GPU, the batch's arithmetic, the flags to change; loads nothing.
 
     python examples/r1_aqa/train_colocate.py --plan --pretrain Qwen/Qwen2-Audio-7B-Instruct --bf16 --zero_stage 3
 
@@ -349,7 +349,8 @@ def describe(plan: Plan, advice: dict[str, Any]) -> str:
         f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} = {numbers['responses_a_rollout']} responses "
     )
     text += f"a rollout, {per} of {args.micro_train_batch_size}; {args.train_batch_size} an optimizer step, "
-    text += f"{numbers['micro_batches_a_step']} micro-batches; at most {numbers['most_tokens_a_rollout']:,} tokens a rollout"
+    text += f"{numbers['micro_batches_a_step']} micro-batches; "
+    text += f"at most {numbers['most_tokens_a_rollout']:,} tokens a rollout"
     lines += _entry("batch", text)
     lines += _entry("", f"{numbers['training_flops_a_gpu'] / 1e12:,.1f} TFLOP of training a rollout and GPU")
     if numbers["rows"] is None:
@@ -441,12 +442,13 @@ def run(args: argparse.Namespace, problems: list[str]) -> int:
         return 0
     gpus = find_gpus(args)
     problems = [*find_problems(args, gpus.count, paths=False), *problems]
-    try:
-        if not args.pretrain:
-            raise SizeError("--pretrain is missing: a model folder or hub name")
-        plan = make_plan(args, read_sizes(args.pretrain), gpus)
-    except SizeError as error:
-        problems.append(str(error))
+    if not args.pretrain:
+        problems.append("--pretrain is missing: a model folder or hub name")
+    if not problems:
+        try:
+            plan = make_plan(args, read_sizes(args.pretrain), gpus)
+        except SizeError as error:
+            problems.append(str(error))
     if problems:
         print(f"{len(problems)} problems with this configuration:", *problems, sep="\n  - ", file=sys.stderr)
         return 2

@@ -16,9 +16,10 @@ LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "se
 GROUP_METHODS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline")
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 EXIT_STATUS = (
-    "exit status: 0 done; 2 wrong use or wrong data, the message says what to put right; 3 --plan: it does not fit; 4 "
-    "stopped by --on_anomaly stop, state saved; 5 a checkpoint or the final model could not be written; 130, 138, 143 asked to end by Ctrl-C, "
-    "SIGUSR1, SIGTERM, state saved (torchrun makes all of these 1); 1 any other failure, with its traceback"
+    "exit status: 0 done; 2 wrong use or wrong data, the message says what to put right; 3 --plan: it does not "
+    "fit; 4 stopped by --on_anomaly stop, state saved; 5 a checkpoint or the final model could not be written; 130, "
+    "138, 143 asked to end by Ctrl-C, SIGUSR1, SIGTERM, state saved (torchrun makes all of these 1); 1 any other "
+    "failure, with its traceback"
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
