@@ -193,6 +193,7 @@ def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> An
         lora_rank=args.lora_rank,
         lora_alpha=args.lora_alpha,
         target_modules=args.target_modules,
+        load_in_4bit=args.load_in_4bit,
     )
 
 

@@ -1,0 +1,60 @@
+"""Frozen weights at 4 bits, by bitsandbytes: the base of LoRA adapters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+WHOLE = ["lm_head", "model.audio_tower", "model.multi_modal_projector"]  # live names of what stays as it is
+
+
+def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's quantisation, of the language model's linear layers alone.
+
+    The head stays whole because log-probs are computed from its weight, tower and projector because they are small.
+
+    :param dtype: Of the computation.
+    :raises ImportError: if bitsandbytes is not installed.
+
+    Source: Dettmers et al., QLoRA (2023), section 3: NF4 and double quantisation.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError("weights at 4 bits need bitsandbytes: pip install bitsandbytes") from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=WHOLE,
+    )
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Switch off what loses gradients on CPUs with AVX512-BF16.
+
+    There bitsandbytes (0.50.2) packs a layer's weight in another way the first time that it is evaluated, for good, and
+    what it computes from such a weight has no gradient. Can go when a layer in training uses the other way again.
+
+    :param model: With 4-bit layers.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def unpacked(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter's value: of a 4-bit one what the forward pass makes of it, of any other itself, not copied.
+
+    :param parameter: Whole.
+    """
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes' Params4bit alone has one
+    if state is None:
+        return parameter.data
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, state)
