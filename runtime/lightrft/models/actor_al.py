@@ -11,7 +11,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 from transformers.integrations import HfDeepSpeedConfig
 
 from .actor_modality import ActorModality
-from .four_bit import four_bit_config, keep_gradients
+from .four_bit import four_bit_config, prepare
 
 
 def load_model(pretrain: str, **kwargs: Any) -> Qwen2AudioForConditionalGeneration:
@@ -57,14 +57,15 @@ class ActorAL(nn.Module):
         load_in_4bit: bool = False,
     ) -> None:
         super().__init__()
+        zero3 = ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
+        if load_in_4bit and (lora_rank == 0 or zero3):
+            raise ValueError("load_in_4bit needs adapters (lora_rank) and ZeRO 0 or 2")
         if isinstance(pretrain_or_model, str):
-            if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
+            if zero3:
                 self._ds_config = HfDeepSpeedConfig(ds_config)  # from_pretrained looks for the living object
             dtype = torch.bfloat16 if bf16 else torch.float32
             kwargs: dict[str, Any] = {}
             if load_in_4bit:
-                if lora_rank == 0 or (ds_config is not None and ds_config["zero_optimization"]["stage"] == 3):
-                    raise ValueError("load_in_4bit needs adapters (lora_rank) and ZeRO 0 or 2")
                 kwargs["quantization_config"] = four_bit_config(dtype)
             self.model = load_model(
                 pretrain_or_model,
@@ -73,7 +74,7 @@ class ActorAL(nn.Module):
                 **kwargs,
             )
             if load_in_4bit:
-                keep_gradients(self.model)
+                prepare(self.model)
         else:
             self.model = pretrain_or_model
         self.lora_config: Any = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -32,11 +34,12 @@ def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def keep_gradients(model: nn.Module) -> None:
-    """Switch off what loses gradients on CPUs with AVX512-BF16.
+def prepare(model: nn.Module) -> None:
+    """Let 4-bit layers train adapters, and be resumed.
 
-    There bitsandbytes (0.50.2) packs a layer's weight in another way the first time that it is evaluated, for good, and
-    what it computes from such a weight has no gradient. Can go when a layer in training uses the other way again.
+    On CPUs with AVX512-BF16 bitsandbytes (0.50.2) packs a layer's weight in another way the first time that it is
+    evaluated, for good, and what it computes from such a weight has no gradient: switched off. And its state dicts hold
+    the scales of a weight, which it does not read again: they must be those that the model has from its checkpoint.
 
     :param model: With 4-bit layers.
     """
@@ -45,6 +48,23 @@ def keep_gradients(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+            module.register_load_state_dict_pre_hook(_compare_scales)
+
+
+def _compare_scales(
+    module: Any,
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    _meta: Any,
+    _strict: bool,
+    _missing: Any,
+    _extra: Any,
+    errors: list[str],
+) -> None:
+    for name, own in module.weight.quant_state.as_dict(packed=True).items():
+        stored = state.pop(f"{prefix}weight.{name}", None)
+        if stored is None or not torch.equal(stored.cpu(), own.cpu()):
+            errors.append(f"{prefix}weight: its 4-bit scales ({name}) are not those of --pretrain")
 
 
 def unpacked(parameter: nn.Parameter) -> torch.Tensor:
