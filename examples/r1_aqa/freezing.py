@@ -58,6 +58,9 @@ def in_millions(parameters: list[Any]) -> str:
 def size_of(parameter: Any) -> int:
     """Number of values of a parameter, on all ranks together.
 
-    :param parameter: Whole, or partitioned by ZeRO-3.
+    :param parameter: Whole, partitioned by ZeRO-3, or at 4 bits (bitsandbytes').
     """
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 from datetime import datetime
 from pathlib import Path
@@ -15,9 +16,10 @@ LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "se
 GROUP_METHODS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline")
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 EXIT_STATUS = (
-    "exit status: 0 done; 2 wrong use or wrong data, the message says what to put right; 4 stopped by --on_anomaly "
-    "stop, state saved; 5 a checkpoint or the final model could not be written; 130, 138, 143 asked to end by Ctrl-C, "
-    "SIGUSR1, SIGTERM, state saved (torchrun makes all of these 1); 1 any other failure, with its traceback"
+    "exit status: 0 done; 2 wrong use or wrong data, the message says what to put right; 3 --plan: it does not "
+    "fit; 4 stopped by --on_anomaly stop, state saved; 5 a checkpoint or the final model could not be written; 130, "
+    "138, 143 asked to end by Ctrl-C, SIGUSR1, SIGTERM, state saved (torchrun makes all of these 1); 1 any other "
+    "failure, with its traceback"
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -52,6 +54,12 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
         "--lora_rank", type=int, default=0, help="train LoRA adapters of this rank and nothing else; 0: none"
     )
     g.add_argument("--lora_alpha", type=int, default=16, help="adapters weigh lora_alpha / lora_rank")
+    g.add_argument(
+        "--load_in_4bit",
+        action=flag,
+        default=False,
+        help="with --lora_rank: the language model's frozen layers at 4 bits a weight (NF4, by bitsandbytes)",
+    )
     g.add_argument(
         "--target_modules",
         nargs="+",
@@ -223,6 +231,18 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
     g.add_argument("--wandb_project", default="lightrft_r1_aqa", help="wandb project")
     g.add_argument("--wandb_run_name", default=f"r1_aqa_{datetime.now():%m%dT%H:%M}", help="name of the run")
     g.add_argument("--use_tensorboard", help="folder for TensorBoard logs")
+
+    g = parser.add_argument_group("planning")
+    g.add_argument(
+        "--plan",
+        nargs="?",
+        choices=("table", "json"),
+        const="table",
+        help="load nothing; print memory a GPU, the batch's arithmetic and what to change so that it fits, and end",
+    )
+    g.add_argument("--plan_gpus", type=int, help="GPUs to plan for; default: WORLD_SIZE or those here, else 8")
+    g.add_argument("--plan_gpu_gib", type=float, help="memory of each in GiB; default: what those here have, else 80")
+    g.add_argument("--plan_clip_seconds", type=float, default=30.0, help="longest clip to plan for, in seconds")
     add_host_arguments(parser)
     return parser
 
@@ -239,12 +259,15 @@ def finish(args: argparse.Namespace) -> None:
     args.fsdp = getattr(args, "fsdp", False)  # a flag of the real LightRFT only
 
 
-def find_problems(args: argparse.Namespace, world_size: int, local_world_size: int | None = None) -> list[str]:
+def find_problems(
+    args: argparse.Namespace, world_size: int, local_world_size: int | None = None, paths: bool = True
+) -> list[str]:
     """Everything that is wrong with a configuration, before anything loads.
 
     :param args: Finished flags.
     :param world_size: Ranks of the run.
     :param local_world_size: Ranks of a node; default: there is but one.
+    :param paths: Also look at folders and files, which a plan does not need.
     :return: One entry a problem, with values and a remedy; empty if all is well.
     """
     problems = _batch_problems(args, world_size, local_world_size or world_size)
@@ -274,6 +297,9 @@ def find_problems(args: argparse.Namespace, world_size: int, local_world_size: i
             ("generate_max_len", args.generate_max_len >= 1, "1 or more"),
             ("prompt_max_len", args.prompt_max_len >= 1, "1 or more"),
             ("audio_cache_mib", args.audio_cache_mib >= 0, "0 or more"),
+            ("plan_gpus", args.plan_gpus is None or args.plan_gpus >= 1, "1 or more"),
+            ("plan_gpu_gib", args.plan_gpu_gib is None or 0 < args.plan_gpu_gib < math.inf, "above 0"),
+            ("plan_clip_seconds", 0 < args.plan_clip_seconds < math.inf, "above 0"),
             ("max_ckpt_num", args.max_ckpt_num >= 1, "1 or more"),
             ("num_episodes", args.num_episodes >= 1, "1 or more"),
             ("max_epochs", args.max_epochs >= 1, "1 or more"),
@@ -319,7 +345,20 @@ def find_problems(args: argparse.Namespace, world_size: int, local_world_size: i
         problems.append("--use_kl_loss with --kl_estimator k1: its gradient knows no reference model; use k3 or k2")
     if args.engine_type == "hf" and args.engine_tp_size > 1:
         problems.append(f"--engine_type hf has no tensor parallelism: --engine_tp_size {args.engine_tp_size} must be 1")
-    return problems + _path_problems(args)
+    if args.load_in_4bit:
+        problems += _four_bit_problems(args)
+    return problems + (_path_problems(args) if paths else [])
+
+
+def _four_bit_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    if args.lora_rank == 0:
+        problems.append("--load_in_4bit: weights at 4 bits cannot train; add adapters with --lora_rank 16")
+    if args.zero_stage == 3:
+        problems.append("--load_in_4bit with --zero_stage 3: ZeRO-3 cannot split packed weights; use --zero_stage 2")
+    if args.plan is None and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    return problems
 
 
 def _batch_problems(args: argparse.Namespace, world: int, local: int) -> list[str]:

@@ -6,6 +6,7 @@ format, 0 to 2, unweighted; one optimizer step a rollout batch, so the ratio is 
 start model by the k3 estimator, as a loss.
 
 One process:      python examples/r1_aqa/train_colocate.py --pretrain MODEL --prompt_data DATA --use_kl_loss
+Will it fit:      python examples/r1_aqa/train_colocate.py --plan --pretrain MODEL ...
 Many GPUs:        torchrun --nproc-per-node 8 examples/r1_aqa/train_colocate.py ...
 R1-AQA's values:  bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
 """
@@ -207,6 +208,7 @@ def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> An
         lora_rank=args.lora_rank,
         lora_alpha=args.lora_alpha,
         target_modules=args.target_modules,
+        load_in_4bit=args.load_in_4bit,
     )
 
 
@@ -396,6 +398,10 @@ def main() -> None:
     parser = build_parser(add_arguments)
     args = parser.parse_args()
     finish(args)
+    if args.plan:
+        import planner
+
+        raise SystemExit(planner.run(args, _host_problems(args)))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     problems = find_problems(args, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     problems += _host_problems(args)

@@ -122,6 +122,7 @@ class VLLMEngine:
     def wake_up(self) -> None:
         """See :class:`~lightrft.engines.base.RolloutEngine`."""
         if self._can_sleep:
+            torch.cuda.empty_cache()  # what training has freed: vLLM's memory is not torch's, which keeps it
             self.llm.wake_up()
             self.llm.reset_mm_cache()
 

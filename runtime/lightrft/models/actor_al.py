@@ -11,6 +11,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 from transformers.integrations import HfDeepSpeedConfig
 
 from .actor_modality import ActorModality
+from .four_bit import four_bit_config, prepare
 
 
 def load_model(pretrain: str, **kwargs: Any) -> Qwen2AudioForConditionalGeneration:
@@ -38,6 +39,8 @@ class ActorAL(nn.Module):
     :param lora_rank: Rank of LoRA adapters, which then train alone; 0: none.
     :param lora_alpha: See :func:`lightrft.models.lora.add_adapters`.
     :param target_modules: See there.
+    :param load_in_4bit: Keep the language model's linear layers at 4 bits a weight; adapters alone can then train.
+    :raises ValueError: if that is asked for without adapters, or with ZeRO-3.
     """
 
     modality = ActorModality.AUDIO_LANGUAGE
@@ -51,16 +54,27 @@ class ActorAL(nn.Module):
         lora_rank: int = 0,
         lora_alpha: int = 16,
         target_modules: Sequence[str] = ("language_model",),
+        load_in_4bit: bool = False,
     ) -> None:
         super().__init__()
+        zero3 = ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
+        if load_in_4bit and (lora_rank == 0 or zero3):
+            raise ValueError("load_in_4bit needs adapters (lora_rank) and ZeRO 0 or 2")
         if isinstance(pretrain_or_model, str):
-            if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
+            if zero3:
                 self._ds_config = HfDeepSpeedConfig(ds_config)  # from_pretrained looks for the living object
+            dtype = torch.bfloat16 if bf16 else torch.float32
+            kwargs: dict[str, Any] = {}
+            if load_in_4bit:
+                kwargs["quantization_config"] = four_bit_config(dtype)
             self.model = load_model(
                 pretrain_or_model,
-                dtype=torch.bfloat16 if bf16 else torch.float32,
+                dtype=dtype,
                 attn_implementation="flash_attention_2" if use_flash_attention_2 else "sdpa",
+                **kwargs,
             )
+            if load_in_4bit:
+                prepare(self.model)
         else:
             self.model = pretrain_or_model
         self.lora_config: Any = None

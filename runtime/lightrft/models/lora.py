@@ -13,6 +13,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from .four_bit import unpacked
+
 ADAPTER = "default"  # peft's name for the only one
 
 
@@ -54,8 +56,9 @@ def merged(layer: LoraLayer) -> torch.Tensor:
 
     Source: Hu et al., LoRA (2021), section 4.1.
     """
-    weight, a, b = layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    product = torch.addmm(weight.data.float(), b.data.float(), a.data.float(), alpha=layer.scaling[ADAPTER])
+    weight = unpacked(layer.get_base_layer().weight)
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    product = torch.addmm(weight.float(), b.data.float(), a.data.float(), alpha=layer.scaling[ADAPTER])
     return product.to(weight.dtype)
 
 

@@ -33,6 +33,7 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
     # our class is the same model with another forward; others shall load it under its own name
     config["architectures"] = [Qwen2AudioForConditionalGeneration.__name__]
     config["use_cache"] = True
+    config.pop("quantization_config", None)  # the weights that are written are whole
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(aside)

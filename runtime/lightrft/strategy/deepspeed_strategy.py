@@ -26,6 +26,7 @@ from lightrft.engines.base import (
     layer_of,
     plain_name,
 )
+from lightrft.models.four_bit import unpacked
 from lightrft.utils.console import console
 
 from . import checkpoint
@@ -261,8 +262,9 @@ class DeepspeedStrategy:
 
             from lightrft.engines.hf_engine import HFEngine
 
+            rows = {} if self.device.type == "cpu" else {"batch_size": self.rows_at_once(actor.model.module.config)}
             self.inference_engine = HFEngine(
-                AutoProcessor.from_pretrained(args.pretrain), lambda: self.gathered(actor.model)
+                AutoProcessor.from_pretrained(args.pretrain), lambda: self.gathered(actor.model), **rows
             )
         else:
             raise ValueError(f"engine_type {engine_type!r}: this runtime has vllm and hf; sglang needs LightRFT itself")
@@ -270,6 +272,19 @@ class DeepspeedStrategy:
             self.update_engine_weights(actor)
         self.inference_engine.sleep()
         return self.inference_engine
+
+    def rows_at_once(self, config: Any) -> int:
+        """Sequences that the ``hf`` engine generates at once: as many as have room in its share of the GPU.
+
+        :param config: Qwen2-Audio's.
+        :return: 1 to 64.
+        """
+        args, text = self.args, config.text_config
+        longest = args.prompt_max_len + 750 * args.limit_mm_image_per_prompt + args.generate_max_len
+        head = text.hidden_size // text.num_attention_heads
+        token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if args.bf16 else 4)
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return max(1, min(64, int(args.engine_mem_util * memory / (longest * token))))
 
     @staticmethod
     def _build_multimodal_inputs(
@@ -386,6 +401,8 @@ class DeepspeedStrategy:
     def named_weights(self, model: nn.Module, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Checkpoint name and whole value of each parameter, one at a time; not copied, but adapters are merged.
 
+        A 4-bit weight comes out as what the trainer computes with, so that the engine's is the same.
+
         :param model: Prepared model. A collective under ZeRO-3: all ranks iterate.
         :param trained_only: Leave out layers that are frozen.
         """
@@ -406,7 +423,7 @@ class DeepspeedStrategy:
             layer = adapted.get(name.removesuffix(".base_layer.weight"))
             needed = [parameter] if layer is None else list(layer.parameters())
             with deepspeed.zero.GatheredParameters(needed) if whole else nullcontext():
-                yield checkpoint_name(plain), parameter.data if layer is None else merged(layer)
+                yield checkpoint_name(plain), unpacked(parameter) if layer is None else merged(layer)
 
     def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str) -> None:
         """Write a Hugging Face folder that transformers and vLLM load, and LoRA's adapter alone into ``adapter`` in it.
