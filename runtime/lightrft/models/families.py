@@ -9,8 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
+    DynamicCache,
     PreTrainedModel,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
@@ -30,6 +32,7 @@ class Qwen2Audio:
     processor_class: type[ProcessorMixin] = Qwen2AudioProcessor
     foreign: tuple[str, ...] = ()  # prefixes of weights that a checkpoint may hold and the model has not
     unheard: tuple[str, ...] = ()  # modules that audio and text do not pass: kept as they are
+    lora = True
 
     @staticmethod
     def checkpoint_name(name: str) -> str:
@@ -52,6 +55,17 @@ class Qwen2Audio:
     def vllm_options() -> dict[str, Any]:
         """Arguments of ``vllm.LLM`` that this family needs."""
         return {}
+
+    @staticmethod
+    def prefill(model: Any, inputs: dict[str, Any], positions: torch.Tensor, cache: DynamicCache) -> None:
+        """Pass prompts through the model, so that ``generate`` goes on behind them.
+
+        :param model: The live model.
+        :param inputs: From the processor.
+        :param positions: Of the tokens ``(prompts, length)``.
+        :param cache: Takes keys and values.
+        """
+        model.model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
 
 
 class OmniAudioProcessor(Qwen2AudioProcessor):
@@ -113,6 +127,7 @@ class Qwen2_5Omni(Qwen2Audio):
     processor_class = OmniAudioProcessor
     foreign = ("talker.", "token2wav.")
     unheard = ("visual", "audio_tower.audio_bos_eos_token")
+    lora = False
 
     @staticmethod
     def checkpoint_name(name: str) -> str:
@@ -127,6 +142,7 @@ class Qwen2_5Omni(Qwen2Audio):
             "architectures": ["Qwen2_5OmniModel"],
             "model_type": "qwen2_5_omni",
             "enable_audio_output": False,
+            "dtype": config["dtype"],
             "thinker_config": thinker,
         }
 
@@ -137,6 +153,24 @@ class Qwen2_5Omni(Qwen2Audio):
 
         register()
         return {"hf_overrides": {"architectures": [ARCHITECTURE]}}
+
+    @staticmethod
+    def prefill(model: Any, inputs: dict[str, Any], positions: torch.Tensor, cache: DynamicCache) -> None:
+        """See :class:`Qwen2Audio`; generate goes on counting from ``rope_deltas``."""
+        ids = inputs["input_ids"]
+        embeds = model.get_input_embeddings()(ids)
+        if "input_features" in inputs:
+            audio = model.get_audio_features(inputs["input_features"], inputs["feature_attention_mask"])
+            heard = (ids == model.config.audio_token_id).unsqueeze(-1)
+            embeds = embeds.masked_scatter(heard, audio.last_hidden_state.to(embeds.dtype))
+        model.model(
+            inputs_embeds=embeds,
+            attention_mask=inputs["attention_mask"],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        model.rope_deltas = ids.new_zeros(1, 1)
 
 
 FAMILIES: dict[str, type[Qwen2Audio]] = {
@@ -161,6 +195,8 @@ def family_of(model: Any) -> type[Qwen2Audio]:
         kind = model.config.model_type
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ValueError(f"{model if isinstance(model, str) else type(model).__name__}: model_type {kind!r} is none of "
-                         f"{known}; docs/porting.md says what another model needs")
+        raise ValueError(
+            f"{model if isinstance(model, str) else type(model).__name__}: model_type {kind!r} is none of "
+            f"{known}; docs/porting.md says what another model needs"
+        )
     return FAMILIES[kind]
