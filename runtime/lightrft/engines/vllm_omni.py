@@ -80,7 +80,7 @@ class Qwen2_5OmniAudioThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
                 prefix=maybe_prefix(prefix, "thinker"),
                 architectures=["Qwen2ForCausalLM"],
             )
-        self.thinker.audio_tower = Qwen2_5OmniAudioEncoder._from_config(config.audio_config)
+        self.thinker.audio_tower = Qwen2_5OmniAudioEncoder(config.audio_config)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
         """Positions in time, height and width: text and sound have the same in all three.
