@@ -391,9 +391,10 @@ def model_type_of(pretrain: str) -> str | None:
     :param pretrain: Folder or hub name.
     """
     try:
-        return json.loads((Path(pretrain) / "config.json").read_text(encoding="utf-8")).get("model_type")
+        config = json.loads((Path(pretrain) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def has_split(source: str, split: str) -> bool:
