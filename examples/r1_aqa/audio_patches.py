@@ -303,10 +303,10 @@ def patch_policy(patch: Patch, model: Any) -> None:
     """Let the transformers model return the log-probs of responses.
 
     :param patch: Takes the replacement.
-    :param model: ``Qwen2AudioForConditionalGeneration``.
+    :param model: A transformers model that ``audio_families`` knows.
     """
     from audio_policy import parts_of, policy_forward
     from token_log_probs import patch_head
 
-    patch.replace(model, "forward", types.MethodType(policy_forward, model))
+    patch.replace(model, "forward", types.MethodType(policy_forward(type(model)), model))
     patch_head(patch, parts_of(model).head)

@@ -1,10 +1,10 @@
-"""Qwen2-Audio as a GRPO policy: log-probabilities of the response, each clip encoded once.
+"""An audio language model as a GRPO policy: log-probabilities of the response, each clip encoded once.
 
 :func:`policy_forward` takes the place of a transformers model's ``forward`` (``patch_actor_for_audio`` puts it there),
 on either host, with transformers 4.57 and 5. What differs from transformers' own forward, none of it in value:
 
 - a clip is encoded once, however many sequences of the micro-batch share it;
-- the tower works on the valid frames (rounded up to the longest clip) and not on 30 s of padding;
+- the tower works on the valid frames and not on 30 s of padding (``audio_families``);
 - a prompt that several responses share goes through the language model once, and its keys and values are reused;
 - audio goes to the placeholders of the *prompt*, so a sampled placeholder cannot shift it;
 - logits are made for response positions only, some at a time (``token_log_probs``).
@@ -13,53 +13,39 @@ on either host, with transformers 4.57 and 5. What differs from transformers' ow
 from __future__ import annotations
 
 import functools
-import inspect
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from audio_families import Parts, family_of
 from token_log_probs import token_log_probs
-from torch import nn
-from transformers import DynamicCache, Qwen2AudioForConditionalGeneration
-
-
-class Parts(NamedTuple):
-    """The parts of a Qwen2-Audio; transformers 5 keeps them in other places than 4.57.
-
-    :param tower: Audio encoder.
-    :param projector: From the tower's states to the decoder's.
-    :param decoder: Language model without its head.
-    :param head: To the vocabulary.
-    """
-
-    tower: nn.Module
-    projector: nn.Module
-    decoder: nn.Module
-    head: nn.Module
+from transformers import DynamicCache
 
 
 def parts_of(model: Any) -> Parts:
     """Find the parts.
 
-    :param model: ``Qwen2AudioForConditionalGeneration``.
+    :param model: A model that ``audio_families`` knows.
     """
-    if hasattr(model, "lm_head"):
-        inner = model.model
-        return Parts(inner.audio_tower, inner.multi_modal_projector, inner.language_model, model.lm_head)
-    causal = model.language_model
-    return Parts(model.audio_tower, model.multi_modal_projector, causal.model, causal.lm_head)
+    return family_of(model).parts(model)
 
 
-@functools.wraps(Qwen2AudioForConditionalGeneration.forward)  # generate() reads the signature
-def policy_forward(self: Any, *args: Any, response_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    """The class's forward or, with ``response_mask``, :func:`response_log_probs`.
+def policy_forward(model_class: type) -> Callable[..., Any]:
+    """What takes the place of a model's ``forward``: that forward or, with ``response_mask``, the log-probs.
 
     One entry for both, because the hooks of DeepSpeed and FSDP2 surround ``forward`` alone.
+
+    :param model_class: The model's class.
     """
-    if response_mask is None:
-        return type(self).forward(self, *args, **kwargs)
-    return response_log_probs(self, *args, response_mask=response_mask, **kwargs)
+
+    @functools.wraps(model_class.forward)  # generate() reads the signature
+    def forward(self: Any, *args: Any, response_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if response_mask is None:
+            return type(self).forward(self, *args, **kwargs)
+        return response_log_probs(self, *args, response_mask=response_mask, **kwargs)
+
+    return forward
 
 
 def encode_clips(model: Any, features: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,34 +78,8 @@ def _known_states(cache: Any, tower: Any, features: torch.Tensor, frames: torch.
 
 
 def _tower_states(tower: Any, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """States of all clips' audio tokens ``(sum of tokens, d_model)``."""
-    after_conv, tokens = tower._get_feat_extract_output_lengths(frames)
-    # two frames of context, and an even number of states for the pooling; masked keys weigh exactly 0, so that
-    # leaving out the padding changes no value
-    width = min(int(frames.max()) + 2, features.shape[-1])
-    width = min((width + 3) // 4 * 4, features.shape[-1])
-    dtype = tower.conv1.weight.dtype
-    hidden = F.gelu(tower.conv1(features[:, :, :width].to(dtype)))
-    hidden = F.gelu(tower.conv2(hidden)).transpose(1, 2)
-    states = torch.arange(hidden.shape[1], device=hidden.device)
-    hidden = hidden + tower.embed_positions(states)
-    mask = _padding_mask(tower, hidden, states[None, :] < after_conv[:, None])
-    old = "layer_head_mask" in inspect.signature(tower.layers[0].forward).parameters  # transformers 4
-    for layer in tower.layers:
-        hidden = layer(hidden, mask, None)[0] if old else layer(hidden, mask)
-    hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
-    valid = torch.arange(hidden.shape[1], device=tokens.device)[None, :] < tokens[:, None]
-    return hidden[valid]
-
-
-def _padding_mask(tower: Any, hidden: torch.Tensor, valid: torch.Tensor) -> torch.Tensor | None:
-    """The attention mask that the tower's layers take, from the valid states ``(clips, states)``."""
-    try:
-        from transformers.masking_utils import create_bidirectional_mask
-    except ImportError:  # transformers 4: the tower's eager attention adds the mask to the scores
-        lowest = torch.finfo(hidden.dtype).min
-        return torch.zeros_like(valid, dtype=hidden.dtype).masked_fill(~valid, lowest)[:, None, None, :]
-    return create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=valid.long())
+    """States of all clips' audio tokens ``(sum of tokens, width of the states)``."""
+    return family_of(tower).tower_states(tower, features, frames)
 
 
 def response_log_probs(

@@ -1,4 +1,4 @@
-"""Greedy answers to questions about sounds, by transformers or by vLLM. Nothing of LightRFT is needed.
+"""Greedy answers to questions about sounds, by transformers or by vLLM. Nothing of LightRFT is needed for Qwen2-Audio.
 
 Both engines get the same prompts and waveforms, stop at the same tokens, take no default of the checkpoint's
 ``generation_config.json`` (Qwen2-Audio-7B-Instruct's samples, and penalises repetition), and never write the audio
@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from eval_items import EvalError
 from eval_models import Model
+from host import describe_host, find_host, on_runtime
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 VLLM_WINDOW = 512  # requests that vLLM holds at once: always enough to fill its batch, and bounded memory
@@ -86,23 +87,42 @@ def load_processor(model: Model) -> Any:
     """Tokenizer, feature extractor and chat template.
 
     :param model: The model.
-    :raises EvalError: if it is no Qwen2-Audio model, or cannot be found.
+    :raises EvalError: if it is of no family that this example knows, or cannot be found.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoProcessor
 
     try:
-        config = AutoConfig.from_pretrained(model.path)
-        if config.model_type != "qwen2_audio":
-            raise EvalError(f"{model.path}: is a {config.model_type} model; this example knows qwen2_audio")
-        return AutoProcessor.from_pretrained(model.processor)
+        family = family_of(model)
+        return (family.processor_class if family else AutoProcessor).from_pretrained(model.processor)
     except (OSError, KeyError) as error:
         raise EvalError(f"{model.path}: cannot be loaded: {error}") from error
+
+
+def family_of(model: Model) -> Any:
+    """What the runtime knows of a model's family; None for Qwen2-Audio, which needs nothing of it.
+
+    :param model: The model.
+    :raises EvalError: if this example does not know the family, or runs without the runtime.
+    """
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(model.path).model_type
+    if kind == "qwen2_audio":
+        return None
+    if kind != "qwen2_5_omni":
+        raise EvalError(f"{model.path}: is a {kind} model; this example knows qwen2_audio and qwen2_5_omni")
+    find_host()
+    if not on_runtime():
+        raise EvalError(f"{model.path}: qwen2_5_omni needs this repository's runtime, not {describe_host()}")
+    from lightrft.models.families import Qwen2_5Omni
+
+    return Qwen2_5Omni
 
 
 def render(processor: Any, prompt: str) -> str:
     """The chat of one question, up to where the answer begins.
 
-    :param processor: Qwen2-Audio processor.
+    :param processor: The model's processor.
     :param prompt: The question.
     :raises EvalError: if the prompt would not hold exactly one placeholder.
     """
@@ -118,7 +138,7 @@ def render(processor: Any, prompt: str) -> str:
 def end_tokens(processor: Any, model: Model) -> list[int]:
     """Tokens that end a response: the chat's end of turn, and what tokenizer and checkpoint call the end.
 
-    :param processor: Qwen2-Audio processor.
+    :param processor: The model's processor.
     :param model: The model.
     """
     from transformers import GenerationConfig
@@ -136,7 +156,7 @@ def end_tokens(processor: Any, model: Model) -> list[int]:
 def decode(processor: Any, token_ids: Sequence[int]) -> str:
     """The text of a response.
 
-    :param processor: Qwen2-Audio processor.
+    :param processor: The model's processor.
     :param token_ids: Generated tokens, with or without end and padding.
     """
     return processor.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -222,12 +242,17 @@ class HFEngine:
         transformers.utils.logging.set_verbosity_error()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, choose_dtype(settings.dtype))
-        loaded, info = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
-            model.path, dtype=dtype, output_loading_info=True
-        )
-        wrong = {kind: sorted(info[f"{kind}_keys"])[:5] for kind in ("missing", "unexpected", "mismatched")}
+        family = family_of(model)
+        cls = family.model_class if family else transformers.Qwen2AudioForConditionalGeneration
+        loaded, info = cls.from_pretrained(model.path, dtype=dtype, output_loading_info=True)
+        wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+        foreign = family.foreign if family else ()
+        wrong["unexpected"] = [name for name in wrong["unexpected"] if not name.startswith(foreign)]
         if any(wrong.values()):
-            raise EvalError(f"{model.path}: is not a whole Qwen2-Audio checkpoint: {wrong}")
+            shown = {kind: names[:5] for kind, names in wrong.items()}
+            raise EvalError(
+                f"{model.path}: is not a whole {family.name if family else 'Qwen2-Audio'} checkpoint: {shown}"
+            )
         if model.adapter is not None:
             loaded = _with_adapter(loaded, model.adapter)
         self.model = loaded.to(device).eval()
@@ -353,10 +378,11 @@ class VLLMEngine:
         import torch
         from transformers import AutoConfig
 
+        family = family_of(model)
         on_gpu = torch.cuda.is_available()
         dtype = choose_dtype(settings.dtype)
         max_model_len = longest_prompt(processor, jobs) + settings.max_new_tokens
-        text = AutoConfig.from_pretrained(model.path).text_config
+        text = AutoConfig.from_pretrained(model.path).get_text_config()
         if max_model_len > text.max_position_embeddings:
             raise EvalError(
                 f"the longest prompt and --max_new_tokens {settings.max_new_tokens} make {max_model_len} tokens, more "
@@ -372,6 +398,8 @@ class VLLMEngine:
             ) from error
         if not callable(getattr(vllm.LLM, "enqueue", None)):
             raise EvalError(f"vLLM {vllm.__version__} has no LLM.enqueue; tested with 0.32.0. Or use --engine hf")
+        if family and settings.tensor_parallel_size > 1:
+            raise EvalError(f"{family.name}: our class of it is known to this process alone; --tensor_parallel_size 1")
         self.llm = vllm.LLM(
             model=model.path,
             tokenizer=model.processor,
@@ -386,6 +414,7 @@ class VLLMEngine:
             generation_config="vllm",
             enforce_eager=not on_gpu,
             disable_log_stats=True,
+            **(family.vllm_options() if family else {}),
         )
         self.params = vllm.SamplingParams(
             temperature=0.0,
@@ -430,7 +459,7 @@ class VLLMEngine:
 def longest_prompt(processor: Any, jobs: Sequence[Job]) -> int:
     """Tokens of the longest prompt, its audio included.
 
-    :param processor: Qwen2-Audio processor.
+    :param processor: The model's processor.
     :param jobs: Questions, at least one.
     """
     from audio_io import HOP_LENGTH

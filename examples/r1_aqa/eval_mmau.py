@@ -68,8 +68,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     g.add_argument(
         "--model_path",
         required=True,
-        help="Hugging Face folder, or hub name, of a Qwen2-Audio model; a training run's folder means its final model, "
-        "or its newest hf_step_NNNNNN where it has not ended",
+        help="Hugging Face folder, or hub name, of a Qwen2-Audio or Qwen2.5-Omni; a training run's folder means its "
+        "final model, or its newest hf_step_NNNNNN where it has not ended",
     )
     g.add_argument("--base_model", help="for a LoRA adapter: the model it was trained on (default: the one it names)")
     g = parser.add_argument_group("benchmark")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ EXIT_STATUS = (
     "138, 143 asked to end by Ctrl-C, SIGUSR1, SIGTERM, state saved (torchrun makes all of these 1); 1 any other "
     "failure, with its traceback"
 )
+MODEL_TYPES = ("qwen2_audio", "qwen2_5_omni")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -38,7 +40,7 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
     parser.add_argument("--debug", action=flag, default=False, help="show the traceback of an error, too")
 
     g = parser.add_argument_group("model")
-    g.add_argument("--pretrain", help="folder (or hub name) of the Qwen2-Audio checkpoint to start from")
+    g.add_argument("--pretrain", help="folder (or hub name) of the Qwen2-Audio or Qwen2.5-Omni to start from")
     g.add_argument("--bf16", action=flag, default=False, help="weights and rollouts in bfloat16, else float32")
     g.add_argument("--flash_attn", action=flag, default=False, help="use flash-attn kernels (must be installed)")
     g.add_argument("--gradient_checkpointing", action=flag, default=False, help="recompute activations: less memory")
@@ -420,12 +422,22 @@ def _up(value: int, step: int) -> int:
 def _path_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     if not args.pretrain:
-        problems.append("--pretrain is missing: the folder of a Qwen2-Audio checkpoint (make demo builds a tiny one)")
+        problems.append(
+            "--pretrain is missing: the folder of a Qwen2-Audio or Qwen2.5-Omni (make demo builds a tiny one)"
+        )
     elif Path(args.pretrain).is_dir():
         if not (Path(args.pretrain) / "config.json").is_file():
             problems.append(f"--pretrain {args.pretrain}: holds no config.json; is it a model folder?")
         elif not any((Path(args.pretrain) / name).is_file() for name in PROCESSOR_FILES):
             problems.append(f"--pretrain {args.pretrain}: holds no processor ({' or '.join(PROCESSOR_FILES)})")
+        kind = model_type_of(args.pretrain)
+        if kind is not None and kind not in MODEL_TYPES:
+            problems.append(
+                f"--pretrain {args.pretrain}: is a {kind} model; known are {' and '.join(MODEL_TYPES)} "
+                "(docs/porting.md says what another one needs)"
+            )
+        if kind == "qwen2_5_omni" and args.lora_rank > 0:
+            problems.append(f"--lora_rank {args.lora_rank}: a qwen2_5_omni model gets no adapters here; drop it")
     elif args.pretrain.startswith((".", "/", "~")) or args.pretrain.count("/") != 1:
         problems.append(f"--pretrain {args.pretrain}: no such folder")
     if not args.prompt_data:
@@ -505,6 +517,18 @@ def _source_problems(flag: str, sources: str, split: str) -> list[str]:
         elif not has_split(source, split):
             problems.append(f"--{flag} {source}: holds no {split}.parquet (--{flag.split('_')[0]}_split)")
     return problems
+
+
+def model_type_of(pretrain: str) -> str | None:
+    """What kind of model a folder holds; None for a hub name, and where ``config.json`` does not say.
+
+    :param pretrain: Folder or hub name.
+    """
+    try:
+        config = json.loads((Path(pretrain) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def has_split(source: str, split: str) -> bool:

@@ -1,5 +1,7 @@
 """Make the demo's model: a Qwen2-Audio of under a million parameters that knows the answer's format, but no sound.
 
+With ``--family qwen2_5_omni`` it is a Qwen2.5-Omni instead (its thinker; see ``omni.py``), of the same sizes.
+
 The architecture, file layout, checkpoint names, special tokens and chat template behaviour are Qwen2-Audio's, so that
 transformers and vLLM load it as they load the real one. Three things stand in for pretraining:
 
@@ -23,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
@@ -32,6 +35,9 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from audio_policy import parts_of
+from host import find_host
+
 from demo.sounds import SAMPLING_RATE
 from demo.warm_start import PROMPT, draw_warm_start_example, warm_start
 
@@ -46,6 +52,7 @@ PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
 CLIP_SECONDS = 30  # what Qwen2-Audio's tower always works on; vLLM insists on its 3,000 frames
 N_MELS = 128
 TOWER_WIDTH = 64
+FAMILIES = ("qwen2_audio", "qwen2_5_omni")
 # A part is an audio if it has one of the keys, whatever the value: that is how Qwen2-Audio's template decides.
 CHAT_TEMPLATE = """\
 {%- set clips = namespace(seen=0) -%}
@@ -74,10 +81,11 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_processor() -> Qwen2AudioProcessor:
+def build_processor(family: str = "qwen2_audio") -> Qwen2AudioProcessor:
     """
     Build tokenizer, feature extractor and chat template.
 
+    :param family: See :data:`FAMILIES`.
     :return: The processor. Its vocabulary holds every byte, so it can read any text, though not in few tokens.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -96,6 +104,11 @@ def build_processor() -> Qwen2AudioProcessor:
             vocab_size=512, initial_alphabet=alphabet, special_tokens=list(SPECIAL_TOKENS), show_progress=False
         ),
     )
+    more = {}
+    if family == "qwen2_5_omni":
+        from demo import omni
+
+        more = omni.TOKENS
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -103,49 +116,60 @@ def build_processor() -> Qwen2AudioProcessor:
         additional_special_tokens=[START, AUDIO, AUDIO_BOS, AUDIO_EOS],
         model_max_length=2048,
         padding_side="left",
+        **more,
     )
+    if family == "qwen2_5_omni":
+        # where Qwen2-Audio's template numbers the clips, and gives each a line, Qwen2.5-Omni's does not
+        template = CHAT_TEMPLATE.replace("'Audio ' ~ clips.seen ~ ': <|", "'<|").replace("eos|>\\n'", "eos|>'")
+        return omni.build_processor(fast, template, N_MELS, SAMPLING_RATE)
     extractor = WhisperFeatureExtractor(feature_size=N_MELS, sampling_rate=SAMPLING_RATE, chunk_length=CLIP_SECONDS)
     return Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=fast, chat_template=CHAT_TEMPLATE)
 
 
-def build_model(processor: Qwen2AudioProcessor, seed: int) -> Qwen2AudioForConditionalGeneration:
+def build_model(processor: Qwen2AudioProcessor, seed: int, family: str = "qwen2_audio") -> PreTrainedModel:
     """
     Build the model: random language model, audio tower that starts as a filter bank.
 
     :param processor: The processor whose vocabulary the model shares.
     :param seed: Seed of the random weights.
+    :param family: See :data:`FAMILIES`.
     :return: The model, float32.
     """
     tokenizer = processor.tokenizer
-    config = Qwen2AudioConfig(
-        audio_config={
-            "model_type": "qwen2_audio_encoder",
-            "num_mel_bins": N_MELS,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 2 * TOWER_WIDTH,
-            "d_model": TOWER_WIDTH,
-            "max_source_positions": CLIP_SECONDS * 50,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 2048,
-            "initializer_range": 0.05,
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO),
-    )
+    audio = {
+        "model_type": "qwen2_audio_encoder",
+        "num_mel_bins": N_MELS,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 2 * TOWER_WIDTH,
+        "d_model": TOWER_WIDTH,
+        "max_source_positions": CLIP_SECONDS * 50,
+    }
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(seed)
-    model = Qwen2AudioForConditionalGeneration(config)
+    if family == "qwen2_5_omni":
+        from demo import omni
+
+        model = omni.Qwen2_5OmniThinkerForConditionalGeneration(omni.build_config(tokenizer, audio, text))
+    else:
+        audio_token = tokenizer.convert_tokens_to_ids(AUDIO)
+        model = Qwen2AudioForConditionalGeneration(
+            Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=audio_token)
+        )
     initialise_tower(model)
     initialise_copying(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -154,7 +178,7 @@ def build_model(processor: Qwen2AudioProcessor, seed: int) -> Qwen2AudioForCondi
 
 
 @torch.no_grad()
-def initialise_copying(model: Qwen2AudioForConditionalGeneration) -> None:
+def initialise_copying(model: PreTrainedModel) -> None:
     """
     Start the language model with a leaning towards words of the prompt, as pretrained ones have it.
 
@@ -163,7 +187,7 @@ def initialise_copying(model: Qwen2AudioForConditionalGeneration) -> None:
 
     :param model: The model, changed in place.
     """
-    language_model = model.model.language_model
+    language_model = parts_of(model).decoder
     model.lm_head.weight.copy_(language_model.embed_tokens.weight)
     for layer in language_model.layers:
         torch.nn.init.orthogonal_(layer.self_attn.v_proj.weight)
@@ -171,7 +195,7 @@ def initialise_copying(model: Qwen2AudioForConditionalGeneration) -> None:
 
 
 @torch.no_grad()
-def initialise_tower(model: Qwen2AudioForConditionalGeneration) -> None:
+def initialise_tower(model: PreTrainedModel) -> None:
     """
     Start the tower as a bank of triangular filters over the mel bins, which no data has shaped.
 
@@ -180,7 +204,8 @@ def initialise_tower(model: Qwen2AudioForConditionalGeneration) -> None:
 
     :param model: The model, changed in place.
     """
-    tower, projector = model.model.audio_tower, model.model.multi_modal_projector
+    tower, projector, _, _ = parts_of(model)
+    linear = getattr(projector, "linear", None) or tower.proj  # Qwen2.5-Omni's tower holds its projector
     distance = torch.arange(N_MELS)[None, :] - (torch.arange(TOWER_WIDTH)[:, None] * N_MELS / TOWER_WIDTH + 0.5)
     triangles = (1 - distance.abs() / 4).clamp(min=0)
     triangles = triangles / triangles.sum(1, keepdim=True)
@@ -189,16 +214,13 @@ def initialise_tower(model: Qwen2AudioForConditionalGeneration) -> None:
     tower.conv1.bias.fill_(1.0)
     tower.conv2.weight.copy_(torch.eye(TOWER_WIDTH)[:, :, None] * torch.tensor([0.25, 0.5, 0.25]))
     tower.conv2.bias.zero_()
-    projector.linear.weight.normal_(std=TOWER_WIDTH**-0.5)
-    projector.linear.bias.zero_()
+    linear.weight.normal_(std=TOWER_WIDTH**-0.5)
+    linear.bias.zero_()
 
 
-def save(model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, out_dir: Path) -> None:
+def save(model: PreTrainedModel, processor: Qwen2AudioProcessor, out_dir: Path) -> None:
     """
-    Write model and processor as a checkpoint of Qwen2-Audio; the folder appears only once it is complete.
-
-    transformers, given a model that was not loaded from a checkpoint, writes ``language_model.model.model.*`` where
-    Qwen2-Audio's checkpoints have ``language_model.model.*``; vLLM cannot load the former.
+    Write model and processor as a checkpoint of their family; the folder appears only once it is complete.
 
     :param model: The model.
     :param processor: Its processor.
@@ -207,17 +229,36 @@ def save(model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcess
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as temporary:
         folder = Path(temporary) / "model"
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        weights = folder / "model.safetensors"
-        renamed = {
-            name.replace("language_model.model.model.", "language_model.model."): tensor.clone()
-            for name, tensor in load_file(weights).items()
-        }
-        save_file(renamed, weights, metadata={"format": "pt"})
+        if model.config.model_type == "qwen2_audio":
+            write(model, processor, folder)
+        else:
+            from demo import omni
+
+            omni.write(model, processor, folder)
         if out_dir.exists():
             shutil.rmtree(out_dir)
         folder.rename(out_dir)
+
+
+def write(model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, folder: Path) -> None:
+    """
+    Write a folder as Qwen2-Audio's.
+
+    transformers, given a model that was not loaded from a checkpoint, writes ``language_model.model.model.*`` where
+    Qwen2-Audio's checkpoints have ``language_model.model.*``; vLLM cannot load the former.
+
+    :param model: The model.
+    :param processor: Its processor.
+    :param folder: Made here.
+    """
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    renamed = {
+        name.replace("language_model.model.model.", "language_model.model."): tensor.clone()
+        for name, tensor in load_file(weights).items()
+    }
+    save_file(renamed, weights, metadata={"format": "pt"})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -225,9 +266,10 @@ def build_parser() -> argparse.ArgumentParser:
     :return: The command line's parser.
     """
     parser = argparse.ArgumentParser(
-        description="Make the demo's tiny Qwen2-Audio.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Make the demo's tiny model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="what kind of model")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and warm start")
     parser.add_argument("--warm_start_steps", type=int, default=150, help="optimizer steps of the warm start; 0: none")
     parser.add_argument("--warm_start_batch_size", type=int, default=32, help="examples a step of the warm start")
@@ -244,8 +286,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("--warm_start_steps must be at least 0 and --warm_start_batch_size at least 1.")
     start = time.perf_counter()
     disable_progress_bar()
-    processor = build_processor()
-    model = build_model(processor, args.seed)
+    if args.family == "qwen2_5_omni":
+        find_host()
+    processor = build_processor(args.family)
+    model = build_model(processor, args.seed, args.family)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"demo model: {parameters:,} parameters, vocabulary of {len(processor.tokenizer)} tokens")
     warm_start(model, processor, args.warm_start_steps, args.warm_start_batch_size, args.warm_start_lr, seed=args.seed)

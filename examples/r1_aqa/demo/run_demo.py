@@ -23,6 +23,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE.parent
 N_SAMPLES = 8
+FAMILIES = {"qwen2_audio": "Qwen2-Audio", "qwen2_5_omni": "Qwen2.5-Omni"}
 
 
 def main() -> None:
@@ -32,14 +33,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of model, sounds and training")
     parser.add_argument("--steps", type=int, default=100, help="GRPO steps (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=16, help="prompts a step (default: %(default)s)")
+    parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_audio", help="what kind of model")
     parser.add_argument("train_flags", nargs="*", help="behind --: further flags of train_colocate.py")
     args = parser.parse_args()
     started = time.perf_counter()
     out = args.out_dir.resolve()
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the runtime sets it, for the scripts without the runtime
-    print(f"demo: tiny Qwen2-Audio, synthetic sounds, seed {args.seed}; everything goes to {args.out_dir}", flush=True)
+    name = FAMILIES[args.family]
+    print(f"demo: tiny {name}, synthetic sounds, seed {args.seed}; everything goes to {args.out_dir}", flush=True)
 
-    make_assets(out, args.seed, args.steps * args.prompts)
+    make_assets(out, args.seed, args.steps * args.prompts, args.family)
     prepared = time.perf_counter()
 
     before = evaluate(out, out / "model", "before")
@@ -66,20 +69,21 @@ def main() -> None:
         "train_flags": args.train_flags,
     }
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    draw_curve(metrics, summary, out / "curve.png")
+    draw_curve(metrics, summary, out / "curve.png", name)
     print(report(summary, args.out_dir), flush=True)
 
 
-def make_assets(out: Path, seed: int, questions: int) -> None:
+def make_assets(out: Path, seed: int, questions: int, family: str) -> None:
     """Model, sounds and parquet, unless they are there already, made by the same sources from the same seed.
 
     :param out: The demo's folder.
     :param seed: Seed of both.
     :param questions: Training questions.
+    :param family: Of the model.
     """
     sources = sorted([*HERE.glob("*.py"), *(EXAMPLE / "data_preprocess").glob("*.py")])
     content = b"".join(path.read_bytes() for path in sources)
-    stamp = f"seed {seed}, {questions} questions, sources {hashlib.sha256(content).hexdigest()[:16]}\n"
+    stamp = f"{family}, seed {seed}, {questions} questions, sources {hashlib.sha256(content).hexdigest()[:16]}\n"
     marker = out / "assets.txt"
     if marker.is_file() and marker.read_text() == stamp:
         print("model and data: reused", flush=True)
@@ -87,7 +91,7 @@ def make_assets(out: Path, seed: int, questions: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
     # the tiny model is made on the CPU; without the variable DeepSpeed, which transformers imports, warns of it
-    run("demo/make_model.py", "--out_dir", out / "model", "--seed", seed, DS_ACCELERATOR="cpu")
+    run("demo/make_model.py", "--out_dir", out / "model", "--family", family, "--seed", seed, DS_ACCELERATOR="cpu")
     run("demo/make_data.py", "--out_dir", out / "data", "--seed", seed, "--train_questions", questions)
     source = ("--input_jsonl", out / "data" / "train_qa.data", "--audio_dir", out / "data")
     run("data_preprocess/avqa.py", *source, "--local_save_dir", out / "parquet")
@@ -171,12 +175,13 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def draw_curve(metrics: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> None:
+def draw_curve(metrics: list[dict[str, Any]], summary: dict[str, Any], path: Path, name: str) -> None:
     """Accuracy of the rollouts over the steps, and the three evaluations.
 
     :param metrics: The training's metrics.
     :param summary: The demo's summary.
     :param path: PNG file.
+    :param name: Of the kind of model.
     """
     import matplotlib
 
@@ -199,7 +204,7 @@ def draw_curve(metrics: list[dict[str, Any]], summary: dict[str, Any], path: Pat
     axes.axhline(0.25, color="#bbbbbb", linestyle=":", linewidth=1)
     axes.annotate("one of four by chance", (last, 0.25), ha="right", va="bottom", fontsize=8, color="#888888")
     axes.set(xlabel="GRPO step", ylabel="accuracy", ylim=(0, 1.03))
-    axes.set_title("A tiny Qwen2-Audio learns to listen", fontsize=11)
+    axes.set_title(f"A tiny {name} learns to listen", fontsize=11)
     axes.legend(loc="center right", fontsize=8, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -8,7 +8,8 @@ still writes an answer.
 
 import numpy as np
 import torch
-from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
+from audio_policy import encode_clips, parts_of
+from transformers import PreTrainedModel, Qwen2AudioProcessor
 
 from demo.make_data import QUESTIONS, draw_options
 from demo.sounds import CLASSES, SAMPLING_RATE, synthesize
@@ -62,9 +63,7 @@ def draw_warm_start_sounds(count: int, seed: int) -> tuple[list[str], list[np.nd
 
 
 @torch.no_grad()
-def embed_sounds(
-    model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, clips: list[np.ndarray]
-) -> list[torch.Tensor]:
+def embed_sounds(model: PreTrainedModel, processor: Qwen2AudioProcessor, clips: list[np.ndarray]) -> list[torch.Tensor]:
     """
     Pass clips through tower and projector.
 
@@ -83,6 +82,10 @@ def embed_sounds(
             return_tensors="pt",
         )
         frames = batch["attention_mask"].sum(-1)
+        if model.config.model_type != "qwen2_audio":
+            packed, tokens = encode_clips(model, batch["input_features"], frames)
+            embeddings += packed.split(tokens.tolist())
+            continue
         inner, tokens = model.model.audio_tower._get_feat_extract_output_lengths(frames)
         positions = model.config.audio_config.max_source_positions
         heard = torch.arange(positions)[None, None, None] < inner[:, None, None, None]
@@ -117,7 +120,7 @@ def warm_start_loss(
 
 
 def warm_start(
-    model: Qwen2AudioForConditionalGeneration,
+    model: PreTrainedModel,
     processor: Qwen2AudioProcessor,
     steps: int,
     batch_size: int,
@@ -135,7 +138,7 @@ def warm_start(
     :param seed: Seed of sounds and answers.
     """
     rng = np.random.default_rng([seed, 2])
-    tokenizer, language_model = processor.tokenizer, model.model.language_model
+    tokenizer, language_model = processor.tokenizer, parts_of(model).decoder
     class_ids = {name: tokenizer(name)["input_ids"][0] for name in CLASSES}
     _, clips = draw_warm_start_sounds(count=64, seed=seed)
     sounds = embed_sounds(model, processor, clips)

@@ -16,13 +16,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lightrft.models.families import family_of
+
 from .base import RolloutOutput, Sampling
 
 
 class HFEngine:
     """Samples from the actor itself, so that its weights are always the trainer's.
 
-    :param processor: Qwen2-Audio processor.
+    :param processor: The model's processor.
     :param policy: Returns a context manager that yields the unwrapped policy, with its parameters gathered.
     :param batch_size: Sequences generated at once.
     """
@@ -69,7 +71,7 @@ class HFEngine:
         if ids.shape[1] > 1:  # generate begins with the last token
             inputs |= {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}
             positions = (mask[:, :-1].cumsum(-1) - 1).clamp(min=0)  # as generate counts them
-            model.model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+            family_of(model).prefill(model, inputs, positions, cache)
             cache.batch_select_indices(of_row)
         ids, mask = ids[of_row], mask[of_row]
         sampler = _Sampler([(s, i) for _, s, i in rows], model.device)

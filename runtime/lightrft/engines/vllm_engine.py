@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
+from lightrft.models.families import family_of
+
 from .base import RolloutOutput, Sampling, checksum
+
+LANGUAGE = ("language_model.", "thinker.model.", "thinker.lm_head.")  # weights behind the encoder's outputs
 
 
 class VLLMEngine:
@@ -68,6 +72,7 @@ class VLLMEngine:
             seed=seed,
             # the responses of a group share whole blocks of their prompt: of 32 tokens on the CPU, not 128
             **({"gpu_memory_utilization": memory_utilization} if on_gpu else {"block_size": 32}),
+            **family_of(model).vllm_options(),
         )
 
     def generate(self, prompts: list[Any], sampling: Sequence[Sampling]) -> list[RolloutOutput]:
@@ -109,7 +114,7 @@ class VLLMEngine:
         """
         sent, self._checksums = self.llm.collective_rpc(_load, args=(weights, self._checksums))[0]
         self.llm.reset_prefix_cache()
-        if not all(name.startswith("language_model.") for name in sent):
+        if not all(name.startswith(LANGUAGE) for name in sent):
             self.llm.llm_engine.engine_core.reset_encoder_cache()  # outputs of tower and projector
         # depends on no weights, but clips rarely come back, and it would grow to 4 GiB
         self.llm.reset_mm_cache()

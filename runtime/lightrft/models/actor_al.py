@@ -7,32 +7,37 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen2AudioForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from .actor_modality import ActorModality
+from .families import family_of
 from .four_bit import four_bit_config, prepare
 
 
-def load_model(pretrain: str, **kwargs: Any) -> Qwen2AudioForConditionalGeneration:
-    """Load a Qwen2-Audio checkpoint.
+def load_model(pretrain: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint of one of the families; parts that text and sound do not pass are frozen.
 
     :param pretrain: Folder or hub name.
     :param kwargs: For ``from_pretrained``.
-    :raises ValueError: if the checkpoint lacks a parameter of the model, or holds one that the model has not: such a
-        model would train, from random weights.
+    :raises ValueError: if it is of no family, if the checkpoint lacks a parameter of the model, or holds one that the
+        model has not: such a model would train, from random weights.
     """
-    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(pretrain, output_loading_info=True, **kwargs)
+    family = family_of(pretrain)
+    model, info = family.model_class.from_pretrained(pretrain, output_loading_info=True, **kwargs)
     wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+    wrong["unexpected"] = [name for name in wrong["unexpected"] if not name.startswith(family.foreign)]
     if any(wrong.values()):
-        raise ValueError(f"{pretrain} is not a whole Qwen2-Audio checkpoint: {wrong}")
+        raise ValueError(f"{pretrain} is not a whole {family.name} checkpoint: {wrong}")
+    for part in family.unheard:
+        model.get_submodule(part).requires_grad_(False)
     return model
 
 
 class ActorAL(nn.Module):
-    """Policy or reference model that hears: Qwen2-Audio and what is needed to score its responses.
+    """Policy or reference model that hears: a model of one of the families and what is needed to score its responses.
 
-    :param pretrain_or_model: Folder (or hub name) of a Qwen2-Audio checkpoint, or a loaded model.
+    :param pretrain_or_model: Folder (or hub name) of a checkpoint, or a loaded model.
     :param use_flash_attention_2: Use flash-attn kernels; otherwise PyTorch's scaled dot product attention.
     :param bf16: Weights in bfloat16; otherwise float32.
     :param ds_config: DeepSpeed configuration; with ZeRO-3 the weights are partitioned while loading.
@@ -40,14 +45,15 @@ class ActorAL(nn.Module):
     :param lora_alpha: See :func:`lightrft.models.lora.add_adapters`.
     :param target_modules: See there.
     :param load_in_4bit: Keep the language model's linear layers at 4 bits a weight; adapters alone can then train.
-    :raises ValueError: if that is asked for without adapters, or with ZeRO-3.
+    :raises ValueError: if that is asked for without adapters, or with ZeRO-3; if the model is of a family that gets no
+        adapters, or :func:`load_model` refuses it.
     """
 
     modality = ActorModality.AUDIO_LANGUAGE
 
     def __init__(
         self,
-        pretrain_or_model: str | Qwen2AudioForConditionalGeneration,
+        pretrain_or_model: str | PreTrainedModel,
         use_flash_attention_2: bool = False,
         bf16: bool = True,
         ds_config: dict[str, Any] | None = None,
@@ -81,6 +87,11 @@ class ActorAL(nn.Module):
         if lora_rank > 0:
             from .lora import add_adapters
 
+            family = family_of(self.model)
+            if not family.lora:
+                raise ValueError(
+                    f"lora_rank {lora_rank}: {family.name} gets no LoRA here; train it whole (lora_rank 0)"
+                )
             name = pretrain_or_model if isinstance(pretrain_or_model, str) else self.model.name_or_path
             self.lora_config = add_adapters(self.model, lora_rank, lora_alpha, target_modules, name)
         self.model.config.use_cache = False

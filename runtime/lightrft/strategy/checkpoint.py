@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
-from transformers import Qwen2AudioForConditionalGeneration
+
+from lightrft.models.families import family_of
 
 PART = ".part"  # what is being written has this suffix
 MANIFEST = "manifest.json"  # of a whole checkpoint: file name to size in bytes
@@ -29,12 +30,9 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     save_torch_state_dict(weights, aside, max_shard_size="5GB")
-    config = model.config.to_dict()
-    # our class is the same model with another forward; others shall load it under its own name
-    config["architectures"] = [Qwen2AudioForConditionalGeneration.__name__]
-    config["use_cache"] = True
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    config = family_of(model).checkpoint_config(model.config.to_dict() | {"use_cache": True, "dtype": dtype})
     config.pop("quantization_config", None)  # the weights that are written are whole
-    config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(aside)
     tokenizer.save_pretrained(aside)

@@ -21,11 +21,11 @@ from lightrft.engines.base import (
     RolloutEngine,
     RolloutOutput,
     Sampling,
-    checkpoint_name,
     is_adapter,
     layer_of,
     plain_name,
 )
+from lightrft.models.families import family_of
 from lightrft.models.four_bit import unpacked
 from lightrft.utils.console import console
 
@@ -258,14 +258,11 @@ class DeepspeedStrategy:
                 seed=args.seed,
             )
         elif engine_type == "hf":
-            from transformers import AutoProcessor
-
             from lightrft.engines.hf_engine import HFEngine
 
+            processor = family_of(args.pretrain).processor_class.from_pretrained(args.pretrain)
             rows = {} if self.device.type == "cpu" else {"batch_size": self.rows_at_once(actor.model.module.config)}
-            self.inference_engine = HFEngine(
-                AutoProcessor.from_pretrained(args.pretrain), lambda: self.gathered(actor.model), **rows
-            )
+            self.inference_engine = HFEngine(processor, lambda: self.gathered(actor.model), **rows)
         else:
             raise ValueError(f"engine_type {engine_type!r}: this runtime has vllm and hf; sglang needs LightRFT itself")
         if actor is not None:
@@ -410,7 +407,7 @@ class DeepspeedStrategy:
 
         whole = self.args.zero_stage == 3
         module = self.unwrap_model(model)
-        parameters, adapted = dict(module.named_parameters()), {}
+        parameters, adapted, family = dict(module.named_parameters()), {}, family_of(module)
         if self.args.lora_rank > 0:
             from lightrft.models.lora import adapted_layers, merged
 
@@ -423,7 +420,7 @@ class DeepspeedStrategy:
             layer = adapted.get(name.removesuffix(".base_layer.weight"))
             needed = [parameter] if layer is None else list(layer.parameters())
             with deepspeed.zero.GatheredParameters(needed) if whole else nullcontext():
-                yield checkpoint_name(plain), unpacked(parameter) if layer is None else merged(layer)
+                yield family.checkpoint_name(plain), unpacked(parameter) if layer is None else merged(layer)
 
     def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str) -> None:
         """Write a Hugging Face folder that transformers and vLLM load, and LoRA's adapter alone into ``adapter`` in it.
@@ -528,4 +525,4 @@ def exempt_from_decay(name: str) -> bool:
 
     :param name: Parameter name. (The shape does not help: under ZeRO-3 every parameter is flat.)
     """
-    return name.endswith(".bias") or "norm" in name
+    return name.endswith(".bias") or "norm" in name or ".ln_post." in name

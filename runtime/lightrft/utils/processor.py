@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from lightrft.models.families import family_of
 
 
 def get_tokenizer_processor_vl(
@@ -18,7 +20,7 @@ def get_tokenizer_processor_vl(
     :param use_fast: Use the Rust tokenizer.
     :return: Tokenizer and processor.
     """
-    processor = AutoProcessor.from_pretrained(pretrain, use_fast=use_fast)
+    processor = family_of(pretrain).processor_class.from_pretrained(pretrain, use_fast=use_fast)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = padding_side
     if tokenizer.pad_token is None:
