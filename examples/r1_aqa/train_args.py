@@ -204,7 +204,6 @@ def finish(args: argparse.Namespace) -> None:
         args.freeze_prefix = ["audio_tower"]
     if args.ckpt_path is None:
         args.ckpt_path = args.save_path
-    args.fsdp = getattr(args, "fsdp", False)  # a flag of the real LightRFT only
 
 
 def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
@@ -356,10 +355,9 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
         problems += _source_problems("eval_data", args.eval_data, args.eval_split)
     if args.load_checkpoint:
         folder = Path(args.ckpt_path) / "_actor"
-        found = any(folder.glob("*/.metadata")) if args.fsdp else (folder / "latest").is_file()
-        if not found:
-            what = "a folder with FSDP2's .metadata" if args.fsdp else "latest"
-            problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/{what})")
+        # LightRFT's FSDP2 strategy writes no latest
+        if not (folder / "latest").is_file() and not (args.fsdp and any(folder.glob("*/.metadata"))):
+            problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/latest)")
     return problems
 
 

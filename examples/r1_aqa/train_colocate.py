@@ -118,7 +118,7 @@ def train(args: argparse.Namespace) -> None:
     models = [model for model in (actor, initial_model) if model is not None]
     for model in models:
         patch_actor_for_audio(model)
-    if on_runtime() and args.zero_stage < 3:
+    if on_runtime() and args.zero_stage < 3 and not args.fsdp:
         modules = [strategy.unwrap_model(model.model) for model in models]
         if not any(p.requires_grad for p in parts_of(modules[0]).tower.parameters()):
             share_tower_outputs(*modules)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from lightrft.utils.console import console
 
 if TYPE_CHECKING:
-    from .deepspeed_strategy import DeepspeedStrategy
+    from .strategy_base import StrategyBase
 
 
-def get_strategy(args: Any) -> DeepspeedStrategy:
-    """Set up the console, the process group and DeepSpeed.
+def get_strategy(args: Any) -> StrategyBase:
+    """Set up the console, the process group, and DeepSpeed or FSDP2.
 
     :param args: The run's arguments.
     :return: The strategy.
@@ -21,6 +21,11 @@ def get_strategy(args: Any) -> DeepspeedStrategy:
     console.rank = int(os.environ.get("RANK", "0"))
     if not args.verbose and console.log_file is None:
         console.redirect(Path(args.save_path) / "logs" / f"rank{console.rank}.log")
-    from .deepspeed_strategy import DeepspeedStrategy  # torch and DeepSpeed talk while they are imported
+    # torch and DeepSpeed talk while they are imported
+    if args.fsdp:
+        from .fsdp_strategy import FSDPStrategy
+
+        return FSDPStrategy(args)
+    from .deepspeed_strategy import DeepspeedStrategy
 
     return DeepspeedStrategy(args)
