@@ -187,20 +187,6 @@ def test_methods_together(tiny_model, demo_parquet, tmp_path):
         assert record["rollout/groups_without_spread"] <= 0.5
 
 
-@pytest.mark.parametrize(("tensor_parallel", "stage"), [(1, 3), (2, 2), (1, 2), (2, 3)])
-def test_two_processes(tiny_model, demo_parquet, tmp_path, tensor_parallel, stage):
-    """Data parallel 2 and tensor parallel 2, ZeRO 2 and 3."""
-    if (tensor_parallel, stage) in ((1, 2), (2, 3)) and "ALL_TESTS" not in os.environ:
-        pytest.skip("the other two combinations run by default; make test-all runs these too")
-    extra = ("--zero_stage", stage, "--engine_tp_size", tensor_parallel, "--max_samples", 12)
-    train(tiny_model, demo_parquet, tmp_path, *extra, processes=2)
-    records = metrics_of(tmp_path)
-    assert len(records) == 3
-    assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
-    _, same = moved(tiny_model, tmp_path)
-    assert {name for name in same if "embed_positions" not in name and "k_proj.bias" not in name} == set()
-
-
 def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):
     """The manual's dry run, on eight prompts: its names, its folders, its exit status."""
     values = "EPISODE=1 RBS=4 TBS=32 N_SAMPLES=4 MLP_WORKER_GPU=1 ENGINE_TP=1 ENGINE_MEM_UTIL=0.5 GENERATE_MAX_LEN=12"

@@ -91,5 +91,11 @@ class ResumableSampler(DistributedSampler):
 
     start = 0
 
+    @property
+    def repeats_last(self) -> bool:
+        """Whether this rank's last row is another's, too: all get as many, and with ``drop_last=False`` rows that do not
+        divide among the ranks are filled up. Such a row must not be counted."""
+        return (self.num_samples - 1) * self.num_replicas + self.rank >= len(self.dataset)
+
     def __iter__(self) -> Iterator[int]:
         return iter(list(super().__iter__())[self.start :])

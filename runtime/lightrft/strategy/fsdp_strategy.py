@@ -198,9 +198,9 @@ class FSDPStrategy(StrategyBase):
         yield self._gather(parameters)
 
     def bytes_of(self, parameter: nn.Parameter) -> int:
-        """As the base class, with this rank's shard in :attr:`dtype`, which may be a copy."""
+        """As the base class, with this rank's shard where it is cast before it is gathered."""
         size = super().bytes_of(parameter)
-        return size + -(-size // self.world_size)
+        return size if parameter.dtype == self.dtype else size + size // self.world_size
 
     @torch.no_grad()
     def _gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
@@ -214,7 +214,7 @@ class FSDPStrategy(StrategyBase):
             if len(shard) < most:
                 shard = torch.cat([shard, shard.new_empty(most - len(shard), *rest)])
             room = shard.new_empty(most * self.world_size, *rest)
-            works.append(dist.all_gather_into_tensor(room, shard.contiguous(), async_op=True))
+            works.append(dist.all_gather_single(room, shard.contiguous(), async_op=True))
             whole.append(room[:rows])
         for work in works:
             work.wait()

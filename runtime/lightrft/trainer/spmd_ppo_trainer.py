@@ -397,6 +397,9 @@ class SPMDPPOTrainerVL:
             maker.score(items)
             for name, value in rollout_sums(items).items():
                 sums[name] += value
+        if dataloader.sampler.repeats_last:
+            for name, value in rollout_sums(items[-1:]).items():
+                sums[name] -= value
         reduce_metrics(sums, {}, self.strategy.device)
         return {f"eval/{k.removeprefix('rollout/')}": v / sums["responses"] for k, v in sums.items() if "/" in k}
 
