@@ -275,7 +275,29 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
         problems.append("--use_kl_loss with --kl_estimator k1: its gradient knows no reference model; use k3 or k2")
     if args.engine_type == "hf" and args.engine_tp_size > 1:
         problems.append(f"--engine_type hf has no tensor parallelism: --engine_tp_size {args.engine_tp_size} must be 1")
+    if args.adam_offload and args.zero_stage == 0 and not args.fsdp:
+        problems.append("--adam_offload with --zero_stage 0: DeepSpeed would ignore it; use --zero_stage 2 or 3")
     return problems + _path_problems(args)
+
+
+def runtime_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags that only this repository's runtime has, or takes in another way than LightRFT.
+
+    :param args: Finished flags.
+    :return: As :func:`find_problems`.
+    """
+    rules = (
+        (args.engine_type == "sglang", "--engine_type sglang: only LightRFT runs it (LIGHTRFT_HOME); use vllm or hf"),
+        (args.sync_bucket_mb < 1, f"--sync_bucket_mb {args.sync_bucket_mb}: must be 1 or more"),
+        (args.fsdp and args.adam_offload, "--adam_offload is DeepSpeed's: with --fsdp use --fsdp_cpu_offload"),
+        (args.fsdp and args.param_offload, "--param_offload is ZeRO-3's: with --fsdp use --fsdp_cpu_offload"),
+        (args.fsdp_cpu_offload and not args.fsdp, "--fsdp_cpu_offload: add --fsdp, or use --adam_offload"),
+        (
+            args.param_offload and not args.fsdp and args.zero_stage != 3,
+            f"--param_offload with --zero_stage {args.zero_stage}: only ZeRO-3 shards parameters; use --zero_stage 3",
+        ),
+    )
+    return [problem for wrong, problem in rules if wrong]
 
 
 def _batch_problems(args: argparse.Namespace, world: int) -> list[str]:

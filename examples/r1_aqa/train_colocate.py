@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
-from train_args import build_parser, find_problems, finish, has_split
+from train_args import build_parser, find_problems, finish, has_split, runtime_problems
 
 find_host()
 WRONG_USE, CANNOT_SAVE = 2, 5  # exit status
@@ -300,11 +300,7 @@ def summary(args: argparse.Namespace, metrics: dict[str, float] | None) -> str:
 
 
 def _host_problems(args: argparse.Namespace) -> list[str]:
-    if on_runtime():
-        if args.engine_type == "sglang":
-            return ["--engine_type sglang: only LightRFT itself runs it (LIGHTRFT_HOME); use vllm or hf"]
-        return []
-    return lightrft_host.find_problems(args)
+    return runtime_problems(args) if on_runtime() else lightrft_host.find_problems(args)
 
 
 def main() -> None:

@@ -93,8 +93,10 @@ class ResumableSampler(DistributedSampler):
 
     @property
     def repeats_last(self) -> bool:
-        """Whether this rank's last row is another's, too: all get as many, and with ``drop_last=False`` rows that do not
-        divide among the ranks are filled up. Such a row must not be counted."""
+        """Whether this rank's last row is another rank's, too, and must not be counted.
+
+        With ``drop_last=False`` all ranks get the same number of rows, the first ones twice where that takes more.
+        """
         return (self.num_samples - 1) * self.num_replicas + self.rank >= len(self.dataset)
 
     def __iter__(self) -> Iterator[int]:
