@@ -81,7 +81,7 @@ def test_the_table_has_all_of_them():
             "Largest difference between the metrics of two processes and those of one, in three steps of GRPO and an\n"
             "evaluation: float32, CPU, the demo's model, the same global batch, learning rate 1e-3. All metrics but\n"
             "times count: rewards, lengths, loss, KL, gradient norm, the evaluation's. The data are uneven:\n"
-            "13 rows for rollouts of 4 prompts, 5 rows to evaluate on. `tests/test_combinations.py` runs this and allows\n"
+            "13 rows for rollouts of 4 prompts, 5 to evaluate on. `tests/test_combinations.py` runs this and allows\n"
             f"{BOUND:.0e}.\n\n"
             f"| sharding | {' | '.join(LAYOUTS)} |\n|---|{'---|' * len(LAYOUTS)}\n"
         )
