@@ -25,16 +25,16 @@ from lightrft_launcher import after_import
 TRAINER = "lightrft.trainer.spmd_ppo_trainer"
 MAKER = "lightrft.trainer.fast_exp_maker"
 CHECKPOINT = "lightrft.strategy.checkpoint"
-STRATEGY = "lightrft.strategy.deepspeed_strategy"
+STRATEGY = "lightrft.strategy.strategy_base"
 # point: module, owner in it (or none), function, before or after it, which call of it in the step
 POINTS = {
-    "before the rollout": (STRATEGY, "DeepspeedStrategy", "gather_and_generate", "before", 1),
-    "after the rollout": (STRATEGY, "DeepspeedStrategy", "gather_and_generate", "after", 1),
+    "before the rollout": (STRATEGY, "StrategyBase", "gather_and_generate", "before", 1),
+    "after the rollout": (STRATEGY, "StrategyBase", "gather_and_generate", "after", 1),
     "before the rewards": (MAKER, "FastExperienceMaker", "score", "before", 1),
     "first micro-batch": (TRAINER, None, "forward", "before", 1),
     "second micro-batch": (TRAINER, None, "forward", "after", 2),
-    "before the sync": (STRATEGY, "DeepspeedStrategy", "update_engine_weights", "before", 1),
-    "after the sync": (STRATEGY, "DeepspeedStrategy", "update_engine_weights", "after", 1),
+    "before the sync": (STRATEGY, "StrategyBase", "update_engine_weights", "before", 1),
+    "after the sync": (STRATEGY, "StrategyBase", "update_engine_weights", "after", 1),
     "before the metrics": ("lightrft.utils.metrics", "MetricsWriter", "write", "before", 1),
     "after the metrics": ("lightrft.utils.metrics", "MetricsWriter", "write", "after", 1),
     "before a save": (CHECKPOINT, None, "begin", "before", 1),

@@ -39,7 +39,7 @@ def logits(model):
 
 def named_weights(actor, **kwargs):
     strategy = object.__new__(DeepspeedStrategy)  # without a process group
-    strategy.args = SimpleNamespace(zero_stage=0, lora_rank=2)
+    strategy.args = SimpleNamespace(zero_stage=0, lora_rank=2, bf16=False, sync_bucket_mb=1)
     return [(name, tensor.clone()) for name, tensor in strategy.named_weights(actor.model, **kwargs)]
 
 
@@ -122,10 +122,12 @@ def test_gradients_are_those_of_the_merged_weight(actor):
     torch.testing.assert_close(b.grad, 3.0 * weight.grad @ a.data.T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("stage", "processes"), [(2, 1), (3, 2)])
-def test_training(tiny_model, demo_parquet, demo_data, tmp_path, stage, processes):
+@pytest.mark.parametrize(
+    ("sharding", "processes"), [(("--zero_stage", 2), 1), (("--zero_stage", 3), 2), (("--fsdp",), 2)], ids=str
+)
+def test_training(tiny_model, demo_parquet, demo_data, tmp_path, sharding, processes):
     """Engine and trainer agree, only what was adapted has moved, and the folder holds model and adapter."""
-    lora = ("--lora_rank", 2, "--target_modules", "language_model", "fc1", "--zero_stage", stage)
+    lora = ("--lora_rank", 2, "--target_modules", "language_model", "fc1", *sharding)
     done = train(tiny_model, demo_parquet, tmp_path, "--max_samples", 12, *lora, processes=processes)
     assert "LoRA of rank 2: 0." in done.stdout
     records = metrics_of(tmp_path)

@@ -5,7 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
-from train_args import ESTIMATORS, LOSS_AGG_MODES, REFUSED_ESTIMATORS, build_parser, find_problems, finish
+from train_args import (
+    ESTIMATORS,
+    LOSS_AGG_MODES,
+    REFUSED_ESTIMATORS,
+    build_parser,
+    find_problems,
+    finish,
+    runtime_problems,
+)
 
 from lightrft.models import loss
 from lightrft.trainer import advantages
@@ -37,7 +45,7 @@ def problems(tmp_path):
                 command.append(f"--{name}={value}")
         args = build_parser(add_arguments).parse_args(command)
         finish(args)
-        return find_problems(args, world_size, local_world_size)
+        return find_problems(args, world_size, local_world_size) + runtime_problems(args)
 
     return find
 
@@ -205,6 +213,7 @@ def test_sizes_below_one_are_refused(problems, name, value):
         ("max_epochs", 0, 1),
         ("limit_mm_image_per_prompt", 0, 1),
         ("audio_cache_mib", -1, 0),
+        ("sync_bucket_mb", 0, 1),
     ],
 )
 def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good):
@@ -256,6 +265,12 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
         ({"kl_target": 6.0, "init_kl_coef": 0.0}, "--kl_target 6.0 needs a start value", {"init_kl_coef": 0.1}),
         ({"use_kl_loss": True, "kl_estimator": "k1"}, "no reference model; use k3 or k2", {"kl_estimator": "k2"}),
         ({"use_kl_loss": True, "kl_estimator": "k1"}, "no reference model", {"kl_estimator": "k3"}),
+        ({"adam_offload": True, "zero_stage": 0}, "DeepSpeed would ignore it", {"zero_stage": 2}),
+        ({"param_offload": True}, "--param_offload with --zero_stage 2: only ZeRO-3", {"zero_stage": 3}),
+        ({"param_offload": True, "fsdp": True}, "with --fsdp use --fsdp_cpu", {"param_offload": None}),
+        ({"adam_offload": True, "fsdp": True}, "with --fsdp use --fsdp_cpu", {"adam_offload": None}),
+        ({"fsdp_cpu_offload": True}, "--fsdp_cpu_offload: add --fsdp", {"fsdp": True}),
+        ({"engine_type": "sglang"}, "only LightRFT runs it .* use vllm or hf", {"engine_type": "hf"}),
         ({"eval_data": "nowhere"}, "--eval_data nowhere: does not exist", {"eval_data": None}),
         ({"prompt_data_probs": "0.5,0.5"}, "one share for each of 1 sources", {"prompt_data_probs": "1.0"}),
         ({"prompt_data_probs": "0.9"}, "must add up to 1, not 0.9; 1 would be", {"prompt_data_probs": "1"}),

@@ -258,7 +258,6 @@ def finish(args: argparse.Namespace) -> None:
         args.freeze_prefix = ["audio_tower"]
     if args.ckpt_path is None:
         args.ckpt_path = args.save_path
-    args.fsdp = getattr(args, "fsdp", False)  # a flag of the real LightRFT only
 
 
 def find_problems(
@@ -349,7 +348,29 @@ def find_problems(
         problems.append(f"--engine_type hf has no tensor parallelism: --engine_tp_size {args.engine_tp_size} must be 1")
     if args.load_in_4bit:
         problems += _four_bit_problems(args)
+    if args.adam_offload and args.zero_stage == 0 and not args.fsdp:
+        problems.append("--adam_offload with --zero_stage 0: DeepSpeed would ignore it; use --zero_stage 2 or 3")
     return problems + (_path_problems(args) if paths else [])
+
+
+def runtime_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags that only this repository's runtime has, or takes in another way than LightRFT.
+
+    :param args: Finished flags.
+    :return: As :func:`find_problems`.
+    """
+    rules = (
+        (args.engine_type == "sglang", "--engine_type sglang: only LightRFT runs it (LIGHTRFT_HOME); use vllm or hf"),
+        (args.sync_bucket_mb < 1, f"--sync_bucket_mb {args.sync_bucket_mb}: must be 1 or more"),
+        (args.fsdp and args.adam_offload, "--adam_offload is DeepSpeed's: with --fsdp use --fsdp_cpu_offload"),
+        (args.fsdp and args.param_offload, "--param_offload is ZeRO-3's: with --fsdp use --fsdp_cpu_offload"),
+        (args.fsdp_cpu_offload and not args.fsdp, "--fsdp_cpu_offload: add --fsdp, or use --adam_offload"),
+        (
+            args.param_offload and not args.fsdp and args.zero_stage != 3,
+            f"--param_offload with --zero_stage {args.zero_stage}: only ZeRO-3 shards parameters; use --zero_stage 3",
+        ),
+    )
+    return [problem for wrong, problem in rules if wrong]
 
 
 def _four_bit_problems(args: argparse.Namespace) -> list[str]:
@@ -452,10 +473,9 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
         problems += _source_problems("eval_data", args.eval_data, args.eval_split)
     if args.load_checkpoint:
         folder = Path(args.ckpt_path) / "_actor"
-        found = any(folder.glob("*/.metadata")) if args.fsdp else (folder / "latest").is_file()
-        if not found:
-            what = "a folder with FSDP2's .metadata" if args.fsdp else "latest"
-            problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/{what})")
+        # LightRFT's FSDP2 strategy writes no latest
+        if not (folder / "latest").is_file() and not (args.fsdp and any(folder.glob("*/.metadata"))):
+            problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/latest)")
     return problems
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "data_preprocess"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
-from train_args import build_parser, find_problems, finish, has_split
+from train_args import build_parser, find_problems, finish, has_split, runtime_problems
 
 find_host()
 WRONG_USE, CANNOT_SAVE = 2, 5  # exit status
@@ -132,7 +132,7 @@ def train(args: argparse.Namespace) -> None:
     models = [model for model in (actor, initial_model) if model is not None]
     for model in models:
         patch_actor_for_audio(model)
-    if on_runtime() and args.zero_stage < 3:
+    if on_runtime() and args.zero_stage < 3 and not args.fsdp:
         modules = [strategy.unwrap_model(model.model) for model in models]
         if not any(p.requires_grad for p in parts_of(modules[0]).tower.parameters()):
             share_tower_outputs(*modules)
@@ -385,11 +385,7 @@ def summary(args: argparse.Namespace, metrics: dict[str, float] | None) -> str:
 
 
 def _host_problems(args: argparse.Namespace) -> list[str]:
-    if on_runtime():
-        if args.engine_type == "sglang":
-            return ["--engine_type sglang: only LightRFT itself runs it (LIGHTRFT_HOME); use vllm or hf"]
-        return []
-    return lightrft_host.find_problems(args)
+    return runtime_problems(args) if on_runtime() else lightrft_host.find_problems(args)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,18 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def merged(layer: LoraLayer) -> torch.Tensor:
+def merged(layer: LoraLayer, whole: Callable[[nn.Parameter], torch.Tensor] = unpacked) -> torch.Tensor:
     """Weight of a plain layer that does what the adapted one does: base + ``alpha / rank`` * B A.
 
-    :param layer: Adapted linear layer, its parameters whole.
+    :param layer: Adapted linear layer.
+    :param whole: Gives the whole value of each of its parameters; default: they are.
     :return: A new tensor in the base weight's dtype; the sum is formed in float32.
 
     Source: Hu et al., LoRA (2021), section 4.1.
     """
-    weight = unpacked(layer.get_base_layer().weight)
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    product = torch.addmm(weight.float(), b.data.float(), a.data.float(), alpha=layer.scaling[ADAPTER])
+    parts = layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    weight, a, b = map(whole, parts)
+    product = torch.addmm(weight.float(), b.float(), a.float(), alpha=layer.scaling[ADAPTER])
     return product.to(weight.dtype)
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from lightrft.utils.console import console
 
 if TYPE_CHECKING:
-    from .deepspeed_strategy import DeepspeedStrategy
+    from .strategy_base import StrategyBase
 
 
-def get_strategy(args: Any) -> DeepspeedStrategy:
-    """Set up the console, the process group and DeepSpeed.
+def get_strategy(args: Any) -> StrategyBase:
+    """Set up the console, the process group, and DeepSpeed or FSDP2.
 
     :param args: The run's arguments.
     :return: The strategy.
@@ -26,9 +26,12 @@ def get_strategy(args: Any) -> DeepspeedStrategy:
     from . import peers
 
     peers.join()
-    from .deepspeed_strategy import DeepspeedStrategy
     from .distributed import check_same_run
 
-    strategy = DeepspeedStrategy(args)
+    if args.fsdp:
+        from .fsdp_strategy import FSDPStrategy as Strategy
+    else:
+        from .deepspeed_strategy import DeepspeedStrategy as Strategy
+    strategy = Strategy(args)
     check_same_run(args)
     return strategy

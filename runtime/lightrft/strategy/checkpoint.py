@@ -1,4 +1,4 @@
-"""Folders on disk: Hugging Face checkpoints, and the rotation of DeepSpeed's."""
+"""Folders on disk: Hugging Face checkpoints, and the writing and rotation of those for resuming."""
 
 from __future__ import annotations
 
@@ -45,6 +45,29 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
 
 class SaveError(Exception):
     """Something could not be written; the message says what the system said."""
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """Write a rank's state.
+
+    :param state: Tensors and plain values.
+    :param path: File.
+    :raises OSError: if that fails.
+    """
+    try:
+        torch.save(
+            state, path, _use_new_zipfile_serialization=False
+        )  # the zip writer does not say what the system said
+    except RuntimeError as error:  # what torch writes by itself
+        raise OSError(str(error).splitlines()[0]) from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_state` wrote, into CPU memory. Runs no code from the file.
+
+    :param path: File.
+    """
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def begin(save_dir: str, name: str) -> None:

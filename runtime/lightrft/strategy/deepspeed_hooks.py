@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from .strategy_base import is_usable
 
 # classes in DeepSpeed's checkpoints, beside what torch itself allows
 KNOWN = (
@@ -57,14 +58,6 @@ class StepGuard:
         self._discard, self.applied = discard or not (norm is None or is_usable(norm)), False
         self.engine.step()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
-
-
-def is_usable(norm: float | torch.Tensor) -> bool:
-    """Whether a gradient's norm is one; DeepSpeed says -1 where it found NaN or infinity.
-
-    :param norm: The norm.
-    """
-    return bool(math.isfinite(norm) and norm >= 0)
 
 
 class Storage(TorchCheckpointEngine):

@@ -1,112 +1,36 @@
-"""Training on DeepSpeed, rollouts on an engine in the same process."""
+"""Training on DeepSpeed: ZeRO 0, 2 and 3."""
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import get_scheduler
 
-from lightrft.engines.base import (
-    RolloutEngine,
-    RolloutOutput,
-    Sampling,
-    is_adapter,
-    layer_of,
-    plain_name,
-)
-from lightrft.models.families import family_of
 from lightrft.models.four_bit import unpacked
-from lightrft.utils.console import console
 
-from . import checkpoint
-from .checkpoint import SaveError
-from .distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
+from .strategy_base import StrategyBase
 
 
-class DeepspeedStrategy:
-    """Everything that depends on how many processes there are and on what.
-
-    :param args: The run's arguments, also available as :attr:`config`, LightRFT's name for them.
-    """
-
-    def __init__(self, args: Any) -> None:
-        self.args = self.config = args
-        self.device = pick_device()
-        init_process_group(self.device)
-        self.rank = console.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self.engine_mp_group = engine_groups(args.engine_tp_size)
-        self.inference_engine: RolloutEngine | None = None
-        self.engine_has_all = False
-        self.set_seed(args.seed)
-
-    # ------------------------------------------------------------ small things
-    @staticmethod
-    def set_seed(seed: int) -> None:
-        """Seed Python, NumPy and torch.
-
-        :param seed: The same on every rank.
-        """
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-
-    @staticmethod
-    def print(*parts: object) -> None:
-        """Print on rank 0.
-
-        :param parts: As for :func:`print`.
-        """
-        console.print(*parts)
-
-    def is_rank_0(self) -> bool:
-        """Whether this is the rank that prints and writes."""
-        return self.rank == 0
-
-    def report_memory(self, prefix: str) -> None:
-        """Print the accelerator memory in use; nothing on the CPU.
-
-        :param prefix: Put before the figures.
-        """
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info()
-            self.print(f"memory    {prefix}: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use")
-
-    # ------------------------------------------------------------ training
-    @contextmanager
-    def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
-        """Where models are loaded.
-
-        :param meta_init: LightRFT's FSDP option; must be False here.
-        :raises ValueError: if it is not.
-        """
-        if meta_init:
-            raise ValueError("meta_init belongs to LightRFT's FSDP strategy; this runtime trains on DeepSpeed")
-        yield
+class DeepspeedStrategy(StrategyBase):
+    """See :class:`~lightrft.strategy.strategy_base.StrategyBase`."""
 
     def get_ds_train_config(self, is_actor: bool = True) -> dict[str, Any]:
         """DeepSpeed configuration of the trained model.
 
         :param is_actor: Kept for LightRFT's signature; there is one trained model, the actor.
         """
-        args = self.args
-        zero: dict[str, Any] = {"stage": args.zero_stage, "overlap_comm": self.device.type == "cuda"}
+        args, pinned = self.args, self.device.type == "cuda"
+        zero: dict[str, Any] = {"stage": args.zero_stage, "overlap_comm": pinned}
         if args.adam_offload:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+        if args.param_offload:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
         return {
             "train_micro_batch_size_per_gpu": args.micro_train_batch_size,
-            "gradient_accumulation_steps": args.train_batch_size // (args.micro_train_batch_size * self.world_size),
+            "gradient_accumulation_steps": self.accumulation,
             "zero_optimization": zero,
             "bf16": {"enabled": args.bf16},
             "gradient_clipping": args.max_norm,
@@ -118,10 +42,10 @@ class DeepspeedStrategy:
     def get_ds_eval_config(self, offload: bool = False) -> dict[str, Any]:
         """DeepSpeed configuration of a model that is only read.
 
-        :param offload: Keep its parameters in CPU memory (ZeRO-3 only).
+        :param offload: Keep its parameters in CPU memory (ZeRO-3 only), as ``--param_offload`` does.
         """
         zero: dict[str, Any] = {"stage": 3 if self.args.zero_stage == 3 else 0}
-        if offload and zero["stage"] == 3:
+        if (offload or self.args.param_offload) and zero["stage"] == 3:
             zero["offload_param"] = {"device": "cpu"}
         return {
             "train_micro_batch_size_per_gpu": self.args.micro_train_batch_size,
@@ -130,58 +54,22 @@ class DeepspeedStrategy:
             "steps_per_print": 10**9,
         }
 
-    def prepare_models_and_optimizers(
-        self,
-        actor: nn.Module,
-        critic: None,
-        reward_models: list[Any],
-        initial_model: nn.Module | None,
-        args: Any,
-        max_steps: int,
-    ) -> tuple[tuple[Any, Any, Any], tuple[None, None, None], list[Any], nn.Module | None]:
-        """Wrap the models in DeepSpeed and make the optimizer.
-
-        :param actor: The trained model.
-        :param critic: None: group-relative methods have none.
-        :param reward_models: Rewards are rules; returned as they are.
-        :param initial_model: The frozen reference model, or None without KL.
-        :param args: The run's arguments.
-        :param max_steps: Optimizer steps of the run, for the learning-rate schedule.
-        :return: As LightRFT: (actor, optimizer, scheduler), (critic, ...), reward models, reference model.
-        """
+    def prepare_training(self, model: nn.Module, max_steps: int) -> tuple[Any, Any, Any]:
+        """See the base class."""
         import deepspeed
 
         from .deepspeed_hooks import Storage
 
-        decay, no_decay = [], []
-        for name, parameter in actor.model.named_parameters():
-            if parameter.requires_grad:
-                (no_decay if exempt_from_decay(name) else decay).append(parameter)
-        groups = [{"params": decay, "weight_decay": args.l2}, {"params": no_decay, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=args.actor_learning_rate, betas=tuple(args.adam_betas)
+        trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        optimizer, scheduler = self.optimizer_and_schedule(trained, max_steps)
+        engine, optimizer, _, scheduler = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.get_ds_train_config()
         )
-        scheduler = get_scheduler(
-            "cosine_with_min_lr",
-            optimizer,
-            num_warmup_steps=math.ceil(max_steps * args.lr_warmup_ratio),
-            num_training_steps=max_steps,
-            scheduler_specific_kwargs={"min_lr": args.actor_learning_rate * 0.1},
-        )
-        actor.model, optimizer, _, scheduler = deepspeed.initialize(
-            model=actor.model, optimizer=optimizer, lr_scheduler=scheduler, config=self.get_ds_train_config()
-        )
-        Storage(actor.model)
-        if initial_model is not None:
-            initial_model = self.prepare_model(initial_model)
-        return (actor, optimizer, scheduler), (None, None, None), reward_models, initial_model
+        Storage(engine)
+        return engine, optimizer, scheduler
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Put a model that is only read where it runs.
-
-        :param model: An actor used as reference model.
-        :return: The same object, frozen.
-        """
+        """See the base class."""
         model.model.requires_grad_(False)
         if self.args.zero_stage == 3:
             import deepspeed
@@ -191,338 +79,53 @@ class DeepspeedStrategy:
             model.model.to(self.device)
         return model.eval()
 
-    def offload_model(self, model: nn.Module) -> None:
-        """Move a read-only model to CPU memory (not under ZeRO-3, where it is partitioned).
+    def step_guard(self, engine: Any) -> Any:
+        """See the base class."""
+        from .deepspeed_hooks import StepGuard
 
-        :param model: From :meth:`prepare_model`.
-        """
+        return StepGuard(engine)
+
+    def offload_model(self, model: nn.Module) -> None:
+        """See the base class."""
         if self.device.type == "cuda" and self.args.zero_stage != 3:
             model.to("cpu")
 
     def reload_model(self, model: nn.Module) -> None:
-        """Undo :meth:`offload_model`.
-
-        :param model: From :meth:`prepare_model`.
-        """
+        """See the base class."""
         if self.args.zero_stage != 3:
             model.to(self.device)
 
-    def setup_dataloader(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        pin_memory: bool = False,
-        shuffle: bool = True,
-        collate_fn: Callable | None = None,
-        drop_last: bool = True,
-    ) -> DataLoader:
-        """A loader of this rank's share of the data.
-
-        :param dataset: Map-style.
-        :param batch_size: Rows a batch on this rank.
-        :param pin_memory: Page-lock host memory.
-        :param shuffle: Reshuffle each epoch, by the run's seed.
-        :param collate_fn: Makes a batch of rows.
-        :param drop_last: Leave out an incomplete last batch.
-        """
-        sampler = ResumableSampler(
-            dataset, self.world_size, self.rank, shuffle=shuffle, seed=self.args.seed, drop_last=drop_last
-        )
-        return DataLoader(
-            dataset, batch_size, sampler=sampler, collate_fn=collate_fn, drop_last=drop_last, pin_memory=pin_memory
-        )
-
-    # ------------------------------------------------------------ rollout engine
-    def setup_inference_engine(self, args: Any, engine_type: str = "vllm", actor: nn.Module | None = None) -> Any:
-        """Start the rollout engine and give it the actor's weights.
-
-        :param args: The run's arguments.
-        :param engine_type: ``vllm`` or ``hf``.
-        :param actor: Prepared actor.
-        :return: The engine.
-        :raises ValueError: if the engine is not one of this runtime's.
-        """
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
-        if engine_type == "vllm":
-            from lightrft.engines.vllm_engine import VLLMEngine
-
-            audios = args.limit_mm_image_per_prompt
-            self.inference_engine = VLLMEngine(
-                model=args.pretrain,
-                dtype=dtype,
-                max_model_len=args.prompt_max_len + 750 * audios + args.generate_max_len,
-                audios_per_prompt=audios,
-                tensor_parallel_size=args.engine_tp_size,
-                memory_utilization=args.engine_mem_util,
-                enable_sleep=args.enable_engine_sleep,
-                seed=args.seed,
-            )
-        elif engine_type == "hf":
-            from lightrft.engines.hf_engine import HFEngine
-
-            processor = family_of(args.pretrain).processor_class.from_pretrained(args.pretrain)
-            rows = {} if self.device.type == "cpu" else {"batch_size": self.rows_at_once(actor.model.module.config)}
-            self.inference_engine = HFEngine(processor, lambda: self.gathered(actor.model), **rows)
-        else:
-            raise ValueError(f"engine_type {engine_type!r}: this runtime has vllm and hf; sglang needs LightRFT itself")
-        if actor is not None:
-            self.update_engine_weights(actor)
-        self.inference_engine.sleep()
-        return self.inference_engine
-
-    def rows_at_once(self, config: Any) -> int:
-        """Sequences that the ``hf`` engine generates at once: as many as have room in its share of the GPU.
-
-        :param config: Qwen2-Audio's.
-        :return: 1 to 64.
-        """
-        args, text = self.args, config.text_config
-        longest = args.prompt_max_len + 750 * args.limit_mm_image_per_prompt + args.generate_max_len
-        head = text.hidden_size // text.num_attention_heads
-        token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if args.bf16 else 4)
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        return max(1, min(64, int(args.engine_mem_util * memory / (longest * token))))
-
-    @staticmethod
-    def _build_multimodal_inputs(
-        all_prompts: Sequence[str],
-        all_images: Sequence[Any],
-        images_num: Sequence[int],
-        all_videos: Sequence[Any] | None,
-        videos_num: Sequence[int] | None,
-    ) -> list[dict[str, Any]]:
-        """Engine requests of prompts and what belongs to them.
-
-        :raises RuntimeError: always: this runtime carries audio only, and ``patch_strategy_for_audio`` says how.
-        """
-        raise RuntimeError("the image slot has no meaning yet: call patch_strategy_for_audio(strategy)")
-
-    def engine_generate_local(
-        self,
-        sampling_params: Sequence[Sampling],
-        prompt_token_ids: Sequence[list[int]] | None = None,
-        multi_modal_inputs: Sequence[dict[str, Any]] | None = None,
-    ) -> list[RolloutOutput]:
-        """Ask this rank's engine.
-
-        :param sampling_params: One a prompt.
-        :param prompt_token_ids: Text-only prompts, or
-        :param multi_modal_inputs: requests from :meth:`_build_multimodal_inputs`.
-        :return: All samples of the first prompt, then of the second, and so on.
-        """
-        prompts = multi_modal_inputs if multi_modal_inputs is not None else prompt_token_ids
-        return self.inference_engine.generate(list(prompts), sampling_params)
-
-    def gather_and_generate(
-        self,
-        sampling_params: Sequence[Sampling],
-        all_prompt_token_ids: Sequence[list[int]] | None = None,
-        all_prompts: Sequence[str] | None = None,
-        all_images: Sequence[Any] | None = None,
-        sleep_engine: bool = True,
-        images_num: Sequence[int] | None = None,
-        all_videos: Sequence[Any] | None = None,
-        videos_num: Sequence[int] | None = None,
-    ) -> list[RolloutOutput]:
-        """Generate for this rank's prompts; the ranks of a tensor-parallel engine put theirs together.
-
-        :param sampling_params: One a prompt.
-        :param all_prompt_token_ids: Token ids of text-only prompts.
-        :param all_prompts: Prompt texts of multimodal prompts.
-        :param all_images: What the image slot carries, one entry a prompt.
-        :param sleep_engine: Free the engine's memory afterwards.
-        :param images_num: Clips a prompt.
-        :param all_videos: Unused.
-        :param videos_num: Unused.
-        :return: This rank's responses: all samples of its first prompt, then of the second, and so on.
-        """
-        self.inference_engine.wake_up()
-        multimodal = all_images is not None
-        if multimodal:
-            inputs = self._build_multimodal_inputs(
-                all_prompts=all_prompts,
-                all_images=all_images,
-                images_num=images_num,
-                all_videos=all_videos,
-                videos_num=videos_num,
-            )
-        else:
-            inputs = list(all_prompt_token_ids)
-        shares = gather_objects((inputs, list(sampling_params)), self.engine_mp_group)
-        inputs = [x for share, _ in shares for x in share]
-        params = [p for _, share in shares for p in share]
-        outputs = self.engine_generate_local(params, None if multimodal else inputs, inputs if multimodal else None)
-        if len(outputs) != sum(p.n for p in params):
-            raise RuntimeError(f"the engine returned {len(outputs)} of {sum(p.n for p in params)} responses")
-        me = dist.get_rank(self.engine_mp_group)
-        start = sum(p.n for _, share in shares[:me] for p in share)
-        mine = outputs[start : start + sum(p.n for p in shares[me][1])]
-        if sleep_engine:
-            self.inference_engine.sleep()
-        return mine
-
-    def update_engine_weights(self, actor: nn.Module) -> None:
-        """Give the rollout engine the actor's present weights: all of them the first time, then those that train.
-
-        The engine has read the frozen ones itself, from ``--pretrain``; a resumed run's are its checkpoint's.
-
-        :param actor: Prepared actor.
-        :raises RuntimeError: if the engine's weights are not the new ones afterwards.
-        """
-        self.inference_engine.wake_up()
-        self.inference_engine.load_weights(self.named_weights(actor.model, trained_only=self.engine_has_all))
-        self.engine_has_all = True
-
-    # ------------------------------------------------------------ weights and folders
-    @staticmethod
-    def unwrap_model(model: nn.Module) -> nn.Module:
-        """The transformers model below DeepSpeed.
-
-        :param model: With or without DeepSpeed around it.
-        """
-        return getattr(model, "module", model)
-
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The unwrapped model with whole parameters on every rank.
-
-        :param model: Prepared model.
-        """
-        import deepspeed
-
+        """See the base class."""
         module = self.unwrap_model(model)
-        whole = self.args.zero_stage == 3
-        with deepspeed.zero.GatheredParameters(list(module.parameters())) if whole else nullcontext():
+        with self.whole(list(module.parameters())):
             yield module
 
-    def named_weights(self, model: nn.Module, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Checkpoint name and whole value of each parameter, one at a time; not copied, but adapters are merged.
-
-        A 4-bit weight comes out as what the trainer computes with, so that the engine's is the same.
-
-        :param model: Prepared model. A collective under ZeRO-3: all ranks iterate.
-        :param trained_only: Leave out layers that are frozen.
-        """
+    @contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
+        """See the base class."""
         import deepspeed
 
-        whole = self.args.zero_stage == 3
-        module = self.unwrap_model(model)
-        parameters, adapted, family = dict(module.named_parameters()), {}, family_of(module)
-        if self.args.lora_rank > 0:
-            from lightrft.models.lora import adapted_layers, merged
+        sharded = self.args.zero_stage == 3
+        with deepspeed.zero.GatheredParameters(list(parameters)) if sharded else nullcontext():
+            yield [unpacked(parameter) for parameter in parameters]
 
-            adapted = adapted_layers(module)
-        trained = {layer_of(plain_name(name)) for name, parameter in parameters.items() if parameter.requires_grad}
-        for name, parameter in parameters.items():
-            plain = plain_name(name)
-            if is_adapter(name) or (trained_only and layer_of(plain) not in trained):
-                continue
-            layer = adapted.get(name.removesuffix(".base_layer.weight"))
-            needed = [parameter] if layer is None else list(layer.parameters())
-            with deepspeed.zero.GatheredParameters(needed) if whole else nullcontext():
-                yield family.checkpoint_name(plain), unpacked(parameter) if layer is None else merged(layer)
+    def bytes_of(self, parameter: nn.Parameter) -> int:
+        """See the base class."""
+        return getattr(parameter, "ds_numel", parameter.numel()) * self.dtype.itemsize
 
-    def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str) -> None:
-        """Write a Hugging Face folder that transformers and vLLM load, and LoRA's adapter alone into ``adapter`` in it.
-
-        :param model: Prepared actor.
-        :param tokenizer: Saved beside the weights.
-        :param output_dir: Folder; existing files are replaced one by one, each atomically.
-        :raises SaveError: if it could not be written.
-        """
-        inner = model.model
-        weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights(inner)}  # ZeRO keeps views
-        module, lora_config = self.unwrap_model(inner), model.lora_config
-        adapter = {}
-        if lora_config is not None:
-            from lightrft.models.lora import write_adapter
-
-            with self.gathered(inner):
-                named = ((name, p) for name, p in module.named_parameters() if is_adapter(name))
-                adapter = {name: p.data.cpu().clone() for name, p in named}
-
-        def write() -> None:
-            if lora_config is not None:
-                write_adapter(lora_config, adapter, Path(output_dir) / "adapter")
-            checkpoint.write_hf_folder(module, weights, tokenizer, output_dir)
-
-        self.together(write, self.is_rank_0())
-
-    def save_ckpt(
-        self, model: Any, save_dir: str, tag: str, max_num: int = 3, client_state: dict[str, Any] | None = None
-    ) -> None:
-        """Write a DeepSpeed checkpoint for resuming, aside and then renamed; delete the oldest beyond ``max_num``.
-
-        :param model: DeepSpeed engine.
-        :param save_dir: Folder of the checkpoints.
-        :param tag: Name of this one.
-        :param max_num: Checkpoints to keep.
-        :param client_state: Stored with it and returned by :meth:`load_ckpt`: tensors and plain values.
-        :raises SaveError: if it could not be written, on any rank; the earlier ones are as they were.
-        """
-        storage = model.checkpoint_engine
+    def write_ckpt(self, engine: Any, save_dir: str, tag: str, client_state: dict[str, Any]) -> None:
+        """See the base class."""
+        storage = engine.checkpoint_engine
         storage.failure = None
-        name = tag + checkpoint.PART
+        engine.save_checkpoint(save_dir, tag=tag, client_state=client_state, save_latest=False)
+        if storage.failure:
+            raise OSError(storage.failure)
 
-        def write() -> None:
-            model.save_checkpoint(save_dir, tag=name, client_state=client_state or {}, save_latest=False)
-            if storage.failure:
-                raise OSError(storage.failure)
-
-        def finish() -> None:
-            checkpoint.commit(save_dir, tag)
-            checkpoint.rotate(save_dir, keep=max_num)
-
-        try:
-            self.together(lambda: checkpoint.begin(save_dir, name), self.is_rank_0())
-            self.together(write)
-            self.together(finish, self.is_rank_0())
-        except SaveError:
-            if self.is_rank_0():
-                with suppress(OSError):
-                    checkpoint.clear(save_dir)  # what it has written is the first to go
-            raise
-
-    @staticmethod
-    def together(action: Callable[[], None], mine: bool = True) -> None:
-        """Do something with files that fails on all ranks if it fails on one. Collective.
-
-        :param action: To do.
-        :param mine: Whether this rank does it.
-        :raises SaveError: naming the ranks and what went wrong.
-        """
-        failure = None
-        if mine:
-            try:
-                action()
-            except (OSError, SafetensorError) as error:
-                failure = str(error)
-        failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(failure)) if text]
-        if failures:
-            raise SaveError("; ".join(failures))
-
-    def load_ckpt(self, model: Any, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
-        """Load the newest whole DeepSpeed checkpoint.
-
-        :param model: DeepSpeed engine.
-        :param load_dir: Folder of the checkpoints.
-        :return: Path and client state.
-        :raises SystemExit: if there is none.
-        """
-        tag, damaged = checkpoint.newest(load_dir)
-        for line in damaged:
-            self.print(f"note: passed over a damaged checkpoint: {line}")
-        if tag is None:
-            raise SystemExit(f"--load_checkpoint: no whole checkpoint in {load_dir}")
-        path, state = model.load_checkpoint(load_dir, tag=tag)
+    def read_ckpt(self, engine: Any, load_dir: str, tag: str) -> dict[str, Any]:
+        """See the base class."""
+        path, state = engine.load_checkpoint(load_dir, tag=tag)
         if path is None:
             raise SystemExit(f"--load_checkpoint: DeepSpeed cannot load {load_dir}/{tag}")
-        return path, state
-
-
-def exempt_from_decay(name: str) -> bool:
-    """Whether weight decay leaves a parameter alone: biases and the gains of normalisation layers.
-
-    :param name: Parameter name. (The shape does not help: under ZeRO-3 every parameter is flat.)
-    """
-    return name.endswith(".bias") or "norm" in name or ".ln_post." in name
+        return state

@@ -28,8 +28,8 @@ from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens, rollout_weights
 from lightrft.strategy import checkpoint
 from lightrft.strategy.checkpoint import SaveError
-from lightrft.strategy.deepspeed_hooks import StepGuard, is_usable
 from lightrft.strategy.distributed import gather_objects, reduce_by_name, reduce_metrics
+from lightrft.strategy.strategy_base import is_usable
 from lightrft.utils.console import console
 from lightrft.utils.metrics import MetricsWriter
 from lightrft.utils.preemption import StopError, stop_request
@@ -119,7 +119,7 @@ class SPMDPPOTrainerVL:
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         self.warn = console.warn if strategy.is_rank_0() else lambda _: None
         self.health = Health(dtype, args.on_anomaly, self.warn)
-        self.guard = StepGuard(actor.model)
+        self.guard = strategy.step_guard(actor.model)
         self.failed_saves = 0
         self.evaluators: list[Evaluator] = []  # what is measured every eval_steps beside the reward, see Evaluation
         self.best: BestModel | None = None

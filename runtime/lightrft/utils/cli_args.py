@@ -31,6 +31,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same as --no-enable_engine_sleep, LightRFT's spelling",
     )
     group.add_argument(
+        "--fsdp",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="shard with PyTorch's FSDP2 instead of DeepSpeed; --zero_stage is then unused",
+    )
+    group.add_argument(
+        "--fsdp_cpu_offload",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="with --fsdp: shards, gradients and optimizer in CPU memory",
+    )
+    group.add_argument(
+        "--param_offload",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="with --zero_stage 3: parameters in CPU memory between their uses, the reference model's too",
+    )
+    group.add_argument(
+        "--sync_bucket_mb",
+        type=int,
+        default=512,
+        help="MiB of sharded weights (ZeRO-3, FSDP2) that are gathered at a time to hand them to the engine",
+    )
+    group.add_argument(
         "--verbose",
         action=argparse.BooleanOptionalAction,
         default=False,
