@@ -30,6 +30,31 @@ sys.path[:0] = [str(ROOT / "runtime"), str(ROOT / "examples" / "r1_aqa"), str(RO
 LIMIT = 2.0  # times a copy, on a GPU
 
 
+def strategy_flags(**flags: Any) -> SimpleNamespace:
+    """What a strategy wants to know.
+
+    :param flags: Beside the usual values.
+    """
+    usual = {
+        "engine_tp_size": 1,
+        "seed": 0,
+        "bf16": False,
+        "lora_rank": 0,
+        "l2": 0.0,
+        "actor_learning_rate": 1e-6,
+        "lr_warmup_ratio": 0.0,
+        "adam_betas": (0.9, 0.95),
+        "max_norm": 1.0,
+        "train_batch_size": 2,
+        "micro_train_batch_size": 1,
+        "adam_offload": False,
+        "param_offload": False,
+        "fsdp_cpu_offload": False,
+        "sync_bucket_mb": 512,
+    }
+    return SimpleNamespace(**usual | flags)
+
+
 def write_random_model(folder: Path) -> None:
     """Write a Qwen2-Audio of 99 M parameters, 27 M of them in the tower.
 
@@ -102,7 +127,7 @@ def measure(path: Path, rounds: int) -> dict[str, Any]:
     from lightrft.models.actor_al import ActorAL
     from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 
-    strategy = DeepspeedStrategy(SimpleNamespace(engine_tp_size=1, seed=0, zero_stage=0, lora_rank=0))
+    strategy = DeepspeedStrategy(strategy_flags(zero_stage=0))
     actor = ActorAL(str(path), bf16=False)
     actor.model.to(strategy.device)
     for name, parameter in actor.model.named_parameters():

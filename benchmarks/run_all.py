@@ -24,7 +24,7 @@ from typing import Any
 from report import RESULTS, ROOT
 
 # the longest two last
-ORDER = ("rewards", "features", "startup", "sync", "rollout", "eval", "train", "decode", "step", "scaling")
+ORDER = ("rewards", "features", "startup", "sync", "gather", "rollout", "eval", "train", "decode", "step", "scaling")
 SETTINGS = {"GOMP_SPINCOUNT": "3000"}  # as the runtime has it: OpenMP threads that wait soon sleep
 PAGE = ROOT / "docs" / "benchmarks.md"
 START, END = "<!-- results: written by benchmarks/run_all.py -->\n", "<!-- end of results -->\n"
