@@ -7,7 +7,7 @@ Work: 16 clips of 10 s x 8 samples. Baseline: the Hugging Face extractor for eac
 Limits: at least 10 times faster than it, at most 1.2 times the extractor's one pass over the 16 clips, at most an
 eighth of its memory. Ours is measured as the runtime calls it (a clip's rows once, shared by its samples) and as
 LightRFT does: rows once a sample, because it cuts a micro-batch's rows out of one tensor. Those rows alone are a third
-of what the baseline keeps for clips of 10 s, so that the limit of memory is the runtime's. Rounds are interleaved; the
+of what the baseline keeps for clips of 10 s, so that the limits are the runtime's. Rounds are interleaved; the
 figures are medians of the rounds' ratios. Memory is what a process of its own needs on top, at its highest. Ends with
 status 1 beyond a limit. Written to ``benchmarks/results/<date>_features.json``.
 """

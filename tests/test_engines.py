@@ -210,6 +210,16 @@ def test_sampling_is_reproducible_and_samples_differ(vllm_engine, parts, noises)
     assert len(set(texts[0][:6])) > 1
 
 
+def test_the_first_rollout_does_not_wait_for_a_compiler(vllm_engine):
+    from torch._dynamo.utils import counters
+    from vllm.v1.sample.ops.logprobs import batched_count_greater_than
+
+    before = counters["frames"]["total"]
+    logits = torch.tensor([[0.1, 0.3, 0.2], [0.3, 0.1, 0.1]], dtype=torch.float64)  # vLLM's own calls are in float32
+    assert batched_count_greater_than(logits, logits[:, :1]).tolist() == [3, 1]
+    assert counters["frames"]["total"] == before
+
+
 def test_the_audio_placeholder_cannot_be_sampled(vllm_engine, parts, noises):
     """The bias that forbids it, turned round, makes it the only token: it acts on the right one."""
     placeholder = parts[1].convert_tokens_to_ids(parts[2].audio_token)

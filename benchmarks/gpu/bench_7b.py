@@ -255,7 +255,7 @@ def profile(step: Callable[[], Any], ideal: float, device: torch.device, folder:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a tiny model with the real vocabulary, also on a CPU")
+    parser.add_argument("--small", action="store_true", help="a tiny model, short responses, also on a CPU")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each measurement (default: %(default)s)")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write a picture and a trace of one step there")
     args = parser.parse_args()
@@ -275,8 +275,9 @@ def main() -> None:
         model(**batch).mean().backward()
         model.zero_grad()
 
+    lengths = (8, 16, 32) if args.small else (64, 128, 256)
     steps = {}
-    for response in (64, 128, 256):
+    for response in lengths:
         batch = make_batch(response, 1, device)
         with FlopCounterMode(display=False) as counter:
             model(**batch)
@@ -286,17 +287,17 @@ def main() -> None:
         steps[response] = {"seconds": seconds, "mfu": flops / seconds / peak, "peak_gibibytes": memory}
         print(f"{response:4} tokens: {seconds:.3f} s, peak memory {memory:.2f} GiB")
         report.judge(f"7B step, {response} tokens: sampled tokens a second", BATCH * response / seconds)
-        limit = MFU if response == 256 and not args.small else None
+        limit = MFU if response == max(lengths) and not args.small else None
         report.judge(f"7B step, {response} tokens: model FLOP utilisation", flops / seconds / peak, at_least=limit)
 
-    sampled = rollout(model.to(torch.bfloat16), 32 if args.small else 256, device)
+    sampled = rollout(model.to(torch.bfloat16), max(lengths), device)
     model.to(dtype)
     report.judge("hf engine: tokens a second, bfloat16", sampled["tokens_per_second"])
     report.judge("hf engine: mean difference of log-probs, bfloat16", sampled["gap_mean"])
     report.judge("hf engine: largest difference of log-probs, bfloat16", sampled["gap_max"])
 
     ratios = {}
-    for way, (without, with_it) in measures(model, step, device).items():
+    for way, (without, with_it) in measures(model, step, max(lengths), device).items():
         pairs = [(seconds_of(without, device), seconds_of(with_it, device)) for _ in range(args.rounds + 1)]
         ratios[way] = ratio(*zip(*pairs[1:], strict=True))
         report.judge(f"7B step: {way}, times faster", ratios[way])
@@ -308,19 +309,20 @@ def main() -> None:
 
 
 def measures(
-    model: Any, step: Callable[[dict[str, torch.Tensor]], None], device: torch.device
+    model: Any, step: Callable[[dict[str, torch.Tensor]], None], response: int, device: torch.device
 ) -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
     """A step without each measure, and with all.
 
     :param model: From :func:`build_model`.
     :param step: Forward and backward of a batch.
+    :param response: Tokens a response.
     :param device: Where it runs.
     """
     import audio_policy
     import token_log_probs
     from tower_cache import share_tower_outputs
 
-    batch, clip_a_sample = make_batch(256, 1, device), make_batch(256, BATCH, device)
+    batch, clip_a_sample = make_batch(response, 1, device), make_batch(response, BATCH, device)
     decoder, tower = audio_policy.parts_of(model).decoder, audio_policy.parts_of(model).tower
 
     def without_prefix() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -41,9 +40,8 @@ class VLLMEngine:
         seed: int = 0,
     ) -> None:
         on_gpu = torch.cuda.is_available()
-        if not on_gpu:
-            # else the first rollout waits for a C++ compiler to make vLLM's comparison of log-probs
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        if not on_gpu:  # where vLLM compiles one comparison of log-probs: the first rollout waited for a C++ compiler
+            torch.compiler.set_stance("force_eager")
         try:
             import vllm
         except ImportError as error:
