@@ -268,6 +268,8 @@ def find_problems(args: argparse.Namespace, world_size: int) -> list[str]:
         )
     if args.dynamic_sampling and args.n_samples_per_prompt < 2:
         problems.append("--dynamic_sampling: a group of one response is always alike; --n_samples_per_prompt 2 or more")
+    if getattr(args, "quiet", False) and args.verbose:  # flags of the runtime only
+        problems.append("--quiet with --verbose: drop one of the two")
     if args.use_kl_loss and args.init_kl_coef == 0:
         problems.append("--use_kl_loss with --init_kl_coef 0 asks for a KL of no weight: drop one of the two")
     if args.kl_target is not None and args.init_kl_coef == 0:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightrft.utils.console import console
 
 if TYPE_CHECKING:
+    console.status("importing torch, DeepSpeed and what they need ...")
     from .deepspeed_strategy import DeepspeedStrategy
 
 
@@ -19,8 +20,10 @@ def get_strategy(args: Any) -> DeepspeedStrategy:
     :return: The strategy.
     """
     console.rank = int(os.environ.get("RANK", "0"))
-    if not args.verbose and console.log_file is None:
+    console.quiet, console.verbose = args.quiet, args.verbose
+    if console.log_file is None:
         console.redirect(Path(args.save_path) / "logs" / f"rank{console.rank}.log")
+    console.status("importing torch, DeepSpeed and what they need ...")
     from .deepspeed_strategy import DeepspeedStrategy  # torch and DeepSpeed talk while they are imported
 
     return DeepspeedStrategy(args)

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens, rollout_weights
@@ -34,6 +33,7 @@ from lightrft.strategy.distributed import gather_objects, reduce_metrics
 from lightrft.utils.console import console
 from lightrft.utils.metrics import MetricsWriter
 from lightrft.utils.preemption import StopError, stop_request
+from lightrft.utils.progress import Progress, step_lines
 
 from .advantages import KLController
 from .fast_exp_maker import FastExperienceMaker, forward
@@ -121,6 +121,7 @@ class SPMDPPOTrainerVL:
         self.health = Health(dtype, args.on_anomaly, self.warn)
         self.guard = StepGuard(actor.model)
         self.failed_saves = 0
+        self.progress = Progress()
         # last step whose gradients are all in the weights, the KL weight then, and what health knew
         self.boundary = (0, init_kl_coef, self.health.state())
         for model in filter(None, (actor, initial_model)):
@@ -172,8 +173,8 @@ class SPMDPPOTrainerVL:
         if step and not self.disable_ds_ckpt:
             self._finish_save(args)
         writer = MetricsWriter(Path(args.save_path), args, step) if self.strategy.is_rank_0() else None
-        show_bar = self.strategy.is_rank_0() and console.stream.isatty()
-        bar = tqdm(total=total, initial=step, desc="GRPO", file=console.stream, disable=not show_bar, leave=False)
+        self.progress = Progress(total, step, self.strategy.is_rank_0())
+        self.experience_maker.on_phase = self.progress.phase
         started = time.perf_counter()
         metrics: dict[str, float] = {}
         if args.dynamic_sampling:
@@ -187,22 +188,24 @@ class SPMDPPOTrainerVL:
                     step += 1
                     metrics = self.train_on(batch, step, waited)
                     if eval_dataloader is not None and args.eval_steps > 0 and step % args.eval_steps == 0:
+                        self.progress.phase("evaluate")
                         metrics |= self.evaluate(eval_dataloader)
-                    self.report(writer, bar, step, total, metrics)
+                    self.report(writer, step, total, metrics)
                     if step % MEMORY_STEPS == 0:
                         hand_back_memory()
                     if args.save_steps > 0 and step % args.save_steps == 0:
+                        self.progress.phase("save")
                         self.save(args)
                     stop_request.check(self.strategy.device)
                 sampler.start = 0
         except AnomalyError as anomaly:
-            self.strategy.print(f"stopped by --on_anomaly stop: {anomaly}; {self._save_for_later(args)}")
+            console.print(f"stopped by --on_anomaly stop: {anomaly}; {self._save_for_later(args)}", needed=True)
             raise SystemExit(ANOMALY_EXIT) from None
         except StopError as stop:
-            self.strategy.print(f"{stop}: {self._save_for_later(args)}")
+            console.print(f"{stop}: {self._save_for_later(args)}", needed=True)
             raise SystemExit(stop.exit_code) from None
         finally:
-            bar.close()
+            self.progress.close()
             if writer is not None:
                 writer.close()
         seconds = time.perf_counter() - started
@@ -222,9 +225,11 @@ class SPMDPPOTrainerVL:
         stop_request.check(self.strategy.device)
         items = self.experience_maker.make_experience_list(prompts, images, references, labels, step)
         train_started = time.perf_counter()
+        self.progress.phase("train")
         sums, maxima, updated = self.update(items, step)
         sync_started = time.perf_counter()
         if updated:
+            self.progress.phase("sync")
             self.strategy.update_engine_weights(self.actor)
         ended = time.perf_counter()
         maxima |= {f"time/{name}": value for name, value in self.experience_maker.timings.items()}
@@ -401,11 +406,10 @@ class SPMDPPOTrainerVL:
         return {f"eval/{k.removeprefix('rollout/')}": v / sums["responses"] for k, v in sums.items() if "/" in k}
 
     # ------------------------------------------------------------ output
-    def report(self, writer: MetricsWriter | None, bar: Any, step: int, total: int, metrics: dict[str, float]) -> None:
+    def report(self, writer: MetricsWriter | None, step: int, total: int, metrics: dict[str, float]) -> None:
         """Write the metrics and print the step's line.
 
         :param writer: On rank 0.
-        :param bar: Progress bar.
         :param step: Rollout step.
         :param total: Steps of the run.
         :param metrics: The step's metrics.
@@ -413,18 +417,7 @@ class SPMDPPOTrainerVL:
         if writer is None:
             return
         writer.write(step, metrics)
-        bar.update()
-        bar.clear()
-        m = metrics
-        line = (
-            f"step {step:>{len(str(total))}}/{total}  reward {m['rollout/reward']:.3f}  "
-            f"acc {m['rollout/accuracy_reward']:.3f}  len {m['rollout/response_length']:.1f}  kl {m['train/kl']:.4f}  "
-            f"gap {m['rollout/logprob_gap_max']:.0e}  {m['time/step']:.1f} s"
-        )
-        if "eval/accuracy_reward" in m:
-            line += f"  eval acc {m['eval/accuracy_reward']:.3f}"
-        console.print(line)
-        bar.refresh()
+        self.progress.step(*step_lines(step, total, metrics))
 
     def save(self, args: Any) -> None:
         """Write a checkpoint for resuming and, if asked, a Hugging Face folder.
