@@ -9,7 +9,7 @@ DEMO_DIR ?= results/demo
 TRAIN_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-faults test-lightrft bench soak lint clean
+.PHONY: help setup doctor demo test test-all test-faults test-lightrft bench soak lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ $(READY): requirements/torch.txt requirements/cpu.txt requirements/dev.txt
 	@$(PIP) install -r requirements/torch.txt
 	@$(PIP) install --no-deps -r requirements/cpu.txt -r requirements/dev.txt
 	@touch $@
+
+doctor: ## say what this machine can do and what is missing (10 seconds; also without .venv)
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) examples/r1_aqa/doctor.py
 
 demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (about 4 minutes)
 	@$(PY) examples/r1_aqa/demo/run_demo.py --out_dir $(DEMO_DIR) --seed $(SEED) -- $(TRAIN_FLAGS)

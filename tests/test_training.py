@@ -114,6 +114,13 @@ def test_the_screen_shows_our_lines_and_the_log_the_rest(run):
     out, done = run
     assert done.stdout.startswith("host      this repository's runtime")
     assert "step 4/4  reward" in done.stdout
+    lines = done.stdout.splitlines()
+    assert all(len(line) <= 80 or str(out) in line or "data: " in line or "WARNING" in line for line in lines[1:])
+    assert "\x1b" not in done.stdout
+    shown = {line[:18].strip(): line[18:].split() for line in lines[lines.index("") :]}
+    rewards = [f"{record['rollout/reward']:.3f}" for record in metrics_of(out)]
+    assert shown["reward"][:2] == [rewards[0], rewards[-1]] and "eval/accuracy" in shown
+    assert lines[-1] == f"metrics   {out / 'metrics.jsonl'}"
     assert "vllm" not in done.stdout.split("step 1/4")[1].lower()
     assert "vllm" in (out / "logs" / "rank0.log").read_text().lower()
 

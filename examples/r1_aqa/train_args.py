@@ -338,6 +338,8 @@ def find_problems(
             f"--use_gspo with --loss_agg_mode {args.loss_agg_mode}: GSPO weighs all responses alike, this by their "
             "length; use seq-mean-token-mean"
         )
+    if getattr(args, "quiet", False) and args.verbose:  # flags of the runtime only
+        problems.append("--quiet with --verbose: drop one of the two")
     if args.use_kl_loss and args.init_kl_coef == 0:
         problems.append("--use_kl_loss with --init_kl_coef 0 asks for a KL of no weight: drop one of the two")
     if args.kl_target is not None and args.init_kl_coef == 0:

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "data_preprocess"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
+from run_summary import summary
 from train_args import build_parser, find_problems, finish, has_split, runtime_problems
 
 find_host()
@@ -68,8 +70,11 @@ def train(args: argparse.Namespace) -> None:
 
     reward_fn = find_reward(args.reward)
     strategy.print(banner(args, strategy))
+    terminal = find_terminal()
+    show_status = terminal.status if terminal else lambda text: None
 
     # ---- models
+    show_status("loading the models ...")
     with strategy.init_model_context():
         actor = load_actor(args, None if args.fsdp else strategy.get_ds_train_config(is_actor=True))
         initial_model = None
@@ -83,6 +88,7 @@ def train(args: argparse.Namespace) -> None:
         actor.gradient_checkpointing_enable({"use_reentrant": False})
 
     # ---- data
+    show_status("checking the data ...")
     tokenizer, processor = get_tokenizer_processor_vl(args.pretrain, actor.model, "left")
     source = (args.prompt_data, args.prompt_split, args.max_samples)
     dataset = load_prompts(args, strategy, tokenizer, processor, *source, training=True)
@@ -126,6 +132,7 @@ def train(args: argparse.Namespace) -> None:
         strategy.print(f"resumed {path}: {consumed_samples} prompts were already used")
 
     # ---- rollout engine and audio
+    show_status(f"starting {args.engine_type} ...")
     patch_strategy_for_audio(strategy, processor, {NOTES_FILE: json.dumps({"asked_to_think": asked_to_think}) + "\n"})
     strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
     strategy.report_memory("with models and engine")
@@ -178,7 +185,7 @@ def train(args: argparse.Namespace) -> None:
             trainer.restore(states)
 
     # ---- train and save
-    metrics = trainer.fit(
+    trainer.fit(
         args,
         prompts_dataloader=prompts_dataloader,
         pretrain_dataloader=None,
@@ -187,7 +194,18 @@ def train(args: argparse.Namespace) -> None:
         num_update_steps_per_episodes=max_steps // args.num_episodes,
     )
     strategy.save_model(actor, tokenizer, args.save_path)
-    strategy.print(summary(args, metrics))
+    if strategy.is_rank_0():
+        say = partial(terminal.print, needed=True) if terminal else strategy.print
+        say(summary(args.save_path))
+
+
+def find_terminal() -> Any:
+    """The runtime's console; None inside LightRFT."""
+    if not on_runtime():
+        return None
+    from lightrft.utils.console import console
+
+    return console
 
 
 def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> Any:
@@ -361,27 +379,13 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
             f"devices   {strategy.world_size} x {device}; {sharding}, {'bf16' if args.bf16 else 'fp32'}; "
             f"engine {args.engine_type}, TP {args.engine_tp_size}",
             f"model     {args.pretrain}",
-            f"batch     {args.rollout_batch_size} prompts x {args.n_samples_per_prompt} = {responses} responses a "
-            f"rollout; {args.train_batch_size} a step = {strategy.world_size} ranks x {micros} x "
+            f"batch     {args.rollout_batch_size} prompts x {args.n_samples_per_prompt} = {responses} responses "
+            "a rollout",
+            f"          {args.train_batch_size} responses a step = {strategy.world_size} ranks x {micros} x "
             f"{args.micro_train_batch_size}",
             f"output    {args.save_path}",
         )
     )
-
-
-def summary(args: argparse.Namespace, metrics: dict[str, float] | None) -> str:
-    """What came out.
-
-    :param args: Flags.
-    :param metrics: Of the last step; empty if a resumed run had nothing left to do, None from LightRFT's trainer.
-    """
-    last = ""
-    if metrics:
-        last = (
-            f"last step: reward {metrics['rollout/reward']:.3f}, accuracy {metrics['rollout/accuracy_reward']:.3f}, "
-            f"format {metrics['rollout/format_reward']:.3f}\n"
-        )
-    return f"{last}model     {args.save_path}\nmetrics   {Path(args.save_path) / 'metrics.jsonl'}"
 
 
 def _host_problems(args: argparse.Namespace) -> list[str]:
@@ -479,11 +483,10 @@ def report_error(error: BaseException, debug: bool) -> None:
     if not (alone or speaks_for_host()):
         return
     where = f" (rank {rank})" if alone and int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    stream = sys.stderr
-    if on_runtime():
-        from lightrft.utils.console import console
-
-        stream = console.stream if console.log_file else stream  # there stderr goes to the log file
+    terminal = find_terminal()
+    stream = terminal.stream if terminal and terminal.log_file else sys.stderr  # there stderr goes to the log file
+    if terminal:
+        terminal.status("")
     if debug:
         traceback.print_exception(error, file=stream)
     print(f"train_colocate.py: error{where}: {error}", file=stream, flush=True)

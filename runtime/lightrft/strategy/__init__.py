@@ -20,10 +20,11 @@ def get_strategy(args: Any) -> StrategyBase:
     :raises SystemExit: if the ranks were given different arguments, or do not share the folder of checkpoints.
     """
     console.rank = int(os.environ.get("RANK", "0"))
-    if not args.verbose and console.log_file is None:
+    console.quiet, console.verbose = args.quiet, args.verbose
+    if console.log_file is None:
         console.redirect(Path(args.save_path) / "logs" / f"rank{console.rank}.log")
-    # torch and DeepSpeed talk while they are imported
-    from . import peers
+    console.status("importing torch, DeepSpeed and what they need ...")
+    from . import peers  # torch and DeepSpeed talk while they are imported
 
     peers.join()
     from .distributed import check_same_run

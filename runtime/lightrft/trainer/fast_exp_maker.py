@@ -75,6 +75,7 @@ class FastExperienceMaker:
         self.multimodal_processor: Any = None  # set by patch_experience_maker_for_audio
         self.draw_prompts: Callable[[int, int, int], tuple[Any, ...]] | None = None  # see replace_groups
         self.timings: dict[str, float] = {}
+        self.on_phase: Callable[[str], None] = lambda name: None
 
     def make_experience_list(
         self,
@@ -96,6 +97,7 @@ class FastExperienceMaker:
         :return: ``n`` experiences a prompt, a group's next to each other.
         """
         started = time.perf_counter()
+        self.on_phase("rollout")
         prompts = (all_prompts, all_images, all_references, all_labels)
         items = self.rollout(*prompts, self.sampling, step, all_tags=all_tags)
         self.score(items)
@@ -104,6 +106,7 @@ class FastExperienceMaker:
         if self.strategy.args.overlong_buffer:
             self.penalise_length(items)
         rolled_out = time.perf_counter()
+        self.on_phase("log-probs")
         self.add_log_probs(items)
         self.add_advantages(items)
         self.timings = {"rollout": rolled_out - started, "logprobs": time.perf_counter() - rolled_out}

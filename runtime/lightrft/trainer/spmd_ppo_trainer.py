@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens, rollout_weights
@@ -33,6 +32,7 @@ from lightrft.strategy.strategy_base import is_usable
 from lightrft.utils.console import console
 from lightrft.utils.metrics import MetricsWriter
 from lightrft.utils.preemption import StopError, stop_request
+from lightrft.utils.progress import Progress, step_lines
 
 from .advantages import KLController
 from .evaluation import BestModel, Evaluation, Evaluator, rollout_sums, tag_metrics, tag_sums
@@ -124,6 +124,7 @@ class SPMDPPOTrainerVL:
         self.evaluators: list[Evaluator] = []  # what is measured every eval_steps beside the reward, see Evaluation
         self.best: BestModel | None = None
         self.best_remembered: dict[str, Any] | None = None  # by the checkpoint that was loaded
+        self.progress = Progress()
         # last step whose gradients are all in the weights, the KL weight then, and what health knew
         self.boundary = (0, init_kl_coef, self.health.state())
         for model in filter(None, (actor, initial_model)):
@@ -179,8 +180,8 @@ class SPMDPPOTrainerVL:
             folder = Path(args.save_path) / "best"
             self.best = BestModel(self.strategy, folder, args.keep_best, step > 0, self.best_remembered)
         writer = MetricsWriter(Path(args.save_path), args, step) if self.strategy.is_rank_0() else None
-        show_bar = self.strategy.is_rank_0() and console.stream.isatty()
-        bar = tqdm(total=total, initial=step, desc="GRPO", file=console.stream, disable=not show_bar, leave=False)
+        self.progress = Progress(total, step, self.strategy.is_rank_0())
+        self.experience_maker.on_phase = self.progress.phase
         started = time.perf_counter()
         metrics: dict[str, float] = {}
         if args.dynamic_sampling:
@@ -194,23 +195,25 @@ class SPMDPPOTrainerVL:
                     step += 1
                     metrics = self.train_on(batch, step, waited)
                     if evaluation.due(step, total, args.eval_steps):
+                        self.progress.phase("evaluate")
                         metrics |= evaluation(step)
                         self.keep_best(args, metrics, step)
-                    self.report(writer, bar, step, total, metrics)
+                    self.report(writer, step, total, metrics)
                     if step % MEMORY_STEPS == 0:
                         hand_back_memory()
                     if args.save_steps > 0 and step % args.save_steps == 0:
+                        self.progress.phase("save")
                         self.save(args)
                     stop_request.check(self.strategy.device)
                 sampler.start = 0
         except AnomalyError as anomaly:
-            self.strategy.print(f"stopped by --on_anomaly stop: {anomaly}; {self._save_for_later(args)}")
+            console.print(f"stopped by --on_anomaly stop: {anomaly}; {self._save_for_later(args)}", needed=True)
             raise SystemExit(ANOMALY_EXIT) from None
         except StopError as stop:
-            self.strategy.print(f"{stop}: {self._save_for_later(args)}")
+            console.print(f"{stop}: {self._save_for_later(args)}", needed=True)
             raise SystemExit(stop.exit_code) from None
         finally:
-            bar.close()
+            self.progress.close()
             if writer is not None:
                 writer.close()
         seconds = time.perf_counter() - started
@@ -230,9 +233,11 @@ class SPMDPPOTrainerVL:
         stop_request.check(self.strategy.device)
         items = self.experience_maker.make_experience_list(*prompts, step, all_tags=tags)
         train_started = time.perf_counter()
+        self.progress.phase("train")
         sums, maxima, updated = self.update(items, step)
         sync_started = time.perf_counter()
         if updated:
+            self.progress.phase("sync")
             self.strategy.update_engine_weights(self.actor)
         ended = time.perf_counter()
         maxima |= {f"time/{name}": value for name, value in self.experience_maker.timings.items()}
@@ -393,11 +398,10 @@ class SPMDPPOTrainerVL:
         return pad_tokens([getattr(item, name) for item in items], width, self.strategy.device)
 
     # ------------------------------------------------------------ output
-    def report(self, writer: MetricsWriter | None, bar: Any, step: int, total: int, metrics: dict[str, float]) -> None:
+    def report(self, writer: MetricsWriter | None, step: int, total: int, metrics: dict[str, float]) -> None:
         """Write the metrics and print the step's line.
 
         :param writer: On rank 0.
-        :param bar: Progress bar.
         :param step: Rollout step.
         :param total: Steps of the run.
         :param metrics: The step's metrics.
@@ -405,22 +409,7 @@ class SPMDPPOTrainerVL:
         if writer is None:
             return
         writer.write(step, metrics)
-        bar.update()
-        bar.clear()
-        m = metrics
-        line = (
-            f"step {step:>{len(str(total))}}/{total}  reward {m['rollout/reward']:.3f}  "
-            f"acc {m['rollout/accuracy_reward']:.3f}  len {m['rollout/response_length']:.1f}  kl {m['train/kl']:.4f}  "
-            f"gap {m['rollout/logprob_gap_max']:.0e}  {m['time/step']:.1f} s"
-        )
-        if "eval/accuracy_reward" in m:
-            line += f"  eval acc {m['eval/accuracy_reward']:.3f}"
-        for name in (name for name in m if name.startswith("eval/") and name.endswith("/accuracy")):
-            line += f"  {name.removesuffix('/accuracy')} {m[name]:.3f}"
-        if m.get("eval/best_step") == step:
-            line += "  (best)"
-        console.print(line)
-        bar.refresh()
+        self.progress.step(*step_lines(step, total, metrics))
 
     def save(self, args: Any) -> None:
         """Write a checkpoint for resuming and, if asked, a Hugging Face folder.

@@ -58,5 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verbose",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="show what torch, vLLM and DeepSpeed print; otherwise it goes to <save_path>/logs/ alone",
+        help="also print the seconds of each step's phases",
+    )
+    group.add_argument(
+        "--quiet",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="print warnings, errors and the final summary only; <save_path>/logs/ has everything, as always",
     )

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
+
+STYLES = {"bold": "1", "dim": "2", "red": "31", "yellow": "33"}
+_ESCAPE = re.compile(r"\x1b\[[0-9]*m")
+
+
+def paint(text: str, style: str) -> str:
+    """Text in a style, which :class:`Console` takes out again wherever it is not for a terminal.
+
+    :param text: The text.
+    :param style: One of :data:`STYLES`.
+    """
+    return f"\x1b[{STYLES[style]}m{text}\x1b[0m"
 
 
 class Console:
     """Rank-aware output. Until :meth:`redirect` it writes to the ordinary standard output.
+
+    Colours are for terminals, unless the environment variable ``NO_COLOR`` is set (no-color.org).
 
     :param rank: This process's rank; lines of :meth:`print` come from rank 0 alone.
     """
@@ -21,6 +36,10 @@ class Console:
         self.rank = rank
         self.stream: TextIO = sys.stdout
         self.log_file: Path | None = None
+        self.quiet = False  # show warnings, errors and what is said to be needed; the log file gets all
+        self.verbose = False
+        self.bar: Any = None  # a tqdm bar on the terminal's last line
+        self._status = False
 
     def redirect(self, log_file: Path) -> None:
         """Send file descriptors 1 and 2 to a file and keep the terminal for our own lines.
@@ -40,14 +59,16 @@ class Console:
         self.log_file = log_file
         sys.excepthook = self._show_exception
 
-    def print(self, *parts: object) -> None:
+    def print(self, *parts: object, needed: bool = False) -> None:
         """Print a line, on rank 0, on the terminal and in the log file.
 
         :param parts: As for :func:`print`.
+        :param needed: Show it with ``--quiet``, too.
         """
         if self.rank != 0:
             return
-        self._write(self.stream, *parts)
+        if needed or not self.quiet:
+            self._write(self.stream, *parts)
         if self.log_file is not None:
             self._write(sys.stdout, *parts)
 
@@ -56,28 +77,49 @@ class Console:
 
         :param message: One line.
         """
-        self._write(self.stream, f"WARNING (rank {self.rank}): {message}")
+        self._write(self.stream, paint(f"WARNING (rank {self.rank}):", "yellow"), message)
 
     def fail(self, message: str) -> None:
         """Say why the run ends, whatever the rank, on the terminal and in the log file.
 
         :param message: Some lines.
         """
-        self._write(self.stream, f"ERROR: {message}")
+        self._write(self.stream, paint("ERROR:", "red"), message)
         if self.log_file is not None:
             self._write(sys.stdout, f"ERROR: {message}")
 
-    @staticmethod
-    def _write(stream: TextIO, *parts: object) -> None:
+    def status(self, text: str) -> None:
+        """Show what takes a while on a terminal's last line, until something is printed.
+
+        :param text: At most 79 columns.
+        """
+        if self.rank == 0 and not self.quiet and self.stream.isatty():
+            with suppress(OSError):
+                print(f"\r\x1b[K{text}", end="", file=self.stream, flush=True)
+                self._status = True
+
+    def _write(self, stream: TextIO, *parts: object) -> None:
+        on_screen = stream is self.stream and stream.isatty()
+        text = " ".join(map(str, parts))
+        if not on_screen or os.environ.get("NO_COLOR"):
+            text = _ESCAPE.sub("", text)
         with suppress(OSError):  # a full disk, or a reader that has gone, shall not end the run by way of its output
-            print(*parts, file=stream, flush=True)
+            if on_screen and self.bar is not None:
+                self.bar.clear()
+            elif on_screen and self._status:
+                text, self._status = f"\r\x1b[K{text}", False
+            print(text, file=stream, flush=True)
+            if on_screen and self.bar is not None:
+                self.bar.refresh()
 
     def _show_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         lines = "".join(traceback.format_exception(kind, error, trace))
         print(lines, file=sys.stderr, flush=True)
         if issubclass(kind, KeyboardInterrupt):
             lines = "interrupted\n"
-        print(f"rank {self.rank}: {lines}the engines' output is in {self.log_file}", file=self.stream, flush=True)
+        self._write(
+            self.stream, paint(f"rank {self.rank}: ", "red") + f"{lines}the engines' output is in {self.log_file}"
+        )
 
 
 console = Console()

@@ -1,0 +1,354 @@
+#!/usr/bin/env python3
+"""
+Make what avqa.py and eval_mmau.py read out of what you have downloaded. Nothing is downloaded here.
+
+AVQA, for training
+  1. The questions, train_qa.json and val_qa.json: from AVQA's site, mn.cs.tsinghua.edu.cn/avqa, section Downloads
+     (its repository is github.com/AlyssaYoung/AVQA).
+  2. The videos: VGG-Sound's, 10 s each, as that section says; files named <youtube id>_<second>.mp4 in any folders.
+     A part of them is gone from YouTube: R1-AQA trained on 38,000 of the 40,000 questions.
+  3. python examples/r1_aqa/data_preprocess/get_data.py avqa --questions train_qa.json --media VIDEOS \\
+         --out_dir data/AVQA
+     ffmpeg takes the sound out of each video that a question is about. The next command is printed.
+
+MMAU test-mini, for evaluation
+  1. mmau-test-mini.json from the repository github.com/Sakshi113/MMAU, and test-mini-audios.tar.gz, which its README
+     links to.
+  2. python examples/r1_aqa/data_preprocess/get_data.py mmau --questions mmau-test-mini.json \\
+         --archive test-mini-audios.tar.gz --out_dir data/mmau
+     It unpacks the recordings and checks that every question has its own. MMAR goes the same way.
+
+Both may be interrupted, or killed: the same command goes on. Both write OUT_DIR/report.json: what is there, what is
+missing, what is broken and why.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(_HERE), str(_HERE.parent)]
+
+from avqa_output import write_files  # noqa: E402
+from avqa_rows import AvqaError, parse_records, read_records  # noqa: E402
+from extract_audio import ExtractError, extract_all, index_media, missing_tools  # noqa: E402
+from unpack_audio import UnpackError, is_safe, unpack  # noqa: E402
+
+SHOWN = 20  # problems on the screen; all are in the report
+CLIP_BYTES = 320_000  # 10 s of 16 kHz, 16 bit
+EXIT_STATUS = (
+    "exit status: 0 done, though clips may be missing (the report lists them); 2 wrong use, wrong data or a file that "
+    "cannot be\nread or written, the message says what to put right; 130 interrupted; 1 a fault of this program, with "
+    "its traceback"
+)
+
+
+class DataError(ValueError):
+    """Something that the user can put right; the message names the place and the remedy."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """
+    Read the flags.
+
+    :param argv: Arguments, those of the process if None.
+    :return: The settings.
+    :raises DataError: naming every setting that cannot be used.
+    """
+    kind: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_STATUS}
+    parser = argparse.ArgumentParser(prog="get_data.py", description=__doc__, **kind)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="avqa|mmau")
+    avqa = commands.add_parser("avqa", help="sound out of AVQA's videos", description=__doc__, **kind)
+    avqa.add_argument(
+        "--questions",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="train_qa.json, val_qa.json, or R1-AQA's JSON lines; sound is made for the usable rows of all of them",
+    )
+    avqa.add_argument("--media", type=Path, required=True, help="folder of the videos, or of sounds, with subfolders")
+    avqa.add_argument(
+        "--num_workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="ffmpeg processes at a time (default: %(default)s, one a core)",
+    )
+    mmau = commands.add_parser("mmau", help="recordings out of MMAU's archive", description=__doc__, **kind)
+    mmau.add_argument("--questions", type=Path, required=True, help="mmau-test-mini.json, or MMAR's JSON lines")
+    mmau.add_argument(
+        "--archive", type=Path, help="tar.gz or zip of the recordings; without it, --out_dir is only checked"
+    )
+    for command in (avqa, mmau):
+        command.add_argument("--out_dir", type=Path, required=True, help="folder for the sounds and report.json")
+    args = parser.parse_args(argv)
+    if problems := find_problems(args):
+        raise DataError("\n  ".join(["these settings cannot be used:", *problems]))
+    return args
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """
+    What is wrong with the settings.
+
+    :param args: Parsed flags.
+    :return: One message a setting, with value and remedy.
+    """
+    problems = []
+    for path in args.questions if args.command == "avqa" else [args.questions]:
+        if not path.is_file():
+            problems.append(f"--questions {path}: no such file; --help says where to download it")
+    if args.out_dir.exists() and not args.out_dir.is_dir():
+        problems.append(f"--out_dir {args.out_dir}: not a folder; choose another name")
+    if args.command == "mmau":
+        if args.archive is not None and not args.archive.is_file():
+            problems.append(f"--archive {args.archive}: no such file; --help says where to download it")
+        return problems
+    if not args.media.is_dir():
+        problems.append(f"--media {args.media}: no such folder; an archive must be unpacked first")
+    if args.num_workers < 1:
+        problems.append(f"--num_workers {args.num_workers}: must be 1 or more")
+    if missing := missing_tools():
+        problems.append(f"{' and '.join(missing)}: not on the PATH; apt-get install ffmpeg, or conda install ffmpeg")
+    return problems
+
+
+# ----------------------------------------------------------------------------------------------------------------- AVQA
+def get_avqa(args: argparse.Namespace) -> None:
+    """
+    Sound for every usable row, a report, the next command.
+
+    :param args: Settings.
+    :raises DataError: if there is nothing to be had.
+    """
+    rows_of: Counter[str] = Counter()  # rows a clip
+    unusable = 0
+    for path in args.questions:
+        rows, bad = parse_records(read_records(path.read_bytes(), str(path)), enable_think=False)
+        if not rows:
+            raise DataError(f"{path}: no usable row among {len(bad)}; is this a file of AVQA's questions?")
+        say(f"{path}: {len(rows)} rows" + (f"; {len(bad)} more cannot be used, avqa.py says why" if bad else ""))
+        rows_of.update(os.path.basename(row.audio_name) for row in rows)
+        unusable += len(bad)
+    media, others = index_media(args.media)
+    found = sum(name in media for name in rows_of)
+    say(f"{args.media}: files of {found} of the {len(rows_of)} clips asked for")
+    audios = args.out_dir / "audios"
+    if not found and not audios.is_dir():
+        raise DataError(
+            f"--media {args.media}: no file of a clip that is asked for, such as {next(iter(rows_of))!a}; files must "
+            "be named <youtube id>_<second>.mp4 (or .webm, .wav, ...)"
+        )
+    with only_one(args.out_dir):
+        audios.mkdir(exist_ok=True)
+        if (free := shutil.disk_usage(audios).free) < found * CLIP_BYTES:
+            say(f"WARNING: {found} clips of 10 s take {found * CLIP_BYTES / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        with progress("extracting", len(rows_of)) as advance:
+            outcomes = extract_all(rows_of, media, audios, args.num_workers, advance)
+        problems = [outcome for outcome in outcomes if outcome.kind is not None]
+        lost = sum(rows_of[outcome.name] for outcome in problems)
+        kinds = dict(Counter(outcome.kind for outcome in problems).most_common())
+        report = {
+            "rows": {"usable": rows_of.total(), "unusable": unusable, "with_audio": rows_of.total() - lost},
+            "clips": {
+                "asked_for": len(rows_of),
+                "there": len(rows_of) - len(problems),
+                "there_before": sum(outcome.skipped for outcome in outcomes),
+                **kinds,
+            },
+            "files_of_other_names": others,
+            "problems": [{"rows": rows_of[problem.name], **problem._asdict()} for problem in problems],
+        }
+        write_report(args.out_dir, report)
+    show_problems("clips are not there", [(o.name, f"{o.kind}: {o.reason}", o.source) for o in problems], kinds)
+    say(
+        f"{len(rows_of) - len(problems)} of {len(rows_of)} clips are in {audios}, for {rows_of.total() - lost} of "
+        f"{rows_of.total()} rows ({1 - lost / rows_of.total():.1%}); all else is in {args.out_dir / 'report.json'}"
+    )
+    if len(problems) == len(rows_of):
+        raise DataError("no clip is there, so there is nothing to train on")
+    skip = ["--skip_bad"] if lost else []
+    for path in args.questions:
+        target = args.out_dir / ("parquet" if len(args.questions) == 1 else f"parquet_{path.stem}")
+        source = ["--input_jsonl", path, "--audio_dir", audios]
+        show_next("data_preprocess/avqa.py", *source, *skip, "--local_save_dir", target)
+
+
+# ----------------------------------------------------------------------------------------------------------------- MMAU
+def get_mmau(args: argparse.Namespace) -> None:
+    """
+    The recordings of all questions, checked, a report, the next command.
+
+    :param args: Settings.
+    :raises DataError: if a question names no usable path, or no recording is there.
+    """
+    from audio_io import AudioError, load_audio
+    from eval_items import read_rows
+
+    benchmark, rows = read_rows(args.questions)
+    names = list(dict.fromkeys(row.get(benchmark.audio_key) for row in rows))
+    if unsafe := [name for name in names if not isinstance(name, str) or not is_safe(name)]:
+        raise DataError(f"{args.questions}: {benchmark.audio_key} {unsafe[0]!a} is no path below a folder")
+    say(f"{benchmark.title}: {len(rows)} questions on {len(names)} recordings")
+    with only_one(args.out_dir):
+        if args.archive is not None:
+            with progress("unpacking", len(names)) as advance:
+                unpacked, others = unpack(args.archive, names, args.out_dir, advance)
+            say(f"{args.archive}: {unpacked} recordings unpacked, {others} other entries passed over")
+
+        def check(name: str) -> tuple[str, str] | None:
+            path = args.out_dir / name
+            try:
+                load_audio(path, silence_ok=True)
+            except AudioError as error:
+                return ("broken" if path.exists() else "missing"), str(error)
+            return None
+
+        with ThreadPoolExecutor(8) as pool, progress("checking", len(names)) as advance:
+            problems = {}
+            for name, problem in zip(names, pool.map(check, names), strict=True):
+                if problem is not None:
+                    problems[name] = problem
+                advance()
+        kinds = dict(Counter(kind for kind, _ in problems.values()))
+        write_report(
+            args.out_dir,
+            {
+                "questions": len(rows),
+                "recordings": {"asked_for": len(names), "there": len(names) - len(problems), **kinds},
+                "problems": [{"name": n, "kind": kind, "reason": why} for n, (kind, why) in problems.items()],
+            },
+        )
+    show_problems(
+        "recordings are not there", [(n, f"{kind}: {why}", None) for n, (kind, why) in problems.items()], kinds
+    )
+    say(f"{len(names) - len(problems)} of {len(names)} recordings are in {args.out_dir}")
+    if len(problems) == len(names):
+        raise DataError("no recording is there; --archive unpacks them, --help says where to download it")
+    source = ["--data_file", args.questions, "--audio_dir", args.out_dir]
+    skip = ["--skip_bad_audio"] if problems else []
+    out = ["--out_file", f"results/{args.questions.stem}{'.json' if benchmark.name == 'mmau' else '.jsonl'}"]
+    show_next("eval_mmau.py", "--model_path", "YOUR_MODEL", *source, *skip, *out, "--engine", "vllm")
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+def say(text: str) -> None:
+    """
+    Print a line for the person who watches.
+
+    :param text: The line. It goes to stderr, whose error handler prints any file name, whatever the locale.
+    """
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_problems(what: str, problems: Sequence[tuple[str, str, str | None]], kinds: dict[str, int]) -> None:
+    """
+    The first problems.
+
+    :param what: What they have in common.
+    :param problems: Name, reason and file of each.
+    :param kinds: How many of each kind.
+    """
+    if not problems:
+        return
+    say(f"WARNING: {len(problems)} {what}: {', '.join(f'{kind} {n}' for kind, n in kinds.items())}")
+    for name, reason, source in problems[:SHOWN]:
+        say(f"  {name}: {reason}" + (f" ({source})" if source else ""))
+    if len(problems) > SHOWN:
+        say(f"  ... and {len(problems) - SHOWN} more")
+
+
+def show_next(script: str, *arguments: object) -> None:
+    """
+    The command that goes on from here.
+
+    :param script: Below examples/r1_aqa.
+    :param arguments: Its arguments.
+    """
+    path = os.path.relpath(_HERE.parent / script)
+    say(f"next:\n  {shlex.join(['python', path, *map(str, arguments)])}")
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """
+    Replace ``report.json`` in one piece.
+
+    :param folder: Where.
+    :param report: Its content.
+    """
+    text = json.dumps(report, indent=1).encode("ascii")
+    write_files(str(folder), {"report.json": lambda file: file.write(text)}, obsolete=[])
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[], object]]:
+    """
+    A bar on stderr: redrawn often on a terminal, every half minute in a file.
+
+    :param what: Its name.
+    :param total: Its length.
+    :return: Advances it by one.
+    """
+    from tqdm import tqdm
+
+    often = 0.1 if sys.stderr.isatty() else 30.0
+    with tqdm(desc=what, total=total, unit="file", mininterval=often, maxinterval=2 * often) as bar:
+        yield bar.update
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """
+    Keep a second run out of a folder while one works in it.
+
+    :param folder: Made if missing.
+    :raises DataError: if another run has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"--out_dir {folder}: another get_data.py is at work there; wait for it") from error
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run a command.
+
+    :param argv: Arguments, those of the process if None.
+    :return: Exit status.
+    """
+    from eval_items import EvalError
+
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments:
+        arguments = ["--help"]
+    try:
+        args = parse_args(arguments)
+        {"avqa": get_avqa, "mmau": get_mmau}[args.command](args)
+    except (DataError, AvqaError, EvalError, ExtractError, UnpackError, OSError) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        say(f"get_data.py: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("get_data.py: interrupted; the same command goes on from here")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
