@@ -18,6 +18,7 @@ import torch.distributed as dist
 from audio_io import HOP_LENGTH, MAX_SECONDS, SAMPLING_RATE, AudioError, load_audio, probe_all, show
 from audio_loader import DECODE_THREADS, WaveformCache
 from audio_patches import (
+    NamedClip,
     patch_actor_for_audio,
     patch_experience_maker_for_audio,
     patch_strategy_for_audio,
@@ -258,7 +259,7 @@ class AudioPromptDataset(Dataset):
         return [
             (
                 self.prompts[index],
-                (waves[path], SAMPLING_RATE) if (path := self.audio_paths[index]) is not None else None,
+                NamedClip.of(waves[path], SAMPLING_RATE, path) if (path := self.audio_paths[index]) is not None else None,
                 self.references[index],
                 self.labels[index],
             )

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
+from run_record import write_config, write_report
 from train_args import build_parser, find_problems, finish, has_split
 
 find_host()
@@ -62,6 +63,8 @@ def train(args: argparse.Namespace) -> None:
 
     reward_fn = find_reward(args.reward)
     strategy.print(banner(args, strategy))
+    if strategy.is_rank_0():
+        write_config(args, build_parser(add_arguments), describe_host(), describe_devices(strategy))
 
     # ---- models
     with strategy.init_model_context():
@@ -172,6 +175,8 @@ def train(args: argparse.Namespace) -> None:
     )
     strategy.save_model(actor, tokenizer, args.save_path)
     strategy.print(summary(args, metrics))
+    if args.report and strategy.is_rank_0():
+        strategy.print(write_report(Path(args.save_path)))
 
 
 def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> Any:
@@ -253,6 +258,17 @@ def make_eval_dataloader(args: argparse.Namespace, strategy: Any, tokenizer: Any
     return PrefetchLoader(loader)
 
 
+def describe_devices(strategy: Any) -> str:
+    """How many processes, and what each computes on.
+
+    :param strategy: Strategy.
+    """
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{strategy.world_size} x {device}"
+
+
 def banner(args: argparse.Namespace, strategy: Any) -> str:
     """What is about to run.
 
@@ -266,14 +282,13 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
     responses = args.rollout_batch_size * args.n_samples_per_prompt
     micros = args.train_batch_size // (args.micro_train_batch_size * strategy.world_size)
     sharding = "FSDP2" if args.fsdp else f"ZeRO-{args.zero_stage}"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return "\n".join(
         (
             f"host      {describe_host()}",
             *([f"fixes     {', '.join(FIXES)}"] if FIXES else []),
             f"versions  torch {torch.__version__}, transformers {transformers.__version__}, "
             f"deepspeed {deepspeed.__version__}",
-            f"devices   {strategy.world_size} x {device}; {sharding}, {'bf16' if args.bf16 else 'fp32'}; "
+            f"devices   {describe_devices(strategy)}; {sharding}, {'bf16' if args.bf16 else 'fp32'}; "
             f"engine {args.engine_type}, TP {args.engine_tp_size}",
             f"model     {args.pretrain}",
             f"batch     {args.rollout_batch_size} prompts x {args.n_samples_per_prompt} = {responses} responses a "

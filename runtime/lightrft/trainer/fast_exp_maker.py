@@ -73,6 +73,8 @@ class FastExperienceMaker:
         self.sampling = sampling
         self.needs_old_log_probs = needs_old_log_probs
         self.multimodal_processor: Any = None  # set by patch_experience_maker_for_audio
+        # what trajectories record of an image-slot entry; whoever fills the slot may say
+        self.describe_image: Callable[[Any], dict[str, Any]] = lambda image: {}
         self.draw_prompts: Callable[[int, int, int], tuple[Any, ...]] | None = None  # see replace_groups
         self.timings: dict[str, float] = {}
 
@@ -174,6 +176,7 @@ class FastExperienceMaker:
                         clips=mine,
                         reference=all_references[i],
                         label=all_labels[i],
+                        source=self.describe_image(images[i]),
                     )
                 )
         return items

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ class Experience:
     :param clips: Rows of each clip of the prompt, ``(rows, n_mels)``; the responses of a group share the tensors.
     :param reference: Gold answer.
     :param label: Reward rule.
+    :param source: What trajectories record of the prompt beside its text, such as the audio's file.
     :param response: Decoded response, for trajectories.
     :param reward: Total reward.
     :param reward_metrics: Its parts.
@@ -36,6 +38,7 @@ class Experience:
     clips: list[torch.Tensor]
     reference: str
     label: str
+    source: dict[str, Any] = field(default_factory=dict)
     response: str = ""
     reward: float = 0.0
     reward_metrics: dict[str, float] = field(default_factory=dict)

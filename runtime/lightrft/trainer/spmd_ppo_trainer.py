@@ -121,6 +121,7 @@ class SPMDPPOTrainerVL:
         self.health = Health(dtype, args.on_anomaly, self.warn)
         self.guard = StepGuard(actor.model)
         self.failed_saves = 0
+        self.samples: list[dict[str, Any]] = []  # of the last step, on rank 0: see trajectories
         # last step whose gradients are all in the weights, the KL weight then, and what health knew
         self.boundary = (0, init_kl_coef, self.health.state())
         for model in filter(None, (actor, initial_model)):
@@ -247,8 +248,11 @@ class SPMDPPOTrainerVL:
             self.boundary = (step, self.kl_ctl.value, self.health.state())
         if fatal:
             raise AnomalyError(fatal)
-        if self.strategy.args.save_trajectories and self.strategy.is_rank_0():
-            self.save_trajectories(items, step)
+        if self.strategy.is_rank_0():
+            args = self.strategy.args
+            self.samples = trajectories(items, step, args.n_samples_per_prompt, args.num_trajectories_to_save)
+            if args.save_trajectories:
+                self.save_trajectories(step)
         return metrics
 
     def draw_prompts(self, loader: Any, step: int, attempt: int, count: int) -> tuple[Any, ...]:
@@ -412,7 +416,7 @@ class SPMDPPOTrainerVL:
         """
         if writer is None:
             return
-        writer.write(step, metrics)
+        writer.write(step, metrics, self.samples)
         bar.update()
         bar.clear()
         m = metrics
@@ -514,28 +518,42 @@ class SPMDPPOTrainerVL:
             np.random.set_state(numpy)
             torch.set_rng_state(torch_state)
 
-    def save_trajectories(self, items: list[Experience], step: int) -> None:
-        """Write the first responses of the step as JSON Lines.
+    def save_trajectories(self, step: int) -> None:
+        """Write the step's samples as JSON Lines.
 
-        :param items: Rank 0's experiences.
         :param step: Rollout step.
         """
-        args = self.strategy.args
-        folder = Path(args.save_path) / "trajectories"
+        folder = Path(self.strategy.args.save_path) / "trajectories"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-            for item in items[: args.num_trajectories_to_save]:
-                record = {
-                    "prompt": item.prompt,
-                    "response": item.response,
-                    "reference": item.reference,
-                    "label": item.label,
-                    "reward": item.reward,
-                    **item.reward_metrics,
-                    "advantage": float(item.advantages[-1]),
-                    "truncated": item.truncated,
-                }
+            for record in self.samples:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def trajectories(items: list[Experience], step: int, n_samples: int, count: int) -> list[dict[str, Any]]:
+    """What is recorded of a step's first responses, in whole groups.
+
+    :param items: Scored experiences with advantages, a group's next to each other.
+    :param step: Rollout step.
+    :param n_samples: Responses a group.
+    :param count: Responses to record, rounded up to whole groups.
+    """
+    return [
+        {
+            "step": step,
+            "group": number // n_samples,
+            **item.source,
+            "prompt": item.prompt,
+            "response": item.response,
+            "reference": item.reference,
+            "label": item.label,
+            "reward": item.reward,
+            **item.reward_metrics,
+            "advantage": float(item.advantages[-1]),
+            "truncated": item.truncated,
+        }
+        for number, item in enumerate(items[: -(-count // n_samples) * n_samples])
+    ]
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
