@@ -6,13 +6,14 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check -qq
 READY := $(VENV)/.ready
 SEED ?= 0
 DEMO_DIR ?= results/demo
+RUN ?= $(DEMO_DIR)/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-faults test-lightrft bench soak lint clean
+.PHONY: help setup demo report test test-all test-faults test-lightrft bench soak lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON (default python3, needs 3.11 or newer), SEED and DEMO_DIR for the demo"
+	@echo "  variables: PYTHON (default python3, needs 3.11 or newer), SEED and DEMO_DIR for the demo, RUN and COMPARE for the report"
 
 setup: $(READY) ## make .venv with everything the CPU needs (2 to 3 minutes, 3 GB)
 
@@ -27,6 +28,9 @@ $(READY): requirements/torch.txt requirements/cpu.txt requirements/dev.txt
 
 demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (about 4 minutes)
 	@$(PY) examples/r1_aqa/demo/run_demo.py --out_dir $(DEMO_DIR) --seed $(SEED)
+
+report: $(READY) ## one page about a run: RUN=results/..., COMPARE="other runs and result files of eval_mmau.py"
+	@$(PY) examples/r1_aqa/report.py "$(RUN)" $(if $(COMPARE),--compare $(COMPARE))
 
 test: $(READY) ## run the tests (about 7 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile

@@ -173,6 +173,8 @@ class SPMDPPOTrainerVL:
         if step and not self.disable_ds_ckpt:
             self._finish_save(args)
         writer = MetricsWriter(Path(args.save_path), args, step) if self.strategy.is_rank_0() else None
+        if writer is not None and step == 0:
+            set_aside(Path(args.save_path) / "trajectories")
         show_bar = self.strategy.is_rank_0() and console.stream.isatty()
         bar = tqdm(total=total, initial=step, desc="GRPO", file=console.stream, disable=not show_bar, leave=False)
         started = time.perf_counter()
@@ -554,6 +556,17 @@ def trajectories(items: list[Experience], step: int, n_samples: int, count: int)
         }
         for number, item in enumerate(items[: -(-count // n_samples) * n_samples])
     ]
+
+
+def set_aside(folder: Path) -> None:
+    """Keep the folder of an older run as ``<name>.old``, in place of one that is there.
+
+    :param folder: The folder; it need not exist.
+    """
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
