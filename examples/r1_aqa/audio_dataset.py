@@ -259,11 +259,11 @@ class AudioPromptDataset(Dataset):
         return [
             (
                 self.prompts[index],
-                NamedClip.of(waves[path], SAMPLING_RATE, path) if (path := self.audio_paths[index]) is not None else None,
+                None if path is None else NamedClip.of(waves[path], SAMPLING_RATE, path),
                 self.references[index],
                 self.labels[index],
             )
-            for index in indices
+            for index, path in ((index, self.audio_paths[index]) for index in indices)
         ]
 
     def _decode(self, path: str) -> np.ndarray:

@@ -35,7 +35,7 @@ METRICS = {
         "Accuracy",
         "share",
         "responses that are right by R1-AQA's rule",
-        "Flat at chance: does the model hear? Listen to clips and evaluate with --silent_audio. High at once: the answer "
+        "Flat at chance: does the model hear? Listen to clips, evaluate with --silent_audio. High at once: the answer "
         "may stand in the question.",
     ),
     "rollout/format_reward": Metric(
@@ -67,7 +67,7 @@ METRICS = {
         "Response length",
         "tokens",
         "mean length of the responses, end of turn included",
-        "Grows without accuracy: responses ramble; --overlong_buffer or --reward length_aware. Collapses: read responses.",
+        "Grows without accuracy: responses ramble; --overlong_buffer or --reward length_aware. Collapses: read some.",
     ),
     "rollout/truncated_fraction": Metric(
         "Cut off",

@@ -17,6 +17,7 @@ import os
 import re
 import statistics
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "data_preprocess"))  # 
 PAGE = Path(__file__).resolve().parent / "report_page"
 SCRIPTS = ("vendor/uPlot.iife.min.js", "common.js", "curves.js", "listen.js")
 STYLES = ("vendor/uPlot.min.css", "page.css")
-CLIP_BYTES = 5_000_000  # most of the page for clips and responses; curves and code take well below 1 MB
+PAGE_BYTES = 7_500_000  # most of the page
+CLIP_BYTES = 5_000_000  # of it for clips and responses
 # title, metrics that share the panel, logarithmic
 PANELS = (
     ("Reward", ("rollout/reward", "eval/reward"), False),
@@ -96,8 +98,10 @@ def write(folder: Path, compare: list[Path], out: Path, groups: int) -> tuple[Pa
     for run, name in zip(runs, names, strict=True):
         run.name = name
     results = [path for path in compare if not path.is_dir()]
-    listening = sample_rollouts(folder, runs[0].steps[-1], groups)
-    page = render(runs, evaluations(results), listening).encode("utf-8")
+    curves = {"runs": [page_run(run) for run in runs], "panels": panels(runs)}
+    room = min(CLIP_BYTES, PAGE_BYTES - json_size(curves))
+    listening = sample_rollouts(folder, runs[0].steps[-1], groups, room)
+    page = render(runs, curves, evaluations(results), listening).encode("utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(runs[0], out.with_name("metrics.csv"))
     temporary = out.with_name(out.name + ".part")
@@ -118,72 +122,79 @@ def unique_names(paths: list[Path]) -> list[str]:
     return [f"{i}: {path}" for i, path in enumerate(paths, 1)]
 
 
-# --------------------------------------------------------------------------------------------------------------- rollouts
-def sample_rollouts(folder: Path, last: int, most: int) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------------------------- rollouts
+def sample_rollouts(folder: Path, last: int, most: int, room: int = CLIP_BYTES) -> dict[str, Any]:
     """Groups of steps that are spread over the run, with their clips, as many as the page has room for.
 
     :param folder: The run's.
     :param last: Its last step.
     :param most: Most groups.
+    :param room: Most bytes for them.
     :return: groups, clips, and note: what is shown of what there is.
     """
-    from report_data import read_groups, saved_steps, spread
+    from report_data import ReportError, read_groups, saved_steps, spread
 
     files = saved_steps(folder, last)
-    steps, places = list(files), spread(len(files))
+    steps = list(files)
+    unreadable: list[int] = []
+
+    def candidates() -> Iterator[Any]:
+        for place in spread(len(steps)):
+            try:
+                yield from read_groups(files[steps[place]], steps[place])
+            except ReportError:
+                unreadable.append(steps[place])
+
     groups: list[dict[str, Any]] = []
     clips: dict[Path, dict[str, Any]] = {}
-    left, shown = CLIP_BYTES, 0
-    for place in places:
-        found = read_groups(files[steps[place]], steps[place])
-        if len(groups) + len(found) > most and groups:
+    for group in candidates():
+        entry, clip = page_group(group, clips)
+        new = clip is not None and group.audio not in clips
+        room -= json_size(entry) + (json_size(clip) if new else 0)
+        if room < 0:
             break
-        entries = [page_group(group, clips) for group in found]
-        used = {group.audio for group in found}
-        new = [clips[path] for path in used if path in clips and not clips[path]["counted"]]
-        size = sum(map(json_size, (*entries, *new)))
-        if size > left:
+        if clip is not None:
+            clips[group.audio] = clip
+            entry["clip"] = list(clips).index(group.audio)
+        groups.append(entry)
+        if len(groups) == most:
             break
-        for clip in new:
-            clip["counted"] = True
-        left, shown = left - size, shown + 1
-        groups += entries[: most - len(groups)]
-    kept = {path: clip for path, clip in clips.items() if clip["counted"]}
-    places_of = {str(path): i for i, path in enumerate(kept)}
-    for group in groups:
-        group["clip"] = places_of.get(group.pop("path"))
     groups.sort(key=lambda group: (group["step"], group["number"]))
-    note = f"{len(groups)} groups of {shown} steps; the run saved {len(files)} steps" if files else ""
-    return {"groups": groups, "clips": list(kept.values()), "note": note}
+    shown = len({group["step"] for group in groups})
+    note = f"{len(groups)} groups of {shown} steps; the run saved {len(files)} steps"
+    if unreadable:
+        note += f", of which {len(unreadable)} cannot be read ({', '.join(map(str, sorted(unreadable)[:5]))})"
+    return {"groups": groups, "clips": list(clips.values()), "note": note if files else ""}
 
 
-def page_group(group: Any, clips: dict[Path, dict[str, Any]]) -> dict[str, Any]:
-    """A group as the page holds it; its clip is encoded, unless it is already.
+def page_group(group: Any, clips: dict[Path, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A group as the page holds it, and its clip, if it can be played.
 
     :param group: From :mod:`report_data`.
-    :param clips: By file; taken from and added to.
+    :param clips: Those that are encoded already, by file.
     """
     from audio_io import AudioError
     from report_audio import encode_clip
 
-    silent_because = None
+    clip, silent_because = clips.get(group.audio), None
     if group.audio is None:
         silent_because = "the trajectories do not name the clip"
-    elif group.audio not in clips:
+    elif clip is None:
         try:
-            clips[group.audio] = encode_clip(group.audio) | {"counted": False}
+            clip = encode_clip(group.audio)
         except AudioError as error:
             silent_because = str(error)
-    return {
+    entry = {
         "step": group.step,
         "number": group.number,
         "question": group.question,
         "choices": group.choices,
         "gold": group.gold,
-        "path": str(group.audio),
+        "clip": None,
         "silent": silent_because,
         "responses": group.responses,
     }
+    return entry, clip
 
 
 def json_size(value: Any) -> int:
@@ -194,7 +205,7 @@ def json_size(value: Any) -> int:
     return len(embed(value))
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluations
+# ---------------------------------------------------------------------------------------------------------- evaluations
 def evaluations(paths: list[Path]) -> dict[str, Any] | None:
     """Accuracies of result files, and each against the first on the items that both have.
 
@@ -222,11 +233,14 @@ def evaluations(paths: list[Path]) -> dict[str, Any] | None:
     return {"scores": scores, "first": names[0], "comparisons": comparisons}
 
 
-# ------------------------------------------------------------------------------------------------------------------- page
-def render(runs: list[Any], evaluation: dict[str, Any] | None, listening: dict[str, Any]) -> str:
+# ----------------------------------------------------------------------------------------------------------------- page
+def render(
+    runs: list[Any], curves: dict[str, Any], evaluation: dict[str, Any] | None, listening: dict[str, Any]
+) -> str:
     """The page's HTML.
 
     :param runs: The run, and those drawn over it.
+    :param curves: Their values, and the panels.
     :param evaluation: From :func:`evaluations`.
     :param listening: From :func:`sample_rollouts`.
     """
@@ -236,11 +250,6 @@ def render(runs: list[Any], evaluation: dict[str, Any] | None, listening: dict[s
 
     script = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     style = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in STYLES)
-    data = {
-        "runs": [{"name": run.name, "steps": run.steps, "metrics": run.metrics} for run in runs],
-        "panels": panels(runs),
-        **listening,
-    }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,
@@ -255,7 +264,7 @@ def render(runs: list[Any], evaluation: dict[str, Any] | None, listening: dict[s
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; media-src blob:; script-src '{source_hash(script)}'; "
         f"style-src '{source_hash(style)}'; base-uri 'none'; form-action 'none'",
-        data=Markup(embed(data)),
+        data=Markup(embed(curves | listening)),
         runs=runs,
         run=runs[0],
         tiles=tiles(runs[0]),
@@ -265,6 +274,18 @@ def render(runs: list[Any], evaluation: dict[str, Any] | None, listening: dict[s
         listening=listening,
         made=datetime.now().strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def page_run(run: Any) -> dict[str, Any]:
+    """A run's values as the page holds them: to six digits.
+
+    :param run: The run.
+    """
+    metrics = {
+        name: [None if value is None else float(f"{value:.6g}") for value in values]
+        for name, values in run.metrics.items()
+    }
+    return {"name": run.name, "steps": run.steps, "metrics": metrics}
 
 
 def panels(runs: list[Any]) -> list[dict[str, Any]]:
@@ -324,9 +345,7 @@ def tiles(run: Any) -> list[tuple[str, str, str]]:
         values = numbers(run, name)
         if values:
             last = statistics.fmean(values[-LAST:])
-            found.append(
-                (title, f"{values[0]:.2f} → {last:.2f}", f"first → mean of the last {min(LAST, len(values))} steps")
-            )
+            found.append((title, f"{values[0]:.2f} → {last:.2f}", f"first → mean of last {min(LAST, len(values))}"))
     if gaps := numbers(run, "rollout/logprob_gap_max"):
         found.append(("Log-prob gap", number(max(gaps)), "largest, nats"))
     if times := numbers(run, "time/step"):

@@ -72,7 +72,7 @@ class Group:
     responses: list[dict[str, Any]] = field(default_factory=list)
 
 
-# ---------------------------------------------------------------------------------------------------------------- metrics
+# -------------------------------------------------------------------------------------------------------------- metrics
 def read_run(folder: Path) -> Run:
     """Read ``metrics.jsonl`` and ``run_config.json``.
 
@@ -117,7 +117,7 @@ def write_csv(run: Run, path: Path) -> None:
         writer.writerows(zip(run.steps, *run.metrics.values(), strict=True))
 
 
-# --------------------------------------------------------------------------------------------------------------- rollouts
+# ------------------------------------------------------------------------------------------------------------- rollouts
 def saved_steps(folder: Path, last: int) -> dict[int, Path]:
     """Files of trajectories by step.
 
@@ -145,11 +145,18 @@ def read_groups(path: Path, step: int) -> list[Group]:
         if path.suffix == ".json":
             records = [from_lightrft(record, path.parent) for record in json.loads(text)]
         else:
-            records = [json.loads(line) for line in text.splitlines()]
+            records = [record for line in text.split("\n") if (record := _record(line)) is not None]
         keyed = itertools.groupby(records, key=lambda record: (record.get("group"), record["prompt"]))
         return [make_group(step, number, list(members)) for number, (_, members) in enumerate(keyed)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"{path}: not readable as trajectories ({type(error).__name__}: {error})") from error
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None  # the end of a file that a killed run was writing
 
 
 def from_lightrft(record: dict[str, Any], folder: Path) -> dict[str, Any]:

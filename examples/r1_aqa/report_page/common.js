@@ -36,6 +36,6 @@ function digits(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (value === 0) return "0";
-  if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace("e+", "e");
+  if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace(".0e", "e").replace("e+", "e");
   return size < 10 ? String(+value.toPrecision(3)) : String(+value.toFixed(1));
 }

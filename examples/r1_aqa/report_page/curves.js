@@ -44,11 +44,18 @@
 
   const rows = (lines, span) => [STEPS, ...lines.flatMap((l) => [l.values, l.sparse ? l.values : mean(l.values, span)])];
 
+  function decades(u, which, low, high) {
+    const [first, last] = [low, high].map((v) => Math.round(Math.log10(v)));
+    const every = Math.ceil((last - first + 1) / 6);
+    return Array.from({ length: Math.floor((last - first) / every) + 1 }, (_, i) => 10 ** (first + i * every));
+  }
+
   function axis(panel, vertical) {
     return {
       stroke: () => colour("--muted"), font: "11px system-ui, sans-serif", size: vertical ? 50 : 26, gap: 4,
       grid: { stroke: () => colour("--grid"), width: 1 }, ticks: { show: false },
       ...(vertical ? { values: (u, marks) => marks.map((v) => (v === null ? "" : digits(v))), space: 28 } : { space: 60 }),
+      ...(vertical && panel.log ? { splits: decades, filter: (u, marks) => marks } : {}),
     };
   }
 

@@ -158,7 +158,7 @@
       if (parts) cell.append(" ", show(make("span", { class: "label" }), parts));
       return make("tr", fits(r) ? {} : { class: "dim" },
         make("td", {}, String(i + 1)), cell, verdict(r.right, "right", "wrong"), verdict(r.form, "in form", "out of form"),
-        make("td", { class: "n" }, digits(r.reward)), make("td", { class: "n" }, advantage(r.advantage, largest)));
+        make("td", { class: "n reward" }, digits(r.reward)), make("td", { class: "n gain" }, advantage(r.advantage, largest)));
     });
     return make("table", { class: "responses" }, make("caption", { class: "hidden" }, "Responses of the group"),
       make("thead", {}, head), make("tbody", {}, ...body));

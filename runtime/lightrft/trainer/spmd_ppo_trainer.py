@@ -9,7 +9,6 @@ engine's in every step, and the difference is a metric.
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import random
 import shutil
@@ -35,6 +34,7 @@ from lightrft.utils.console import console
 from lightrft.utils.metrics import MetricsWriter
 from lightrft.utils.preemption import StopError, stop_request
 
+from . import trajectories
 from .advantages import KLController
 from .fast_exp_maker import FastExperienceMaker, forward
 from .health import AnomalyError, Health
@@ -121,7 +121,7 @@ class SPMDPPOTrainerVL:
         self.health = Health(dtype, args.on_anomaly, self.warn)
         self.guard = StepGuard(actor.model)
         self.failed_saves = 0
-        self.samples: list[dict[str, Any]] = []  # of the last step, on rank 0: see trajectories
+        self.samples: list[dict[str, Any]] = []  # of the last step, on rank 0: see trajectories.records
         # last step whose gradients are all in the weights, the KL weight then, and what health knew
         self.boundary = (0, init_kl_coef, self.health.state())
         for model in filter(None, (actor, initial_model)):
@@ -174,7 +174,7 @@ class SPMDPPOTrainerVL:
             self._finish_save(args)
         writer = MetricsWriter(Path(args.save_path), args, step) if self.strategy.is_rank_0() else None
         if writer is not None and step == 0:
-            set_aside(Path(args.save_path) / "trajectories")
+            trajectories.set_aside(Path(args.save_path))
         show_bar = self.strategy.is_rank_0() and console.stream.isatty()
         bar = tqdm(total=total, initial=step, desc="GRPO", file=console.stream, disable=not show_bar, leave=False)
         started = time.perf_counter()
@@ -252,9 +252,9 @@ class SPMDPPOTrainerVL:
             raise AnomalyError(fatal)
         if self.strategy.is_rank_0():
             args = self.strategy.args
-            self.samples = trajectories(items, step, args.n_samples_per_prompt, args.num_trajectories_to_save)
+            self.samples = trajectories.records(items, step, args.n_samples_per_prompt, args.num_trajectories_to_save)
             if args.save_trajectories:
-                self.save_trajectories(step)
+                trajectories.save(Path(args.save_path), step, self.samples)
         return metrics
 
     def draw_prompts(self, loader: Any, step: int, attempt: int, count: int) -> tuple[Any, ...]:
@@ -519,54 +519,6 @@ class SPMDPPOTrainerVL:
             random.setstate(python)
             np.random.set_state(numpy)
             torch.set_rng_state(torch_state)
-
-    def save_trajectories(self, step: int) -> None:
-        """Write the step's samples as JSON Lines.
-
-        :param step: Rollout step.
-        """
-        folder = Path(self.strategy.args.save_path) / "trajectories"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-            for record in self.samples:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def trajectories(items: list[Experience], step: int, n_samples: int, count: int) -> list[dict[str, Any]]:
-    """What is recorded of a step's first responses, in whole groups.
-
-    :param items: Scored experiences with advantages, a group's next to each other.
-    :param step: Rollout step.
-    :param n_samples: Responses a group.
-    :param count: Responses to record, rounded up to whole groups.
-    """
-    return [
-        {
-            "step": step,
-            "group": number // n_samples,
-            **item.source,
-            "prompt": item.prompt,
-            "response": item.response,
-            "reference": item.reference,
-            "label": item.label,
-            "reward": item.reward,
-            **item.reward_metrics,
-            "advantage": float(item.advantages[-1]),
-            "truncated": item.truncated,
-        }
-        for number, item in enumerate(items[: -(-count // n_samples) * n_samples])
-    ]
-
-
-def set_aside(folder: Path) -> None:
-    """Keep the folder of an older run as ``<name>.old``, in place of one that is there.
-
-    :param folder: The folder; it need not exist.
-    """
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:

@@ -20,8 +20,8 @@ class MetricsWriter:
     are taken out. A new run in an old folder keeps the old file as ``metrics.jsonl.old``.
 
     :param folder: Of the run.
-    :param args: The run's arguments: ``use_wandb``, ``wandb_*``, ``use_tensorboard``. ``WANDB_MODE`` makes wandb offline
-        or disabled.
+    :param args: The run's arguments: ``use_wandb``, ``wandb_*``, ``use_tensorboard``. ``WANDB_MODE`` makes wandb
+        offline or disabled.
     :param done: Steps that are already done.
     """
 
