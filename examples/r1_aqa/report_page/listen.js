@@ -148,25 +148,25 @@
 
   function responses(group) {
     const largest = Math.max(1e-9, ...group.responses.map((r) => Math.abs(r.advantage ?? 0)));
-    const head = make("tr", {}, ...[["", "#"], ["", "response"], ["", "answer"], ["", "format"], ["n", "reward"], ["n", "advantage"]]
-      .map(([kind, text]) => make("th", { scope: "col", ...(kind && { class: kind }) }, text)));
+    const head = make("tr", { role: "row" }, ...[["", "#"], ["", "response"], ["", "answer"], ["", "format"], ["n", "reward"], ["n", "advantage"]]
+      .map(([kind, text]) => make("th", { scope: "col", role: "columnheader", ...(kind && { class: kind }) }, text)));
     const body = group.responses.map((r, i) => {
       const said = show(make("span", { class: "text" }), r.text || " ");
       const parts = Object.entries(r.parts).map(([name, value]) => `${name} ${digits(value)}`).join(", ");
-      const cell = make("td", { class: "said" }, said);
+      const cell = make("td", { role: "cell", class: "said" }, said);
       if (r.truncated) cell.append(" ", make("span", { class: "tag" }, "cut off"));
       if (parts) cell.append(" ", show(make("span", { class: "label" }), parts));
-      return make("tr", fits(r) ? {} : { class: "dim" },
-        make("td", {}, String(i + 1)), cell, verdict(r.right, "right", "wrong"), verdict(r.form, "in form", "out of form"),
-        make("td", { class: "n reward" }, digits(r.reward)), make("td", { class: "n gain" }, advantage(r.advantage, largest)));
+      return make("tr", { role: "row", ...(!fits(r) && { class: "dim" }) },
+        make("td", { role: "cell" }, String(i + 1)), cell, verdict(r.right, "right", "wrong"), verdict(r.form, "in form", "out of form"),
+        make("td", { role: "cell", class: "n reward" }, digits(r.reward)), make("td", { role: "cell", class: "n gain" }, advantage(r.advantage, largest)));
     });
-    return make("table", { class: "responses" }, make("caption", { class: "hidden" }, "Responses of the group"),
-      make("thead", {}, head), make("tbody", {}, ...body));
+    return make("table", { role: "table", class: "responses" }, make("caption", { class: "hidden" }, "Responses of the group"),
+      make("thead", { role: "rowgroup" }, head), make("tbody", { role: "rowgroup" }, ...body));
   }
 
   function verdict(value, yes, no) {
-    if (value === null) return make("td", { class: "verdict" }, "–");
-    return make("td", { class: `verdict ${value ? "right" : "wrong"}` }, value ? `✓ ${yes}` : `✗ ${no}`);
+    if (value === null) return make("td", { role: "cell", class: "verdict" }, "–");
+    return make("td", { role: "cell", class: `verdict ${value ? "right" : "wrong"}` }, value ? `✓ ${yes}` : `✗ ${no}`);
   }
 
   function advantage(value, largest) {
