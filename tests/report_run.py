@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 
 HOSTILE = [
-    "</script><script>window.hacked = 1</script>",
+    "</script x><script>window.hacked = 1</script>",
     '"><img src=x onerror="window.hacked = 1">',
     "<!--<script>'\"`${window.hacked = 1}\\",
     "right to left \u202e gnp.exe \u2066 and \u200b nothing",

@@ -132,7 +132,7 @@
       mine.play();
     });
     return make("figure", {}, pictures, player,
-      show(make("figcaption", {}, `${clip.seconds.toFixed(1)} s, `), `${clip.heard}; ${clip.name}`));
+      show(make("figcaption", {}, `${clip.seconds.toFixed(1)} s; `), `${clip.heard}; ${clip.name}`));
   }
 
   function bytes(text) {
