@@ -86,7 +86,10 @@ def test_groups_in_either_hosts_form(tmp_path):
         {
             "full_sequence": f"<|endoftext|>{prompt}<answer>{said}</answer><|im_end|><|endoftext|>",
             "reference": "a",
-            "info": {"reward": reward, "reward_metrics": {"accuracy_reward": reward - 1, "format_reward": 1.0}},
+            "info": {
+                "reward": reward,
+                "reward_metrics": {"accuracy_reward": [reward - 1], "format_reward": [1.0, 0.0]},
+            },
             "advantages": [0.0, 0.5 if reward > 1 else -0.5, 0.0],
             "image_paths": ["audios/x.wav"],
         }
@@ -99,6 +102,7 @@ def test_groups_in_either_hosts_form(tmp_path):
         ("<answer>a</answer>", True, 0.5),
         ("<answer>b</answer>", False, -0.5),
     ]
+    assert [r["form"] for r in group.responses] == [None, None]  # of a whole micro-batch: not known whose
 
 
 def test_every_beginning_of_the_order_is_spread():

@@ -58,7 +58,7 @@ class Group:
     :param number: Among the step's groups.
     :param question: The question's text; the whole prompt if it is not of R1-AQA's form.
     :param choices: The options, or None.
-    :param gold: The right answer.
+    :param gold: The right answer; empty if it was not recorded.
     :param audio: The clip's file, or None.
     :param responses: text, reward, advantage, right, form, truncated, parts: the other components of the reward.
     """
@@ -162,6 +162,9 @@ def _record(line: str) -> dict[str, Any] | None:
 def from_lightrft(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A record of LightRFT's trajectory saver in the runtime's form.
 
+    It holds no right answer where the replay buffer has none, and then accuracy and format of the whole micro-batch,
+    of which the response's own cannot be told: such values are left out.
+
     :param record: Its record.
     :param folder: Where it lies, beside the folder of its clips.
     """
@@ -169,12 +172,13 @@ def from_lightrft(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     info = record.get("info") or {}
     advantages = [value for value in _flat(record.get("advantages")) if value]
     clips = record.get("image_paths") or []
+    parts = {name: list(_flat(value)) for name, value in (info.get("reward_metrics") or {}).items()}
     return {
         "prompt": re.sub(r"^(?:<\|endoftext\|>|<\|PAD_TOKEN\|>|<pad>)+", "", prompt) + TURN_OPEN,
         "response": response.partition(TURN_CLOSE)[0],
         "reference": record.get("reference"),
         "reward": next(iter(_flat(info.get("reward"))), None),
-        **{name: next(iter(_flat(value)), None) for name, value in (info.get("reward_metrics") or {}).items()},
+        **{name: own[0] for name, own in parts.items() if len(own) == 1},
         "advantage": advantages[-1] if advantages else 0.0,
         "truncated": False,
         "audio_path": str(folder / clips[0]) if clips else None,
@@ -198,7 +202,7 @@ def make_group(step: int, number: int, records: list[dict[str, Any]]) -> Group:
     """
     question, choices = split_prompt(records[0]["prompt"])
     audio = records[0].get("audio_path")
-    group = Group(step, number, question, choices, str(records[0]["reference"]), Path(audio) if audio else None)
+    group = Group(step, number, question, choices, str(records[0]["reference"] or ""), Path(audio) if audio else None)
     for record in records:
         accuracy, form = record.get("accuracy_reward"), record.get("format_reward")
         parts = {k: v for k, v in record.items() if k not in _KNOWN and isinstance(v, (int, float))}

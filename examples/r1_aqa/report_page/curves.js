@@ -5,6 +5,7 @@
   const STEPS = [...new Set(runs.flatMap((run) => run.steps))].sort((a, b) => a - b);
   const places = runs.map((run) => new Map(run.steps.map((step, i) => [step, i])));
   const plots = [];
+  const WHOLE = [1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 1e4, 2.5e4, 5e4, 1e5, 1e6];
   const DASHES = [[], [6, 4], [2, 3]];
   const smooth = byId("smooth"), from = byId("from"), to = byId("to");
 
@@ -54,7 +55,7 @@
     return {
       stroke: () => colour("--muted"), font: "11px system-ui, sans-serif", size: vertical ? 50 : 26, gap: 4,
       grid: { stroke: () => colour("--grid"), width: 1 }, ticks: { show: false },
-      ...(vertical ? { values: (u, marks) => marks.map((v) => (v === null ? "" : digits(v))), space: 28 } : { space: 60 }),
+      ...(vertical ? { values: (u, marks) => marks.map((v) => (v === null ? "" : digits(v))), space: 28 } : { space: 60, incrs: WHOLE }),
       ...(vertical && panel.log ? { splits: decades, filter: (u, marks) => marks } : {}),
     };
   }

@@ -36,14 +36,19 @@
     } else choose(shown.includes(chosen) ? chosen : shown[0]);
   }
 
+  function tally(group) {
+    const { length } = group.responses;
+    if (group.responses.every((r) => r.right === null)) return `${length} responses`;
+    return `${group.responses.filter((r) => r.right).length} of ${length} right`;
+  }
+
   function entry(group) {
-    const right = group.responses.filter((r) => r.right).length;
     const pips = make("span", { class: "pips", "aria-hidden": "true" },
       ...group.responses.map((r) => make("span", { class: `pip${r.right ? " right" : ""}${r.form === false ? " off" : ""}` })));
     const button = make("button", { type: "button" },
       make("span", { class: "where" }, `step ${group.step} · ${group.number + 1}`),
       show(make("span", { class: "gold" }), group.gold), pips,
-      make("span", { class: "hidden" }, `, ${right} of ${group.responses.length} right`));
+      make("span", { class: "hidden" }, `, ${tally(group)}`));
     button.addEventListener("click", () => choose(group));
     return button;
   }
@@ -72,7 +77,7 @@
   }
 
   function top(group, at) {
-    const right = `${group.responses.filter((r) => r.right).length} of ${group.responses.length} right`;
+    const right = tally(group);
     byId("say").textContent = `Step ${group.step}, group ${group.number + 1}: ${right}`;
     const back = make("button", { type: "button", "aria-label": "Previous group" }, "‹ Back");
     const next = make("button", { type: "button", "aria-label": "Next group" }, "Next ›");
@@ -101,7 +106,9 @@
     return make("div", { class: "heard" }, listenTo(group), asked);
   }
 
-  const goldLine = (group) => show(make("p", {}, make("span", { class: "label" }, "Right answer: ")), group.gold);
+  const goldLine = (group) => (group.gold
+    ? show(make("p", {}, make("span", { class: "label" }, "Right answer: ")), group.gold)
+    : make("p", { class: "label" }, "The run did not record the right answer."));
 
   function listenTo(group) {
     const clip = clips[group.clip];
@@ -176,7 +183,7 @@
       draw("svg", { viewBox: "0 0 56 8", "aria-hidden": "true" },
         draw("rect", { x: value < 0 ? 28 - width : 28, width, height: 8, class: value < 0 ? "minus" : "plus" }),
         draw("line", { x1: 28, x2: 28, y1: 0, y2: 8 })),
-      make("span", {}, `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`));
+      make("span", {}, `${value < 0 ? "−" : value > 0 ? "+" : ""}${Math.abs(value).toFixed(2)}`));
   }
 
   document.addEventListener("keydown", (event) => {
