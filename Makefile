@@ -7,13 +7,15 @@ READY := $(VENV)/.ready
 SEED ?= 0
 DEMO_DIR ?= results/demo
 TRAIN_FLAGS ?=
+RUN ?= $(DEMO_DIR)/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-all test-faults test-lightrft bench soak lint clean
+.PHONY: help setup doctor demo report test test-all test-faults test-lightrft bench soak lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON (default python3, needs 3.11 or newer), SEED, DEMO_DIR and TRAIN_FLAGS for the demo"
+	@echo "  variables: PYTHON (default python3, needs 3.11 or newer); SEED, DEMO_DIR and TRAIN_FLAGS for the demo;"
+	@echo "  RUN and COMPARE for the report"
 
 setup: $(READY) ## make .venv with everything the CPU needs (2 to 3 minutes, 3 GB)
 
@@ -31,6 +33,9 @@ doctor: ## say what this machine can do and what is missing (10 seconds; also wi
 
 demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (about 4 minutes)
 	@$(PY) examples/r1_aqa/demo/run_demo.py --out_dir $(DEMO_DIR) --seed $(SEED) -- $(TRAIN_FLAGS)
+
+report: $(READY) ## one page about a run: RUN=results/..., COMPARE="other runs and result files of eval_mmau.py"
+	@$(PY) examples/r1_aqa/report.py "$(RUN)" $(if $(COMPARE),--compare $(COMPARE))
 
 test: $(READY) ## run the tests (about 7 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import metric_table
 import pytest
 import torch
 from conftest import EXAMPLE, ROOT, run_script
@@ -92,7 +95,7 @@ def run(tiny_model, demo_parquet, demo_data, tmp_path_factory):
     """Four steps, with checkpoints after two and four, evaluations, the best kept, and trajectories."""
     out = tmp_path_factory.mktemp("run")
     every = ("--save_steps", 2, "--eval_steps", 2, "--max_ckpt_num", 1, "--keep_best", *benchmark_of(demo_data))
-    switches = ("--save_hf_ckpt", "--save_trajectories", "--num_trajectories_to_save", 3)
+    switches = ("--save_hf_ckpt", "--save_trajectories", "--num_trajectories_to_save", 5)
     done = train(tiny_model, demo_parquet, out, "--max_samples", 16, *every, *switches)
     return out, done
 
@@ -142,8 +145,13 @@ def test_the_folder_loads_in_transformers_with_its_processor(run):
 
 def test_trajectories_hold_what_was_said_and_earned(run):
     lines = (run[0] / "trajectories" / "step_000004.jsonl").read_text().splitlines()
-    assert len(lines) == 3
-    record = json.loads(lines[0])
+    records = [json.loads(line) for line in lines]
+    assert [record["group"] for record in records] == [0] * 4 + [1] * 4  # five, in whole groups
+    for group in (records[:4], records[4:]):
+        assert len({(record["prompt"], record["audio_path"], record["reference"]) for record in group}) == 1
+        assert sum(record["advantage"] for record in group) == pytest.approx(0, abs=1e-4)
+    record = records[0]
+    assert Path(record["audio_path"]).is_file() and record["step"] == 4
     assert record["prompt"].endswith("<|im_start|>assistant\n") and "options" in record["prompt"]
     assert record["reward"] == record["accuracy_reward"] + record["format_reward"]
 
@@ -169,6 +177,21 @@ def test_the_best_model_is_kept(run):
     weights, expected = (load_file(f / "model.safetensors") for f in (best, run[0] / f"hf_step_{step:06d}"))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert AutoProcessor.from_pretrained(best).audio_token == "<|AUDIO|>"
+
+
+def test_settings_and_report_are_left_in_the_folder(run):
+    out, done = run
+    config = json.loads((out / "run_config.json").read_text())
+    assert config["flags"]["n_samples_per_prompt"] == 4 and "n_samples_per_prompt" in config["changed"]
+    assert "temperature" not in config["changed"] and config["versions"]["torch"] == torch.__version__
+    assert f"report    {out / 'report.html'}" in done.stdout
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    for row, record in zip(rows, metrics_of(out), strict=True):
+        assert {name: float(value) for name, value in row.items() if value} == {
+            name: value for name, value in record.items() if value is not None
+        }
+    page = (out / "report.html").read_text()
+    assert "8 groups of 4 steps; the run saved 4 steps" in page and 1 <= page.count('"mp3":"') <= 8
 
 
 def test_resume_continues_after_the_checkpoint(run, tiny_model, demo_parquet, demo_data):
@@ -214,7 +237,7 @@ def test_other_methods_on_the_hf_engine(tiny_model, demo_parquet, tmp_path, esti
     assert records[-1]["train/kl"] != 0
 
 
-def test_methods_together(tiny_model, demo_parquet, tmp_path):
+def test_methods_together(run, tiny_model, demo_parquet, tmp_path):
     """DAPO's and GSPO's parts in one run; engine and trainer are one model, so corrections weigh 1."""
     methods = ("--advantage_estimator", "dr_grpo", "--use_gspo")
     dapo = ("--eps_clip_high", 0.3, "--dynamic_sampling", "--overlong_buffer", "--overlong_buffer_len", 6)
@@ -229,6 +252,10 @@ def test_methods_together(tiny_model, demo_parquet, tmp_path):
         assert record["rollout/reward"] == pytest.approx(total + record["rollout/overlong_penalty"], abs=1e-5)
         assert 0 <= record["rollout/replaced"] <= 1
         assert record["rollout/groups_without_spread"] <= 0.5
+    # these two runs write every metric that there is; docs/metrics.md shows the table
+    written = set().union(*metrics_of(run[0]), *metrics_of(tmp_path)) - {"step"}
+    assert [name for name in written if not metric_table.known(name)] == []
+    assert metric_table.METRICS.keys() - written == set()
 
 
 @pytest.mark.parametrize(("tensor_parallel", "stage"), [(1, 3), (2, 2), (1, 2), (2, 3)])

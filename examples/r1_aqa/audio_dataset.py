@@ -19,6 +19,7 @@ import torch.distributed as dist
 from audio_io import HOP_LENGTH, MAX_SECONDS, SAMPLING_RATE, AudioError, load_audio, probe_all, show
 from audio_loader import DECODE_THREADS, WaveformCache
 from audio_patches import (
+    NamedClip,
     patch_actor_for_audio,
     patch_experience_maker_for_audio,
     patch_strategy_for_audio,
@@ -290,12 +291,12 @@ class AudioPromptDataset(Dataset):
         return [
             (
                 self.prompts[index],
-                (waves[path], SAMPLING_RATE) if (path := self.audio_paths[index]) is not None else None,
+                None if path is None else NamedClip.of(waves[path], SAMPLING_RATE, path),
                 self.references[index],
                 self.labels[index],
                 *([] if self.tags is None else [self.tags[index]]),
             )
-            for index in indices
+            for index, path in ((index, self.audio_paths[index]) for index in indices)
         ]
 
     def _decode(self, path: str) -> np.ndarray:

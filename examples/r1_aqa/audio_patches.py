@@ -239,12 +239,32 @@ def patch_experience_maker_for_audio(exp_maker: Any, processor: Any, tokenizer: 
             original = _require(module, name)
             if not is_marked(module, name):
                 patch.replace(module, name, mark(functools.partial(function), original))
-        if not on_runtime():
+        if on_runtime():
+            patch.replace(exp_maker, "describe_image", describe_audio)
+        else:
             import lightrft_audio
 
             audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
             lightrft_audio.patch_experience_maker(patch, exp_maker, {audio_token_id: BANNED})
     return patch
+
+
+class NamedClip(tuple):
+    """``(waveform, rate)``, a pair to all who take pairs, that knows its file."""
+
+    path: str | None = None
+
+    @classmethod
+    def of(cls, wave: np.ndarray, rate: int, path: str) -> NamedClip:
+        """A decoded file.
+
+        :param wave: Samples ``(samples,)``.
+        :param rate: In Hz.
+        :param path: The file.
+        """
+        clip = cls((wave, rate))
+        clip.path = path
+        return clip
 
 
 def check_audio(raw_images: Sequence[Any]) -> list[Any]:
@@ -268,6 +288,14 @@ def count_audio(all_images: Sequence[Any] | None) -> list[int] | None:
     :return: 1 or 0 a prompt.
     """
     return None if all_images is None else [int(clip is not None) for clip in all_images]
+
+
+def describe_audio(clip: Any) -> dict[str, Any]:
+    """What trajectories record of a clip: its file, if it is known.
+
+    :param clip: ``(waveform, rate)`` or None.
+    """
+    return {"audio_path": clip.path if isinstance(clip, NamedClip) else None}
 
 
 # ---------------------------------------------------------------------------------------------------------------- actor

@@ -226,12 +226,21 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
         "alone: the first benchmark's accuracy, else eval/accuracy_reward)",
     )
     g.add_argument("--save_trajectories", action=flag, default=False, help="write responses of each step as JSON Lines")
-    g.add_argument("--num_trajectories_to_save", type=int, default=10, help="how many a step")
+    g.add_argument(
+        "--num_trajectories_to_save", type=int, default=10, help="how many a step, rounded up to whole groups"
+    )
+    g.add_argument("--report", action=flag, default=True, help="write report.html at the end of the run")
     g.add_argument("--use_wandb", action=flag, default=False, help="log to wandb (key from WANDB_API_KEY or a login)")
     g.add_argument("--wandb_org", help="wandb entity")
     g.add_argument("--wandb_group", help="wandb group")
     g.add_argument("--wandb_project", default="lightrft_r1_aqa", help="wandb project")
     g.add_argument("--wandb_run_name", default=f"r1_aqa_{datetime.now():%m%dT%H:%M}", help="name of the run")
+    g.add_argument(
+        "--wandb_table_steps",
+        type=int,
+        default=0,
+        help="a wandb table of responses, with their clips, every so many steps; 0: never",
+    )
     g.add_argument("--use_tensorboard", help="folder for TensorBoard logs")
 
     g = parser.add_argument_group("planning")
@@ -301,6 +310,8 @@ def find_problems(
             ("plan_gpus", args.plan_gpus is None or args.plan_gpus >= 1, "1 or more"),
             ("plan_gpu_gib", args.plan_gpu_gib is None or 0 < args.plan_gpu_gib < math.inf, "above 0"),
             ("plan_clip_seconds", 0 < args.plan_clip_seconds < math.inf, "above 0"),
+            ("num_trajectories_to_save", args.num_trajectories_to_save >= 1, "1 or more"),
+            ("wandb_table_steps", args.wandb_table_steps >= 0, "0 (never) or more"),
             ("max_ckpt_num", args.max_ckpt_num >= 1, "1 or more"),
             ("num_episodes", args.num_episodes >= 1, "1 or more"),
             ("max_epochs", args.max_epochs >= 1, "1 or more"),
@@ -346,6 +357,8 @@ def find_problems(
         problems.append(f"--kl_target {args.kl_target} needs a start value: set --init_kl_coef above 0")
     if args.use_kl_loss and args.kl_estimator == "k1":
         problems.append("--use_kl_loss with --kl_estimator k1: its gradient knows no reference model; use k3 or k2")
+    if args.wandb_table_steps > 0 and not args.use_wandb:
+        problems.append(f"--wandb_table_steps {args.wandb_table_steps} without --use_wandb: add it, or drop this")
     if args.engine_type == "hf" and args.engine_tp_size > 1:
         problems.append(f"--engine_type hf has no tensor parallelism: --engine_tp_size {args.engine_tp_size} must be 1")
     if args.load_in_4bit:

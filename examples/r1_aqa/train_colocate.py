@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "data_preprocess"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
+from run_record import write_config, write_report
 from run_summary import summary
 from train_args import build_parser, find_problems, finish, has_split, runtime_problems
 
@@ -70,6 +71,8 @@ def train(args: argparse.Namespace) -> None:
 
     reward_fn = find_reward(args.reward)
     strategy.print(banner(args, strategy))
+    if strategy.is_rank_0():
+        write_config(args, build_parser(add_arguments), describe_host(), describe_devices(strategy))
     terminal = find_terminal()
     show_status = terminal.status if terminal else lambda text: None
 
@@ -197,6 +200,8 @@ def train(args: argparse.Namespace) -> None:
     if strategy.is_rank_0():
         say = partial(terminal.print, needed=True) if terminal else strategy.print
         say(summary(args.save_path))
+        if args.report:
+            say(write_report(Path(args.save_path)))
 
 
 def find_terminal() -> Any:
@@ -356,6 +361,17 @@ def choose_metric(args: argparse.Namespace, eval_dataloader: Any, evaluators: li
         raise SystemExit(f"--keep_best {args.keep_best}: no such metric here; there are {', '.join(known)}")
 
 
+def describe_devices(strategy: Any) -> str:
+    """How many processes, and what each computes on.
+
+    :param strategy: Strategy.
+    """
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{strategy.world_size} x {device}"
+
+
 def banner(args: argparse.Namespace, strategy: Any) -> str:
     """What is about to run.
 
@@ -369,14 +385,13 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
     responses = args.rollout_batch_size * args.n_samples_per_prompt
     micros = args.train_batch_size // (args.micro_train_batch_size * strategy.world_size)
     sharding = "FSDP2" if args.fsdp else f"ZeRO-{args.zero_stage}"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return "\n".join(
         (
             f"host      {describe_host()}",
             *([f"fixes     {', '.join(FIXES)}"] if FIXES else []),
             f"versions  torch {torch.__version__}, transformers {transformers.__version__}, "
             f"deepspeed {deepspeed.__version__}",
-            f"devices   {strategy.world_size} x {device}; {sharding}, {'bf16' if args.bf16 else 'fp32'}; "
+            f"devices   {describe_devices(strategy)}; {sharding}, {'bf16' if args.bf16 else 'fp32'}; "
             f"engine {args.engine_type}, TP {args.engine_tp_size}",
             f"model     {args.pretrain}",
             f"batch     {args.rollout_batch_size} prompts x {args.n_samples_per_prompt} = {responses} responses "

@@ -70,6 +70,8 @@ def main() -> None:
     }
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     draw_curve(metrics, summary, out / "curve.png", name)
+    results = (out / f"result_{part}.json" for part in ("before", "after", "silent"))
+    run("report.py", out / "run", "--compare", *results, quiet=True)
     print(report(summary, args.out_dir), flush=True)
 
 
@@ -113,7 +115,7 @@ def train(out: Path, seed: int, prompts: int, flags: list[str]) -> None:
         *("--train_batch_size", prompts * N_SAMPLES, "--micro_train_batch_size", 4 * N_SAMPLES),
         *("--micro_rollout_batch_size", 4 * N_SAMPLES, "--generate_max_len", 16),
         *("--actor_learning_rate", 1e-3, "--init_kl_coef", 0.04, "--use_kl_loss", "--seed", seed),
-        *("--zero_stage", 2, "--save_trajectories"),
+        *("--zero_stage", 2, "--save_trajectories", "--no-report"),  # main makes it, with the evaluations
         *flags,
     )
 
@@ -225,6 +227,7 @@ def report(summary: dict[str, Any], shown: Path) -> str:
             f"engine against trainer: log-probs at most {summary['logprob_gap_max']:.1e} apart in "
             f"{summary['steps']} steps",
             f"{summary['wall_seconds']:.0f} s in all; {shown}/summary.json, {shown}/curve.png, model in {shown}/run",
+            f"to look at and listen to: {shown}/run/report.html (opens in a browser, needs no network)",
         )
     )
 

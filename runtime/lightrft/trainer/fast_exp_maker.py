@@ -73,6 +73,8 @@ class FastExperienceMaker:
         self.sampling = sampling
         self.needs_old_log_probs = needs_old_log_probs
         self.multimodal_processor: Any = None  # set by patch_experience_maker_for_audio
+        # what trajectories record of an image-slot entry; whoever fills the slot may say
+        self.describe_image: Callable[[Any], dict[str, Any]] = lambda image: {}
         self.draw_prompts: Callable[[int, int, int], tuple[Any, ...]] | None = None  # see replace_groups
         self.timings: dict[str, float] = {}
         self.on_phase: Callable[[str], None] = lambda name: None
@@ -183,6 +185,7 @@ class FastExperienceMaker:
                         reference=all_references[i],
                         label=all_labels[i],
                         tags=all_tags[i] if all_tags else (),
+                        source=self.describe_image(images[i]),
                     )
                 )
         return items

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ class Experience:
     :param reference: Gold answer.
     :param label: Reward rule.
     :param tags: What it is counted under beside all others, such as its data set.
+    :param source: What trajectories record of the prompt beside its text, such as the audio's file.
     :param response: Decoded response, for trajectories.
     :param reward: Total reward.
     :param reward_metrics: Its parts.
@@ -38,6 +40,7 @@ class Experience:
     reference: str
     label: str
     tags: Sequence[str] = ()
+    source: dict[str, Any] = field(default_factory=dict)
     response: str = ""
     reward: float = 0.0
     reward_metrics: dict[str, float] = field(default_factory=dict)

@@ -9,7 +9,6 @@ engine's in every step, and the difference is a metric.
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import random
 import shutil
@@ -34,6 +33,7 @@ from lightrft.utils.metrics import MetricsWriter
 from lightrft.utils.preemption import StopError, stop_request
 from lightrft.utils.progress import Progress, step_lines
 
+from . import trajectories
 from .advantages import KLController
 from .evaluation import BestModel, Evaluation, Evaluator, rollout_sums, tag_metrics, tag_sums
 from .fast_exp_maker import FastExperienceMaker, forward, split_tags
@@ -125,6 +125,7 @@ class SPMDPPOTrainerVL:
         self.best: BestModel | None = None
         self.best_remembered: dict[str, Any] | None = None  # by the checkpoint that was loaded
         self.progress = Progress()
+        self.samples: list[dict[str, Any]] = []  # of the last step, on rank 0: see trajectories.records
         # last step whose gradients are all in the weights, the KL weight then, and what health knew
         self.boundary = (0, init_kl_coef, self.health.state())
         for model in filter(None, (actor, initial_model)):
@@ -182,6 +183,8 @@ class SPMDPPOTrainerVL:
         writer = MetricsWriter(Path(args.save_path), args, step) if self.strategy.is_rank_0() else None
         self.progress = Progress(total, step, self.strategy.is_rank_0())
         self.experience_maker.on_phase = self.progress.phase
+        if writer is not None and step == 0:
+            trajectories.set_aside(Path(args.save_path))
         started = time.perf_counter()
         metrics: dict[str, float] = {}
         if args.dynamic_sampling:
@@ -261,8 +264,11 @@ class SPMDPPOTrainerVL:
             self.boundary = (step, self.kl_ctl.value, self.health.state())
         if fatal:
             raise AnomalyError(fatal)
-        if self.strategy.args.save_trajectories and self.strategy.is_rank_0():
-            self.save_trajectories(items, step)
+        if self.strategy.is_rank_0():
+            args = self.strategy.args
+            self.samples = trajectories.records(items, step, args.n_samples_per_prompt, args.num_trajectories_to_save)
+            if args.save_trajectories:
+                trajectories.save(Path(args.save_path), step, self.samples)
         return metrics
 
     def draw_prompts(self, loader: Any, step: int, attempt: int, count: int) -> tuple[Any, ...]:
@@ -408,7 +414,7 @@ class SPMDPPOTrainerVL:
         """
         if writer is None:
             return
-        writer.write(step, metrics)
+        writer.write(step, metrics, self.samples)
         self.progress.step(*step_lines(step, total, metrics))
 
     def save(self, args: Any) -> None:
@@ -515,29 +521,6 @@ class SPMDPPOTrainerVL:
             random.setstate(python)
             np.random.set_state(numpy)
             torch.set_rng_state(torch_state)
-
-    def save_trajectories(self, items: list[Experience], step: int) -> None:
-        """Write the first responses of the step as JSON Lines.
-
-        :param items: Rank 0's experiences.
-        :param step: Rollout step.
-        """
-        args = self.strategy.args
-        folder = Path(args.save_path) / "trajectories"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-            for item in items[: args.num_trajectories_to_save]:
-                record = {
-                    "prompt": item.prompt,
-                    "response": item.response,
-                    "reference": item.reference,
-                    "label": item.label,
-                    "reward": item.reward,
-                    **item.reward_metrics,
-                    "advantage": float(item.advantages[-1]),
-                    "truncated": item.truncated,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:

@@ -1,10 +1,11 @@
-"""Metrics to a JSON Lines file, wandb and TensorBoard."""
+"""Metrics to a JSON Lines file, wandb and TensorBoard, under the same names."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ class MetricsWriter:
     are taken out. A new run in an old folder keeps the old file as ``metrics.jsonl.old``.
 
     :param folder: Of the run.
-    :param args: The run's arguments: ``use_wandb``, ``wandb_*``, ``use_tensorboard``.
+    :param args: The run's arguments: ``use_wandb``, ``wandb_*``, ``use_tensorboard``. ``WANDB_MODE`` makes wandb
+        offline or disabled.
     :param done: Steps that are already done.
     """
 
@@ -37,6 +39,7 @@ class MetricsWriter:
         if args.use_wandb:
             import wandb
 
+            self._table_steps = args.wandb_table_steps
             # the key comes from WANDB_API_KEY or a login, never from a flag
             run_id = folder / "wandb_run_id.txt"
             known = run_id.read_text().strip() if done and run_id.exists() else None
@@ -58,17 +61,19 @@ class MetricsWriter:
                 log_dir=str(Path(args.use_tensorboard) / args.wandb_run_name), purge_step=done + 1 if done else None
             )
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of a step.
+    def write(self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]] = ()) -> None:
+        """Write the metrics of a step, and every ``wandb_table_steps`` steps its samples as a table to wandb.
 
         :param step: Rollout step, from 1.
         :param metrics: Name to value; a NaN becomes null in the file.
+        :param samples: Responses with what they were asked and earned; ``audio_path`` names the clip, if there is one.
         """
         record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._pending.append((json.dumps(record) + "\n").encode())
         self._flush()
         if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+            due = samples and self._table_steps > 0 and step % self._table_steps == 0
+            self._wandb.log(metrics | ({"rollouts": rollout_table(samples)} if due else {}), step=step)
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -98,6 +103,24 @@ class MetricsWriter:
             self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def rollout_table(samples: Sequence[dict[str, Any]]) -> Any:
+    """Responses as a wandb table, a row a response, with a player for the clip.
+
+    :param samples: As for :meth:`MetricsWriter.write`.
+    """
+    import wandb
+
+    players: dict[str, Any] = {}  # the responses of a group share one
+    names = [name for name in samples[0] if name not in ("step", "audio_path")]
+    table = wandb.Table(columns=["audio", *names])
+    for sample in samples:
+        path = sample.get("audio_path")
+        if path and path not in players:
+            players[path] = wandb.Audio(path) if Path(path).is_file() else None
+        table.add_data(players.get(path), *(sample[name] for name in names))
+    return table
 
 
 def keep_steps(path: Path, last: int) -> None:

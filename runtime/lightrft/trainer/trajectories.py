@@ -1,0 +1,64 @@
+"""Samples of what was said and earned, in the run's folder: a file a step, a line a response."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .replay_buffer import Experience
+
+FOLDER = "trajectories"
+
+
+def records(items: list[Experience], step: int, n_samples: int, count: int) -> list[dict[str, Any]]:
+    """What is recorded of a step's first responses, in whole groups.
+
+    :param items: Scored experiences with advantages, a group's next to each other.
+    :param step: Rollout step.
+    :param n_samples: Responses a group.
+    :param count: Responses to record, rounded up to whole groups.
+    """
+    return [
+        {
+            "step": step,
+            "group": number // n_samples,
+            **item.source,
+            "prompt": item.prompt,
+            "response": item.response,
+            "reference": item.reference,
+            "label": item.label,
+            "reward": item.reward,
+            **item.reward_metrics,
+            "advantage": float(item.advantages[-1]),
+            "truncated": item.truncated,
+        }
+        for number, item in enumerate(items[: -(-count // n_samples) * n_samples])
+    ]
+
+
+def save(run: Path, step: int, samples: list[dict[str, Any]]) -> None:
+    """Write a step's samples as JSON Lines.
+
+    :param run: The run's folder.
+    :param step: Rollout step.
+    :param samples: From :func:`records`.
+    """
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+
+def set_aside(run: Path) -> None:
+    """Keep an older run's samples as ``trajectories.old``, as its metrics are kept as ``metrics.jsonl.old``.
+
+    :param run: The folder of the run that begins.
+    """
+    folder = run / FOLDER
+    if folder.exists():
+        old = folder.with_name(FOLDER + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)

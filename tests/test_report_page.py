@@ -1,0 +1,249 @@
+"""The report's page in a browser, from a file, as its reader opens it. Skipped where there is no chromium."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+from report_run import HOSTILE, make_result, make_run
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements/dev.txt)")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium")
+SEEN = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+VIEWS = [(scheme, width) for scheme in ("light", "dark") for width in (1280, 390)]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """A report of two runs and three evaluations, in a folder whose name is hostile, too."""
+    folder = tmp_path_factory.mktemp("report")
+    run = make_run(folder / 'run <img src=x onerror="window.hacked=1">', rollouts=True)
+    other = make_run(folder / "other", steps=20, slower=0.5)
+    results = [make_result(folder / f"{name}.json", right) for name, right in (("before", 10), ("after <b>", 30))]
+    results.append(make_result(folder / "silent.json", 11, silent=True))
+    run_script("report.py", run, "--compare", other, *results)
+    return run / "report.html"
+
+
+def until(page, condition: str, seconds: float = 30.0) -> None:
+    """Wait; ``wait_for_function`` would need the page's policy to allow eval."""
+    ends = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < ends, f"never: {condition}"
+        page.wait_for_timeout(50)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as control:
+        # a sandbox needs rights that root in a container has not
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        chromium = control.chromium.launch(executable_path=BROWSER, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser, report):
+    """Opens the page, and fails the test if the page complains of anything or asks for anything."""
+    contexts, complaints = [], []
+
+    def open_with(scheme="light", width=1280, path=report):
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or complaints.append(r.url))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_with
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def test_it_is_small_and_quickly_seen(open_page, report):
+    assert report.stat().st_size < 1_000_000
+    times = []
+    for _ in range(3):  # the quickest: others may be at work on the machine
+        page = open_page()
+        until(page, f"{SEEN} > 0")
+        times.append(page.evaluate(SEEN))
+    assert min(times) < 2_000, times
+
+
+def test_curves_show_values_smoothed_zoomed_and_over_each_other(open_page):
+    page = open_page()
+    titles = page.locator("#panels h3").all_inner_texts()
+    assert [title.split()[0] for title in titles[:3]] == ["Reward", "Accuracy", "Format"]
+    assert len(page.locator("#panels canvas").all()) == len(titles)
+    assert page.locator("#run-legend li").count() == 2
+    reward = page.get_by_role("slider", name="Reward: step")
+    reward.focus()
+    page.keyboard.press("Home")
+    for _ in range(16):
+        page.keyboard.press("ArrowRight")
+    # 1 + 1 / (1 + e^(4 - 17 / 4)) = 1.56, and half as fast 1 + 1 / (1 + e^(4 - 17 / 8)) = 1.13
+    spoken = reward.get_attribute("aria-valuetext")
+    assert spoken.startswith("step 17:") and "1.56" in spoken and "1.13" in spoken
+    accuracy = page.locator(".panel").nth(1)
+    assert accuracy.locator(".at").inner_text() == "step 17"  # the cursor is shared
+    page.keyboard.press("End")
+    assert reward.get_attribute("aria-valuetext").endswith("–")  # the other run has ended
+    page.locator("#smooth").fill("10")
+    assert page.locator("#smooth-value").inner_text() == "mean of 10 steps"
+    page.locator("#from").fill("5")
+    page.locator("#to").fill("12")
+    page.locator("#to").blur()
+    reward.hover(position={"x": 60, "y": 60})
+    step = int(accuracy.locator(".at").inner_text().split()[1])
+    assert 5 <= step <= 7  # the left edge of the zoomed range
+    page.get_by_role("button", name="All steps").click()
+    assert (page.locator("#from").input_value(), page.locator("#to").input_value()) == ("1", "30")
+    page.locator("#more > summary").click()
+    assert "my/own" in " ".join(page.locator("#more-panels h3").all_inner_texts())
+    assert page.locator("#more-panels canvas").count() >= 3
+
+
+def test_the_curve_that_is_drawn_is_the_metric(open_page):
+    """Of the reward's canvas, the line's height at three steps, found by its colour."""
+    page = open_page()
+    heights = page.evaluate("""() => {
+        const canvas = document.querySelector("#panels canvas"), { width, height } = canvas;
+        const pixels = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+        const at = (share) => {
+            const over = document.querySelector("#panels .u-over").getBoundingClientRect();
+            const box = canvas.getBoundingClientRect();
+            const x = Math.round(((over.left - box.left + share * over.width) / box.width) * width);
+            let best = -1, y = 0;
+            for (let row = 0; row < height; row++) {
+                const p = 4 * (row * width + x), blue = pixels[p + 3] > 120 ? pixels[p + 2] - pixels[p] : 0;
+                if (blue > best) { best = blue; y = row; }
+            }
+            return 1 - y / height;
+        };
+        return [0.1, 0.5, 0.9].map(at);
+    }""")
+    assert heights[0] < heights[1] - 0.1 < heights[2] - 0.2
+
+
+def test_clips_play(open_page):
+    page = open_page()
+    until(page, "document.querySelector('audio').readyState >= 1")
+    assert page.evaluate("document.querySelector('audio').duration") == pytest.approx(0.8, abs=0.15)
+    page.keyboard.press("p")
+    until(page, "document.querySelector('audio').currentTime > 0.1")
+    page.locator(".pictures").click(position={"x": 5, "y": 20})
+    assert page.get_by_role("img", name="Waveform of 0.8 seconds").is_visible()
+    mel = page.get_by_role("img", name="Mel spectrogram")
+    assert mel.evaluate("image => image.complete && image.naturalWidth") > 100
+    page.keyboard.press("j")
+    until(page, "document.querySelector('audio').duration > 1")  # the next one has 1.2 s
+    assert page.locator("#list button").count() == 6
+    page.locator("#list button").last.click()
+    assert "No clip to play" in page.locator("#group .notice").inner_text()
+    assert page.locator("audio").count() == 0
+
+
+def test_filters_filter(open_page):
+    page = open_page()
+    shown = page.locator("#list button")
+    where = page.locator("#list .where")
+    assert shown.count() == 6
+    page.locator("#step").select_option("15")
+    assert where.all_inner_texts() == ["step 15 · 1", "step 15 · 2"]
+    page.get_by_role("radio", name="out of format").check()
+    assert where.all_inner_texts() == ["step 15 · 1", "step 15 · 2"]
+    assert page.locator(".responses tbody tr:not(.dim)").count() == 1
+    page.locator("#step").select_option("1")
+    assert shown.count() == 0 and "No group" in page.locator("#list").inner_text()
+    page.locator("#step").select_option("")
+    assert shown.count() == 2
+    page.get_by_role("radio", name="wrong").check()
+    assert shown.count() == 6
+    assert page.locator(".responses tbody tr:not(.dim) .verdict").first.inner_text() == "✗ wrong"
+
+
+def test_all_by_keyboard(open_page):
+    page = open_page()
+    title = page.locator("#group h3")
+    assert title.inner_text() == "Step 1, group 1"
+    for _ in range(3):
+        page.keyboard.press("j")
+    page.keyboard.press("k")
+    assert title.inner_text() == "Step 15, group 1"
+    assert page.locator("#list [aria-current]").inner_text().startswith("step 15 · 1")
+    page.keyboard.press("4")
+    assert page.get_by_role("radio", name="out of format").is_checked()
+    page.locator("#step").focus()
+    page.keyboard.press("j")  # typed into a field it is no shortcut
+    assert title.inner_text() == "Step 15, group 1"
+    page.locator("#keys").uncheck()
+    page.keyboard.press("1")
+    assert page.get_by_role("radio", name="out of format").is_checked()
+    page.get_by_role("button", name="Next group").press("Enter")
+    assert title.inner_text() == "Step 15, group 2"
+    assert page.evaluate("document.activeElement.tagName") != "BODY"  # the focus is not lost
+
+
+def test_hostile_texts_are_texts(open_page):
+    page = open_page()
+    page.locator("#more > summary").click()
+    texts = ""
+    for _ in range(6):
+        texts += page.locator("#group").inner_text()
+        page.keyboard.press("j")
+    assert HOSTILE[0] in texts and HOSTILE[1] in texts and HOSTILE[5] in texts
+    assert "\u202e" not in texts and "U+202E" in texts and "U+0000" in texts and "U+D83D" in texts
+    assert HOSTILE[0] in page.locator("#settings").inner_text()
+    assert page.locator("h1").inner_text().endswith('run <img src=x onerror="window.hacked=1">')
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.scripts.length") == 2
+    assert page.locator("img[src=x]").count() == 0
+
+
+def test_the_policy_stops_scripts_that_are_not_the_pages(browser, report, tmp_path):
+    broken = tmp_path / "broken.html"
+    broken.write_text(report.read_text().replace("<footer", "<script>window.hacked = 1</script><footer"))
+    page = browser.new_page()
+    page.goto(broken.as_uri())
+    assert page.evaluate("document.scripts.length") == 3
+    assert page.evaluate("window.hacked") is None
+    page.close()
+
+
+def test_evaluations_and_settings_are_shown(open_page):
+    page = open_page()
+    text = page.locator("#evaluation").inner_text()
+    assert "10 of 40" in text and "silence in place of every clip" in text
+    assert "+50.00" in text and "1.9e-06" in text and "unlikely (p < 0.05)" in text
+    assert "cannot be ruled out" in text
+    assert "wandb_run_name" in page.locator("#settings table").nth(1).inner_text()
+
+
+@pytest.mark.parametrize(("scheme", "width"), VIEWS)
+def test_accessible_and_nothing_sticks_out(open_page, scheme, width):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = open_page(scheme, width)
+    for summary in page.locator("details > summary").all():
+        summary.click()
+    found = Axe().run(page).response["violations"]
+    bad = [
+        (v["id"], v["nodes"][0]["html"], v["nodes"][0]["failureSummary"])
+        for v in found
+        if v["impact"] in ("serious", "critical")
+    ]
+    assert bad == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(15, 19, 24)")
