@@ -68,7 +68,7 @@ def test_two_processes_give_the_metrics_of_one(alone, tiny_model, demo_parquet, 
     difference = largest_difference(records, metrics_of(alone(layout.split(",")[0])))
     assert difference < BOUND
     _, same = moved(tiny_model, tmp_path)
-    assert {name for name in same if "embed_positions" not in name and "k_proj.bias" not in name} == set()
+    assert {name for name in same if "k_proj.bias" not in name} == {"audio_tower.embed_positions.weight"}
     found[sharding, layout] = difference
 
 

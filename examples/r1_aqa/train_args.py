@@ -193,11 +193,11 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
 
     g = parser.add_argument_group("output")
     g.add_argument("--save_path", default="./ckpt", help="folder of the run: metrics, logs and the final model")
-    g.add_argument("--ckpt_path", help="folder of the DeepSpeed checkpoints; default: --save_path")
+    g.add_argument("--ckpt_path", help="folder of the checkpoints; default: --save_path")
     g.add_argument("--save_steps", type=int, default=-1, help="checkpoint every so many steps; -1: never")
     g.add_argument("--save_hf_ckpt", action=flag, default=False, help="with each checkpoint a Hugging Face folder too")
-    g.add_argument("--disable_ds_ckpt", action=flag, default=False, help="no DeepSpeed checkpoints")
-    g.add_argument("--max_ckpt_num", type=int, default=3, help="DeepSpeed checkpoints to keep")
+    g.add_argument("--disable_ds_ckpt", action=flag, default=False, help="no checkpoints for resuming")
+    g.add_argument("--max_ckpt_num", type=int, default=3, help="checkpoints to keep")
     g.add_argument("--load_checkpoint", action=flag, default=False, help="resume from --ckpt_path")
     g.add_argument(
         "--on_anomaly",

@@ -29,7 +29,7 @@ def load_model(pretrain: str, **kwargs: Any) -> PreTrainedModel:
     wrong["unexpected"] = [name for name in wrong["unexpected"] if not name.startswith(family.foreign)]
     if any(wrong.values()):
         raise ValueError(f"{pretrain} is not a whole {family.name} checkpoint: {wrong}")
-    for part in family.unheard:
+    for part in (*family.unheard, *family.fixed):
         model.get_submodule(part).requires_grad_(False)
     return model
 

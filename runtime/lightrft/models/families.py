@@ -32,6 +32,8 @@ class Qwen2Audio:
     processor_class: type[ProcessorMixin] = Qwen2AudioProcessor
     foreign: tuple[str, ...] = ()  # prefixes of weights that a checkpoint may hold and the model has not
     unheard: tuple[str, ...] = ()  # modules that audio and text do not pass: kept as they are
+    # sinusoids, which do not train; transformers forgets that where it loads under ZeRO-3
+    fixed: tuple[str, ...] = ("model.audio_tower.embed_positions",)
     lora = True
 
     @staticmethod
@@ -126,6 +128,7 @@ class Qwen2_5Omni(Qwen2Audio):
     model_class = Qwen2_5OmniThinkerForConditionalGeneration
     processor_class = OmniAudioProcessor
     foreign = ("talker.", "token2wav.")
+    fixed = ()
     unheard = ("visual", "audio_tower.audio_bos_eos_token")
     lora = False
 
