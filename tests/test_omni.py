@@ -321,6 +321,7 @@ def test_the_hf_engines_log_probs_are_the_trainers(parts, noises):
 
 
 def test_evaluation_answers_as_plain_generate(tiny_omni, noises):
+    """Two questions in a batch, against transformers' generate, alone."""
     import eval_engines
     from eval_models import Model
 
@@ -329,6 +330,7 @@ def test_evaluation_answers_as_plain_generate(tiny_omni, noises):
     engine = eval_engines.HFEngine(
         model, processor, eval_engines.Settings(max_new_tokens=8, batch_size=4, dtype="float32")
     )
+    perturbed(engine, 0.1)  # answers that hang on every detail of what is heard and read
     texts = [eval_engines.render(processor, question) for question in ("What sound?", "Is it a bell or rain?")]
     slot = engine.inputs.process_multimodal_batch(texts, noises[1:3], None, None, 1)
     ids = [torch.tensor(row) for row in slot["all_prompt_token_ids"]]
