@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-MAX_FILE = 256 * 2**20  # bytes of one recording; MMAU's largest have some 10 MB
+MAX_FILE = 256 * 2**20  # bytes of one recording; 30 s of 192 kHz, 8 channels, 24 bit are half of it
 MAX_ALL = 64 * 2**30  # bytes of everything in an archive, taken or not: unpacking a bomb takes hours
 MAX_MEMBERS = 1_000_000
 CHUNK = 2**20
-# what the readers raise for an archive that is damaged or cut short
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
+# what the readers raise for an archive that is damaged or cut short; TypeError: tarfile, where gzip's header ends early
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, TypeError)
 
 
 class UnpackError(RuntimeError):
@@ -136,7 +136,7 @@ def members_of(archive: Path) -> Iterator[Member]:
         with zipfile.ZipFile(archive) as file:
             for info in file.infolist():
                 kind = info.external_attr >> 28  # of the Unix mode: 8 is a file, 0 not said
-                plain = not info.is_dir() and kind in (0, 8)
+                plain = not info.is_dir() and kind in (0, 8) and not info.flag_bits & 1  # 1: encrypted
                 yield Member(info.filename, info.file_size, (lambda info=info: file.open(info)) if plain else None)
         return
     # a stream, not an index: compressed archives are read once, from front to back
