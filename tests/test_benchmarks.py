@@ -123,6 +123,9 @@ def test_table_of_results_goes_between_its_marks():
     text = run_all.table({"thing": record})
     assert "| speed | 2.5 | at least 3 | **missed** |" in text
     assert "| thing | 2026-01-02 | 5 | 2, 4 | 7% | 2 min |" in text
+    assert "Preliminary" not in text
+    for change in ({"rounds": 4}, {"machine": machine | {"others": 0.2}}):
+        assert "busy machine: odd.\n" in run_all.table({"thing": record, "odd": record | change})
     page = f"before\n{run_all.START}old\n{run_all.END}after\n"
     assert run_all.put_between(page, text) == f"before\n{run_all.START}{text}{run_all.END}after\n"
     assert run_all.put_between(run_all.PAGE.read_text(), "").count(run_all.END) == 1

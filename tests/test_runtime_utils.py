@@ -89,7 +89,7 @@ def test_sources_are_mixed_by_their_shares_reproducibly(tmp_path):
 
 def test_what_is_read_is_printed(tmp_path):
     path, lines = write_rows(tmp_path / "train.parquet", "t", 3), []
-    blending_datasets(str(tmp_path), "1.0", SimpleNamespace(print=lines.append), return_eval=False)
+    blending_datasets(str(tmp_path), "1.0", SimpleNamespace(print=lines.append, world_size=1), return_eval=False)
     assert lines == [f"data: {path}, 3 rows"]
 
 
@@ -304,7 +304,7 @@ def test_frozen_layers_are_sent_once(tiny_model):
         parameter.requires_grad_(not set(frozen) & set(name.split(".")))
     strategy = object.__new__(DeepspeedStrategy)  # without a process group
     strategy.args, strategy.inference_engine, strategy.engine_has_all = (
-        SimpleNamespace(zero_stage=0, lora_rank=0),
+        SimpleNamespace(zero_stage=0, lora_rank=0, bf16=False, sync_bucket_mb=512),
         Engine(),
         False,
     )

@@ -55,6 +55,8 @@ flags |= dict(adam_betas=(0.9, 0.95), max_norm=1.0, train_batch_size=2, micro_tr
 flags |= dict(adam_offload=False, param_offload=False, fsdp_cpu_offload=False)
 whole = {name: tensor.detach() for name, tensor in make().named_parameters()}
 from lightrft.engines.base import checkpoint_name
+from lightrft.models import families
+families.FAMILIES["qwen2"] = families.Qwen2Audio  # names its weights so
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 from lightrft.strategy.fsdp_strategy import FSDPStrategy
 
