@@ -52,7 +52,8 @@ def run(script: list[str], demo: Path, steps: int, environment: dict[str, str]) 
             "actor_learning_rate": 1e-3,
             "zero_stage": 2,
         }
-        command = [*script, "--use_kl_loss", *(str(part) for name, v in flags.items() for part in (f"--{name}", v))]
+        command = [*script, "--use_kl_loss", "--no-report"]
+        command += [str(part) for name, v in flags.items() for part in (f"--{name}", v)]
         done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(command)} ended with {done.returncode}\n{done.stderr[-3000:]}")

@@ -87,6 +87,7 @@ def measure(point: dict[str, int], model: Path, parquet: Path, out: Path) -> dic
         "generate_max_len": point["response"],
         "actor_learning_rate": 1e-6,
         "use_kl_loss": True,
+        "no-report": True,
     }
     metrics = train([sys.executable, *launcher, EXAMPLE / "train_colocate.py"], flags, 1, out)
     return medians(metrics, [*(f"time/{phase}" for phase in (*PHASES, "step")), "cpu/step", "rollout/response_length"])

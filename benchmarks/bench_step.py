@@ -173,7 +173,7 @@ def main() -> None:
         "actor_learning_rate": 1e-6,
     }
     train_batch, micro = {"train_batch_size": PROMPTS * SAMPLES}, {"micro_rollout_batch_size": args.micro_batch}
-    user = flags | train_batch | micro | {"use_kl_loss": True}
+    user = flags | train_batch | micro | {"use_kl_loss": True, "no-report": True}
     colocate = [sys.executable, EXAMPLE / "train_colocate.py"]
     ways: dict[str, tuple[list[object], dict[str, object]]] = {
         BASELINE: ([sys.executable, ROOT / "benchmarks" / "r1_aqa_scheme.py"], flags),

@@ -137,7 +137,7 @@ def main() -> None:
             "zero_stage": 2,
         }
         script = str(ROOT / "examples" / "r1_aqa" / "train_colocate.py")
-        command = [sys.executable, script, "--use_kl_loss"]
+        command = [sys.executable, script, "--use_kl_loss", "--no-report"]
         command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
         used, metrics = watch(command, Path(out) / "metrics.jsonl", args.steps)
 

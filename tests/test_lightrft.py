@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EXAMPLE, ROOT, child_environment
+from metric_table import METRICS as METRIC_TABLE
 from safetensors.torch import load_file
 from test_training import METRICS, SMALL
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
@@ -71,7 +72,7 @@ def run(request, home, tiny_model, demo_parquet, tmp_path_factory):
     """Three steps with everything switched on."""
     out = tmp_path_factory.mktemp("lightrft") / "run"
     flags = ("--max_samples", 12, "--save_steps", 2, "--save_hf_ckpt", "--save_trajectories", "--eval_steps", 2)
-    done = train(tiny_model, demo_parquet, out, *flags, "--max_eval_samples", 8, *CASES[request.param])
+    done = train(tiny_model, demo_parquet, out, *flags, "--max_eval_samples", 8, "--report", *CASES[request.param])
     return request.param, out, done
 
 
@@ -80,7 +81,7 @@ def test_engine_and_trainer_agree_in_every_step(run):
     metrics = metrics_of(out)
     assert [m["step"] for m in metrics] == [1, 2, 3]
     for m in metrics:
-        assert set(METRICS) - NOT_MEASURED <= set(m)
+        assert set(METRICS) - NOT_MEASURED <= set(m) and set(m) - {"step"} <= METRIC_TABLE.keys()
         assert m["rollout/logprob_gap_mean"] < (1e-5 if kind == "DeepSpeed" else 1e-2)
         assert kind != "DeepSpeed" or m["rollout/logprob_gap_max"] < 1e-3
         assert 0.5 < m["rollout/format_reward"] <= 1 and 0 < m["rollout/accuracy_reward"] < 1
@@ -116,6 +117,7 @@ def test_trajectories_can_be_listened_to(run):
     first = json.loads(saved.read_text())[0]
     assert first["has_images"] and first["num_images"] == 1
     assert (out / "trajectories" / first["image_paths"][0]).is_file()
+    assert '"mp3":"' in (out / "report.html").read_text()
 
 
 def test_a_second_start_continues_after_the_checkpoint(run, tiny_model, demo_parquet, tmp_path):

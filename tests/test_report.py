@@ -189,13 +189,16 @@ def test_config_holds_flags_and_versions_and_no_environment(tmp_path, monkeypatc
     parser.add_argument("--save_path", default="x")
     args = parser.parse_args(["--save_path", str(tmp_path / "run")])
     args.added_later = object()
-    run_record.write_config(args, parser, "host", "1 x CPU")
+    assert run_record.write_config(args, parser, "host", "1 x CPU") is None
     text = (tmp_path / "run" / "run_config.json").read_text()
     config = json.loads(text)
     assert config["flags"] == {"seed": 1, "save_path": str(tmp_path / "run")}
     assert config["changed"] == ["save_path"]
     assert {"torch", "transformers", "python"} <= config["versions"].keys()
     assert "s3cret" not in text
+    (tmp_path / "file").touch()
+    args.save_path = str(tmp_path / "file" / "run")
+    assert "cannot be written" in run_record.write_config(args, parser, "host", "1 x CPU")
 
 
 def test_a_report_that_fails_is_a_warning(tmp_path):

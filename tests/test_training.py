@@ -57,6 +57,7 @@ SMALL = [
     "--lr_warmup_ratio",
     "0",
     "--use_kl_loss",
+    "--no-report",
 ]
 
 
@@ -95,7 +96,7 @@ def run(tiny_model, demo_parquet, demo_data, tmp_path_factory):
     """Four steps, with checkpoints after two and four, evaluations, the best kept, and trajectories."""
     out = tmp_path_factory.mktemp("run")
     every = ("--save_steps", 2, "--eval_steps", 2, "--max_ckpt_num", 1, "--keep_best", *benchmark_of(demo_data))
-    switches = ("--save_hf_ckpt", "--save_trajectories", "--num_trajectories_to_save", 5)
+    switches = ("--save_hf_ckpt", "--save_trajectories", "--num_trajectories_to_save", 5, "--report")
     done = train(tiny_model, demo_parquet, out, "--max_samples", 16, *every, *switches)
     return out, done
 

