@@ -318,7 +318,7 @@ def test_frozen_layers_are_sent_once(tiny_model):
         parameter.requires_grad_(not set(frozen) & set(name.split(".")))
     strategy = object.__new__(DeepspeedStrategy)  # without a process group
     strategy.args, strategy.inference_engine, strategy.engine_has_all = (
-        SimpleNamespace(zero_stage=0, lora_rank=0),
+        SimpleNamespace(zero_stage=0, lora_rank=0, bf16=False, sync_bucket_mb=1),
         Engine(),
         False,
     )

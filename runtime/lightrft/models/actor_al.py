@@ -25,7 +25,7 @@ def load_model(pretrain: str, **kwargs: Any) -> Qwen2AudioForConditionalGenerati
     wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
         raise ValueError(f"{pretrain} is not a whole Qwen2-Audio checkpoint: {wrong}")
-    # sinusoids, which do not train; transformers forgets that where it loads under ZeRO-3
+    # sinusoids, which Qwen2-Audio does not train; transformers 5 forgets that while it loads, except under ZeRO-3
     model.model.audio_tower.embed_positions.requires_grad_(False)
     return model
 
