@@ -32,7 +32,7 @@ class Qwen2Audio:
     processor_class: type[ProcessorMixin] = Qwen2AudioProcessor
     foreign: tuple[str, ...] = ()  # prefixes of weights that a checkpoint may hold and the model has not
     unheard: tuple[str, ...] = ()  # modules that audio and text do not pass: kept as they are
-    # sinusoids, which do not train; transformers forgets that where it loads under ZeRO-3
+    # sinusoids, which do not train; transformers 5 forgets that while it loads, except under ZeRO-3
     fixed: tuple[str, ...] = ("model.audio_tower.embed_positions",)
     lora = True
 
