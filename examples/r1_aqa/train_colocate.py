@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
-from train_args import build_parser, find_problems, finish, has_split
+from train_args import build_parser, find_problems, finish, has_split, model_type_of
 
 find_host()
 WRONG_USE, CANNOT_SAVE = 2, 5  # exit status
@@ -304,7 +304,10 @@ def _host_problems(args: argparse.Namespace) -> list[str]:
         if args.engine_type == "sglang":
             return ["--engine_type sglang: only LightRFT itself runs it (LIGHTRFT_HOME); use vllm or hf"]
         return []
-    return lightrft_host.find_problems(args)
+    problems = lightrft_host.find_problems(args)
+    if args.pretrain and model_type_of(args.pretrain) not in (None, "qwen2_audio"):
+        problems.append(f"--pretrain {args.pretrain}: inside LightRFT qwen2_audio alone; unset LIGHTRFT_HOME")
+    return problems
 
 
 def main() -> None:
