@@ -52,7 +52,13 @@ def strategy() -> DeepspeedStrategy:
 @pytest.fixture
 def actor() -> ActorAL:
     parts = SimpleNamespace(audio_tower=None, multi_modal_projector=None, language_model=None)
-    return ActorAL(SimpleNamespace(config=SimpleNamespace(), model=parts, lm_head=torch.nn.Linear(2, 3, bias=False)))
+
+    class Model(SimpleNamespace):
+        def forward(self) -> None:
+            """What the patch stands in front of."""
+
+    config = SimpleNamespace(model_type="qwen2_audio")
+    return ActorAL(Model(config=config, model=parts, lm_head=torch.nn.Linear(2, 3, bias=False)))
 
 
 def make_maker(strategy=None, reward_fn=None, tokenizer=None, n=1) -> FastExperienceMaker:

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from audio_patches import Patch
 from host import host_folder
 from lightrft_contract import check_contract
-from train_args import model_type_of
 
 GAP_WARNING = {False: 1e-3, True: 0.05}  # of float32, bfloat16: mean |log p engine - log p trainer| worth a warning
 LONGEST_LINE = 2_000  # characters; LightRFT prints whole batches, waveforms included
@@ -74,8 +73,6 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     :return: One entry a problem.
     """
     problems = []
-    if args.pretrain and model_type_of(args.pretrain) not in (None, "qwen2_audio"):
-        problems.append(f"--pretrain {args.pretrain}: inside LightRFT qwen2_audio alone; unset LIGHTRFT_HOME")
     if args.engine_type == "hf":
         problems.append("--engine_type hf: LightRFT rolls out with vllm or sglang; hf is this repository's runtime's")
     if args.packing_samples:

@@ -29,7 +29,7 @@ from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
 from run_record import write_config, write_report
 from run_summary import summary
-from train_args import build_parser, find_problems, finish, has_split, runtime_problems
+from train_args import build_parser, find_problems, finish, has_split, model_type_of, runtime_problems
 
 find_host()
 WRONG_USE, CANNOT_SAVE = 2, 5  # exit status
@@ -406,7 +406,12 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
 
 
 def _host_problems(args: argparse.Namespace) -> list[str]:
-    return runtime_problems(args) if on_runtime() else lightrft_host.find_problems(args)
+    if on_runtime():
+        return runtime_problems(args)
+    problems = lightrft_host.find_problems(args)
+    if args.pretrain and model_type_of(args.pretrain) not in (None, "qwen2_audio"):
+        problems.append(f"--pretrain {args.pretrain}: inside LightRFT qwen2_audio alone; unset LIGHTRFT_HOME")
+    return problems
 
 
 def main() -> None:
