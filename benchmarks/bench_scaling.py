@@ -29,6 +29,10 @@ import numpy as np
 from bench_step import EXAMPLE, make_questions, medians, train
 from report import ROOT, Report, ratio
 
+sys.path.insert(0, str(EXAMPLE))
+from model_sizes import count, decoder_flops, head_flops, parameters, read_sizes, tower_flops
+from plan_memory import cache_bytes
+
 PROMPTS, MICRO = 8, 8
 BASE = {"samples": 8, "clip": 5, "response": 16, "processes": 1}
 VARIED = {"samples": (2, 4, 8, 16), "clip": (1, 5, 10, 30), "response": (8, 16, 32, 64), "processes": (1, 2)}
@@ -188,31 +192,12 @@ WORLD = 8
 MFU_TRAIN, MFU_FORWARD, OF_MEMORY, OF_LINK = 0.4, 0.5, 0.7, 0.7
 CLIP_SECONDS, TEXT_TOKENS, RESPONSE_TOKENS, MICRO_GPU = 10, 90, 24, 4
 
-TOWER_LAYERS, TOWER_WIDTH = 32, 1280
-LAYERS, WIDTH, INTERMEDIATE, VOCABULARY = 32, 4096, 11008, 156032
-TOWER = TOWER_LAYERS * 12 * TOWER_WIDTH**2 + 3 * TOWER_WIDTH * (128 + TOWER_WIDTH)  # attention, feed-forward, convs
-DECODER = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INTERMEDIATE)
-HEAD = WIDTH * VOCABULARY
-PARAMETERS = TOWER + TOWER_WIDTH * WIDTH + DECODER + 2 * HEAD
+SIZES = read_sizes("Qwen/Qwen2-Audio-7B-Instruct")
+PARAMETERS = count(parameters(SIZES))
+TOWER, DECODER = (count(parameters(SIZES), part) for part in ("audio_tower", "language_model"))
+HEAD = SIZES.width * SIZES.vocabulary  # as many again are the embeddings, which are looked up
+DECODER -= HEAD
 BF16 = 2  # bytes
-
-
-def tower_flops(seconds: float) -> float:
-    """Forward pass of the tower over one clip's valid frames.
-
-    :param seconds: Clip length; 50 states a second.
-    """
-    states = 50 * seconds
-    return 2 * TOWER * states + 4 * states**2 * TOWER_WIDTH * TOWER_LAYERS
-
-
-def decoder_flops(tokens: float, context: float) -> float:
-    """Forward pass of the language model without its head.
-
-    :param tokens: Tokens computed.
-    :param context: Tokens that each attends to, on average.
-    """
-    return 2 * DECODER * tokens + 4 * tokens * context * WIDTH * LAYERS
 
 
 def predict(gpu: str, prompts: int, samples: int) -> dict[str, float]:
@@ -231,14 +216,14 @@ def predict(gpu: str, prompts: int, samples: int) -> dict[str, float]:
     micros = responses / MICRO_GPU
     weights = BF16 * PARAMETERS
     gather = weights * (WORLD - 1) / WORLD / link  # all-gather of the weights; a reduce-scatter costs the same
-    kv = 2 * BF16 * LAYERS * WIDTH  # bytes a token; 32 key-value heads
+    kv = cache_bytes(SIZES, BF16)  # a token
     # each micro-batch encodes its clip once; forward, backward (twice it) and, with checkpointing, forward again
-    per_micro = tower_flops(CLIP_SECONDS) + decoder_flops(MICRO_GPU * whole, whole / 2)
-    per_micro += 2 * HEAD * MICRO_GPU * RESPONSE_TOKENS
-    reference = tower_flops(CLIP_SECONDS) + decoder_flops(prompt, prompt / 2)  # the shared prompt goes through once
-    reference += decoder_flops(MICRO_GPU * RESPONSE_TOKENS, whole) + 2 * HEAD * MICRO_GPU * RESPONSE_TOKENS
+    tower, head = tower_flops(SIZES, CLIP_SECONDS), head_flops(SIZES, MICRO_GPU * RESPONSE_TOKENS)
+    per_micro = tower + decoder_flops(SIZES, MICRO_GPU * whole, whole / 2) + head
+    first = tower + decoder_flops(SIZES, prompt, prompt / 2)
+    reference = first + decoder_flops(SIZES, MICRO_GPU * RESPONSE_TOKENS, whole) + head  # a shared prompt goes once
     parts = {
-        "prefill": prompts * (tower_flops(CLIP_SECONDS) + decoder_flops(prompt, prompt / 2)) / forward,
+        "prefill": prompts * first / forward,
         "decode": RESPONSE_TOKENS * (BF16 * (DECODER + HEAD) + responses * whole * kv) / memory,
         "reference": micros * max(reference / forward, gather),
         "train": micros * max(4 * per_micro / update, 3 * gather),  # two all-gathers and a reduce-scatter
@@ -258,9 +243,10 @@ def print_prediction() -> None:
     )
     print(f"PREDICTION, NOT MEASURED: seconds a GRPO step of Qwen2-Audio-7B on {WORLD} GPUs of one machine\n")
     for name, text in {
-        "model": f"{PARAMETERS / 1e9:.2f} G parameters in bf16: tower {TOWER / 1e9:.2f} G ({TOWER_LAYERS} layers of "
-        f"{TOWER_WIDTH}), decoder {DECODER / 1e9:.2f} G ({LAYERS} layers of {WIDTH}, intermediate {INTERMEDIATE}, 32 "
-        f"key-value heads), embeddings and head {2 * HEAD / 1e9:.2f} G ({VOCABULARY:,} tokens)",
+        "model": f"{PARAMETERS / 1e9:.2f} G parameters in bf16: tower {TOWER / 1e9:.2f} G "
+        f"({SIZES.tower_layers} layers of {SIZES.tower_width}), decoder {DECODER / 1e9:.2f} G ({SIZES.layers} layers "
+        f"of {SIZES.width}, intermediate {SIZES.inner}, {SIZES.kv_heads} key-value heads), embeddings and head "
+        f"{2 * HEAD / 1e9:.2f} G ({SIZES.vocabulary:,} tokens)",
         "recipe": f"8 samples a prompt, clips of {CLIP_SECONDS} s (25 audio tokens a second), {TEXT_TOKENS} tokens of "
         f"text, responses of {RESPONSE_TOKENS} tokens; ZeRO-3, gradient checkpointing, micro-batches of {MICRO_GPU}, "
         "reference model, one vLLM a GPU that sleeps while the policy is trained",

@@ -118,6 +118,8 @@ class TokenLogProbs(torch.autograd.Function):
                 if len(chunks) > 1 and part.dtype != torch.float32:
                     part = part.float()  # a sum of many parts in bfloat16 would lose the small ones
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
+                del part
+            del logits, grad_logits  # or the next chunk's would be made beside them
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         elif ctx.needs_input_grad[1]:

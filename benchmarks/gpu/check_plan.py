@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""The planner's memory against a GPU's: forward and backward of Qwen2-Audio-7B's shape, with random weights.
+
+    python benchmarks/gpu/check_plan.py                # one GPU of 80 GB
+    python benchmarks/gpu/check_plan.py --small        # the same code on a CPU, to see that it runs
+
+Work: micro-batches of 8 responses of 256 tokens to one prompt with a clip of 10 s, in bfloat16 (float32 on a CPU): all
+parameters trained, with and without gradient checkpointing; frozen tower; LoRA of rank 16 with AdamW's step. Printed
+for each: bytes allocated at most, what ``plan_memory`` says (weights, gradients, optimizer, activations, work space;
+neither DeepSpeed's buffers nor an engine, which are not here), and their ratio. Exit status 1 if one is off by more
+than 15 %.
+
+Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bench_7b import AUDIO, AUDIO_TOKENS, BATCH, SIZES, TEXT, build_model, make_batch
+from freezing import freeze
+from model_sizes import count, parameters, sizes_of, trained
+from plan_memory import GIB, Lengths, micro_batch
+from torch.profiler import ProfilerActivity, profile
+
+from lightrft.models.lora import add_adapters
+
+RESPONSE, TOLERANCE = 256, 0.15
+CASES: dict[str, dict[str, Any]] = {
+    "all parameters": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "frozen tower": {"freeze_prefix": ["audio_tower"]},
+    "LoRA": {"lora_rank": 16},
+}
+
+
+def most_allocated(work: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that are allocated while something runs, beside those before.
+
+    :param work: To run.
+    :param device: Where it allocates.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        now += size
+        most = max(most, now)
+    return most
+
+
+def compare(name: str, size: str, device: torch.device) -> float:
+    """Measure one case beside its plan.
+
+    :param name: Of :data:`CASES`.
+    :param size: ``real`` or ``small``.
+    :param device: Where it runs.
+    :return: Planned bytes over measured ones.
+    """
+    case = CASES[name]
+    bf16 = device.type == "cuda"
+    flags = {"bf16": bf16, "gradient_checkpointing": False, "lora_rank": 0, "freeze_prefix": (), "load_in_4bit": False}
+    args = argparse.Namespace(**(flags | {"n_samples_per_prompt": BATCH} | case))
+    model = build_model(size, device, torch.bfloat16 if bf16 else torch.float32)
+    sizes = sizes_of({part: model.config.to_dict()[part] for part in ("audio_config", "text_config")})
+    if args.freeze_prefix:
+        freeze(model, args.freeze_prefix)
+    if args.lora_rank:
+        add_adapters(model, args.lora_rank, 16, ["language_model"], "random")
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    some = trained(sizes, args.freeze_prefix, args.lora_rank, ["language_model"])
+    train = [p for p in model.parameters() if p.requires_grad]
+    batch = make_batch(RESPONSE, 1, device) | {"logit_bias": {AUDIO: -100.0}}  # as in training
+    optimizer = torch.optim.AdamW(train) if args.lora_rank else None  # of all parameters it would not fit
+
+    def step() -> None:
+        model(**batch).mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    step()  # gradients and moments are there from now on, as in a second micro-batch
+    b = 2 if bf16 else 4
+    base = count(parameters(sizes)) + (count(some) if args.lora_rank else 0)
+    kept = b * (base + count(some) * (3 if optimizer is not None else 1))
+    held = torch.cuda.memory_allocated() if bf16 else sum(p.numel() * b for p in [*model.parameters(), *train])
+    held += 0 if bf16 or optimizer is None else sum(2 * p.numel() * b for p in train)
+    measured = held + most_allocated(step, device)
+    parts = micro_batch(sizes, args, BATCH, some, Lengths(1, 10.0, TEXT + AUDIO_TOKENS, RESPONSE))
+    planned = kept + parts.saved + max(parts.layer, parts.head)
+    print(
+        f"{name:<16} measured {measured / GIB:8.3f}  planned {planned / GIB:8.3f} GiB  ratio {planned / measured:.3f}"
+    )
+    return planned / measured
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help=f"a tiny model, also on a CPU: {SIZES['small']}")
+    args = parser.parse_args()
+    if not args.small and not torch.cuda.is_available():
+        raise SystemExit("no GPU here: --small runs the same code with a tiny model")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ratios = [compare(name, "small" if args.small else "real", device) for name in CASES]
+    raise SystemExit(int(any(abs(ratio - 1) > TOLERANCE for ratio in ratios)))
+
+
+if __name__ == "__main__":
+    main()
