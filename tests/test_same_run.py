@@ -48,7 +48,7 @@ def fate(tmp_path: Path, lost: int, deed: Callable[[], int], others: Callable[[]
                 out = os.open(tmp_path / f"rank{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
                 os.dup2(out, 1)
                 os.dup2(out, 2)
-                console.stream = os.fdopen(out, "w", buffering=1)
+                console.stream = sys.stderr = os.fdopen(out, "w", buffering=1)
                 os.environ.update(group(rank, 3, port))
                 peers.GRACE = 0.5
                 peers.join()
