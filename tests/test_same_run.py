@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import EXAMPLE, ROOT, child_environment
@@ -47,7 +48,7 @@ def fate(tmp_path: Path, lost: int, deed: Callable[[], int], others: Callable[[]
                 out = os.open(tmp_path / f"rank{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
                 os.dup2(out, 1)
                 os.dup2(out, 2)
-                console.stream = os.fdopen(out, "w", buffering=1)
+                console.stream = sys.stderr = os.fdopen(out, "w", buffering=1)
                 os.environ.update(group(rank, 3, port))
                 peers.GRACE = 0.5
                 peers.join()
@@ -90,6 +91,17 @@ def follow() -> int:
     return 7 + peers.leave(RuntimeError("Connection closed by peer"), may_follow=True)
 
 
+def follow_what_comes() -> int:
+    peers.GRACE = 60.0
+    peers._mine._lost.wait(60)
+    return follow()
+
+
+def done_later() -> int:
+    time.sleep(2.5)
+    return 2 if peers.leave() or peers._mine.loss else 0
+
+
 @pytest.mark.parametrize("lost", [0, 2])
 def test_a_rank_that_is_killed_is_named_by_all_others(tmp_path, lost):
     statuses, shown = fate(tmp_path, lost, lambda: os.kill(os.getpid(), signal.SIGKILL), work)
@@ -109,7 +121,7 @@ def test_what_a_rank_died_of_is_what_the_others_say(tmp_path, lost):
 
 
 def test_an_error_that_follows_names_what_it_follows_from(tmp_path):
-    statuses, shown = fate(tmp_path, 1, lambda: os._exit(9), lambda: time.sleep(0.4) or follow())
+    statuses, shown = fate(tmp_path, 1, lambda: os._exit(9), follow_what_comes)
     for rank in (0, 2):
         assert statuses[rank] == 8
         assert shown[rank].count("ERROR: rank 1 on") == 1 and "Connection closed by peer" in shown[rank]
@@ -121,7 +133,7 @@ def test_an_error_that_follows_names_what_it_follows_from(tmp_path):
 
 def test_ranks_that_are_done_may_go_one_by_one(tmp_path):
     for first in (0, 2):
-        statuses, shown = fate(tmp_path, first, lambda: peers.leave() or 0, lambda: time.sleep(2.5) or 0)
+        statuses, shown = fate(tmp_path, first, lambda: peers.leave() or 0, done_later)
         assert statuses == [0, 0, 0] and "ERROR" not in "".join(shown)
 
 
@@ -162,7 +174,7 @@ def test_a_digest_shows_any_difference():
 def other_answer(folder: Path) -> None:
     table = pq.read_table(folder / "data" / "train.parquet").to_pylist()
     table[5]["reference"] += "s"
-    pq.write_table(pq.pa.Table.from_pylist(table), folder / "data" / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(table), folder / "data" / "train.parquet")
 
 
 CASES = {  # what is done to rank 1's folder, flags, what both say

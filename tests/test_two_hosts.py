@@ -181,4 +181,4 @@ def test_an_engine_a_host(hosts, alone, tiny_model, demo_parquet, tmp_path):
     processes = start(hosts, tmp_path, settings, "--zero_stage", 3)
     shown = [end(process, 500) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], shown
-    assert_equal(comparable(run_of(tmp_path)), alone(10, 0, "--engine_type", "hf"))
+    assert_equal(comparable(run_of(tmp_path)), alone(10, 0, "--engine_type", "vllm"))
