@@ -379,6 +379,11 @@ def runtime_problems(args: argparse.Namespace) -> list[str]:
         (args.sync_bucket_mb < 1, f"--sync_bucket_mb {args.sync_bucket_mb}: must be 1 or more"),
         (args.fsdp and args.adam_offload, "--adam_offload is DeepSpeed's: with --fsdp use --fsdp_cpu_offload"),
         (args.fsdp and args.param_offload, "--param_offload is ZeRO-3's: with --fsdp use --fsdp_cpu_offload"),
+        (
+            args.plan and args.fsdp,
+            "--plan with --fsdp: FSDP2 is not planned; plan with --zero_stage 3, which shards the same 16 bytes a "
+            "parameter",
+        ),
         (args.fsdp_cpu_offload and not args.fsdp, "--fsdp_cpu_offload: add --fsdp, or use --adam_offload"),
         (
             args.param_offload and not args.fsdp and args.zero_stage != 3,
