@@ -111,7 +111,7 @@ def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
 
 
 def draw(table: dict[str, list[dict[str, float]]], fits: dict[str, tuple[float, float, float]], path: Path) -> None:
-    """Step and phases over each of the four, with the fitted line.
+    """Step, its CPU seconds and phases over each of the four, with the fitted line.
 
     :param table: For each, its points in order: ``x`` and medians.
     :param fits: From :func:`fit`.
@@ -128,11 +128,15 @@ def draw(table: dict[str, list[dict[str, float]]], fits: dict[str, tuple[float, 
         for phase, colour in PHASES.items():
             ax.plot(x, [point[f"time/{phase}"] for point in points], ".-", color=colour, linewidth=1, label=phase)
         ax.plot(x, [point["time/step"] for point in points], "o", color="black", label="step")
+        cpu = [point["cpu/step"] for point in points]
+        ax.plot(x, cpu, "o:", color="grey", fillstyle="none", linewidth=1, label="step, CPU seconds")
         if name in fits:
             start, slope, _ = fits[name]
             ends = np.array([0, max(x)])
             ax.plot(ends, start + slope * ends, color="black", linestyle="--", linewidth=1, label="fitted to step")
-            ax.set_title(f"{start:.2f} s + {1000 * slope:.1f} ms a {UNITS[name]}", fontsize=10)
+            cpu_slope = 1000 * fit(x, cpu)[1]
+            title = f"{start:.2f} s + {1000 * slope:.1f} ms a {UNITS[name]} (CPU: {cpu_slope:.1f} ms)"
+            ax.set_title(title, fontsize=10)
         else:
             ratio = points[0]["time/step"] / points[-1]["time/step"]
             ax.set_title(f"two processes: {ratio:.2f} x as fast as one", fontsize=10)
@@ -141,7 +145,9 @@ def draw(table: dict[str, list[dict[str, float]]], fits: dict[str, tuple[float, 
         ax.set(xlabel=labels.get(name, "processes, one thread each"), ylabel="seconds", ylim=(0, None))
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=8
+    )
     base = f"{PROMPTS} prompts x {BASE['samples']}, clips of {BASE['clip']} s, {BASE['response']} tokens, one process"
     figure.suptitle(f"Seconds of a GRPO step, the demo's model on a CPU; base point: {base}", fontsize=11)
     figure.savefig(path, dpi=120)
