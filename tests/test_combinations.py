@@ -79,11 +79,12 @@ def test_the_table_is_of_these_cases():
         "Differences between the metrics of two processes and those of one, in three steps of GRPO and an evaluation:\n"
         "float32, CPU, the demo's model, the same global batch, learning rate 1e-3. All metrics but times count:\n"
         "rewards, lengths, loss, KL, gradient norm, the evaluation's. 13 rows do not fill the rollouts of 4 prompts,\n"
-        "and 5 rows to evaluate on do not divide among two ranks. `ALL_TESTS=1 python -m pytest\n"
-        "tests/test_combinations.py` runs it.\n\n"
+        "and 5 rows to evaluate on do not divide among two ranks. Written by tests/test_combinations.py.\n\n"
         f"| sharding | {' | '.join(LAYOUTS)} |\n|---|{'---|' * len(LAYOUTS)}\n"
     )
     text += "\n".join(rows) + "\n"
     if "WRITE_DOCS" in os.environ and len(passed) == len(CASES):
         TABLE.write_text(text, encoding="utf-8")
+    if not TABLE.exists():
+        pytest.skip("not written yet: ALL_TESTS=1 WRITE_DOCS=1 python -m pytest tests/test_combinations.py")
     assert TABLE.read_text(encoding="utf-8") == text, "ALL_TESTS=1 WRITE_DOCS=1 pytest tests/test_combinations.py"

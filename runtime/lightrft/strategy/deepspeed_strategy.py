@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,7 +126,12 @@ class DeepspeedStrategy(StrategyBase):
 
     def read_ckpt(self, engine: Any, load_dir: str, tag: str) -> dict[str, Any]:
         """See the base class."""
-        path, state = engine.load_checkpoint(load_dir, tag=tag)
+        folder = Path(load_dir) / tag
+        path = state = None
+        if any(folder.glob("*model_states.pt")):
+            path, state = engine.load_checkpoint(load_dir, tag=tag)
         if path is None:
-            raise SystemExit(f"--load_checkpoint: DeepSpeed cannot load {load_dir}/{tag}")
+            raise SystemExit(
+                f"--load_checkpoint: DeepSpeed cannot load {folder}; if --fsdp wrote it, go on with --fsdp"
+            )
         return state
