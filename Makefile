@@ -37,7 +37,7 @@ demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (
 report: $(READY) ## one page about a run: RUN=results/..., COMPARE="other runs and result files of eval_mmau.py"
 	@$(PY) examples/r1_aqa/report.py "$(RUN)" $(if $(COMPARE),--compare $(COMPARE))
 
-test: $(READY) ## run the tests (about 7 minutes)
+test: $(READY) ## run the tests (about 12 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-all: $(READY) ## run the tests and the longer ones that CI leaves out
@@ -46,7 +46,7 @@ test-all: $(READY) ## run the tests and the longer ones that CI leaves out
 test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for (about 30 minutes)
 	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_faults.py
 	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests/test_health.py tests/test_deepspeed_hooks.py \
-		tests/test_bad_audio.py tests/test_bad_rows.py tests/test_hostile_text.py
+		tests/test_bad_audio.py tests/test_bad_rows.py tests/test_hostile_text.py tests/test_two_hosts.py tests/test_same_run.py
 
 test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 10 minutes)
 	@if [ -z "$(LIGHTRFT_HOME)" ]; then \
@@ -59,7 +59,7 @@ test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/
 bench: $(READY) ## measure each part against its baseline; needs make demo (about 40 minutes)
 	@$(PY) benchmarks/run_all.py --demo_dir $(DEMO_DIR) $(if $(SWIFT_PYTHON),--swift_python $(SWIFT_PYTHON))
 
-soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 10 minutes)
+soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 15 minutes)
 	@$(PY) benchmarks/soak.py --demo_dir $(DEMO_DIR)
 
 lint: $(READY) ## check style

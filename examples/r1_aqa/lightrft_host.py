@@ -143,6 +143,9 @@ def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> An
             f"{args.pretrain} is stored in {wrong.pop()}, which LightRFT keeps: use --bf16, or --no-bf16 with "
             "a checkpoint in float32"
         )
+    for name, parameter in actor.model.named_parameters():
+        if "embed_positions" in name.split("."):  # sinusoids; transformers 5 forgets while loading that they stay
+            parameter.requires_grad_(False)
     return actor
 
 

@@ -405,7 +405,9 @@ def memory(
             step["gradients"] = 4 * at_once + (0 if stage == 2 else states.gradients)
         step["work space"] = 4 * at_once if accelerator else 0
     if args.engine_type == "vllm" and (stage == 3 or args.lora_rank):
-        out["sync"]["work space"] = largest  # gathered, or merged with its adapter
+        # gathered in buckets, or merged with its adapter; LightRFT gathers one by one
+        bucket = getattr(args, "sync_bucket_mb", 0) * 2**20 if stage == 3 else 0
+        out["sync"]["work space"] = max(largest, min(bucket, b * sum(p.count for p in parameters(sizes))))
     return out
 
 
