@@ -182,7 +182,5 @@ def test_an_engine_a_host(hosts, alone, tiny_model, demo_parquet, tmp_path):
     shown = [end(process, 500) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], shown
     found, expected = comparable(run_of(tmp_path)), alone(10, 0, "--engine_type", "vllm")
-    # Only so far: rewards and lengths were equal in all ten steps, but the gradient's norm differed by 0.4 % in step 4
-    # and 17 % in step 10. Why is not known; ranks, stage and engine all differ here.
-    assert_equal(found[:3], expected[:3])
     assert len(found) == 10
+    assert_equal(found, expected)
