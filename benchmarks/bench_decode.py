@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
-from report import ROOT, Report
+from harness import ROOT, Report
 
 EXAMPLE = ROOT / "examples" / "r1_aqa"
 PROMPTS, SAMPLES = 16, 8

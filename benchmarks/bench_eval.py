@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from report import ROOT, Report, ratio, timed
+from harness import ROOT, Report, ratio, timed
 
 sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "examples" / "r1_aqa" / "data_preprocess")]
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import ROOT, Report, forget_peak, peak_bytes, ratio, take_turns
+from harness import ROOT, Report, forget_peak, peak_bytes, ratio, take_turns
 
 sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_sync import strategy_flags, write_random_model
-from report import Report, forget_peak, peak_bytes, ratio, take_turns
+from harness import Report, forget_peak, peak_bytes, ratio, take_turns
 
 SIZES = (0, 8, 32, 128, 512)  # MiB a bucket; 0: one by one, the last: all at once
 

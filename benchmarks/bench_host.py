@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from report import ROOT, Report, ratio
+from harness import ROOT, Report, ratio
 
 WARM_UP = 2  # steps
 PHASES = ("data", "rollout", "logprobs", "train", "sync", "step")

@@ -24,7 +24,7 @@ import random
 import statistics
 import sys
 
-from report import ROOT, Report, ratio, timed
+from harness import ROOT, Report, ratio, timed
 
 sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "tests")]
 

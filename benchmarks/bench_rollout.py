@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench_step import MAX_NEW_TOKENS, PROMPTS, SAMPLES, make_questions
-from report import ROOT, Report, ratio, timed
+from harness import ROOT, Report, ratio, timed
 
 sys.path[:0] = [str(ROOT / "runtime")]
 LIMIT = 0.95

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_step import EXAMPLE, make_questions, medians, train
-from report import ROOT, Report, ratio
+from harness import ROOT, Report, ratio
 
 sys.path.insert(0, str(EXAMPLE))
 from model_sizes import count, decoder_flops, head_flops, parameters, read_sizes, tower_flops

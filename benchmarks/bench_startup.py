@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from report import ROOT, Report
+from harness import ROOT, Report
 
 EXAMPLE = ROOT / "examples" / "r1_aqa"
 TRAIN, EVALUATE = str(EXAMPLE / "train_colocate.py"), str(EXAMPLE / "eval_mmau.py")

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import soundfile
-from report import ROOT, Report, ratio
+from harness import ROOT, Report, ratio
 
 EXAMPLE = ROOT / "examples" / "r1_aqa"
 sys.path[:0] = [str(EXAMPLE)]

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from report import ROOT, Report, ratio, take_turns
+from harness import ROOT, Report, ratio, take_turns
 
 sys.path[:0] = [str(ROOT / "runtime"), str(ROOT / "examples" / "r1_aqa"), str(ROOT / "examples" / "r1_aqa" / "demo")]
 

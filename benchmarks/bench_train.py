@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from report import ROOT, Report, forget_peak, peak_bytes, ratio, take_turns, timed
+from harness import ROOT, Report, forget_peak, peak_bytes, ratio, take_turns, timed
 
 sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
 

@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, ROOT
+from harness import RESULTS, ROOT
 
 # the longest two last
 ORDER = ("rewards", "features", "startup", "sync", "gather", "rollout", "eval", "train", "decode", "step", "scaling")

@@ -184,13 +184,14 @@ def test_a_file_that_breaks_after_the_check_is_named(processor, tmp_path, clip_p
 def test_several_ranks_share_the_check_and_all_see_every_problem(processor, tmp_path, monkeypatch):
     import audio_dataset
 
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)  # DeepSpeed sets it for the tests before
     paths = [str(tmp_path / f"gone{i}.wav") for i in range(3)]
     rows = through_parquet(tmp_path, [make_row(path) for path in paths])
     probed = []
     monkeypatch.setattr(audio_dataset, "probe_all", lambda mine: probed.extend(mine) or [f"mine {p}" for p in mine])
 
     def all_gather_object(shares, value):
-        shares[:] = [["of rank 0"], value]
+        shares[:] = [[("node", "of rank 0")], value]
 
     fake = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_rank": lambda: 1}
     for name, function in {**fake, "all_gather_object": all_gather_object}.items():

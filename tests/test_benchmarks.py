@@ -12,7 +12,6 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_scaling
 import r1_aqa_scheme
-import report
 import run_all
 
 
@@ -83,16 +82,16 @@ def test_prediction_by_hand():
 
 def test_ratio_is_the_median_of_pairs():
     # pairs 2, 1, 10: not the ratio of the medians, which is 4 / 2
-    assert report.ratio([2.0, 4.0, 10.0], [1.0, 4.0, 1.0]) == 2.0
-    assert report.ratio([1.0, 9.0, 8.0], [2.0, 3.0, 1.0]) == 3.0
+    assert harness.ratio([2.0, 4.0, 10.0], [1.0, 4.0, 1.0]) == 2.0
+    assert harness.ratio([1.0, 9.0, 8.0], [2.0, 3.0, 1.0]) == 3.0
 
 
 def test_limits_are_judged_and_a_missed_one_ends_with_status_1(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
     ended = {}
     for value in (0.5, 0.51, math.nan):
-        found = report.Report("thing", "what it does", 5)
+        found = harness.Report("thing", "what it does", 5)
         found.judge("share", value, at_most=0.5)
         found.judge("times", 3.0, at_least=3)
         found.judge("differences", 0, at_most=0)
@@ -112,7 +111,7 @@ def test_limits_are_judged_and_a_missed_one_ends_with_status_1(tmp_path, monkeyp
 
 def test_take_turns_leaves_out_the_first_round():
     order = []
-    found = report.take_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2)
+    found = harness.take_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2)
     assert order == ["a", "b"] * 3
     assert [len(times) for times in found.values()] == [2, 2]
 

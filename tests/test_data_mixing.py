@@ -11,7 +11,7 @@ import pytest
 from audio_dataset import MOST_TAGS, tags_of
 from data_mixing import SOURCE_COLUMN, describe_mix, drifting_order, mix, mix_drifting, read_sources
 
-STRATEGY = SimpleNamespace(print=lambda *_: None)
+STRATEGY = SimpleNamespace(world_size=1, print=lambda *_: None)
 
 
 def write(folder, name, rows, **columns):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -114,8 +115,8 @@ def test_it_needs_adapters_and_whole_parameters(tiny_model):
             ActorAL(str(tiny_model), load_in_4bit=True, **wrong)
 
 
-@pytest.mark.skipif(INSTALLED, reason="bitsandbytes is installed")
-def test_without_bitsandbytes_the_remedy_is_named(tiny_model):
+def test_without_bitsandbytes_the_remedy_is_named(tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
         ActorAL(str(tiny_model), lora_rank=2, load_in_4bit=True)
 

@@ -109,6 +109,7 @@ def test_curves_show_values_smoothed_zoomed_and_over_each_other(open_page):
     page.get_by_role("button", name="All steps").click()
     assert (page.locator("#from").input_value(), page.locator("#to").input_value()) == ("1", "30")
     page.locator("#more > summary").click()
+    page.locator("#more-panels h3").first.wait_for()
     assert "my/own" in " ".join(page.locator("#more-panels h3").all_inner_texts())
     assert page.locator("#more-panels canvas").count() >= 3
 

@@ -21,7 +21,6 @@ from lightrft.engines.base import Sampling, checkpoint_name, checksum, layer_of,
 from lightrft.models.actor_al import load_model
 from lightrft.strategy.checkpoint import begin, commit, newest, rotate, write_hf_folder
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
-from lightrft.strategy.distributed import ResumableSampler
 from lightrft.trainer.spmd_ppo_trainer import hand_back_memory
 from lightrft.utils import blending_datasets, get_tokenizer_processor_vl
 from lightrft.utils import metrics as metrics_module
@@ -36,19 +35,6 @@ def write_rows(path: Path, name: str, count: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"name": [f"{name}{i}" for i in range(count)]}), path)
     return path
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_evaluation_counts_each_row_once_and_all_ranks_have_as_many(rows, world):
-    lengths, counted = set(), []
-    for rank in range(world):
-        sampler = ResumableSampler(range(rows), world, rank, shuffle=False, drop_last=False)
-        mine = list(sampler)
-        lengths.add(len(mine))
-        counted += mine[:-1] if sampler.repeats_last else mine
-    assert len(lengths) == 1
-    assert sorted(counted) == list(range(rows))
 
 
 def test_a_folder_is_read_by_split_and_a_file_as_it_is(tmp_path):

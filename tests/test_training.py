@@ -124,7 +124,7 @@ def test_the_screen_shows_our_lines_and_the_log_the_rest(run):
     shown = {line[:18].strip(): line[18:].split() for line in lines[lines.index("") :]}
     rewards = [f"{record['rollout/reward']:.3f}" for record in metrics_of(out)]
     assert shown["reward"][:2] == [rewards[0], rewards[-1]] and "eval/accuracy" in shown
-    assert lines[-1] == f"metrics   {out / 'metrics.jsonl'}"
+    assert lines[-2] == f"metrics   {out / 'metrics.jsonl'}" and lines[-1].startswith("report    ")
     assert "vllm" not in done.stdout.split("step 1/4")[1].lower()
     assert "vllm" in (out / "logs" / "rank0.log").read_text().lower()
 

@@ -34,7 +34,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from report import ROOT, Report, forget_peak, peak_bytes, ratio  # noqa: E402
+from harness import ROOT, Report, forget_peak, peak_bytes, ratio  # noqa: E402
 
 sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
 

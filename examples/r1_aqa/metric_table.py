@@ -192,6 +192,12 @@ METRICS = {
         "all of these",
         "Grows over hours at equal lengths: report it; health and memory first.",
     ),
+    "time/eval": Metric(
+        "Evaluation",
+        "s",
+        "evaluation of the step; not a part of time/step",
+        "Long: fewer --max_eval_samples, or --eval_steps farther apart.",
+    ),
     "health/anomalies": Metric(
         "Anomalies",
         "count",
