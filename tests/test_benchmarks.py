@@ -11,6 +11,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_scaling
+import harness
 import r1_aqa_scheme
 import run_all
 

@@ -44,7 +44,7 @@ def logits(model):
 def sent(actor, tiny_model):
     """A plain model with the weights that an engine gets."""
     strategy = object.__new__(DeepspeedStrategy)  # without a process group
-    strategy.args = SimpleNamespace(zero_stage=0, lora_rank=2)
+    strategy.args = SimpleNamespace(zero_stage=0, lora_rank=2, bf16=False, sync_bucket_mb=512)
     plain = load_model(str(tiny_model), dtype=torch.float32).eval()
     own = {checkpoint_name(name): parameter for name, parameter in plain.named_parameters()}
     for name, tensor in strategy.named_weights(actor.model):
