@@ -1,0 +1,198 @@
+"""What the documents name exists: flags, targets, files, links, variables and their defaults; and what they show runs.
+
+``make test-docs`` also runs the commands that need only ``make demo``'s folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, child_environment
+
+DOCUMENTS = sorted(
+    [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/r1_aqa/README.md")]
+    + list((ROOT / "docs").glob("*.md"))
+)
+EXAMPLE = ROOT / "examples" / "r1_aqa"
+LAUNCHER = EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"
+MANUAL = EXAMPLE / "README.md"
+FOLDERS = "examples|runtime|tests|benchmarks|docs|requirements"
+FOREIGN = {"--signal", "--nproc-per-node", "--input", "--recursive"}  # of Slurm, torchrun, MMAU's script
+# commands of the documents that run with make demo's folder alone, and what they show
+EXAMPLES = "python examples/r1_aqa/"
+RESULTS = "results/demo/result_before.json results/demo/result_after.json"
+SHOWN = {
+    f"{EXAMPLES}eval_mmau.py compare {RESULTS}": "McNemar p",
+    f"{EXAMPLES}train_colocate.py --plan --pretrain Qwen/Qwen2-Audio-7B-Instruct --bf16 --zero_stage 3": "8,397,094,912",
+    f"{EXAMPLES}data_preprocess/get_data.py --help": "16 kHz",
+    f"{EXAMPLES}doctor.py --json": '"python"',
+    "make report": "report.html",
+    "make help": "make demo",
+}
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@functools.cache
+def flags_of(script: Path) -> frozenset[str]:
+    """The flags of a script and of its subcommands, from its help."""
+    texts = []
+    words: list[list[str]] = [[]]
+    for word in words:
+        done = subprocess.run(
+            [sys.executable, str(script), *word, "--help"],
+            capture_output=True,
+            text=True,
+            env=child_environment() | {"COLUMNS": "200"},
+            cwd=ROOT,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{script} --help: {done.stderr}"
+        texts.append(done.stdout)
+        if not word:
+            commands = re.search(r"^\s+\{([\w,]+)\}", done.stdout, re.M)
+            words += [[name] for name in commands.group(1).split(",")] if commands else []
+    return frozenset(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", "\n".join(texts)))
+
+
+def scripts() -> list[Path]:
+    """Everything that a person starts with flags."""
+    folders = (EXAMPLE, EXAMPLE / "data_preprocess", EXAMPLE / "demo", ROOT / "benchmarks", ROOT / "benchmarks" / "gpu")
+    found = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    return [path for path in found if "ArgumentParser(" in path.read_text() or path.name == "train_colocate.py"]
+
+
+@functools.cache
+def all_flags() -> frozenset[str]:
+    return frozenset().union(*map(flags_of, scripts()))
+
+
+def code_of(text: str) -> list[str]:
+    """The commands of a document, one line each, and its inline code."""
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.S | re.M)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    rest = re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M)
+    return lines + re.findall(r"`([^`]+)`", rest)
+
+
+@every_document
+def test_flags_exist(path):
+    missing = []
+    for code in code_of(path.read_text(encoding="utf-8")):
+        named = re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", code)
+        if not named or "pip " in code or re.search(r"\b(ssh|sbatch|srun)\b|#SBATCH", code):
+            continue
+        script = re.search(r"(?:examples|benchmarks)/[\w/]+\.py", code)
+        known = flags_of(ROOT / script.group(0)) if script else all_flags()
+        missing += [f"{flag} in: {code}" for flag in named if flag not in known | FOREIGN]
+    assert missing == []
+
+
+@every_document
+def test_targets_files_and_links_exist(path):
+    text = path.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    missing = [
+        f"make {target}"
+        for code in code_of(text)
+        for target in re.findall(r"\bmake ([a-z][a-z-]*)", code)
+        if target not in targets
+    ]
+    for code in code_of(text):
+        for name in re.findall(
+            r"(?<![\w/.-])(?:examples|runtime|tests|benchmarks|docs|requirements)/[\w/.-]+\.\w+", code
+        ):
+            if not name.startswith("benchmarks/results/") and not (ROOT / name).exists():
+                missing.append(name)
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        where = (path.parent / file).resolve() if file else path
+        if not where.exists() or (anchor and anchor not in anchors_of(where)):
+            missing.append(target)
+    assert missing == []
+
+
+def anchors_of(path: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_launch_scripts_variables_and_their_defaults():
+    manual, script = MANUAL.read_text(encoding="utf-8"), LAUNCHER.read_text(encoding="utf-8")
+    table = manual[manual.index("| variable | default | meaning |") :]
+    wrong = []
+    for row in table[: table.index("\n\n")].splitlines()[2:]:
+        names, defaults = (cell.strip() for cell in row.strip("|").split("|")[:2])
+        names = re.findall(r"`([A-Z][A-Z0-9_]*)(?:=\w+)?`", names)
+        wrong += [f"{name}: not in {LAUNCHER.name}" for name in names if name not in script]
+        values = defaults.split(", ")
+        if len(values) == len(names):
+            for name, value in zip(names, values, strict=True):
+                found = re.search(rf"{name}:-([^}}]*)}}", script)
+                if found and value != "not set" and found.group(1) != value:
+                    wrong.append(f"{name}: {value} in the manual, {found.group(1)} in {LAUNCHER.name}")
+    assert wrong == []
+
+
+def test_recipe_numbers_are_the_defaults():
+    """The sentence of the manual about R1-AQA's values, against the launch script."""
+    manual, script = MANUAL.read_text(encoding="utf-8"), LAUNCHER.read_text(encoding="utf-8")
+    sentence = re.search(r"The defaults are R1-AQA's: (.*?)\. Two", manual, re.S).group(1)
+    numbers = [
+        ("RBS", r"(\d+) prompts x"),
+        ("N_SAMPLES", r"x (\d+) responses"),
+        ("MLP_WORKER_GPU", r"on (\d+) GPUs"),
+        ("TEMPERATURE", r"temperature ([\d.]+)"),
+        ("PROMPT_MAX_LEN", r"prompts up to (\d+)"),
+        ("GENERATE_MAX_LEN", r"responses up to (\d+)"),
+        ("KL", r"KL ([\d.]+)"),
+        ("LR", r"learning rate ([\de-]+)"),
+        ("SAVE_STEPS", r"checkpoint every\s+(\d+)"),
+    ]
+    for name, pattern in numbers:
+        assert re.search(pattern, sentence).group(1) == re.search(rf"{name}:-([^}}]*)}}", script).group(1), name
+
+
+def test_exit_statuses_are_those_of_the_help():
+    manual = MANUAL.read_text(encoding="utf-8")
+    table = set(re.findall(r"^\| ([\d, ]+) \|", manual, re.M))
+    documented = {int(number) for cell in table for number in cell.split(",")}
+    shown = subprocess.run(
+        [sys.executable, str(EXAMPLE / "train_colocate.py"), "--help"], capture_output=True, text=True, cwd=ROOT
+    ).stdout
+    said = shown[shown.index("exit status:") :]
+    assert documented <= {int(number) for number in re.findall(r"\b\d+\b", said)} and {0, 1, 2, 4, 5} <= documented
+
+
+@pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
+@pytest.mark.parametrize("command", SHOWN)
+def test_commands_run_and_show_what_is_said(command):
+    assert any(command in " ".join(code_of(path.read_text(encoding="utf-8"))) for path in DOCUMENTS), "not documented"
+    if "results/demo" in command and not (ROOT / "results" / "demo" / "summary.json").is_file():
+        pytest.fail("make demo first: the command needs its folder")
+    words = shlex.split(command)
+    words = [sys.executable, *words[1:]] if words[0] == "python" else words
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=600, env=child_environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert SHOWN[command] in done.stdout
+
+
+@pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
+def test_the_demos_figures_are_within_what_the_readme_shows():
+    """Held-out accuracy and log-prob gap of make demo's folder against the README's lines; times are the machine's."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    summary = json.loads((ROOT / "results" / "demo" / "summary.json").read_text())
+    before, after, silent = map(
+        float, re.search(r"before ([\d.]+)\s+after ([\d.]+)\s+after, but silent ([\d.]+)", readme).groups()
+    )
+    assert summary["accuracy_before"] == pytest.approx(before, abs=0.03)
+    assert summary["accuracy_after"] == pytest.approx(after, abs=0.05)
+    assert summary["accuracy_silent"] < 0.35 and silent < 0.35
