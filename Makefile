@@ -31,13 +31,13 @@ $(READY): requirements/torch.txt requirements/cpu.txt requirements/dev.txt
 doctor: ## say what this machine can do and what is missing (10 seconds; also without .venv)
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) examples/r1_aqa/doctor.py
 
-demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (about 4 minutes)
+demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (2 to 4 minutes)
 	@$(PY) examples/r1_aqa/demo/run_demo.py --out_dir $(DEMO_DIR) --seed $(SEED) -- $(TRAIN_FLAGS)
 
 report: $(READY) ## one page about a run: RUN=results/..., COMPARE="other runs and result files of eval_mmau.py"
 	@$(PY) examples/r1_aqa/report.py "$(RUN)" $(if $(COMPARE),--compare $(COMPARE))
 
-test: $(READY) ## run the tests (about 12 minutes)
+test: $(READY) ## run the tests (about 9 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-all: $(READY) ## run the tests and the longer ones that CI leaves out

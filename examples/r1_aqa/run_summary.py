@@ -18,7 +18,7 @@ ROWS = (
     ("step, seconds", "time/step", ".1f"),
 )
 COUNTS = {
-    "health/anomalies": "signs that the run goes wrong (see the warnings)",
+    "health/anomalies": "signs to look at (see the warnings)",
     "health/skipped_steps": "optimizer steps left out",
     "health/failed_saves": "checkpoints that could not be written",
 }
