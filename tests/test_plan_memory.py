@@ -12,11 +12,13 @@ import torch
 from audio_patches import Patch, patch_policy
 from freezing import freeze
 from model_sizes import sizes_of, trained
-from plan_memory import Lengths, micro_batch
+from plan_memory import Lengths, fsdp_units, micro_batch, states_of
+from test_fsdp import FLAGS
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from lightrft.models.lora import add_adapters
+from lightrft.strategy.fsdp_strategy import FSDPStrategy
 
 AUDIO, VOCABULARY = 7, 6000
 CONFIG = {
@@ -46,7 +48,7 @@ ROWS = 4  # responses to one prompt
 def flags(**changes):
     values = {"bf16": False, "gradient_checkpointing": False, "lora_rank": 0, "n_samples_per_prompt": ROWS}
     values |= {"freeze_prefix": None, "target_modules": ["language_model"], "zero_stage": 0, "adam_offload": False}
-    return argparse.Namespace(**(values | {"load_in_4bit": False} | changes))
+    return argparse.Namespace(**(values | {"load_in_4bit": False, "fsdp": False} | changes))
 
 
 def build(args):
@@ -140,4 +142,27 @@ def test_activations(case, monkeypatch):
     assert stays == 0
     peak = planned.saved + max(planned.layer, planned.head)
     print(f"{case}: kept {planned.saved / saved:.3f}, peak {peak / most:.3f} of what is measured")
+    assert peak == pytest.approx(most, rel=0.1)
+
+
+@pytest.mark.parametrize("case", [{}, {"bf16": True}, {"lora_rank": 8, "bf16": True}], ids=str)
+def test_fsdp(case, monkeypatch):
+    """Shards, and what FSDP2 gathers and reduces on top of the activations, of one rank."""
+    rows = 100
+    monkeypatch.setattr(token_log_probs, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    monkeypatch.setattr(plan_memory, "LOGITS", rows * VOCABULARY)
+    args = flags(**case, fsdp=True, fsdp_cpu_offload=False)
+    strategy = FSDPStrategy(argparse.Namespace(**(FLAGS | {"bf16": args.bf16})))
+    engine, *_ = strategy.prepare_training(build(args), 10)
+    inputs = batch()
+    some = trained(SIZES, (), args.lora_rank, args.target_modules)
+    planned, states = micro_batch(SIZES, args, ROWS, some, WIDTH), states_of(SIZES, args, 1, some)
+    shards = [parameter.to_local() for parameter in engine.module.parameters()]
+    assert states.weights == pytest.approx(sum(shard.nbytes for shard in shards), rel=1e-3)
+    _, gradients = allocated(lambda: engine.backward(engine(**inputs).mean()))
+    assert states.gradients == pytest.approx(gradients, rel=0.01)
+    most, _ = allocated(lambda: engine.backward(engine(**inputs).mean()))
+    units = fsdp_units(SIZES, 2 if args.bf16 else 4, some)
+    peak = planned.saved + units.gathered + max(planned.layer, planned.head, units.moved)
+    print(f"{case}: peak {peak / most:.3f} of what is measured; {units}, {planned}, {most}")
     assert peak == pytest.approx(most, rel=0.1)

@@ -45,7 +45,7 @@ def test_states_by_hand():
     assert zero2["backward"]["gradients"] == 2 * values / 8
     assert zero2["optimizer"]["gradients"] == 4 * values / 8  # in float32
     assert zero2["rollout"]["gradients"] == 0
-    assert zero2["backward"]["DeepSpeed buffers"] == 2 * 2 * 5e8
+    assert zero2["backward"]["sharding buffers"] == 2 * 2 * 5e8
     assert zero2["backward"]["reference model"] == 0  # in the machine's memory
     zero3 = plan(*RECIPE).memory
     assert zero3["rollout"]["weights"] == pytest.approx(2 * values / 8, rel=0.01)
@@ -54,6 +54,33 @@ def test_states_by_hand():
     assert zero0["rollout"]["optimizer states"] == 8 * values  # no second copy of the weights
     offloaded = plan("--bf16", "--adam_offload").memory
     assert offloaded["optimizer"]["optimizer states"] == offloaded["optimizer"]["gradients"] == 0
+
+
+def test_fsdp_by_hand():
+    values = count(parameters(read_sizes(SEVEN_B))) - 1500 * 1280
+    fixed = 2 * 1500 * 1280 / 8
+    memory = plan("--bf16", "--fsdp").memory
+    assert memory["rollout"]["weights"] == 4 * values / 8 + fixed  # those that train are float32
+    assert memory["backward"]["gradients"] == memory["optimizer"]["gradients"] == 4 * values / 8
+    assert memory["optimizer"]["optimizer states"] == 8 * values / 8
+    assert memory["sync"]["reference model"] == pytest.approx(2 * values / 8 + fixed)
+    layer = 4 * 4096 * 4096 + 3 * 4096 + 3 * 4096 * 11008 + 2 * 4096
+    tower = 32 * (4 * 1280**2 + 3 * 1280 + 2 * 1280 * 5120 + 5120 + 1280 + 4 * 1280)
+    rest = values + 1500 * 1280 - tower - 32 * layer - 2 * 156032 * 4096
+    assert memory["backward"]["sharding buffers"] == pytest.approx(2 * (rest + 156032 * 4096 + layer))
+    offloaded = plan("--bf16", "--fsdp", "--fsdp_cpu_offload")
+    kept = ("weights", "gradients", "optimizer states", "reference model")
+    assert not any(row[name] for row in offloaded.memory.values() for name in kept)
+    host = planner.host_memory(offloaded.sizes, offloaded.args, 8)
+    assert host["training"] == 16 * values / 8 + fixed
+    assert host["reference model"] == pytest.approx(2 * values / 8 + fixed)
+
+
+def test_parameters_offloaded():
+    held, moved = (plan(*RECIPE, *more) for more in ((), ("--param_offload",)))
+    less = held.memory["sync"]["weights"] - moved.memory["sync"]["weights"]
+    assert moved.memory["sync"]["weights"] < 0.01 * 2**30  # small ones that stay whole
+    assert planner.host_memory(moved.sizes, moved.args, 8)["training"] == less
 
 
 def test_the_engines_share_and_what_is_left_for_its_cache():
@@ -82,6 +109,7 @@ def test_logits_at_once_are_the_trainers():
             80.0,
             {"micro_train_batch_size"},
         ),
+        (("--bf16", "--fsdp"), 2, 80.0, {"fsdp_cpu_offload"}),
         (("--bf16",), 1, 24.0, {"lora_rank", "load_in_4bit", "engine_type", "gradient_checkpointing"}),
     ],
 )

@@ -1,6 +1,6 @@
 """Memory of a GPU in each phase of a GRPO step, by component: arithmetic on sizes and flags, no torch.
 
-Sources: DeepSpeed 0.19.8's buffers as its code allocates them; what autograd keeps of each layer as
+Sources: DeepSpeed 0.19.8's and FSDP2's buffers as their code allocates them; what autograd keeps of each layer as
 ``torch.autograd.graph.saved_tensors_hooks`` shows it (``tests/test_plan_memory.py`` compares both with what is
 measured on a CPU); Rajbhandari et al., ZeRO (2020), for the states; Korthikanti et al., Reducing Activation
 Recomputation (2022), for the way of counting activations. Never compared with a GPU.
@@ -9,6 +9,8 @@ Recomputation (2022), for the way of counting activations. Never compared with a
 from __future__ import annotations
 
 import argparse
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +26,7 @@ COMPONENTS = (
     "reference model",
     "activations",
     "work space",
-    "DeepSpeed buffers",
+    "sharding buffers",
     "engine",
     "reserve",
 )
@@ -335,6 +337,13 @@ def states_of(sizes: Sizes, args: argparse.Namespace, gpus: int, some: Sequence[
     """
     b, stage = 2 if args.bf16 else 4, args.zero_stage
     every, values = parameters(sizes), count(some)
+    if args.fsdp:  # what trains is float32, all of it sharded
+        frozen = b * (count(every) - (0 if args.lora_rank else values))
+        weights, moments = (frozen + 4 * values) / gpus, 8 * values / gpus
+        whole = frozen + b * values
+        if args.fsdp_cpu_offload:
+            return States(0, whole, 0, 0, weights + 4 * values / gpus + moments)
+        return States(weights, whole, 4 * values / gpus, moments, 0)
     quantised = count([p for p in every if p.linear and p.part == "language_model"]) if args.load_in_4bit else 0
     whole = (count(every) - quantised) * b + quantised * NF4 + (values * b if args.lora_rank else 0)
     share = 1 if stage == 0 else gpus
@@ -342,10 +351,49 @@ def states_of(sizes: Sizes, args: argparse.Namespace, gpus: int, some: Sequence[
     weights = small + (whole - small) / gpus if stage == 3 else whole
     # master weights also where the weights are float32: only plain data parallelism has none of its own
     optimizer = values * (8 if stage == 0 and b == 4 else 12) / share
+    moved = 0.0
+    if stage == 3 and getattr(args, "param_offload", False):  # LightRFT has no such flag
+        weights, moved = small, weights - small
     if args.adam_offload and stage:
         # gradients there in float32 and in the weights' type; ZeRO-2 has new weights there, too, before they are moved
-        return States(weights, whole, 0, 0, optimizer + (4 + b * (2 if stage == 2 else 1)) * values / share)
-    return States(weights, whole, b * values / share, optimizer, 0)
+        return States(weights, whole, 0, 0, moved + optimizer + (4 + b * (2 if stage == 2 else 1)) * values / share)
+    return States(weights, whole, b * values / share, optimizer, moved)
+
+
+class Units(NamedTuple):
+    """What FSDP2 gathers and reduces at a time, in bytes.
+
+    :param gathered: Most that is whole while a unit runs: it, the next one, and what is outside units.
+    :param moved: On top of it before or after a unit runs: the buffer that it comes in, or the gradients of one that
+        trains and their copy in float32.
+    """
+
+    gathered: float
+    moved: float
+
+
+def fsdp_units(sizes: Sizes, b: int, some: Sequence[Parameter]) -> Units:
+    """Sizes of ``FSDPStrategy.shard``'s units: each layer, embedding, head, and what is left, which stays whole while
+    the model runs.
+
+    :param sizes: Of the model.
+    :param b: Bytes a gathered value.
+    :param some: Parameters that train.
+    """
+
+    def by_unit(them: Sequence[Parameter]) -> Counter[str]:
+        values: Counter[str] = Counter()
+        for parameter in them:
+            layer = re.search(r"^.*\.layers\.\d+|embed_tokens|lm_head", parameter.name)
+            values[layer.group() if layer else ""] += parameter.count
+        return values
+
+    adapters = [parameter for parameter in some if ".lora_" in parameter.name]
+    every, training = by_unit([*parameters(sizes), *adapters]), by_unit(some)
+    rest = every.pop("")
+    first = max(every.values())
+    layer = max(values for name, values in every.items() if "layers" in name)  # what runs before or after an end
+    return Units(b * (rest + first + layer), max(b * first, (b + 4) * max(training.values())))
 
 
 def memory(
@@ -363,7 +411,10 @@ def memory(
     some = trained(sizes, args.freeze_prefix or (), args.lora_rank, args.target_modules)
     b, stage, values, width = 2 if args.bf16 else 4, args.zero_stage, count(some), lengths(args)
     states, engine = states_of(sizes, args, gpus, some), engine_of(sizes, args, gpus, gib)
-    offloaded, share = args.adam_offload and stage > 0, 1 if stage == 0 else gpus
+    if args.fsdp:
+        stage = -1  # none of DeepSpeed's
+    sharded, share = stage == 3 or args.fsdp, 1 if stage == 0 else gpus
+    offloaded = args.fsdp_cpu_offload if args.fsdp else args.adam_offload and stage > 0
     out = {phase: dict.fromkeys(COMPONENTS, 0.0) for phase in PHASES}
     train = micro_batch(sizes, args, args.micro_train_batch_size, some, width)
     # over several rollouts an optimizer step, gradients stay; ZeRO-3's are a buffer that always does
@@ -374,39 +425,43 @@ def memory(
         row["gradients"] = states.gradients if stays or phase in ("backward", "optimizer") else 0
         row["reserve"] = RESERVE
         if stage == 3:
-            row["DeepSpeed buffers"] = b * BUCKET
+            row["sharding buffers"] = b * BUCKET
         elif stage == 2 and offloaded:
-            row["DeepSpeed buffers"] = b * max(p.count for p in some)
+            row["sharding buffers"] = b * max(p.count for p in some)
         if args.engine_type == "vllm":
             awake = phase in ("rollout", "sync") or not args.enable_engine_sleep
             row["engine"] = engine.share if awake else ENGINE_ASLEEP
     if args.engine_type == "hf":
         out["rollout"]["engine"] = engine.share
-        if stage == 3:
-            out["rollout"]["DeepSpeed buffers"] += states.whole  # gathered while it generates
+        if sharded:
+            out["rollout"]["sharding buffers"] += states.whole  # gathered while it generates
     if args.init_kl_coef > 0 and args.lora_rank == 0:
         whole = b * count(parameters(sizes))
-        for phase in PHASES if stage == 3 else ("rollout", "log-probs"):  # else it waits in the machine's memory
-            out[phase]["reference model"] = whole / gpus if stage == 3 else whole
-    if stage == 3:
+        for phase in PHASES if sharded else ("rollout", "log-probs"):  # else it waits in the machine's memory
+            out[phase]["reference model"] = (whole / gpus if sharded else whole) * (not (args.fsdp and offloaded))
+    units = fsdp_units(sizes, b, some)
+    if sharded:
         for phase in ("log-probs", "backward"):
-            out[phase]["DeepSpeed buffers"] += min(b * LIVE, states.whole)  # gathered layers
+            gathered = units.gathered if args.fsdp else min(b * LIVE, states.whole)
+            out[phase]["sharding buffers"] += gathered
     if args.init_kl_coef > 0 or args.max_epochs > 1:
         out["log-probs"]["activations"] = forward_only(sizes, args, args.micro_rollout_batch_size, width)
     backward, step = out["backward"], out["optimizer"]
     backward["activations"], backward["work space"] = train.saved, max(train.layer, train.head)
+    if args.fsdp:
+        backward["work space"] = max(backward["work space"], units.moved)
     if stage == 2:
-        backward["DeepSpeed buffers"] += b * BUCKET * (2 if accelerator else 1)
+        backward["sharding buffers"] += b * BUCKET * (2 if accelerator else 1)
     elif stage == 0 and gpus > 1:
-        step["DeepSpeed buffers"] = b * min(BUCKET, values)
+        step["sharding buffers"] = b * min(BUCKET, values)
     if not offloaded:
         at_once = min(values / share, SUB_GROUP) if stage == 3 else values / share
-        if b == 2 or stage == 3:  # copied to float32; ZeRO-2 lets go of the others
+        if stage == 3 or (b == 2 and not args.fsdp):  # copied to float32; ZeRO-2 lets go of the others
             step["gradients"] = 4 * at_once + (0 if stage == 2 else states.gradients)
         step["work space"] = 4 * at_once if accelerator else 0
-    if args.engine_type == "vllm" and (stage == 3 or args.lora_rank):
+    if args.engine_type == "vllm" and (sharded or args.lora_rank):
         # gathered in buckets, or merged with its adapter; LightRFT gathers one by one
-        bucket = getattr(args, "sync_bucket_mb", 0) * 2**20 if stage == 3 else 0
+        bucket = getattr(args, "sync_bucket_mb", 0) * 2**20 if sharded else 0
         out["sync"]["work space"] = max(largest, min(bucket, b * sum(p.count for p in parameters(sizes))))
     return out
 
@@ -421,10 +476,14 @@ def host_memory(sizes: Sizes, args: argparse.Namespace, gpus: int) -> dict[str, 
     some = trained(sizes, args.freeze_prefix or (), args.lora_rank, args.target_modules)
     whole = (2 if args.bf16 else 4) * count(parameters(sizes))
     asleep = args.engine_type == "vllm" and args.enable_engine_sleep
-    reference = args.init_kl_coef > 0 and args.lora_rank == 0 and args.zero_stage < 3
+    reference = whole if args.init_kl_coef > 0 and args.lora_rank == 0 else 0
+    if args.fsdp:
+        reference *= args.fsdp_cpu_offload / gpus
+    elif args.zero_stage == 3:
+        reference = 0
     return {
         "sleeping engine": whole / args.engine_tp_size * asleep,
-        "optimizer": states_of(sizes, args, gpus, some).host,
-        "reference model": whole * reference,
+        "training": states_of(sizes, args, gpus, some).host,
+        "reference model": reference,
         "decoded clips": args.audio_cache_mib * 2**20 * (2 if args.eval_steps > 0 else 1),
     }

@@ -59,6 +59,7 @@ REASONS = {
     "engine_tp_size": "not with hf",
     "zero_stage": "all states split among the GPUs",
     "adam_offload": "optimizer and gradients in the machine's memory (slower steps)",
+    "fsdp_cpu_offload": "shards, gradients and optimizer in the machine's memory (slower steps)",
     "lora_rank": "adapters alone train: no reference model, hardly an optimizer",
     "engine_type": "generates with the trained weights instead of others beside them (slower)",
     "load_in_4bit": "the frozen language model at 4 bits a weight",
@@ -192,13 +193,15 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
             yield {name: smaller[-1]}
     if not args.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
-    if gpus.count > 1 and args.zero_stage < 3 and not args.load_in_4bit:
+    if gpus.count > 1 and args.zero_stage < 3 and not args.load_in_4bit and not args.fsdp:
         yield {"zero_stage": 3}
     if args.lora_rank == 0:
-        if not args.adam_offload and args.zero_stage:
+        if args.fsdp and not args.fsdp_cpu_offload:
+            yield {"fsdp_cpu_offload": True}
+        elif not args.adam_offload and args.zero_stage and not args.fsdp:
             yield {"adam_offload": True}
-        yield {"lora_rank": 16, "freeze_prefix": None, "adam_offload": False}
-    elif not args.load_in_4bit:
+        yield {"lora_rank": 16, "freeze_prefix": None, "adam_offload": False, "fsdp_cpu_offload": False}
+    elif not args.load_in_4bit and not args.fsdp:
         yield {"load_in_4bit": True, "zero_stage": min(2, args.zero_stage)}
     elif args.engine_type == "vllm":
         yield {"engine_type": "hf", "engine_tp_size": 1}
@@ -336,10 +339,11 @@ def describe(plan: Plan, advice: dict[str, Any]) -> str:
     lines += _entry("", f"{what} {count(some):,} ({count(some) / base:.2%})")
     kind = ("bf16" if args.bf16 else "fp32") + (", 4-bit base" if args.load_in_4bit else "")
     offload = ", optimizer offloaded" if args.adam_offload else ""
+    offload += ", parameters offloaded" if getattr(args, "param_offload", False) else ""
+    offload += ", offloaded" if args.fsdp_cpu_offload else ""
+    sharding = "FSDP2" if args.fsdp else f"ZeRO-{args.zero_stage}"
     again = ", checkpointing" if args.gradient_checkpointing else ""
-    lines += _entry(
-        "GPUs", f"{gpus.count} x {gpus.gib:g} GiB ({gpus.source}); ZeRO-{args.zero_stage}, {kind}{offload}{again}"
-    )
+    lines += _entry("GPUs", f"{gpus.count} x {gpus.gib:g} GiB ({gpus.source}); {sharding}, {kind}{offload}{again}")
     longest = (
         f"{width.prompt} tokens of prompt ({width.clips} clip of {width.seconds:g} s), {width.response} of response"
     )

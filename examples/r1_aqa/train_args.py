@@ -379,11 +379,6 @@ def runtime_problems(args: argparse.Namespace) -> list[str]:
         (args.sync_bucket_mb < 1, f"--sync_bucket_mb {args.sync_bucket_mb}: must be 1 or more"),
         (args.fsdp and args.adam_offload, "--adam_offload is DeepSpeed's: with --fsdp use --fsdp_cpu_offload"),
         (args.fsdp and args.param_offload, "--param_offload is ZeRO-3's: with --fsdp use --fsdp_cpu_offload"),
-        (
-            args.plan and args.fsdp,
-            "--plan with --fsdp: FSDP2 is not planned; plan with --zero_stage 3, which shards the same 16 bytes a "
-            "parameter",
-        ),
         (args.fsdp_cpu_offload and not args.fsdp, "--fsdp_cpu_offload: add --fsdp, or use --adam_offload"),
         (
             args.param_offload and not args.fsdp and args.zero_stage != 3,
@@ -397,6 +392,8 @@ def _four_bit_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     if args.lora_rank == 0:
         problems.append("--load_in_4bit: weights at 4 bits cannot train; add adapters with --lora_rank 16")
+    if args.fsdp:
+        problems.append("--load_in_4bit with --fsdp: FSDP2 cannot split packed weights; drop --fsdp")
     if args.zero_stage == 3:
         problems.append("--load_in_4bit with --zero_stage 3: ZeRO-3 cannot split packed weights; use --zero_stage 2")
     if args.plan is None and importlib.util.find_spec("bitsandbytes") is None:
