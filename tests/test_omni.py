@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import train_colocate
 from audio_dataset import AudioMultimodalProcessor
 from audio_families import family_of as forward_family_of
 from audio_io import SAMPLING_RATE
@@ -18,6 +19,7 @@ from test_engines import SECONDS, gaps, perturbed, prompt_of, rollout
 from test_policy_forward import AUDIO, PAD, VOCABULARY, as_actor, make_item, make_mel, mixed_cases
 from test_train_args import problems  # noqa: F401 (a fixture)
 from test_training import metrics_of, moved, train
+from train_args import build_parser, finish
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from lightrft.engines.hf_engine import HFEngine
@@ -27,6 +29,7 @@ from lightrft.models.families import OmniAudioProcessor, Qwen2_5Omni, Qwen2Audio
 from lightrft.strategy.distributed import init_process_group
 from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import make_micro_batch
+from lightrft.utils import add_arguments
 from lightrft.utils.processor import get_tokenizer_processor_vl
 
 BOS, EOS = 5, 6  # around a clip's placeholders
@@ -368,3 +371,12 @@ def test_grpo_steps_move_all_that_trains_and_leave_a_folder_of_the_same_kind(tin
     assert new["model_type"] == old["model_type"] == "qwen2_5_omni"
     for name in ("processor_config.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (tiny_omni / name).read_bytes()
+
+
+def test_a_model_that_cannot_be_trained_is_named_without_a_traceback(tmp_path):
+    """A hub name's type is known only when it is loaded."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    args = build_parser(add_arguments).parse_args(["--pretrain", str(tmp_path)])
+    finish(args)
+    with pytest.raises(SystemExit, match=r"--pretrain .*model_type 'gpt2' is none of qwen2_audio"):
+        train_colocate.load_actor(args, None)

@@ -220,21 +220,25 @@ def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> An
 
     :param args: Flags.
     :param ds_config: DeepSpeed configuration; None under FSDP2.
+    :raises SystemExit: if it cannot be loaded.
     """
     if not on_runtime():
         return lightrft_host.load_actor(args, ds_config)
     from lightrft.models.actor_al import ActorAL
 
-    return ActorAL(
-        args.pretrain,
-        use_flash_attention_2=args.flash_attn,
-        bf16=args.bf16,
-        ds_config=ds_config,
-        lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        target_modules=args.target_modules,
-        load_in_4bit=args.load_in_4bit,
-    )
+    try:
+        return ActorAL(
+            args.pretrain,
+            use_flash_attention_2=args.flash_attn,
+            bf16=args.bf16,
+            ds_config=ds_config,
+            lora_rank=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            target_modules=args.target_modules,
+            load_in_4bit=args.load_in_4bit,
+        )
+    except (OSError, ValueError) as error:  # no such model, of another kind, not whole, or not fit for a flag
+        raise SystemExit(f"--pretrain {args.pretrain}: {error}") from error
 
 
 def load_prompts(
