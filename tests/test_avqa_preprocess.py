@@ -294,7 +294,7 @@ def test_failed_write_leaves_the_old_files(run, monkeypatch, capsys):
     rows = [row(number) for number in range(10)]
     assert run(rows, "--no_check_audio", "--val_ratio", "0.2") == 0
     before = {path.name: path.read_bytes() for path in run.out.iterdir()}
-    assert sorted(before) == ["report.json", "train.parquet", "validation.parquet"]
+    assert sorted(before) == ["report.json", "train.parquet", "validation.json", "validation.parquet"]
 
     def disk_full(value, file):
         file.write(b"half")
@@ -321,6 +321,12 @@ def test_split_shares_no_clip_and_follows_the_seed(run):
         assert not {r["audio_path"] for r in train} & {r["audio_path"] for r in validation}
         assert run.report()["clips"]["in_both_parts"] == 0
         assert parts.setdefault(seed, ids) == ids
+        questions = json.loads((run.out / "validation.json").read_text())
+        assert [question["id"] for question in questions] == list(map(str, ids))
+        for question, held_out in zip(questions, validation, strict=True):
+            asked = held_out["extra_info"]
+            assert (question["question"], question["choices"]) == (asked["question_text"], asked["multi_choice"])
+            assert (question["audio_id"], question["answer"]) == (held_out["audio_path"], held_out["reference"])
     assert parts["1"] != parts["2"]
 
 

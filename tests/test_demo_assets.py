@@ -200,6 +200,29 @@ def test_tokenizer(processor) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == ""
 
 
+def test_tokenizer_of_ones_own_rows(tmp_path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    options = ["low", "lower", "a cat (loud)", "猫"]
+    row = {"id": 1, "question_text": "How slow?", "multi_choice": options, "answer": 0, "audio_path": "a.wav"}
+    rows.write_text(json.dumps(row))
+    own = make_model.read_questions(rows)
+    assert own == [("How slow?", options)]
+    tokenizer = make_model.build_processor(rows=own).tokenizer
+    text = f"slow {options} <answer>lower</answer>"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    for name, times in zip(options, (1, 2, 1, 1), strict=True):
+        (word,) = tokenizer(name)["input_ids"]
+        assert ids.count(word) == times
+    with pytest.raises(SystemExit, match="cannot write the option 'Größe'"):
+        make_model.build_processor(rows=[("?", ["Größe"])])
+    with pytest.raises(SystemExit, match=r"rows.jsonl: no usable row; the first: .*audio_path"):
+        rows.write_text(json.dumps({name: row[name] for name in row if name != "audio_path"}))
+        make_model.read_questions(rows)
+    with pytest.raises(SystemExit, match="gone: No such file"):
+        make_model.read_questions(tmp_path / "gone")
+
+
 # --- warm start
 
 
@@ -220,6 +243,10 @@ def test_warm_start_loss_by_hand() -> None:
     word, form = warm_start.warm_start_loss(probs.log(), torch.tensor([[0, 2]]), torch.tensor([[2, 3]]))
     torch.testing.assert_close(form, torch.tensor(-math.log(0.5)))
     torch.testing.assert_close(word, torch.tensor(-(math.log(0.6) + math.log(0.2)) / 2))
+    # a second example has one option less
+    fewer, options = probs[:, :, [0, 1, 3, 2]], torch.tensor([[2, 3], [3, -1]])
+    word, _ = warm_start.warm_start_loss(torch.cat([probs, fewer]).log(), torch.tensor([[0, 2], [0, 3]]), options)
+    torch.testing.assert_close(word, torch.tensor(-((math.log(0.6) + math.log(0.2)) / 2 + math.log(0.6)) / 2))
     with pytest.raises(ValueError, match="exactly one"):
         warm_start.warm_start_loss(probs.log(), torch.tensor([[0, 1]]), torch.tensor([[2, 3]]))
 

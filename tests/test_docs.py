@@ -14,7 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from conftest import ROOT, child_environment
 
 DOCUMENTS = sorted(
@@ -183,6 +185,35 @@ def test_commands_run_and_show_what_is_said(command):
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=600, env=child_environment())
     assert done.returncode == 0, done.stdout + done.stderr
     assert SHOWN[command] in done.stdout
+
+
+@pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
+def test_the_readmes_way_from_ones_own_sounds_to_a_score(tmp_path):
+    """Its block of commands, on ten low tones and ten high ones."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own sounds")[1]
+    row, commands = (re.search(rf"```{kind}\n(.*?)```", section, re.S).group(1) for kind in ("json", "bash"))
+    (tmp_path / "mine").mkdir()
+    rows = []
+    for i in range(20):
+        high, name = i % 2, f"{('low', 'high')[i % 2]}_{i // 2}.wav"
+        tone = np.sin(2 * np.pi * (200 + 3000 * high + 40 * i) * np.arange(24000) / 16000)
+        soundfile.write(tmp_path / "mine" / name, tone, 16000)
+        rows.append(json.dumps(json.loads(row) | {"id": i, "answer": high, "audio_path": name}))
+    (tmp_path / "mine" / "rows.jsonl").write_text("\n".join(rows))
+    for name in ("examples", ".venv"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run(
+        ["bash", "-e", "-c", commands],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=child_environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 of 4" in section
+    assert json.loads((tmp_path / "results/own/result.score.json").read_text())["accuracy"] == 1.0
+    assert (tmp_path / "results/own/run/report.html").is_file()
 
 
 @pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")

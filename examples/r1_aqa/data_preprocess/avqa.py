@@ -70,6 +70,7 @@ __all__ = [
 LABEL = "avqa_rule"
 THINK_LABEL = "avqa_think_rule"
 TRAIN_FILE, VALIDATION_FILE, REPORT_FILE = "train.parquet", "validation.parquet", "report.json"
+QUESTIONS_FILE = "validation.json"
 SHOWN_PROBLEMS = 20
 EXIT_STATUS = (
     "exit status: 0 written; 2 nothing written: wrong use, wrong data or a file that cannot be read or written, the "
@@ -377,17 +378,42 @@ def convert(args: argparse.Namespace) -> None:
         tables = {name: table.take(integers(part, "q")) for name, part in split.items()}
     writers = {name: functools.partial(pq.write_table, part) for name, part in tables.items()}
     writers[REPORT_FILE] = functools.partial(dump_json, report)
+    if validation:
+        writers[QUESTIONS_FILE] = functools.partial(dump_json, questions([rows[i] for i in validation], parts))
     # The old validation.parquet goes first in any case: a run killed between two files then leaves one part too few,
     # which is noticed, and never an old and a new part that share a clip, which is not.
     stale = os.path.lexists(os.path.join(args.local_save_dir, VALIDATION_FILE))
-    write_files(args.local_save_dir, writers, obsolete=[VALIDATION_FILE])
+    write_files(args.local_save_dir, writers, obsolete=[VALIDATION_FILE, QUESTIONS_FILE])
     say_summary(args.local_save_dir, report, removed=stale and not validation)
 
 
-def dump_json(value: dict, file: BinaryIO) -> None:
+def questions(rows: list[Row], parts: dict[str, list[str]]) -> list[dict]:
+    """
+    :param rows: Those held out.
+    :type rows: list[Row]
+    :param parts: The audio files of each part.
+    :type parts: dict[str, list[str]]
+    :return: The rows as MMAU's questions, which ``eval_mmau.py`` reads.
+    :rtype: list[dict]
+    """
+    return [
+        {
+            "id": str(row.id),
+            "audio_id": path,
+            "question": row.question,
+            "choices": row.choices,
+            "answer": row.gold,
+            "dataset": row.dataset_name,
+            "task": row.question_type or row.dataset_name,
+        }
+        for row, path in zip(rows, parts["validation"], strict=True)
+    ]
+
+
+def dump_json(value: dict | list, file: BinaryIO) -> None:
     """
     :param value: What to write.
-    :type value: dict
+    :type value: dict | list
     :param file: Open binary file.
     :type file: BinaryIO
     """
@@ -409,6 +435,7 @@ def say_summary(folder: str, report: dict, removed: bool) -> None:
     if rows["validation"]:
         shared = f"{clips['in_both_parts']} clips in both"
         say(f"  {VALIDATION_FILE}: {rows['validation']} rows on {clips['validation']} clips, {shared}")
+        say(f"  {QUESTIONS_FILE}: the same rows for eval_mmau.py --data_file")
     elif removed:
         say(f"  {VALIDATION_FILE} of an earlier run was removed, since --val_ratio is 0")
     if clips["readable"]:

@@ -11,19 +11,26 @@ transformers and vLLM load it as they load the real one. Three things stand in f
   ``warm_start.py``). No label of any sound enters: listening is left for GRPO to learn.
 
     python examples/r1_aqa/demo/make_model.py --out_dir models/demo --seed 0
+
+With ``--rows`` the questions and options are those of a file in R1-AQA's format, for training on sounds of one's own.
 """
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+# made on the CPU; without the variable DeepSpeed, which transformers imports, warns of it
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -36,6 +43,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from audio_policy import parts_of
+from data_preprocess.avqa_rows import AvqaError, parse_records, read_records
 from host import find_host
 
 from demo.sounds import SAMPLING_RATE
@@ -81,12 +89,34 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_processor(family: str = "qwen2_audio") -> Qwen2AudioProcessor:
+def read_questions(path: Path) -> list[tuple[str, list[str]]]:
+    """
+    Questions and options of a file in R1-AQA's format.
+
+    :param path: JSON lines, or AVQA's own array.
+    :return: Of each usable row.
+    :raises SystemExit: If there is none, or the file cannot be read.
+    """
+    try:
+        records = read_records(path.read_bytes(), str(path))
+    except OSError as error:
+        raise SystemExit(f"--rows {path}: {error.strerror}") from error
+    except AvqaError as error:
+        raise SystemExit(f"--rows {error}") from error
+    rows, problems = parse_records(records, enable_think=False)
+    if not rows:
+        raise SystemExit(f"--rows {path}: no usable row; the first: {problems[0].reason}")
+    return [(row.question, row.choices) for row in rows]
+
+
+def build_processor(family: str = "qwen2_audio", rows: Sequence[tuple[str, list[str]]] = ()) -> Qwen2AudioProcessor:
     """
     Build tokenizer, feature extractor and chat template.
 
     :param family: See :data:`FAMILIES`.
+    :param rows: Questions and options to be read and written in few tokens, each option in one; none: the demo's own.
     :return: The processor. Its vocabulary holds every byte, so it can read any text, though not in few tokens.
+    :raises SystemExit: If an option cannot be written in one token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -94,7 +124,7 @@ def build_processor(family: str = "qwen2_audio") -> Qwen2AudioProcessor:
     rng = np.random.default_rng(0)  # the vocabulary must not depend on the model's seed
     corpus = ["system\nYou are a helpful assistant.\nuser\nAudio 1: \nassistant\n"] * 100
     for _ in range(400):
-        question, options, answer, _ = draw_warm_start_example(rng, 1)
+        question, options, answer, _ = draw_warm_start_example(rng, 1, rows)
         corpus.append(PROMPT.format(question=question, options=options) + f"\n<answer>{answer}</answer>")
         corpus.append(question.replace("video", "audio"))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -118,6 +148,12 @@ def build_processor(family: str = "qwen2_audio") -> Qwen2AudioProcessor:
         padding_side="left",
         **more,
     )
+    # added as whole words: the warm start asks for one token an option, whatever the option is
+    words = sorted({word for _, options in rows for word in options})
+    fast.add_tokens([AddedToken(word, single_word=True) for word in words])
+    for word in words:  # added ones are not spelled in bytes, which the decoder takes some letters for
+        if len(fast(word)["input_ids"]) != 1 or fast.decode(fast(word)["input_ids"]) != word:
+            raise SystemExit(f"--rows: this tiny model cannot write the option {word!r}; spell it with ASCII letters")
     if family == "qwen2_5_omni":
         # where Qwen2-Audio's template numbers the clips, and gives each a line, Qwen2.5-Omni's does not
         template = CHAT_TEMPLATE.replace("'Audio ' ~ clips.seen ~ ': <|", "'<|").replace("eos|>\\n'", "eos|>'")
@@ -270,6 +306,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if it exists")
     parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="what kind of model")
+    parser.add_argument(
+        "--rows", type=Path, help="R1-AQA's JSON lines, whose questions and options it shall know; otherwise the demo's"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and warm start")
     parser.add_argument("--warm_start_steps", type=int, default=150, help="optimizer steps of the warm start; 0: none")
     parser.add_argument("--warm_start_batch_size", type=int, default=32, help="examples a step of the warm start")
@@ -288,11 +327,13 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()
     if args.family == "qwen2_5_omni":
         find_host()
-    processor = build_processor(args.family)
+    rows = read_questions(args.rows) if args.rows else ()
+    processor = build_processor(args.family, rows)
     model = build_model(processor, args.seed, args.family)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"demo model: {parameters:,} parameters, vocabulary of {len(processor.tokenizer)} tokens")
-    warm_start(model, processor, args.warm_start_steps, args.warm_start_batch_size, args.warm_start_lr, seed=args.seed)
+    settings = (args.warm_start_steps, args.warm_start_batch_size, args.warm_start_lr)
+    warm_start(model, processor, *settings, seed=args.seed, rows=rows)
     save(model, processor, args.out_dir)
     print(f"demo model: {time.perf_counter() - start:.1f} s -> {args.out_dir}")
 

@@ -92,8 +92,7 @@ def make_assets(out: Path, seed: int, questions: int, family: str) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
-    # the tiny model is made on the CPU; without the variable DeepSpeed, which transformers imports, warns of it
-    run("demo/make_model.py", "--out_dir", out / "model", "--family", family, "--seed", seed, DS_ACCELERATOR="cpu")
+    run("demo/make_model.py", "--out_dir", out / "model", "--family", family, "--seed", seed)
     run("demo/make_data.py", "--out_dir", out / "data", "--seed", seed, "--train_questions", questions)
     source = ("--input_jsonl", out / "data" / "train_qa.data", "--audio_dir", out / "data")
     run("data_preprocess/avqa.py", *source, "--local_save_dir", out / "parquet")

@@ -6,6 +6,8 @@ and the audio tower and the projector are frozen. Sounds are present at all only
 still writes an answer.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from audio_policy import encode_clips, parts_of
@@ -37,16 +39,23 @@ def render_prompt(processor: Qwen2AudioProcessor, question: str, options: list[s
     )
 
 
-def draw_warm_start_example(rng: np.random.Generator, sounds: int) -> tuple[str, list[str], str, int]:
+def draw_warm_start_example(
+    rng: np.random.Generator, sounds: int, rows: Sequence[tuple[str, list[str]]] = ()
+) -> tuple[str, list[str], str, int]:
     """
     Draw a question, the option to answer with and, independently of both, a sound.
 
     :param rng: Source of randomness.
     :param sounds: Number of sounds to draw from.
+    :param rows: Questions and their options to draw from; none: the demo's own.
     :return: Question, options, the option that the answer names (each being equally likely), number of the sound.
     """
-    options = draw_options(str(rng.choice(CLASSES)), rng)
-    return str(rng.choice(QUESTIONS)), options, str(rng.choice(options)), int(rng.integers(sounds))
+    if rows:
+        question, options = rows[rng.integers(len(rows))]
+    else:
+        options = draw_options(str(rng.choice(CLASSES)), rng)
+        question = str(rng.choice(QUESTIONS))
+    return question, options, str(rng.choice(options)), int(rng.integers(sounds))
 
 
 def draw_warm_start_sounds(count: int, seed: int) -> tuple[list[str], list[np.ndarray]]:
@@ -107,7 +116,7 @@ def warm_start_loss(
 
     :param log_probs: Log-probabilities at the answer's tokens, shape ``(examples, tokens, vocabulary)``.
     :param targets: The answer's tokens, one of which is an option, shape ``(examples, tokens)``.
-    :param options: The options' tokens, shape ``(examples, options)``.
+    :param options: The options' tokens, shape ``(examples, options)``; -1 where an example has fewer.
     :return: Loss of the word and loss of the other tokens together, in nats an answer, means over the examples.
     :raises ValueError: If an answer does not hold exactly one of its options.
     """
@@ -115,7 +124,9 @@ def warm_start_loss(
     if not (is_word.sum(1) == 1).all():
         raise ValueError("Every answer must hold exactly one token that is one of its options.")
     format_loss = -log_probs.gather(-1, targets[..., None])[..., 0][~is_word].sum() / len(targets)
-    word_loss = -log_probs[is_word].gather(-1, options).mean()
+    there = options >= 0
+    words = log_probs[is_word].gather(-1, options.clamp(min=0)).where(there, 0.0)
+    word_loss = -(words.sum(1) / there.sum(1)).mean()
     return word_loss, format_loss
 
 
@@ -126,6 +137,7 @@ def warm_start(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    rows: Sequence[tuple[str, list[str]]] = (),
 ) -> None:
     """
     Teach the language model to answer in the right format with any of the options, whatever the sound.
@@ -136,10 +148,12 @@ def warm_start(
     :param batch_size: Examples a step.
     :param learning_rate: Peak learning rate; it rises over a tenth of the steps and falls linearly over the last half.
     :param seed: Seed of sounds and answers.
+    :param rows: Questions and options, each option one token; none: the demo's own.
     """
     rng = np.random.default_rng([seed, 2])
     tokenizer, language_model = processor.tokenizer, parts_of(model).decoder
-    class_ids = {name: tokenizer(name)["input_ids"][0] for name in CLASSES}
+    words = sorted({option for _, options in rows for option in options}) or CLASSES
+    word_ids = {word: tokenizer(word)["input_ids"][0] for word in words}
     _, clips = draw_warm_start_sounds(count=64, seed=seed)
     sounds = embed_sounds(model, processor, clips)
     parameters = [*language_model.parameters(), *model.lm_head.parameters()]
@@ -148,25 +162,26 @@ def warm_start(
         optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.5 * steps), 1.0)
     )
     for step in range(steps):
-        rows, targets, options = [], [], []
+        inputs, targets, options = [], [], []
         for _ in range(batch_size):
-            question, names, answer, sound = draw_warm_start_example(rng, len(sounds))
+            question, names, answer, sound = draw_warm_start_example(rng, len(sounds), rows)
             before, after = render_prompt(processor, question, names).split(processor.audio_token)
             target = tokenizer(f"<answer>{answer}</answer>{tokenizer.eos_token}")["input_ids"]
             before, after = tokenizer(before)["input_ids"], tokenizer(after)["input_ids"] + target
             text = language_model.embed_tokens(torch.tensor(before + after))
             heard = sounds[sound] if step >= TEXT_ONLY_SHARE * steps else sounds[sound][:0]
-            rows.append(torch.cat([text[: len(before)], heard, text[len(before) :]]))
+            inputs.append(torch.cat([text[: len(before)], heard, text[len(before) :]]))
             targets.append(target)
-            options.append([class_ids[name] for name in names])
+            options.append(torch.tensor([word_ids[name] for name in names]))
         # Padding on the right of a causal model: what comes before never sees it.
-        embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        targets, ends = torch.tensor(targets), torch.tensor([len(row) for row in rows])
+        embeds = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+        options = torch.nn.utils.rnn.pad_sequence(options, batch_first=True, padding_value=-1)
+        targets, ends = torch.tensor(targets), torch.tensor([len(row) for row in inputs])
         # The token at place p is predicted at place p - 1.
         places = ends[:, None] - targets.shape[1] - 1 + torch.arange(targets.shape[1])
         hidden = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         log_probs = model.lm_head(hidden[torch.arange(batch_size)[:, None], places]).log_softmax(-1)
-        word_loss, format_loss = warm_start_loss(log_probs, targets, torch.tensor(options))
+        word_loss, format_loss = warm_start_loss(log_probs, targets, options)
         ((word_loss + format_loss) / 4).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -175,6 +190,7 @@ def warm_start(
         if step % 30 == 0 or step == steps - 1:
             print(
                 f"warm start: step {step + 1}/{steps}, loss of the format {format_loss.item():.3f}, "
-                f"of the option {word_loss.item():.3f} (at random: {np.log(len(names)):.3f})",
+                f"of the option {word_loss.item():.3f} (at random: "
+                f"{(options >= 0).sum(1).log().mean().item():.3f})",
                 flush=True,
             )
