@@ -32,7 +32,7 @@ FOREIGN = {"--signal", "--nproc-per-node", "--input", "--recursive"}  # of Slurm
 EXAMPLES = "python examples/r1_aqa/"
 RESULTS = "results/demo/result_before.json results/demo/result_after.json"
 SHOWN = {
-    f"{EXAMPLES}eval_mmau.py compare {RESULTS}": "McNemar p",
+    f"{EXAMPLES}eval_mmau.py compare {RESULTS}": "p: McNemar's",
     f"{EXAMPLES}train_colocate.py --plan --pretrain Qwen/Qwen2-Audio-7B-Instruct --bf16 --zero_stage 3": "8,397,094,9",
     f"{EXAMPLES}data_preprocess/get_data.py --help": "avqa|mmau",
     f"{EXAMPLES}doctor.py --json": '"python"',

@@ -246,12 +246,15 @@ def test_compare_pairs_by_id_and_breaks_down_by_task():
     first = judge(rows_of("dog", "cat", "cat"), MMAU)
     rows = rows_of("dog", "dog", "cat", "dog")[::-1]  # another order, and one item more
     rows[0]["task"] = "music"
+    first.rows[0]["task"] = "mix-sound-music-speech"
     result = compare(first, judge(rows, MMAU))
     assert (result["total"], result["only_first"], result["only_second"]) == (3, 0, 1)
     assert result["not_shared"] == [0, 1]
-    assert list(result["by"]["task"]) == ["sound"]
+    assert sorted(result["by"]["task"]) == ["mix-sound-music-speech", "sound"]
     table = comparison_table(result, ("before.json", "after.json"))
-    assert re.search(r"overall +3 +33\.33 % +66\.67 % +\+33\.33", table)
+    assert re.search(r"overall +3 +33\.33 +66\.67 +\+33\.33 +\S+ to \S+ +0:1 +1\n", table)
+    assert "\n  mix-sound-music-speech\n" in table
+    assert max(map(len, table.splitlines())) <= 80
     assert "1 of the second" in table
 
 

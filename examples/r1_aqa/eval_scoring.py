@@ -274,7 +274,7 @@ def _places_by_id(verdicts: Verdicts) -> dict[str, int]:
 
 
 def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
-    """A comparison as a table.
+    """A comparison as a table of 80 columns.
 
     :param comparison: From :func:`compare`.
     :param names: What to call the two.
@@ -282,23 +282,27 @@ def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
     groups = [("overall", comparison)]
     for field, values in comparison["by"].items():
         groups += [(field, None), *((f"  {value}", entry) for value, entry in values.items())]
-    width = max(len(name) for name, _ in groups) + 2
+    width = 11
     lines = [
         f"first    {names[0]}",
         f"second   {names[1]}",
-        " " * width
-        + "  total      first     second   difference   95 % interval   only first   only second   McNemar p",
+        " " * width + " total  first %  second %  difference   95 % interval  only one        p",
     ]
     for name, entry in groups:
         if entry is None:
             lines.append(name)
             continue
+        if len(name) > width:
+            lines.append(name)
+            name = ""
         low, high = (f"{bound * 100:+.1f}" for bound in entry["interval_95"])
+        before, after = (100 * accuracy for accuracy in entry["accuracy"])
+        only_one = f"{entry['only_first']}:{entry['only_second']}"
         lines.append(
-            f"{name:{width}}{entry['total']:7}{percent(entry['accuracy'][0]):>11}{percent(entry['accuracy'][1]):>11}"
-            f"{entry['difference'] * 100:+13.2f}{f'{low} to {high}':>16}{entry['only_first']:13}"
-            f"{entry['only_second']:14}{entry['mcnemar_p']:12.2g}"
+            f"{name:{width}}{entry['total']:6}{before:9.2f}{after:10.2f}{entry['difference'] * 100:+12.2f}"
+            f"{f'{low} to {high}':>16}{only_one:>10}{entry['mcnemar_p']:9.2g}"
         )
+    lines.append("only one: right in the first alone, in the second alone; p: McNemar's")
     if any(comparison["not_shared"]):
         lines.append(
             "left out, in one file only: {} items of the first, {} of the second".format(*comparison["not_shared"])
