@@ -282,11 +282,11 @@ def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
     groups = [("overall", comparison)]
     for field, values in comparison["by"].items():
         groups += [(field, None), *((f"  {value}", entry) for value, entry in values.items())]
-    width = 11
+    width = 10
     lines = [
         f"first    {names[0]}",
         f"second   {names[1]}",
-        " " * width + " total  first %  second %  difference   95 % interval  only one        p",
+        " " * width + " total  first %  second %  difference   95 % interval only one       p",
     ]
     for name, entry in groups:
         if entry is None:
@@ -300,7 +300,7 @@ def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
         only_one = f"{entry['only_first']}:{entry['only_second']}"
         lines.append(
             f"{name:{width}}{entry['total']:6}{before:9.2f}{after:10.2f}{entry['difference'] * 100:+12.2f}"
-            f"{f'{low} to {high}':>16}{only_one:>10}{entry['mcnemar_p']:9.2g}"
+            f"{f'{low} to {high}':>16}{only_one:>9}{entry['mcnemar_p']:8.2g}"
         )
     lines.append("only one: right in the first alone, in the second alone; p: McNemar's")
     if any(comparison["not_shared"]):
