@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,33 +188,96 @@ def test_commands_run_and_show_what_is_said(command):
     assert SHOWN[command] in done.stdout
 
 
+def shown_blocks() -> list[Any]:
+    """Blocks that begin with a command and go on with what it prints."""
+    found = []
+    for path in DOCUMENTS:
+        for block in re.findall(r"^```\n\$ (.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M):
+            command, _, output = block.replace("\\\n", " ").partition("\n")
+            found.append(pytest.param(command, output.splitlines(), id=f"{path.name}: {command[:60]}"))
+    return found
+
+
 @pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
-def test_the_readmes_way_from_ones_own_sounds_to_a_score(tmp_path):
+@pytest.mark.parametrize(("command", "output"), shown_blocks())
+def test_a_block_shows_what_its_command_prints(command, output):
+    """Line by line and in order; a block may leave lines out."""
+    words = [sys.executable, *shlex.split(command)[1:]]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120, env=child_environment())
+    printed = iter(done.stdout.splitlines())
+    assert output, command
+    assert [line for line in output if line not in printed] == [], done.stdout + done.stderr
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Path:
+    """An empty folder from which the documents' relative paths lead to the example and to make demo's folder."""
+    (tmp_path / "results").mkdir()
+    for name in ("examples", ".venv", "results/demo"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def run_block(commands: str, folder: Path) -> None:
+    """Run commands in bash; the first that fails ends them.
+
+    :param commands: As a document has them.
+    :param folder: Where they run.
+    """
+    command = ["bash", "-e", "-c", commands]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=child_environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def blocks_of(heading: str) -> str:
+    """A section of the manual."""
+    return MANUAL.read_text(encoding="utf-8").split(f"### {heading}")[1].split("\n## ")[0].split("\n### ")[0]
+
+
+@pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
+def test_the_manuals_dry_run(elsewhere):
+    section = blocks_of("Step 3: dry run")
+    run_block(re.search(r"```bash\n(.*?)```", section, re.S).group(1), elsewhere)
+    (run,) = (elsewhere / "results" / "lightrft-r1-aqa-grpo-training").iterdir()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["train/grad_norm"] is not None]
+    assert f"{len(records)} rollouts, {len(steps)} optimizer" in " ".join(section.split())
+    assert max(record["rollout/logprob_gap_max"] for record in records) < 1e-3
+
+
+@pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
+@pytest.mark.parametrize(
+    ("heading", "hint", "out", "written"),
+    [
+        ("Step 1: prepare AVQA", "With the demo's data:", "--local_save_dir out", "out/train.parquet"),
+        ("Step 4: evaluate on MMAU test-mini", "With the demo's model:", "--out_file out.json", "out.score.json"),
+    ],
+)
+def test_the_manuals_steps_run_with_the_demos_files(elsewhere, heading, hint, out, written):
+    section = blocks_of(heading)
+    command = re.search(r"```bash\n(python .*?)\n(?:\n|```)", section, re.S).group(1).split("#")[0]
+    flags = " ".join(re.search(rf"{hint} `([^`]+)`", section).group(1).split())
+    run_block(f"source .venv/bin/activate; {command.rstrip()} {flags} {out}", elsewhere)
+    assert (elsewhere / written).is_file()
+
+
+@pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
+def test_the_readmes_way_from_ones_own_sounds_to_a_score(elsewhere):
     """Its block of commands, on ten low tones and ten high ones."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own sounds")[1]
     row, commands = (re.search(rf"```{kind}\n(.*?)```", section, re.S).group(1) for kind in ("json", "bash"))
-    (tmp_path / "mine").mkdir()
+    (elsewhere / "mine").mkdir()
     rows = []
     for i in range(20):
         high, name = i % 2, f"{('low', 'high')[i % 2]}_{i // 2}.wav"
         tone = np.sin(2 * np.pi * (200 + 3000 * high + 40 * i) * np.arange(24000) / 16000)
-        soundfile.write(tmp_path / "mine" / name, tone, 16000)
+        soundfile.write(elsewhere / "mine" / name, tone, 16000)
         rows.append(json.dumps(json.loads(row) | {"id": i, "answer": high, "audio_path": name}))
-    (tmp_path / "mine" / "rows.jsonl").write_text("\n".join(rows))
-    for name in ("examples", ".venv"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    done = subprocess.run(
-        ["bash", "-e", "-c", commands],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=child_environment(),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    (elsewhere / "mine" / "rows.jsonl").write_text("\n".join(rows))
+    run_block(commands, elsewhere)
     assert "4 of 4" in section
-    assert json.loads((tmp_path / "results/own/result.score.json").read_text())["accuracy"] == 1.0
-    assert (tmp_path / "results/own/run/report.html").is_file()
+    assert json.loads((elsewhere / "results/own/result.score.json").read_text())["accuracy"] == 1.0
+    assert (elsewhere / "results/own/run/report.html").is_file()
 
 
 @pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
