@@ -16,6 +16,7 @@ from audio_slots import GUARD_ROWS, audio_token_count, pack_clip, unpack_clips
 from conftest import made_once, run_script
 from safetensors.torch import load_file, save_file
 from test_engines import SECONDS, gaps, perturbed, prompt_of, rollout
+from test_lora import answers_of
 from test_policy_forward import AUDIO, PAD, VOCABULARY, as_actor, make_item, make_mel, mixed_cases
 from test_train_args import problems  # noqa: F401 (a fixture)
 from test_training import metrics_of, moved, train
@@ -26,6 +27,7 @@ from lightrft.engines.hf_engine import HFEngine
 from lightrft.engines.vllm_engine import VLLMEngine
 from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.models.families import OmniAudioProcessor, Qwen2_5Omni, Qwen2Audio, family_of
+from lightrft.models.lora import adapted_layers
 from lightrft.strategy.distributed import init_process_group
 from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import make_micro_batch
@@ -238,9 +240,18 @@ def test_loading_freezes_what_neither_hears_nor_reads_and_leaves_the_talker_out(
         load_model(str(tmp_path), dtype=torch.float32)
 
 
-def test_adapters_are_refused(tiny_omni):
-    with pytest.raises(ValueError, match=r"lora_rank 4: Qwen2\.5-Omni gets no LoRA"):
-        ActorAL(str(tiny_omni), bf16=False, lora_rank=4)
+def test_adapters_are_where_it_hears_and_reads(tiny_omni):
+    actor = ActorAL(str(tiny_omni), bf16=False, lora_rank=4, target_modules=["language_model", "fc1", "proj"])
+    adapted = set(adapted_layers(actor.model))
+    layers = {name for name in adapted if name.startswith("model.layers.")}
+    assert {name.rsplit(".", 1)[1] for name in layers} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert adapted - layers == {"audio_tower.layers.0.fc1", "audio_tower.proj"}  # the vision tower has a proj, too
+    with pytest.raises(ValueError, match="--target_modules visual: no linear layer"):
+        ActorAL(str(tiny_omni), bf16=False, lora_rank=4, target_modules=["visual"])
+    with pytest.raises(ValueError, match=r"load_in_4bit: Qwen2\.5-Omni is not packed"):
+        ActorAL(str(tiny_omni), bf16=False, lora_rank=4, load_in_4bit=True)
 
 
 def test_families_by_folder(tiny_omni, tiny_model, plain):
@@ -251,8 +262,9 @@ def test_families_by_folder(tiny_omni, tiny_model, plain):
 def test_flags_that_the_family_does_not_know(problems, tmp_path):  # noqa: F811
     (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2_5_omni"}')
     assert problems() == []
-    (found,) = problems(lora_rank=4)
-    assert "--lora_rank 4" in found and "qwen2_5_omni" in found
+    assert problems(lora_rank=4) == []
+    (found,) = problems(lora_rank=4, load_in_4bit=True)
+    assert "--load_in_4bit" in found and "qwen2_5_omni" in found
     (tmp_path / "model" / "config.json").write_text('{"model_type": "ultravox"}')
     (found,) = problems()
     assert "ultravox" in found and "docs/porting.md" in found
@@ -371,6 +383,18 @@ def test_grpo_steps_move_all_that_trains_and_leave_a_folder_of_the_same_kind(tin
     assert new["model_type"] == old["model_type"] == "qwen2_5_omni"
     for name in ("processor_config.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (tiny_omni / name).read_bytes()
+
+
+def test_adapters_train_and_are_evaluated_merged_or_not(tiny_omni, demo_parquet, demo_data, tmp_path):
+    train(tiny_omni, demo_parquet, tmp_path, "--max_samples", 12, "--lora_rank", 2, "--lora_alpha", 64)
+    records = metrics_of(tmp_path)
+    assert len(records) == 3
+    assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
+    assert records[0]["train/kl"] == pytest.approx(0, abs=1e-6) and records[-1]["train/kl"] > 1e-6
+    changed, _ = moved(tiny_omni, tmp_path)
+    assert changed and all(name.startswith("thinker.model.layers.") for name in changed)
+    answers = [answers_of(folder, demo_data, tmp_path) for folder in (tmp_path, tmp_path / "adapter", tiny_omni)]
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_a_model_that_cannot_be_trained_is_named_without_a_traceback(tmp_path):

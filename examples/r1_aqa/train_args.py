@@ -474,8 +474,8 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
                 f"--pretrain {args.pretrain}: is a {kind} model; known are {' and '.join(MODEL_TYPES)} "
                 "(docs/porting.md says what another one needs)"
             )
-        if kind == "qwen2_5_omni" and args.lora_rank > 0:
-            problems.append(f"--lora_rank {args.lora_rank}: a qwen2_5_omni model gets no adapters here; drop it")
+        if kind == "qwen2_5_omni" and args.load_in_4bit:
+            problems.append("--load_in_4bit: a qwen2_5_omni model is not packed here; drop it")
     elif args.pretrain.startswith((".", "/", "~")) or args.pretrain.count("/") != 1:
         problems.append(f"--pretrain {args.pretrain}: no such folder")
     if not args.prompt_data:

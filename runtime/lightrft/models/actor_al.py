@@ -67,6 +67,8 @@ class ActorAL(nn.Module):
         if load_in_4bit and (lora_rank == 0 or zero3):
             raise ValueError("load_in_4bit needs adapters (lora_rank) and ZeRO 0 or 2")
         if isinstance(pretrain_or_model, str):
+            if load_in_4bit and not (family := family_of(pretrain_or_model)).four_bit:
+                raise ValueError(f"load_in_4bit: {family.name} is not packed here; leave it out")
             if zero3:
                 self._ds_config = HfDeepSpeedConfig(ds_config)  # from_pretrained looks for the living object
             dtype = torch.bfloat16 if bf16 else torch.float32
@@ -87,11 +89,6 @@ class ActorAL(nn.Module):
         if lora_rank > 0:
             from .lora import add_adapters
 
-            family = family_of(self.model)
-            if not family.lora:
-                raise ValueError(
-                    f"lora_rank {lora_rank}: {family.name} gets no LoRA here; train it whole (lora_rank 0)"
-                )
             name = pretrain_or_model if isinstance(pretrain_or_model, str) else self.model.name_or_path
             self.lora_config = add_adapters(self.model, lora_rank, lora_alpha, target_modules, name)
         self.model.config.use_cache = False

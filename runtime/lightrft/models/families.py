@@ -34,7 +34,8 @@ class Qwen2Audio:
     unheard: tuple[str, ...] = ()  # modules that audio and text do not pass: kept as they are
     # sinusoids, which do not train; transformers 5 forgets that while it loads, except under ZeRO-3
     fixed: tuple[str, ...] = ("model.audio_tower.embed_positions",)
-    lora = True
+    language_model = "language_model"  # the module that flags call so
+    four_bit = True  # whether its language model is one that four_bit.py can pack
 
     @staticmethod
     def checkpoint_name(name: str) -> str:
@@ -130,7 +131,8 @@ class Qwen2_5Omni(Qwen2Audio):
     foreign = ("talker.", "token2wav.")
     fixed = ()
     unheard = ("visual", "audio_tower.audio_bos_eos_token")
-    lora = False
+    language_model = "model"
+    four_bit = False
 
     @staticmethod
     def checkpoint_name(name: str) -> str:

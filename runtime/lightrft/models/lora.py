@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from .families import family_of
 from .four_bit import unpacked
 
 ADAPTER = "default"  # peft's name for the only one
@@ -21,20 +22,27 @@ ADAPTER = "default"  # peft's name for the only one
 def add_adapters(model: nn.Module, rank: int, alpha: int, targets: Sequence[str], base: str) -> LoraConfig:
     """Freeze a model and put adapters beside some of its linear layers.
 
-    :param model: Qwen2-Audio, changed in place; its class and the names of its modules stay.
+    :param model: Of a known family, changed in place; its class and the names of its modules stay.
     :param rank: Rank of the adapters' product.
     :param alpha: The product weighs ``alpha / rank``.
     :param targets: What to adapt: names of linear layers (``q_proj``) or of modules that hold them
-        (``language_model``). The head is never adapted: log-probs are computed from its weight.
+        (``language_model``). The head is never adapted: log-probs are computed from its weight. Nor is what audio and
+        text do not pass.
     :param base: Checkpoint that the model is from, for the adapter's configuration.
     :return: peft's configuration, which :func:`write_adapter` saves.
     :raises ValueError: if a target is not in the model.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
-    for target in targets:
+    family = family_of(model)
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head" and name.split(".")[0] not in family.unheard
+    ]
+    wanted = {family.language_model if target == "language_model" else target for target in targets}
+    for target in sorted(wanted):
         if not any(target in name.split(".") for name in linear):
             raise ValueError(f"--target_modules {target}: no linear layer of the model has that name or is below it")
-    chosen = [name for name in linear if set(targets) & set(name.split("."))]
+    chosen = [name for name in linear if wanted & set(name.split("."))]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, base_model_name_or_path=base)
     inject_adapter_in_model(config, model)
     return config
