@@ -255,7 +255,12 @@ def test_the_manuals_dry_run(elsewhere):
 )
 def test_the_manuals_steps_run_with_the_demos_files(elsewhere, heading, hint, out, written):
     section = blocks_of(heading)
-    command = re.search(r"```bash\n(python .*?)\n(?:\n|```)", section, re.S).group(1).split("#")[0]
+    command = (
+        re.search(r"```bash\n(python .*?)\n(?:\n|```)", section, re.S)
+        .group(1)
+        .split("#")[0]
+        .replace("<your_run>", "run")
+    )
     flags = " ".join(re.search(rf"{hint} `([^`]+)`", section).group(1).split())
     run_block(f"source .venv/bin/activate; {command.rstrip()} {flags} {out}", elsewhere)
     assert (elsewhere / written).is_file()
