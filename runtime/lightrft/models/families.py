@@ -34,7 +34,7 @@ class Qwen2Audio:
     unheard: tuple[str, ...] = ()  # modules that audio and text do not pass: kept as they are
     # sinusoids, which do not train; transformers 5 forgets that while it loads, except under ZeRO-3
     fixed: tuple[str, ...] = ("model.audio_tower.embed_positions",)
-    language_model = "language_model"  # the module that flags call so
+    language_model = "language_model"  # the module that --target_modules calls so
     four_bit = True  # whether its language model is one that four_bit.py can pack
 
     @staticmethod
