@@ -42,3 +42,19 @@ def test_nothing_heavy_is_loaded(tmp_path, script, arguments, status, message):
     assert message in done.stdout + done.stderr
     assert "argparse" in loaded.split()  # the probe sees what is there
     assert HEAVY & set(loaded.split()) == set()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train_colocate.py", "--pretrain", "."),
+        ("eval_mmau.py", *EVALUATION, "--audio_dir", "."),
+    ],
+)
+def test_a_python_without_packages_is_told_where_they_are(tmp_path, command):
+    script, *arguments = command
+    command = [sys.executable, "-S", str(EXAMPLE / script), *arguments]  # -S: none but Python's own
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "torch, transformers" in done.stderr and "source .venv/bin/activate" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -42,6 +42,7 @@ from eval_items import (  # noqa: E402
     write_whole,
 )
 from eval_scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json  # noqa: E402
+from host import not_installed  # noqa: E402
 
 COMMANDS = ("score", "compare")
 EXIT_STATUS = (
@@ -152,7 +153,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
 
     :param args: Parsed flags.
     """
-    problems = []
+    problems = not_installed("torch", "transformers", "soundfile")
     for name in ("batch_size", "max_new_tokens", "tensor_parallel_size", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -50,6 +50,19 @@ def check_host() -> None:
         )
 
 
+def not_installed(*packages: str) -> list[str]:
+    """What this Python lacks; imports nothing.
+
+    :param packages: Needed.
+    :return: One message about all that are missing, or none.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if not missing:
+        return []
+    remedy = "source .venv/bin/activate (make setup makes it), or on a GPU pip install -r requirements/gpu.txt"
+    return [f"{', '.join(missing)}: not installed for {sys.executable}; {remedy}"]
+
+
 def on_runtime() -> bool:
     """Whether the host is this repository's runtime, and not LightRFT itself."""
     import lightrft

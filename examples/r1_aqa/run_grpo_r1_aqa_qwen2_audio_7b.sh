@@ -50,6 +50,12 @@ if [ -z "$PATH_TO_YOUR_AVQA_DATASET" ]; then
     exit 2
 fi
 
+if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+    echo "$PYTHON has no torch: set PYTHON=.venv/bin/python (make setup makes it), or on a GPU first" \
+        "pip install -r requirements/gpu.txt" >&2
+    exit 2
+fi
+
 # bfloat16 and ZeRO-3 are for GPUs; a CPU trains the demo's model in float32
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     precision=(--bf16 --zero_stage 3 --gradient_checkpointing)

@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from host import not_installed
+
 ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
 REFUSED_ESTIMATORS = {"gae": "needs a critic, and none is trained here", "cpgd": "needs a loss that is not in here"}
 REWARDS = ("r1_aqa", "exact", "graded_format", "length_aware")
@@ -281,6 +283,9 @@ def find_problems(
     :return: One entry a problem, with values and a remedy; empty if all is well.
     """
     problems = _batch_problems(args, world_size, local_world_size or world_size)
+    if paths:
+        engine = ["vllm"] if args.engine_type == "vllm" else []
+        problems += not_installed("torch", "transformers", "deepspeed", "soundfile", *engine)
     problems += [
         f"--{name} {getattr(args, name)}: must be {rule}"
         for name, fits, rule in (
