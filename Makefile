@@ -43,7 +43,7 @@ test: $(READY) ## run the tests (about 9 minutes)
 test-all: $(READY) ## run the tests and the longer ones that CI leaves out
 	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for (about 30 minutes)
+test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for (about 20 minutes)
 	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_faults.py
 	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests/test_health.py tests/test_deepspeed_hooks.py \
 		tests/test_bad_audio.py tests/test_bad_rows.py tests/test_hostile_text.py tests/test_two_hosts.py tests/test_same_run.py

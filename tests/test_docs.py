@@ -175,6 +175,49 @@ def test_exit_statuses_are_those_of_the_help():
     assert documented <= {int(number) for number in re.findall(r"\b\d+\b", said)} and {0, 1, 2, 4, 5} <= documented
 
 
+def test_counts_are_those_of_the_code():
+    """Figures that follow from a constant, a default or arithmetic."""
+    import test_bad_audio
+    import test_faults
+    from demo import make_data
+    from train_args import build_parser
+
+    manual, readme = (" ".join(path.read_text(encoding="utf-8").split()) for path in (MANUAL, ROOT / "README.md"))
+    sources = {name: (ROOT / "tests" / name).read_text() for name in ("test_bad_rows.py", "test_hostile_text.py")}
+    points, rows, files, responses = re.search(
+        r"at (\d+) points of a step .* feeds ([\d,]+) odd rows, (\d+) odd audio files and ([\d,]+) hostile", manual
+    ).groups()
+    assert int(points) == len(test_faults.CASES)
+    assert f">= ({rows.replace(',', '_')} if MORE else" in sources["test_bad_rows.py"]
+    assert int(files) == len(test_bad_audio.CASES) + len(test_bad_audio.SEPARATE)
+    assert f"HOSTILE_COUNT = {responses.replace(',', '_')} if FULL" in sources["test_hostile_text.py"]
+    cache, clips = re.search(
+        r"`--audio_cache_mib` a rank and data set \((\d+) hold ([\d,]+) clips of 10 s\)", manual
+    ).groups()
+    assert int(cache) == build_parser(lambda parser: None).get_default("audio_cache_mib")
+    assert int(clips.replace(",", "")) == int(cache) * 2**20 // (10 * 16_000 * 4)  # float32 at 16 kHz
+    steps, questions = re.search(r"trains for (\d+) steps, evaluates on (\d+) held-out sounds", readme).groups()
+    demo = (EXAMPLE / "demo" / "run_demo.py").read_text()
+    assert f'"--steps", type=int, default={steps},' in demo
+    assert int(questions) == make_data.build_parser().get_default("test_questions")
+
+
+@pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
+def test_the_demos_sizes_are_those_of_its_model():
+    """Parameters, and the share of LoRA's in the manual's command."""
+    from model_sizes import count, parameters, read_sizes, trained
+
+    manual, readme = (path.read_text(encoding="utf-8") for path in (MANUAL, ROOT / "README.md"))
+    sizes = read_sizes(str(ROOT / "results" / "demo" / "model"))
+    every = count(parameters(sizes))
+    assert re.search(r"\(([\d.]+) M parameters, warm-started", readme).group(1) == f"{every / 1e6:.1f}"
+    command = re.search(r'TRAIN_FLAGS="--lora_rank (\d+) --lora_alpha \d+ \\\s+--target_modules (.*?) --actor', manual)
+    adapters = count(trained(sizes, (), int(command.group(1)), command.group(2).split()))
+    share = f"{100 * adapters / (every + adapters):.2f} %"
+    assert f"linear layer of the demo's model is {share}" in " ".join(manual.split())
+    assert f"LoRA (with {share} of the demo's parameters" in readme
+
+
 @pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
 @pytest.mark.parametrize("command", SHOWN)
 def test_commands_run_and_show_what_is_said(command):
