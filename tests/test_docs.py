@@ -184,10 +184,12 @@ def test_counts_are_those_of_the_code():
 
     manual, readme = (" ".join(path.read_text(encoding="utf-8").split()) for path in (MANUAL, ROOT / "README.md"))
     sources = {name: (ROOT / "tests" / name).read_text() for name in ("test_bad_rows.py", "test_hostile_text.py")}
-    points, rows, files, responses = re.search(
-        r"at (\d+) points of a step .* feeds ([\d,]+) odd rows, (\d+) odd audio files and ([\d,]+) hostile", manual
+    ways, points, rows, files, responses = re.search(
+        r"in (\d+) ways, at (\d+) points of a step, .* feeds ([\d,]+) odd rows, (\d+) odd audio files "
+        r"and ([\d,]+) hostile",
+        manual,
     ).groups()
-    assert int(points) == len(test_faults.CASES)
+    assert (int(ways), int(points)) == (len(test_faults.CASES), len(test_faults.POINTS))
     assert f">= ({rows.replace(',', '_')} if MORE else" in sources["test_bad_rows.py"]
     assert int(files) == len(test_bad_audio.CASES) + len(test_bad_audio.SEPARATE)
     assert f"HOSTILE_COUNT = {responses.replace(',', '_')} if FULL" in sources["test_hostile_text.py"]

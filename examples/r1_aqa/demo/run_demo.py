@@ -139,18 +139,17 @@ def evaluate(out: Path, model: Path, name: str, *extra: object) -> float:
     return json.loads(result.with_suffix(".score.json").read_text())["accuracy"]
 
 
-def run(script: str, *args: object, quiet: bool = False, **environment: str) -> None:
+def run(script: str, *args: object, quiet: bool = False) -> None:
     """Run one of the example's scripts; its failure ends the demo with its message.
 
     :param script: Path below examples/r1_aqa.
     :param args: Arguments.
     :param quiet: Show its output only if it fails.
-    :param environment: Variables to add to the environment.
     """
     command = [sys.executable, str(EXAMPLE / script), *map(str, args)]
     pipe = subprocess.PIPE if quiet else None
     errors = subprocess.STDOUT if quiet else None
-    done = subprocess.run(command, stdout=pipe, stderr=errors, text=True, env=os.environ | environment)
+    done = subprocess.run(command, stdout=pipe, stderr=errors, text=True)
     if done.returncode != 0:
         print(done.stdout or "", f"\n{script} ended with status {done.returncode}", file=sys.stderr)
         raise SystemExit(done.returncode)
