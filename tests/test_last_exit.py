@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import EXAMPLE
 
 # The worker thread of gloo waits for Python's lock when main ends: it is not let go of for the last 0.3 s.
