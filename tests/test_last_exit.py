@@ -6,8 +6,8 @@ import sys
 import pytest
 from conftest import EXAMPLE
 
-# A thread of gloo waits for Python's lock when main ends: it is not let go of for the last 0.5 s. The tensors are large, so
-# that main has, nearly always, let go of them before the collective is done.
+# A thread of gloo waits for Python's lock when main ends, which keeps it for the last 0.5 s. The tensors are large:
+# main has, nearly always, let go of them before the collective is done.
 SCRIPT = """
 import atexit, sys, time
 sys.path.insert(0, {example!r})
