@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run what the documents show with a duration or an outcome, and keep both.
 
-    python benchmarks/documented.py                            all but what needs a checkout of LightRFT (65 minutes)
+    python benchmarks/documented.py                            all but what needs a checkout of LightRFT (70 minutes)
     python benchmarks/documented.py --only demo report         some of it
     python benchmarks/documented.py --lightrft_home /path/to/LightRFT
 
@@ -115,7 +115,7 @@ RUNS = {
     ),
     "evaluate": Run(
         f"python {EXAMPLE}/eval_mmau.py --model_path {DEMO}/run --data_file {DEMO}/data/demo-test.json "
-        f"--audio_dir {DEMO}/data --max_new_tokens 16 --out_file {{out}}/result.json --engine vllm"
+        f"--audio_dir {DEMO}/data --max_new_tokens 16 --out_file {{out}}/result.json"
     ),
     "lora": Run(
         f'rm -rf {LORA} && make demo DEMO_DIR={LORA} TRAIN_FLAGS="{ADAPTERS} --actor_learning_rate 1e-2"', summary(LORA)
@@ -126,6 +126,7 @@ RUNS = {
     "docs": Run("make test-docs", tests),
     "test": Run("make test", tests),
     "faults": Run("make test-faults", tests),
+    "soak": Run("make soak"),
     "host_zero2": Run(train_inside("--zero_stage 2"), learned, lightrft=True),
     "host_fsdp2": Run(train_inside("--fsdp --bf16"), learned, lightrft=True),
     "host_tests": Run("make test-lightrft", tests, lightrft=True),

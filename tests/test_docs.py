@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import ROOT, child_environment
+from test_doc_figures import ByTest
 
 DOCUMENTS = sorted(
     [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/r1_aqa/README.md")]
@@ -37,8 +38,40 @@ SHOWN = {
     f"{EXAMPLES}train_colocate.py --plan --pretrain Qwen/Qwen2-Audio-7B-Instruct --bf16 --zero_stage 3": "8,397,094,9",
     f"{EXAMPLES}data_preprocess/get_data.py --help": "avqa|mmau",
     f"{EXAMPLES}doctor.py --json": '"python"',
+    f"{EXAMPLES}report.py --help": "--groups",
+    f"{EXAMPLES}metric_table.py": "| `rollout/reward` |",
+    "python benchmarks/bench_scaling.py --predict": "8.40 G parameters",
     "make report": "report.html",
     "make help": "make demo",
+}
+# who runs the other commands of the documents, by how they begin or what is in them
+NOT_RUN = {
+    r"^(source \.venv|nodes=|for i in|done$|wait$)": "the shell's",
+    r"^git clone": "no GitHub where the tests run",
+    r"^pip install": "into the user's own environment",
+    r"^(sbatch|ssh|PATH_TO_YOUR.*sbatch)": "Slurm and ssh; test_slurm.py and test_two_hosts.py have both in small",
+    r"/mmau/evaluation\.py": "MMAU's own script; test_eval_scoring.py has its rule",
+    r"^PATH_TO_YOUR_BASE_MODEL=Qwen/\S+ PATH_TO_YOUR_AVQA_DATASET=\S+ bash": "7B and GPUs; in small in the dry run",
+    r"^LIGHTRFT_HOME=\S+ bash": "7B and GPUs; in small in test_lightrft.py",
+    r"bench_7b\.py$": "a GPU; make bench's figures are of the CPU",
+}
+RUN_BY = {
+    r"pytest tests/": "make test",
+    r"^make (test|test-all|lint|setup|demo|doctor|soak|test-faults|test-lightrft)\b": "benchmarks/documented.py",
+    r"^make bench$|bench_(rollout|gather|sandbox)\.py|run_all\.py|bench_host\.py|documented\.py": "benchmarks/results",
+    r"demo/run_demo\.py --family qwen2_5_omni": "benchmarks/documented.py",
+    r"get_data\.py avqa": ByTest("get_data::test_avqa_from_videos_to_parquet"),
+    r"get_data\.py mmau": ByTest("get_data::test_mmau_recordings_go_where"),
+    r"data_preprocess/avqa\.py": ByTest("docs::test_the_manuals_steps_run"),
+    r"eval_mmau\.py --model_path": ByTest("docs::test_the_manuals_steps_run"),
+    r"demo/make_model\.py --rows|train_colocate\.py --pretrain results/own": ByTest("docs::test_the_readmes_way"),
+    r"^PYTHON=\.venv/bin/python PATH_TO": ByTest("docs::test_the_manuals_dry_run"),
+    r"^RESUME=1 bash": ByTest("faults::test_the_launch_script"),
+    r"train_colocate\.py \.\.\. --load_checkpoint": ByTest("training::test_resume_continues"),
+    r"^MLP_WORKER_NUM=2": ByTest("two_hosts::test_two_hosts_train"),
+    r"--pretrain Qwen/Qwen2\.5-Omni-7B \.\.\.": ByTest("omni::test_grpo_steps"),
+    r"^make report RUN": ByTest("docs::test_commands_run"),
+    r"^bash \.\.\.sh --lora_rank": ByTest("training::test_launch_script_dry_run"),
 }
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -231,6 +264,42 @@ def test_commands_run_and_show_what_is_said(command):
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=600, env=child_environment())
     assert done.returncode == 0, done.stdout + done.stderr
     assert SHOWN[command] in done.stdout
+
+
+def commands_of(path: Path) -> list[str]:
+    """The commands of a document: the lines of its blocks for bash, and inline code that can be typed."""
+    text, found = path.read_text(encoding="utf-8"), []
+    for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, re.S | re.M):
+        lines = (line.partition(" #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+        found += [" ".join(line.split()) for line in lines if line and not line.startswith("#")]
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M))
+    begins = r"(python|make|bash|pip|sbatch|source|FAULTS=1) .*[^.]$"
+    return found + [" ".join(code.split()) for code in inline if re.match(begins, " ".join(code.split()))]
+
+
+def test_every_command_is_run_by_something():
+    """By test-docs, another test, or a script that keeps what it has measured; what is not says why."""
+    ledger = RUN_BY | NOT_RUN
+    commands = {(path.name, command) for path in DOCUMENTS for command in commands_of(path)}
+    run = {" ".join(command.split()) for command in (*SHOWN, *(block.values[0] for block in shown_blocks()))}
+    left = [
+        f"{page}: {command}"
+        for page, command in sorted(commands)
+        if command not in run and not any(re.search(pattern, command) for pattern in ledger)
+    ]
+    unused = [pattern for pattern in ledger if not any(re.search(pattern, command) for _, command in commands)]
+    gone = [by.name for by in RUN_BY.values() if isinstance(by, ByTest) and not by.exists()]
+    assert (left, unused, gone) == ([], [], [])
+
+
+def test_what_documented_py_runs_is_documented():
+    """Its commands are those of the documents, but for folders of its own."""
+    import documented
+
+    targets = set(re.findall(r"^make (\S+)", "\n".join(c for path in DOCUMENTS for c in commands_of(path)), re.M))
+    for name, run in documented.RUNS.items():
+        made = re.search(r"\bmake (\S+)", run.command)
+        assert made is None or made.group(1) in targets, name
 
 
 def shown_blocks() -> list[Any]:

