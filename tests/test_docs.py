@@ -410,3 +410,13 @@ def test_the_demos_figures_are_within_what_the_readme_shows():
     assert summary["accuracy_before"] == pytest.approx(before, abs=0.03)
     assert summary["accuracy_after"] == pytest.approx(after, abs=0.05)
     assert summary["accuracy_silent"] < 0.35 and silent < 0.35
+    gap, steps = re.search(r"log-probs at most (\S+) apart in (\d+) steps", readme).groups()
+    assert summary["steps"] == int(steps) and summary["logprob_gap_max"] < 3 * float(gap)
+    table = r"(?m)^(\w[\w ,-]*?)  +([\d.e-]+) +([\d.e-]+) +([\d.e-]+)$"
+    log = (ROOT / "results" / "demo" / "run" / "logs" / "rank0.log").read_text(encoding="utf-8", errors="replace")
+    printed = {name: values for name, *values in re.findall(table, log)}
+    said = {name: values for name, *values in re.findall(table, readme)}
+    assert len(said) == 8 and said.keys() <= printed.keys()
+    for name in said.keys() - {"step, seconds", "log-prob gap, max"}:  # on another machine it may take another way
+        values = [float(value) for value in said[name]]
+        assert [float(value) for value in printed[name]] == pytest.approx(values, rel=0.5, abs=0.05), name
