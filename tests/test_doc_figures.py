@@ -300,11 +300,6 @@ def say_manual(say: Say) -> None:
         say(MANUAL, cells, exits)
     say(MANUAL, "| {}, {}, {} | Ctrl-C", exits)
     say(MANUAL, "(torchrun alone makes it {})", exits)
-    say(MANUAL, "beyond {} nats a token", health.KL_LIMIT)
-    say(MANUAL, "same reward for {} steps", health.CONSTANT_STEPS)
-    say(MANUAL, "(about {} minutes) ends runs", about(took["faults"], 60))
-    say(MANUAL, "in {} ways, at {} points", counts)
-    say(MANUAL, "feeds {} odd rows, {} odd audio files and {} hostile", counts)
     say(MANUAL, "the launch script takes {})", in_file(LAUNCH, r"--zero_stage (\d)"))
     say(MANUAL, "({}) at a time:", default("sync_bucket_mb"))
     gather = kept("")["gather"]["details"]["table"]
@@ -391,6 +386,7 @@ def say_pages(say: Say) -> None:
     from model_sizes import TOKENS_A_SECOND
 
     from lightrft.strategy import peers
+    from lightrft.trainer import health
 
     clip, page = clip_seconds(), "CONTRIBUTING.md"
     say(page, "log-probs within {} of the trainer's", float(in_file("tests/test_engines.py", r"\) < (1e-\d)")))
@@ -412,6 +408,18 @@ def say_pages(say: Say) -> None:
     say(page, "the first {} s, must be", clip)
     say(page, "two hours cost what {} s do", clip)
 
+    page, counts = "docs/reliability.md", ByTest("docs::test_counts")
+    say(page, "beyond {} nats a token", health.KL_LIMIT)
+    say(page, "same reward for {} steps", health.CONSTANT_STEPS)
+    say(page, "(about {} minutes) ends runs", about(durations()["faults"], 60))
+    say(page, "in {} ways, at {} points", counts)
+    say(page, "feeds {} odd rows, {} odd audio files and {} hostile", counts)
+    say(page, "(about {} minutes) trains {} steps", about(durations()["soak"], 60), kept("_soak")["steps"])
+    collectives = int(in_file("runtime/lightrft/strategy/distributed.py", r"minutes=(\d+)"))
+    say(page, "collectives' limit only, {} minutes", collectives)
+    say("docs/troubleshooting.md", "`--top_p` must be {};", default("top_p"))
+    say("docs/troubleshooting.md", "down to {} |", ADVICE)
+
     page = "docs/multi_node.md"
     twenty = int(in_file(HOSTS, r"alone\((\d+), 2,")), float(in_file(HOSTS, r"rel=(1e-\d)"))
     names = ("MLP_WORKER_NUM", "MLP_ROLE_INDEX", "MLP_WORKER_0_PORT", "MLP_WORKER_GPU")
@@ -430,11 +438,7 @@ def say_pages(say: Say) -> None:
     say(page, "loses power | {} s without", peers.SILENCE)
     say(page, "probes | {} s, and the same", peers.SILENCE)
     say(page, "of a loss has {} s to end", peers.GRACE)
-    say(
-        page,
-        "collectives' limit, {} minutes",
-        int(in_file("runtime/lightrft/strategy/distributed.py", r"minutes=(\d+)")),
-    )
+        say(page, "collectives' limit, {} minutes", collectives)
     say(page, "({} steps with vLLM, each metric within {})", *twenty)
     say(page, "ranks wait {} s for torchrun's", peers.SILENCE)
     say(page, "up to {} minutes for each", peers.JOIN_SECONDS / 60)

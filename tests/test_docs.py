@@ -208,6 +208,16 @@ def test_exit_statuses_are_those_of_the_help():
     assert documented <= {int(number) for number in re.findall(r"\b\d+\b", said)} and {0, 1, 2, 4, 5} <= documented
 
 
+def test_messages_that_the_documents_quote_are_the_programs():
+    """Those in the first column of docs/troubleshooting.md; in the source they may go over several lines."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    sources = [*(ROOT / "examples").rglob("*.py"), *(ROOT / "runtime").rglob("*.py"), ROOT / "Makefile"]
+    text = re.sub(r'"\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in sources))
+    cells = [row.split(" | ")[0] for row in re.findall(r"(?m)^\| (.*) \|$", page)]
+    quoted = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(quoted) > 30 and [message for message in quoted if message not in text] == []
+
+
 def test_counts_are_those_of_the_code():
     """Figures that follow from a constant, a default or arithmetic."""
     import test_bad_audio
@@ -215,12 +225,13 @@ def test_counts_are_those_of_the_code():
     from demo import make_data
     from train_args import build_parser
 
-    manual, readme = (" ".join(path.read_text(encoding="utf-8").split()) for path in (MANUAL, ROOT / "README.md"))
+    pages = (MANUAL, ROOT / "README.md", ROOT / "docs" / "reliability.md")
+    manual, readme, reliability = (" ".join(path.read_text(encoding="utf-8").split()) for path in pages)
     sources = {name: (ROOT / "tests" / name).read_text() for name in ("test_bad_rows.py", "test_hostile_text.py")}
     ways, points, rows, files, responses = re.search(
         r"in (\d+) ways, at (\d+) points of a step, .* feeds ([\d,]+) odd rows, (\d+) odd audio files "
         r"and ([\d,]+) hostile",
-        manual,
+        reliability,
     ).groups()
     assert (int(ways), int(points)) == (len(test_faults.CASES), len(test_faults.POINTS))
     assert f">= ({rows.replace(',', '_')} if MORE else" in sources["test_bad_rows.py"]
