@@ -438,7 +438,7 @@ def say_pages(say: Say) -> None:
     say(page, "loses power | {} s without", peers.SILENCE)
     say(page, "probes | {} s, and the same", peers.SILENCE)
     say(page, "of a loss has {} s to end", peers.GRACE)
-        say(page, "collectives' limit, {} minutes", collectives)
+    say(page, "collectives' limit, {} minutes", collectives)
     say(page, "({} steps with vLLM, each metric within {})", *twenty)
     say(page, "ranks wait {} s for torchrun's", peers.SILENCE)
     say(page, "up to {} minutes for each", peers.JOIN_SECONDS / 60)
