@@ -91,14 +91,15 @@ def comparable(out: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_model, demo_parquet, tmp_path_factory):
-    """Runs that nothing happened to, by engine and processes."""
+    """Runs that nothing happened to, by engine, processes and other flags."""
     runs: dict[tuple, Path] = {}
 
-    def get(engine: str, processes: int) -> Path:
-        key = (engine, processes)
+    def get(engine: str, processes: int, *flags: str) -> Path:
+        key = (engine, processes, *flags)
         if key not in runs:
             runs[key] = tmp_path_factory.mktemp("whole") / "run"
-            process = start(tiny_model, demo_parquet, runs[key], "--engine_type", engine, processes=processes)
+            flags = ("--engine_type", engine, *flags)
+            process = start(tiny_model, demo_parquet, runs[key], *flags, processes=processes)
             shown = end(process)
             assert process.returncode == 0, shown[-3000:]
         return runs[key]
@@ -144,14 +145,17 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(
     assert not list(out.rglob("*.part"))
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
-def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "engine"), [("SIGTERM", ["hf"]), ("SIGKILL", ["hf"]), ("SIGKILL", ["vllm", "--engine_tp_size", "2"])]
+)
+def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet, tmp_path, number, engine):
     """One rank gets the signal. Asked to stop, both save; killed, the other ends soon, and rank and cause are named."""
     if "FAULTS" not in os.environ:
         pytest.skip("make test-faults runs two processes too")
     out = tmp_path / "run"
     fault = ("first micro-batch", "3", number)
-    process = start(tiny_model, demo_parquet, out, "--engine_type", "hf", fault=fault, processes=2)
+    flags = ("--engine_type", *engine)
+    process = start(tiny_model, demo_parquet, out, *flags, fault=fault, processes=2)
     started = time.monotonic()
     shown = end(process)
     assert process.returncode != 0
@@ -162,10 +166,10 @@ def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet
         assert "SIGTERM: step 3 is the last one that is done and saved" in shown, shown[-3000:]
     assert time.monotonic() - started < 120
     assert orphans(out) == []
-    process = start(tiny_model, demo_parquet, out, "--engine_type", "hf", "--load_checkpoint", processes=2)
+    process = start(tiny_model, demo_parquet, out, *flags, "--load_checkpoint", processes=2)
     shown = end(process)
     assert process.returncode == 0, shown[-3000:]
-    reference = whole("hf", 2)
+    reference = whole(engine[0], 2, *engine[1:])
     expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
     assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
     assert comparable(out) == comparable(reference)

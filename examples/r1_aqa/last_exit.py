@@ -1,46 +1,47 @@
-"""The end of a process that has trained with several: its own status, whatever gloo's threads are at.
+"""The end of a process that has trained with several: not before gloo's threads have let go of the last collective.
 
 gloo lets go of a collective's tensors on a thread of its own, a moment after the collective is done, and needs Python's
 lock for it. Python ends a thread that asks for the lock while the interpreter is taken apart; within a C++ destructor
 that aborts the process: "terminate called without an active exception", status 134, after a run in which all went well.
-So the process ends before the interpreter is taken apart, after everything else that Python does at an end: non-daemon
-threads joined, exit handlers called, output flushed.
+So the last thing that Python does before it is taken apart is to wait for these threads, without the lock.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import os
-import sys
-from collections.abc import Callable
+import time
+from pathlib import Path
 
-_status: int | None = None  # None: Python ends as it always does
-
-
-def run(main: Callable[[], None]) -> None:
-    """Call a script's main function, and have the process end with its status.
-
-    :param main: Returns, or raises ``SystemExit``, for a status of 0 or its own. After any other exception Python's
-        own end follows.
-    """
-    global _status
-    try:
-        main()
-        _status = 0
-    except SystemExit as done:
-        if done.code is None or isinstance(done.code, int):
-            _status = done.code or 0
-        raise
+THREAD = "pt_gloo_runloop"
+PAUSE = 0.02  # seconds in which a thread that waits for the lock gets it
+MOST = 5.0  # seconds; a collective that others will never join keeps its thread for ever
 
 
-def _end() -> None:
-    if _status is None:
-        return
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a reader that has gone, a closed stream
-            stream.flush()
-    os._exit(_status)
+def settle() -> None:
+    """Wait until the threads of gloo sleep, and nothing has woken them for :data:`PAUSE`."""
+    deadline = time.monotonic() + MOST
+    before = _threads()
+    while before and time.monotonic() < deadline:
+        time.sleep(PAUSE)
+        now = _threads()
+        if now == before and all(state == "S" for state, _ in now.values()):
+            return
+        before = now
 
 
-atexit.register(_end)  # handlers run in reverse order: imported before all that has one, this comes last
+def _threads() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Those of gloo: state (R: runs or could, S: sleeps), and how often each was switched to."""
+    found = {}
+    for task in Path("/proc/self/task").glob("*"):
+        try:
+            if (task / "comm").read_text().strip() != THREAD:
+                continue
+            lines = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+        except OSError:  # it has just ended
+            continue
+        switches = tuple(value.strip() for name, value in lines.items() if name.endswith("ctxt_switches"))
+        found[task.name] = (lines["State"].split()[0], switches)
+    return found
+
+
+atexit.register(settle)  # handlers run in reverse order: imported before all that has one, this comes last

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "data_preprocess"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import last_exit  # isort: skip  (first of all: its exit handler is to be the last)
+import last_exit  # noqa: F401  isort: skip  (first of all: its exit handler is to be the last)
 from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
 from run_record import write_config, write_report
@@ -520,4 +520,4 @@ def report_error(error: BaseException, debug: bool) -> None:
 
 
 if __name__ == "__main__":
-    last_exit.run(main)
+    main()

