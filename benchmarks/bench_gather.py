@@ -47,6 +47,7 @@ def measure(path: Path, rounds: int) -> dict[str, Any]:
     :param rounds: Interleaved rounds.
     :return: Strategy to bucket size to median seconds, ratio to one by one, and MiB in use at most.
     """
+    import last_exit
     import torch
 
     from lightrft.models.actor_al import load_model
@@ -75,6 +76,7 @@ def measure(path: Path, rounds: int) -> dict[str, Any]:
             }
             for size, times in seconds.items()
         }
+    last_exit.settle()
     return table
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import benchmark_eval
+import last_exit
 import pytest
 import torch
 import torch.distributed as dist
@@ -105,6 +106,7 @@ def check_rank(rank, port, folder, failures):
             assert {name for name in metrics if "share" in name} == {f"eval/share/dataset/{i}" for i in range(rows)}
             assert all(metrics[f"eval/share/dataset/{i}"] == 1 / rows for i in range(rows))
         check_benchmark(strategy, folder)
+        last_exit.settle()
     except BaseException as error:
         failures.put(f"rank {rank}: {error!r}")
         raise

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, child_environment
+from conftest import EXAMPLE, ROOT, child_environment
 from torch import nn
 
 from lightrft.strategy.weights import Piece, buckets
@@ -19,6 +19,7 @@ SCRIPT = """
 import gc, json
 from contextlib import contextmanager
 from types import SimpleNamespace
+import last_exit
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -75,6 +76,7 @@ for kind in (DeepspeedStrategy, FSDPStrategy):
         assert all(torch.equal(seen[name], same[name]) for name in same)
     if strategy.is_rank_0():
         print("RESULT", json.dumps([kind.__name__, peaks]))
+last_exit.settle()
 """
 MODEL = 4 * (2 * 1001 * 256 + 4 * (4 * 256**2 + 3 * 512 * 256 + 3 * 256 + 2 * 256) + 256)  # bytes
 LARGEST = 4 * 1001 * 256
@@ -84,7 +86,7 @@ LARGEST = 4 * 1001 * 256
 def peaks():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     command += [sys.executable, "-c", SCRIPT]
-    environment = child_environment() | {"PYTHONPATH": str(ROOT / "runtime")}
+    environment = child_environment() | {"PYTHONPATH": f"{ROOT / 'runtime'}:{EXAMPLE}"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [line.split("RESULT ", 1)[1] for line in done.stdout.splitlines() if "RESULT " in line]
