@@ -62,7 +62,7 @@ test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/
 bench: $(READY) ## measure each part against its baseline; needs make demo (about 40 minutes)
 	@$(PY) benchmarks/run_all.py --demo_dir $(DEMO_DIR) $(if $(SWIFT_PYTHON),--swift_python $(SWIFT_PYTHON))
 
-soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 15 minutes)
+soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 12 minutes)
 	@$(PY) benchmarks/soak.py --demo_dir $(DEMO_DIR)
 
 lint: $(READY) ## check style

@@ -48,6 +48,7 @@ from demo.sounds import CLASSES, SAMPLING_RATE, synthesize  # noqa: E402
 WARM_UP = 1  # steps
 PHASES = ("rollout", "logprobs", "train", "sync", "step")
 PROMPTS, SAMPLES, MAX_NEW_TOKENS = 16, 8, 16
+CLIP_SECONDS = 1.0, 10.0
 LEARNING = ("rollout/reward", "rollout/response_length", "train/kl", "train/loss", "train/policy_loss")
 LIMIT = 1e-4  # of the comparison
 OURS, BASELINE, SWIFT = "runtime, vllm", "R1-AQA's scheme", "ms-swift, vllm"
@@ -191,7 +192,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     checks: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        parquet = make_questions(Path(folder) / "data", PROMPTS * args.steps, 1.0, 10.0)
+        parquet = make_questions(Path(folder) / "data", PROMPTS * args.steps, *CLIP_SECONDS)
         for round_ in range(args.rounds):
             for number, (name, (script, way_flags)) in enumerate(ways.items()):
                 out = Path(folder) / f"{round_}_{number}"

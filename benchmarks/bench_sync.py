@@ -55,17 +55,14 @@ def strategy_flags(**flags: Any) -> SimpleNamespace:
     return SimpleNamespace(**usual | flags)
 
 
-def write_random_model(folder: Path) -> None:
-    """Write a Qwen2-Audio of 99 M parameters, 27 M of them in the tower.
+def random_config(tokenizer: Any) -> Any:
+    """Of a Qwen2-Audio of 99 M parameters, 27 M of them in the tower.
 
-    :param folder: To write.
+    :param tokenizer: Of the demo's model.
     """
-    import torch
-    from make_model import AUDIO, CLIP_SECONDS, N_MELS, build_processor, save
-    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+    from make_model import AUDIO, CLIP_SECONDS, N_MELS
+    from transformers import Qwen2AudioConfig
 
-    processor = build_processor()
-    tokenizer = processor.tokenizer
     audio = {
         "model_type": "qwen2_audio_encoder",
         "num_mel_bins": N_MELS,
@@ -90,11 +87,21 @@ def write_random_model(folder: Path) -> None:
         "pad_token_id": tokenizer.pad_token_id,
     }
     index = tokenizer.convert_tokens_to_ids(AUDIO)
+    return Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=index)
+
+
+def write_random_model(folder: Path) -> None:
+    """Write a model of that size with random weights.
+
+    :param folder: To write.
+    """
+    import torch
+    from make_model import build_processor, save
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    processor = build_processor()
     torch.manual_seed(0)
-    model = Qwen2AudioForConditionalGeneration(
-        Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=index)
-    )
-    save(model, processor, folder)
+    save(Qwen2AudioForConditionalGeneration(random_config(processor.tokenizer)), processor, folder)
 
 
 def copying(weights: list[Any]) -> Callable[[], None]:

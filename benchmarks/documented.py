@@ -5,10 +5,11 @@
     python benchmarks/documented.py --only demo report         some of it
     python benchmarks/documented.py --lightrft_home /path/to/LightRFT
 
-Each command is run as the documents have it, from the repository's root, on a machine that does nothing else. Seconds
-and outcome go to ``benchmarks/results/<date>_documented.json``, beside what earlier runs have found; the documents'
-figures are compared with it by ``tests/test_doc_figures.py``. A command that fails is named, what was found before is
-kept, and this script ends with status 1. Not here: what ``make bench``, ``soak.py`` and ``bench_host.py`` keep.
+Each command is run as the documents have it, from the repository's root, on a machine that does nothing else. Seconds,
+commit and outcome go to ``benchmarks/results/<date>_documented.json``, beside what earlier runs have found; the
+documents' figures are compared with it by ``tests/test_doc_figures.py``. A command that fails is named, what was found
+before is kept, and this script ends with status 1. Not here: what ``make bench``, ``soak.py`` and ``bench_host.py``
+keep.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ RUNS = {
     ),
     "evaluate": Run(
         f"python {EXAMPLE}/eval_mmau.py --model_path {DEMO}/run --data_file {DEMO}/data/demo-test.json "
-        f"--audio_dir {DEMO}/data --max_new_tokens 16 --out_file {{out}}/result.json"
+        f"--audio_dir {DEMO}/data --engine vllm --out_file {{out}}/result.json"
     ),
     "lora": Run(
         f'rm -rf {LORA} && make demo DEMO_DIR={LORA} TRAIN_FLAGS="{ADAPTERS} --actor_learning_rate 1e-2"', summary(LORA)
@@ -133,12 +134,18 @@ RUNS = {
 }
 
 
+def commit() -> str:
+    """What is checked out, with a plus where files differ from it."""
+    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "no git"
+
+
 def measure(name: str, home: Path | None) -> dict[str, Any]:
     """Run one.
 
     :param name: Of it.
     :param home: LightRFT's checkout, for those that need it.
-    :return: Command, seconds, outcome.
+    :return: Command, date, commit, seconds, outcome.
     :raises SystemExit: if it fails; the end of what it printed has then been shown.
     """
     run = RUNS[name]
@@ -163,6 +170,7 @@ def measure(name: str, home: Path | None) -> dict[str, Any]:
         return {
             "command": run.command,
             "date": str(date.today()),
+            "commit": commit(),
             "seconds": round(seconds, 1),
             "outcome": run.outcome(Path(folder), done.stdout),
         }

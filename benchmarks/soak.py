@@ -32,6 +32,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, SAMPLES = 4, 8
 TURN, COMPARED = 20, 200  # steps
+HUNDRED = 100  # steps whose memory is compared: those behind step 200, and the last
+MEMORY_LIMIT, TIME_LIMIT, GAP_LIMIT = 0.02, 0.1, 1e-3
 SHOWN = ("time/rollout", "time/logprobs", "time/train", "time/sync", "time/step", "rollout/response_length")
 
 
@@ -171,8 +173,9 @@ def main() -> None:
 
     lowest, highest = zip(*long.memory, strict=True)
     seconds, anew = ([record["time/step"] for record in records] for records in (metrics, control))
-    first, last = min(lowest[200:300]), min(lowest[-100:])
-    most = max(highest[200:300]), max(highest[-100:])
+    begin = slice(COMPARED, COMPARED + HUNDRED)
+    first, last = min(lowest[begin]), min(lowest[-HUNDRED:])
+    most = max(highest[begin]), max(highest[-HUNDRED:])
     early, late = statistics.median(anew[COMPARED : 2 * COMPARED]), statistics.median(seconds[-COMPARED:])
     cpu_early = (fresh.cpu[2 * COMPARED - 1] - fresh.cpu[COMPARED - 1]) / COMPARED
     cpu_late = (long.cpu[-1] - long.cpu[-COMPARED - 1]) / COMPARED
@@ -203,7 +206,7 @@ def main() -> None:
     print(f"wall time  {early:.3f} begun anew, {late:.3f} s a step at the end ({wall_drift:+.1%}, limit 10 %)")
     print(f"gap        {gap:.1e} at most (limit 1e-3)")
     print(path.relative_to(ROOT))
-    raise SystemExit(int(growth >= 0.02 or max(drift, wall_drift) >= 0.1 or not gap < 1e-3))
+    raise SystemExit(int(growth >= MEMORY_LIMIT or max(drift, wall_drift) >= TIME_LIMIT or not gap < GAP_LIMIT))
 
 
 if __name__ == "__main__":

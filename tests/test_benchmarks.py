@@ -14,7 +14,7 @@ import bench_scaling
 import harness
 import r1_aqa_scheme
 import run_all
-from test_doc_figures import kept
+from doc_figures import kept
 
 
 def test_loss_of_the_baseline_by_hand():

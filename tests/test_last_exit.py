@@ -33,6 +33,7 @@ def run(first, last):
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="from 3.14 on such a thread hangs, and nothing aborts")
 def test_pythons_own_end_is_what_aborts():
     for _ in range(10):
         done = run("", "")
@@ -43,7 +44,7 @@ def test_pythons_own_end_is_what_aborts():
 
 @pytest.mark.parametrize(("last", "status"), [("", 0), ("sys.exit(5)", 5), ("raise ValueError", 1)])
 def test_the_status_is_the_scripts(last, status):
-    done = run("import last_exit", last)
+    done = run("import atexit, last_exit; atexit.register(last_exit.settle)", last)
     assert done.returncode == status and "terminate called" not in done.stderr
 
 
@@ -53,9 +54,12 @@ def test_the_status_is_the_scripts(last, status):
 )
 def test_it_waits_while_a_thread_works_but_not_for_ever(monkeypatch, state, woken, least, most):
     looks = itertools.count()
-    monkeypatch.setattr(
-        last_exit, "_threads", lambda: {"1": (state, (str(next(looks) if woken else next(looks) * 0),))}
-    )
+
+    def threads():
+        look = next(looks)
+        return {"1": (state, (str(look if woken else 0),))}
+
+    monkeypatch.setattr(last_exit, "_threads", threads)
     monkeypatch.setattr(last_exit, "MOST", 0.2)
     started = time.monotonic()
     last_exit.settle()

@@ -3,12 +3,11 @@
 gloo lets go of a collective's tensors on a thread of its own, a moment after the collective is done, and needs Python's
 lock for it. Python ends a thread that asks for the lock while the interpreter is taken apart; within a C++ destructor
 that aborts the process: "terminate called without an active exception", status 134, after a run in which all went well.
-So the last thing that Python does before it is taken apart is to wait for these threads, without the lock.
+So the last thing that a script does, as its last exit handler, is to wait for these threads without the lock.
 """
 
 from __future__ import annotations
 
-import atexit
 import time
 from pathlib import Path
 
@@ -42,6 +41,3 @@ def _threads() -> dict[str, tuple[str, tuple[str, ...]]]:
         switches = tuple(value.strip() for name, value in lines.items() if name.endswith("ctxt_switches"))
         found[task.name] = (lines["State"].split()[0], switches)
     return found
-
-
-atexit.register(settle)  # handlers run in reverse order: imported before all that has one, this comes last

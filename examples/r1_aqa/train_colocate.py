@@ -14,6 +14,7 @@ R1-AQA's values:  bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import signal
@@ -25,13 +26,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "data_preprocess"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import last_exit  # noqa: F401  isort: skip  (first of all: its exit handler is to be the last)
+import last_exit
 from audio_loader import PrefetchLoader
 from host import describe_host, find_host, on_runtime
 from run_record import write_config, write_report
 from run_summary import summary
 from train_args import build_parser, find_problems, finish, has_split, model_type_of, runtime_problems
 
+atexit.register(last_exit.settle)  # handlers run in reverse order: this one after those of all that trains
 find_host()
 WRONG_USE, CANNOT_SAVE = 2, 5  # exit status
 FIXES: list[str] = []  # version fixes in use, LightRFT only
