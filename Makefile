@@ -51,7 +51,7 @@ test-faults: $(READY) ## kill, stop and confuse runs in every way there is a tes
 test-docs: $(READY) ## check what the documents say against the code, and run their commands; needs make demo (2 minutes)
 	@DOCS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_docs.py
 
-test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 10 minutes)
+test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 6 minutes)
 	@if [ -z "$(LIGHTRFT_HOME)" ]; then \
 		echo "skipped: LIGHTRFT_HOME is not set; it must name a checkout of opendilab/LightRFT at commit 49e62cb"; \
 	else \
@@ -62,7 +62,7 @@ test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/
 bench: $(READY) ## measure each part against its baseline; needs make demo (about 40 minutes)
 	@$(PY) benchmarks/run_all.py --demo_dir $(DEMO_DIR) $(if $(SWIFT_PYTHON),--swift_python $(SWIFT_PYTHON))
 
-soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 12 minutes)
+soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 10 minutes)
 	@$(PY) benchmarks/soak.py --demo_dir $(DEMO_DIR)
 
 lint: $(READY) ## check style

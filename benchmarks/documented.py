@@ -128,9 +128,9 @@ RUNS = {
     "test": Run("make test", tests),
     "faults": Run("make test-faults", tests),
     "soak": Run("make soak"),
+    "host_tests": Run("make test-lightrft", tests, lightrft=True),  # first: it installs what LightRFT needs
     "host_zero2": Run(train_inside("--zero_stage 2"), learned, lightrft=True),
     "host_fsdp2": Run(train_inside("--fsdp --bf16"), learned, lightrft=True),
-    "host_tests": Run("make test-lightrft", tests, lightrft=True),
 }
 
 

@@ -275,6 +275,15 @@ def test_a_changed_checkout_is_refused_at_the_start(home, tiny_model, demo_parqu
     assert "Traceback" not in done.stderr
 
 
+def test_a_package_that_lightrft_lacks_is_named(home, tiny_model, demo_parquet, tmp_path):
+    hook = tmp_path / "hook.py"
+    hook.write_text("import sys\n\nsys.modules['easydict'] = None\n")
+    done = train(tiny_model, demo_parquet, tmp_path / "run", *DEEPSPEED, hooks=[hook], home=home, check=False)
+    assert done.returncode == 2
+    assert "easydict" in done.stderr and "requirements/lightrft.txt" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_copied_into_the_checkout(home, tiny_model, demo_parquet, tmp_path):
     """LightRFT/examples/r1_aqa, without LIGHTRFT_HOME."""
     (tmp_path / "lightrft").symlink_to(home / "lightrft")

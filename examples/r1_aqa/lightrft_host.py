@@ -122,8 +122,15 @@ def prepare_classes() -> list[str]:
     """Mend what is left, after LightRFT can be imported and before anything is made of it.
 
     :return: Names of the version fixes that were needed.
+    :raises SystemExit: if LightRFT imports a package that is not installed.
     """
-    return lightrft_compat.patch_for_versions()[1]
+    try:
+        return lightrft_compat.patch_for_versions()[1]
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"LightRFT cannot be imported from {host_folder()}: {error}. Install what its README asks for, and what "
+            "requirements/lightrft.txt of this project names, into this environment, or unset LIGHTRFT_HOME"
+        ) from error
 
 
 def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> Any:
