@@ -49,7 +49,7 @@ test-faults: $(READY) ## kill, stop and confuse runs in every way there is a tes
 		tests/test_bad_audio.py tests/test_bad_rows.py tests/test_hostile_text.py tests/test_two_hosts.py tests/test_same_run.py
 
 test-docs: $(READY) ## check what the documents say against the code, and run their commands; needs make demo (2 minutes)
-	@DOCS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_docs.py
+	@DOCS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_docs.py tests/test_doc_figures.py
 
 test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 6 minutes)
 	@if [ -z "$(LIGHTRFT_HOME)" ]; then \

@@ -513,7 +513,7 @@ def say_benchmarks(say: Say) -> None:
     say(page, "the same {} prompts and", step[0])
     say(page, "micro-batches of {} responses, a reference model (KL {})", bench["step"]["details"]["micro_batch"], kl)
     say(page, "once a sample, padded to {} s", clip)
-    say(page, "both take {} times a plain", measured("weight sync, 99 M parameters: times a plain copy"))
+    say(page, "about the same, {} times a plain", measured("weight sync, 99 M parameters: times a plain copy"))
     say(page, "times a plain copy ({} M parameters)", sum(random_model()) / 4e6)
     say(page, "So the limit of {} times", bench_sync.LIMIT)
     samples = bench_features.CLIPS * bench_features.SAMPLES
