@@ -20,6 +20,7 @@ import pytest
 import soundfile
 from conftest import ROOT, child_environment
 from doc_figures import ByTest, kept
+from test_slurm import SCONTROL, SRUN
 
 DOCUMENTS = sorted(
     [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/r1_aqa/README.md")]
@@ -45,21 +46,16 @@ SHOWN = {
     "make help": "make demo",
     "make lint": "All checks passed",
 }
-# who runs the other commands of the documents, by how they begin or what is in them
-NOT_RUN = {
-    r"^(source \.venv|nodes=|for i in|done$|wait$)": "the shell's",
-    r"^git clone": "no GitHub where the tests run",
-    r"^pip install": "into the user's own environment",
-    r"^(sbatch|ssh|PATH_TO_YOUR.*sbatch)": "Slurm and ssh; test_slurm.py and test_two_hosts.py have both in small",
-    r"/mmau/evaluation\.py": "MMAU's own script; test_eval_scoring.py has its rule",
-    r"^PATH_TO_YOUR_BASE_MODEL=Qwen/\S+ PATH_TO_YOUR_AVQA_DATASET=\S+ bash": "7B and GPUs; in small in the dry run",
-    r"^LIGHTRFT_HOME=\S+ bash": "7B and GPUs; in small in test_lightrft.py",
-    r"--pretrain Qwen/Qwen2\.5-Omni-7B \.\.\.": "7B and GPUs; in small in test_omni.py",
-    r"bench_7b\.py$": "a GPU; on a CPU with --small, by hand",
-    r"^make test-all$": "what it adds to make test takes half an hour: by hand",
-}
-# the same script and flags, with the demo's or the test's own files in place of the documents'
+# who runs the other commands of the documents, by how they begin or what is in them: the same script and flags, with
+# the demo's or the test's own files in place of the documents', and --plan where they are for GPUs
 RUN_BY = {
+    r"^source \.venv": ByTest("docs::test_the_manuals_steps_run"),
+    r"^PATH_TO_YOUR_BASE_MODEL=Qwen/\S+ PATH_TO_YOUR_AVQA_DATASET=\S+ bash": ByTest("docs::test_commands_for_gpus"),
+    r"^(PATH_TO_YOUR.*)?sbatch |^(nodes=|for i in|ssh |done$|wait$)": ByTest("docs::test_commands_for_gpus"),
+    r"--pretrain Qwen/Qwen2\.5-Omni-7B \.\.\.": ByTest("omni::test_grpo_steps_move"),
+    r"^LIGHTRFT_HOME=\S+ bash": ByTest("lightrft::test_the_manuals_command"),
+    r"^git clone": ByTest("docs::test_the_commit_that_is_named"),
+    r"^pip install lightrft$": ByTest("host::test_the_empty_package"),
     r"get_data\.py avqa": ByTest("get_data::test_avqa_from_videos_to_parquet"),
     r"get_data\.py mmau": ByTest("get_data::test_mmau_recordings_go_where"),
     r"data_preprocess/avqa\.py": ByTest("docs::test_the_manuals_steps_run"),
@@ -90,8 +86,14 @@ KEPT = {
     r"bench_gather\.py": "gather",
     r"bench_sandbox\.py": "sandbox",
     r"bench_host\.py": "host",
+    r"bench_7b\.py$": "gpu_7b",  # on a CPU, with --small
+    r"^pip install -r requirements/gpu\.txt": "gpu_set",  # with --dry-run
+    r"^pip install pre-commit": "hooks",
+    r"^pip install bitsandbytes": "setup",
+    r"/mmau/evaluation\.py": "mmau",
     r"documented\.py$": "plan",  # one of those that it runs
 }
+NOT_RUN = {r"^make test-all$": "what it adds to make test takes half an hour: by hand"}
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -197,36 +199,6 @@ def test_the_launch_scripts_variables_and_their_defaults():
     assert wrong == []
 
 
-def test_recipe_numbers_are_the_defaults():
-    """The sentence of the manual about R1-AQA's values, against the launch script."""
-    manual, script = MANUAL.read_text(encoding="utf-8"), LAUNCHER.read_text(encoding="utf-8")
-    sentence = re.search(r"The defaults are R1-AQA's: (.*?)\. Two", manual, re.S).group(1)
-    numbers = [
-        ("RBS", r"(\d+) prompts x"),
-        ("N_SAMPLES", r"x (\d+) responses"),
-        ("MLP_WORKER_GPU", r"on (\d+) GPUs"),
-        ("TEMPERATURE", r"temperature ([\d.]+)"),
-        ("PROMPT_MAX_LEN", r"prompts up to (\d+)"),
-        ("GENERATE_MAX_LEN", r"responses up to (\d+)"),
-        ("KL", r"KL ([\d.]+)"),
-        ("LR", r"learning rate ([\de-]+)"),
-        ("SAVE_STEPS", r"checkpoint every\s+(\d+)"),
-    ]
-    for name, pattern in numbers:
-        assert re.search(pattern, sentence).group(1) == re.search(rf"{name}:-([^}}]*)}}", script).group(1), name
-
-
-def test_exit_statuses_are_those_of_the_help():
-    manual = MANUAL.read_text(encoding="utf-8")
-    table = set(re.findall(r"^\| ([\d, ]+) \|", manual, re.M))
-    documented = {int(number) for cell in table for number in cell.split(",")}
-    shown = subprocess.run(
-        [sys.executable, str(EXAMPLE / "train_colocate.py"), "--help"], capture_output=True, text=True, cwd=ROOT
-    ).stdout
-    said = shown[shown.index("exit status:") :]
-    assert documented <= {int(number) for number in re.findall(r"\b\d+\b", said)} and {0, 1, 2, 4, 5} <= documented
-
-
 def test_messages_that_the_documents_quote_are_the_programs():
     """Those in the first column of docs/troubleshooting.md; in the source they may go over several lines."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
@@ -235,52 +207,6 @@ def test_messages_that_the_documents_quote_are_the_programs():
     cells = [row.split(" | ")[0] for row in re.findall(r"(?m)^\| (.*) \|$", page)]
     quoted = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
     assert len(quoted) > 30 and [message for message in quoted if message not in text] == []
-
-
-def test_counts_are_those_of_the_code():
-    """Figures that follow from a constant, a default or arithmetic."""
-    import test_bad_audio
-    import test_faults
-    from demo import make_data
-    from train_args import build_parser
-
-    pages = (MANUAL, ROOT / "README.md", ROOT / "docs" / "reliability.md")
-    manual, readme, reliability = (" ".join(path.read_text(encoding="utf-8").split()) for path in pages)
-    sources = {name: (ROOT / "tests" / name).read_text() for name in ("test_bad_rows.py", "test_hostile_text.py")}
-    ways, points, rows, files, responses = re.search(
-        r"in (\d+) ways, at (\d+) points of a step, .* feeds ([\d,]+) odd rows, (\d+) odd audio files "
-        r"and ([\d,]+) hostile",
-        reliability,
-    ).groups()
-    assert (int(ways), int(points)) == (len(test_faults.CASES), len(test_faults.POINTS))
-    assert f">= ({rows.replace(',', '_')} if MORE else" in sources["test_bad_rows.py"]
-    assert int(files) == len(test_bad_audio.CASES) + len(test_bad_audio.SEPARATE)
-    assert f"HOSTILE_COUNT = {responses.replace(',', '_')} if FULL" in sources["test_hostile_text.py"]
-    cache, clips = re.search(
-        r"`--audio_cache_mib` a rank and data set \((\d+) hold ([\d,]+) clips of 10 s\)", manual
-    ).groups()
-    assert int(cache) == build_parser(lambda parser: None).get_default("audio_cache_mib")
-    assert int(clips.replace(",", "")) == int(cache) * 2**20 // (10 * 16_000 * 4)  # float32 at 16 kHz
-    steps, questions = re.search(r"trains for (\d+) steps, evaluates on (\d+) held-out sounds", readme).groups()
-    demo = (EXAMPLE / "demo" / "run_demo.py").read_text()
-    assert f'"--steps", type=int, default={steps},' in demo
-    assert int(questions) == make_data.build_parser().get_default("test_questions")
-
-
-@pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
-def test_the_demos_sizes_are_those_of_its_model():
-    """Parameters, and the share of LoRA's in the manual's command."""
-    from model_sizes import count, parameters, read_sizes, trained
-
-    manual, readme = (path.read_text(encoding="utf-8") for path in (MANUAL, ROOT / "README.md"))
-    sizes = read_sizes(str(ROOT / "results" / "demo" / "model"))
-    every = count(parameters(sizes))
-    assert re.search(r"\(([\d.]+) M parameters, warm-started", readme).group(1) == f"{every / 1e6:.1f}"
-    command = re.search(r'TRAIN_FLAGS="--lora_rank (\d+) --lora_alpha \d+ \\\s+--target_modules (.*?) --actor', manual)
-    adapters = count(trained(sizes, (), int(command.group(1)), command.group(2).split()))
-    share = f"{100 * adapters / (every + adapters):.2f} %"
-    assert f"linear layer of the demo's model is {share}" in " ".join(manual.split())
-    assert f"LoRA (with {share} of the demo's parameters" in readme
 
 
 @pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
@@ -308,7 +234,7 @@ def commands_of(path: Path) -> list[str]:
 
 
 def test_every_command_is_run_by_something():
-    """By test-docs, another test, or a script that keeps what it has measured; what is not says why."""
+    """By test-docs, another test, or a script that keeps what it has measured."""
     ledger = RUN_BY | KEPT | NOT_RUN
     commands = {(path.name, command) for path in DOCUMENTS for command in commands_of(path)}
     run = {" ".join(command.split()) for command in (*SHOWN, *(block.values[0] for block in shown_blocks()))}
@@ -340,13 +266,11 @@ def test_what_documented_py_runs_is_documented():
     text = " ".join(text.split())
     missing = []
     for name, run in documented.RUNS.items():
-        command = re.sub(r"^rm -rf \S+ && ", "", run.command)
-        command = re.sub(r" (VENV|RUN|COMPARE)=('[^']*'|\S+)| --out_file \S+|^DOCS=1 ", "", command)
-        if name == "evaluate":  # README has its flags
-            command = command.partition("eval_mmau.py ")[2]
+        command = re.sub(r"^rm -rf \S+ && ", "", run.command) if run.shown is None else run.shown
+        command = re.sub(r" (VENV|RUN|COMPARE)=('[^']*'|\S+)", "", command)
         if command not in text:
             missing.append(f"{name}: {command}")
-    assert [line for line in missing if not line.startswith(("host_zero2", "host_fsdp2"))] == []
+    assert missing == []
 
 
 def shown_blocks() -> list[Any]:
@@ -379,15 +303,19 @@ def elsewhere(tmp_path) -> Path:
     return tmp_path
 
 
-def run_block(commands: str, folder: Path) -> None:
+def run_block(commands: str, folder: Path, **settings: object) -> str:
     """Run commands in bash; the first that fails ends them.
 
     :param commands: As a document has them.
     :param folder: Where they run.
+    :param settings: More of the environment.
+    :return: What they printed.
     """
     command = ["bash", "-e", "-c", commands]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=child_environment())
+    env = child_environment() | {name: str(value) for name, value in settings.items()}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def blocks_of(heading: str) -> str:
@@ -404,6 +332,69 @@ def test_the_manuals_dry_run(elsewhere):
     steps = [record for record in records if record["train/grad_norm"] is not None]
     assert f"{len(records)} rollouts, {len(steps)} optimizer" in " ".join(section.split())
     assert max(record["rollout/logprob_gap_max"] for record in records) < 1e-3
+
+
+STAND_INS = {
+    "srun": SRUN,
+    "scontrol": SCONTROL,
+    "sbatch": """#!/bin/bash
+# the job at once; this host is both its nodes
+while [[ "$1" == --* ]]; do shift 2; done
+export SLURM_JOB_ID=123456 SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST=localhost,localhost SLURM_GPUS_ON_NODE=8
+exec bash "$@"
+""",
+    "ssh": """#!/bin/bash
+exec bash -c "$2"
+""",
+}
+
+
+@pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
+@pytest.mark.parametrize(
+    ("page", "begins", "shows"),
+    [
+        ("README.md", "PATH_TO_YOUR_BASE_MODEL=Qwen", "GPUs       8 x 80 GiB"),
+        ("examples/r1_aqa/README.md", "PATH_TO_YOUR_BASE_MODEL=Qwen", "GPUs       8 x 80 GiB"),
+        ("examples/r1_aqa/README.md", "sbatch", "GPUs       16 x 80 GiB"),
+        ("docs/multi_node.md", "PATH_TO_YOUR_BASE_MODEL=/models", "batch      32 prompts x 8 = 256 responses"),
+        ("docs/multi_node.md", "nodes=", "batch      32 prompts x 8 = 256 responses"),
+    ],
+)
+def test_commands_for_gpus_and_clusters_say_what_they_would_start(page, begins, shows, elsewhere):
+    """Each with ``--plan``, which goes the whole way from sbatch or ssh to the ranks' flags and starts no training."""
+    lines = commands_of(ROOT / page)
+    first = next(i for i, line in enumerate(lines) if line.startswith(begins))
+    last = lines.index("wait", first) if begins == "nodes=" else first
+    command = "\n".join(lines[first : last + 1])
+    command = re.sub(r"(\.sh|\.sbatch)\b", r"\1 --plan", command)
+    for theirs, ours in (("=/models/", "=Qwen/"), ("=/data/", "=~/data/"), ("node0 node1", "localhost localhost")):
+        command = command.replace(theirs, ours)
+    for name, text in STAND_INS.items():
+        path = elsewhere / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    (elsewhere / "data").mkdir()
+    (elsewhere / "data" / "avqa_lightrft").symlink_to(ROOT / "results" / "demo" / "parquet")
+    settings = {"HOME": elsewhere, "PATH": f"{elsewhere}/bin:{elsewhere}/.venv/bin:{os.environ['PATH']}"}
+    settings["PATH_TO_YOUR_AVQA_DATASET"] = elsewhere / "data" / "avqa_lightrft"
+    printed = run_block(command, elsewhere, **settings)
+    assert shows in printed and "It fits" in printed
+    if "8 x 80 GiB" in shows:  # what the manual shows as R1-AQA's settings
+        plan = re.search(r"GiB a GPU +rollout.*?\ntotal.*?\n", printed, re.S).group(0)
+        assert plan in MANUAL.read_text(encoding="utf-8")
+
+
+def test_the_commit_that_is_named_is_the_contracts():
+    """Wherever the documents name one of LightRFT's."""
+    from lightrft_contract import TESTED
+
+    named = {
+        commit
+        for path in (*DOCUMENTS, ROOT / "Makefile")
+        for commit in re.findall(r"(?:checkout|commit|LightRFT) ([0-9a-f]{7,40})\b", path.read_text(encoding="utf-8"))
+    }
+    assert named == {TESTED.split()[-1]}
 
 
 @pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
@@ -441,7 +432,6 @@ def test_the_readmes_way_from_ones_own_sounds_to_a_score(elsewhere):
         rows.append(json.dumps(json.loads(row) | {"id": i, "answer": high, "audio_path": name}))
     (elsewhere / "mine" / "rows.jsonl").write_text("\n".join(rows))
     run_block(commands, elsewhere)
-    assert "4 of 4" in section
     assert json.loads((elsewhere / "results/own/result.score.json").read_text())["accuracy"] == 1.0
     assert (elsewhere / "results/own/run/report.html").is_file()
 

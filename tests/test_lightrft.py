@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import EXAMPLE, ROOT, child_environment
 from metric_table import METRICS as METRIC_TABLE
+from packaging.version import Version
 from safetensors.torch import load_file
 from test_training import METRICS, SMALL
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
@@ -340,3 +342,34 @@ def test_the_launch_script(home, tiny_model, demo_parquet, tmp_path):
     assert "host      LightRFT 0.1.1" in done.stdout
     [metrics] = tmp_path.glob("results/*/*/metrics.jsonl")
     assert len(metrics.read_text().splitlines()) == 4
+
+
+def test_the_manuals_command_says_what_it_would_start(home, demo_parquet, tmp_path):
+    """The block that names the checkout, with ``--plan``."""
+    manual = (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"^LIGHTRFT_HOME=\S+ bash \S+$", manual, re.M).group(0)
+    (tmp_path / "LightRFT").symlink_to(home)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    env = child_environment() | {"PYTHON": sys.executable, "PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet)}
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --plan"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "GPUs       8 x 80 GiB" in done.stdout and "It fits" in done.stdout
+
+
+def test_what_the_manual_says_of_lightrft_stands_there(home):
+    """Weights of its example's reward, the oldest SGLang it takes, and that each of the manual's versions will do."""
+    manual = " ".join((EXAMPLE / "README.md").read_text(encoding="utf-8").split())
+    weights = re.search(r"weigh them ([\d.]+) and ([\d.]+)\.", manual).groups()
+    example = (home / "examples" / "gsm8k_geo3k" / "reward_models_utils.py").read_text(encoding="utf-8")
+    (default,) = set(re.findall(r"format_weight: float = ([\d.]+)", example))
+    assert list(map(float, weights)) == [1 - float(default), float(default)]
+    required = (home / "requirements.txt").read_text(encoding="utf-8")
+    oldest = dict(re.findall(r"(?m)^([\w-]+)>=(\S+)$", required))
+    assert re.search(r"fits SGLang (\S+),", manual).group(1) == oldest["sglang"]
+    columns = re.findall(r"\| transformers (\S+), vLLM \S+, DeepSpeed \S+, torch (\S+)", manual)
+    assert len(columns) == 2
+    for versions in columns:
+        for package, version in zip(("transformers", "torch"), versions, strict=True):
+            assert Version(version) >= Version(oldest[package])

@@ -309,6 +309,24 @@ def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):
     assert "s3cret" not in done.stdout + log.read_text()
 
 
+def test_launch_script_plans_without_starting_or_writing_anything(tmp_path):
+    """``--plan``: for all ranks, in a GPU's precision whatever this machine has, with the planner's exit status."""
+    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
+    env = os.environ | {"PYTHON": sys.executable, "PATH_TO_YOUR_AVQA_DATASET": "nothing yet", "RUN_ID": "first"}
+    for settings, status, said in (
+        ({"MLP_WORKER_NUM": "2", "RBS": "32", "TBS": "256"}, 0, "GPUs       16 x 80 GiB (assumed"),
+        ({"MLP_WORKER_NUM": "2", "RBS": "32", "TBS": "256", "MLP_ROLE_INDEX": "1"}, 0, ""),  # node 0 has said it
+        ({"MLP_WORKER_GPU": "1"}, 3, "It does not fit: "),
+    ):
+        done = subprocess.run(
+            ["bash", script, "--plan"], cwd=tmp_path, env=env | settings, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr, said in done.stdout) == (status, "", True), done
+        assert bool(done.stdout) == bool(said)
+        assert not said or "ZeRO-3, bf16" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_launch_script_fails_when_training_fails(tiny_model, tmp_path):
     env = os.environ | {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": str(tiny_model), "MLP_WORKER_GPU": "1"}
     env |= {"PATH_TO_YOUR_AVQA_DATASET": str(tmp_path / "nowhere"), "MLP_WORKER_0_PORT": "20392"}

@@ -4,7 +4,8 @@
 #
 #   PATH_TO_YOUR_BASE_MODEL=... PATH_TO_YOUR_AVQA_DATASET=... bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
 #
-# Further arguments are handed to train_colocate.py. RESUME=1 goes on where the last run of the experiment was ended.
+# Further arguments are handed to train_colocate.py; --plan says what the whole launch would take on its GPUs, and starts
+# nothing. RESUME=1 goes on where the last run of the experiment was ended.
 # Exit status: the training's; 138, 143 or 130 after SIGUSR1, SIGTERM or Ctrl-C, when the state is saved.
 # A wandb key is read from the environment (WANDB_API_KEY) or from a login; it never appears on a command line.
 set -euo pipefail
@@ -56,8 +57,13 @@ if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec
     exit 2
 fi
 
+plan=0
+for argument in "$@"; do
+    case "$argument" in --plan | --plan=*) plan=1 ;; esac
+done
+
 # bfloat16 and ZeRO-3 are for GPUs; a CPU trains the demo's model in float32
-if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [ "$plan" = 1 ] || "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     precision=(--bf16 --zero_stage 3 --gradient_checkpointing)
 else
     precision=(--no-bf16 --zero_stage 2)
@@ -88,6 +94,43 @@ if [ "${RESUME:-0}" = 1 ]; then             # go on with the newest run of the e
         echo "RESUME=1, but results/${EXPERIMENT_NAME} holds no checkpoint: starting from the beginning"
     fi
 fi
+flags=(
+    --pretrain "$PATH_TO_YOUR_BASE_MODEL"
+    --prompt_data "$PATH_TO_YOUR_AVQA_DATASET"
+    --save_path "$save_path"
+    --ckpt_path "$save_path"
+    --num_episodes "$EPISODE"
+    --max_samples "$MAX_SAMPLES"
+    --rollout_batch_size "$RBS"
+    --n_samples_per_prompt "$N_SAMPLES"
+    --train_batch_size "$TBS"
+    --micro_train_batch_size "$MICRO_TRAIN"
+    --micro_rollout_batch_size "$MICRO_ROLLOUT"
+    --advantage_estimator group_norm
+    --init_kl_coef "$KL"
+    --use_kl_loss
+    --kl_estimator k3
+    --actor_learning_rate "$LR"
+    --lr_warmup_ratio "$WARMUP"
+    --temperature "$TEMPERATURE"
+    --prompt_max_len "$PROMPT_MAX_LEN"
+    --generate_max_len "$GENERATE_MAX_LEN"
+    --engine_type vllm
+    --engine_tp_size "$ENGINE_TP"
+    --engine_mem_util "$ENGINE_MEM_UTIL"
+    --eval_steps "$EVAL_STEPS"
+    --save_steps "$SAVE_STEPS"
+    --save_trajectories
+    --wandb_project "$WANDB_PROJECT"
+    --wandb_run_name "$run"
+    "${precision[@]}" "${wandb[@]}" "${resume[@]}" "$@"
+)
+
+if [ "$plan" = 1 ]; then # one process answers for all ranks, and writes nothing
+    export WORLD_SIZE="$((MLP_WORKER_NUM * MLP_WORKER_GPU))" RANK="$((MLP_ROLE_INDEX * MLP_WORKER_GPU))"
+    exec "$PYTHON" "$here/train_colocate.py" "${flags[@]}"
+fi
+
 log="rft_logs/${EXPERIMENT_NAME}/node${MLP_ROLE_INDEX}_$(date +%Y%m%d_%H%M%S).log"
 mkdir -p "$save_path" "$(dirname "$log")"
 # Slurm, and a terminal's Ctrl-C, signal all processes: tee has to stay for what is said then, and SIGUSR1 would end
@@ -101,36 +144,7 @@ exec > >(trap '' INT TERM && exec tee "$log") 2>&1
     --node-rank "$MLP_ROLE_INDEX" \
     --master-addr "$MLP_WORKER_0_HOST" \
     --master-port "$MLP_WORKER_0_PORT" \
-    "$here/train_colocate.py" \
-    --pretrain "$PATH_TO_YOUR_BASE_MODEL" \
-    --prompt_data "$PATH_TO_YOUR_AVQA_DATASET" \
-    --save_path "$save_path" \
-    --ckpt_path "$save_path" \
-    --num_episodes "$EPISODE" \
-    --max_samples "$MAX_SAMPLES" \
-    --rollout_batch_size "$RBS" \
-    --n_samples_per_prompt "$N_SAMPLES" \
-    --train_batch_size "$TBS" \
-    --micro_train_batch_size "$MICRO_TRAIN" \
-    --micro_rollout_batch_size "$MICRO_ROLLOUT" \
-    --advantage_estimator group_norm \
-    --init_kl_coef "$KL" \
-    --use_kl_loss \
-    --kl_estimator k3 \
-    --actor_learning_rate "$LR" \
-    --lr_warmup_ratio "$WARMUP" \
-    --temperature "$TEMPERATURE" \
-    --prompt_max_len "$PROMPT_MAX_LEN" \
-    --generate_max_len "$GENERATE_MAX_LEN" \
-    --engine_type vllm \
-    --engine_tp_size "$ENGINE_TP" \
-    --engine_mem_util "$ENGINE_MEM_UTIL" \
-    --eval_steps "$EVAL_STEPS" \
-    --save_steps "$SAVE_STEPS" \
-    --save_trajectories \
-    --wandb_project "$WANDB_PROJECT" \
-    --wandb_run_name "$run" \
-    "${precision[@]}" "${wandb[@]}" "${resume[@]}" "$@" &
+    "$here/train_colocate.py" "${flags[@]}" &
 torchrun=$!
 
 # Slurm's SIGUSR1 or SIGTERM, and Ctrl-C: the training saves and ends by itself. torchrun would be ended by the first
