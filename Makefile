@@ -28,7 +28,7 @@ $(READY): requirements/torch.txt requirements/cpu.txt requirements/dev.txt
 	@$(PIP) install --no-deps -r requirements/cpu.txt -r requirements/dev.txt
 	@touch $@
 
-doctor: ## say what this machine can do and what is missing (10 seconds; also without .venv)
+doctor: ## say what this machine can do and what is missing (8 seconds; also without .venv)
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) examples/r1_aqa/doctor.py
 
 demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (2 to 4 minutes)

@@ -91,7 +91,7 @@ def own_sounds() -> dict[str, float]:
     sounds = int(in_file("tests/test_docs.py", r"for i in range\((\d+)\)"))
     held_out = sounds * in_command(README, "--val_ratio")
     rollouts = (sounds - held_out) // default("rollout_batch_size")
-    return {"held out": held_out, "steps": rollouts * in_command(README, "--num_episodes")}
+    return {"sounds": sounds, "held out": held_out, "steps": rollouts * in_command(README, "--num_episodes")}
 
 
 def first_answer() -> int:

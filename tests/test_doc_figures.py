@@ -23,6 +23,7 @@ from doc_figures import (
     among,
     around,
     at_least,
+    bound,
     in_file,
     kept,
     pattern_of,
@@ -116,6 +117,10 @@ def say_readme(say: Say) -> None:
     held_out = make_data.build_parser().get_default("test_questions")
     say(README, "trains for {} steps, evaluates on {} held-out", steps, held_out)
     say(README, "({} s) draws runs over", about(took["report"]))
+    say(README, "It samples {} answers", default("n_samples_per_prompt"))
+    say(README, "{} recordings and a line", own["sounds"])
+    say(README, "and {} % of the sounds held out", 100 * own["held out"] / own["sounds"])
+    say(README, "{} low tones and {} high ones", own["sounds"] / 2, own["sounds"] / 2)
     say(README, "counts from {}:", first_answer())
     say(README, "the third makes {} steps and a report", own["steps"])
     say(README, "end with {} of {} that were held out", own["held out"], own["held out"])
@@ -193,6 +198,8 @@ def say_manual(say: Say) -> None:
         say(MANUAL, template, *map(variable, names))
     say(MANUAL, ", {} steps, a checkpoint", variable("EPISODE") * variable("MAX_SAMPLES") / variable("RBS"))
     say(MANUAL, "(warm-up over {} %, cosine", 100 * variable("WARMUP"))
+    rate = in_file("runtime/lightrft/strategy/strategy_base.py", r"args\.actor_learning_rate \* ([\d.]+)")
+    say(MANUAL, "cosine to {} of it)", rate)
     say(MANUAL, "Adam's betas ({}, {}).", *default("adam_betas"))
     dry = {name: in_command(MANUAL, name) for name in ("MAX_SAMPLES", "RBS", "N_SAMPLES", "TBS")}
     responses = dry["RBS"] * dry["N_SAMPLES"]
@@ -322,15 +329,17 @@ def say_pages(say: Say) -> None:
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    from lightrft.strategy import peers
+    from lightrft.strategy import deepspeed_hooks, peers
     from lightrft.trainer import health
 
     clip, page = clip_seconds(), "CONTRIBUTING.md"
     say(page, "log-probs within {} of the trainer's", float(in_file("tests/test_engines.py", r"\) < (1e-\d)")))
     say(page, "`python benchmarks/documented.py` ({} minutes)", about(sum(durations().values()), 60))
+    say(page, "takes less than {} minutes", bound(lambda v: 45 <= durations()["test"] / v < 60, "so, and hardly more"))
     say(page, "lines of {} characters", float(in_file("pyproject.toml", r"line-length = (\d+)")))
     say("docs/architecture.md", "A clip of {} s is {} rows, not {}.", Whole(wrong_rows))
     say("docs/threat_model.md", "{} s are decoded at most", clip)
+    say("docs/threat_model.md", "list of {} DeepSpeed classes", len(deepspeed_hooks.KNOWN))
 
     page, sandbox = "docs/bad_input.md", measured
     for words in ("written", "a fault of", "nothing written", "interrupted"):
@@ -380,6 +389,7 @@ def say_pages(say: Say) -> None:
     say(page, "of a loss has {} s to end", peers.GRACE)
     say(page, "collectives' limit is {} minutes)", collectives)
     say(page, "({} steps with vLLM, each metric within {})", *twenty)
+    say(page, "one process in all {} steps, too", in_file(HOSTS, r"assert len\(found\) == (\d+)\n    assert_equal"))
     say(page, "ranks wait {} s for torchrun's", peers.SILENCE)
     say(page, "up to {} minutes for each", peers.JOIN_SECONDS / 60)
 
@@ -624,3 +634,16 @@ def test_any_figure_that_is_changed_is_noticed():
                     if not any(what_is_wrong(other, values) for other in others):
                         unnoticed.append(f"{name}: {figure}, in: {match.group(0)}")
     assert unnoticed == [] and count > 400
+
+
+def test_makes_help_says_how_long_its_targets_take():
+    names = {"test-docs": "docs", "test-all": "test_all", "test-faults": "faults", "test-lightrft": "host_tests"}
+    took = durations() | {"bench": sum(record["seconds"] for record in kept("").values())}
+    said = re.findall(
+        r"(?m)^([a-z-]+):.*## .*?(?:about )?(\d+)(?: to (\d+))? (minutes|seconds)", (ROOT / "Makefile").read_text()
+    )
+    assert len(said) >= 9
+    for target, first, last, unit in said:
+        seconds, size = took[names.get(target, target)], {"minutes": 60, "seconds": 1}[unit]
+        wrong = [hold(text) for hold, text in zip(around(seconds, size), (first, last), strict=True)] if last else []
+        assert set(wrong or [about(seconds, size)(first)]) == {None}, target

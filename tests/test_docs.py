@@ -436,6 +436,34 @@ def test_the_readmes_way_from_ones_own_sounds_to_a_score(elsewhere):
     assert (elsewhere / "results/own/run/report.html").is_file()
 
 
+def test_lines_of_a_run_are_made_as_the_documents_show_them():
+    """A step's, the bar below it, and what a run says that has lost a rank."""
+    from tqdm import tqdm
+
+    from lightrft.strategy.peers import SILENT
+    from lightrft.utils.progress import BAR, PHASE_WIDTH, step_lines
+
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    names = ("rollout/reward", "rollout/accuracy_reward", "rollout/response_length", "train/kl")
+    names += ("rollout/logprob_gap_max", "time/step")
+    steps = re.findall(r"(?m)^step +(\d+)/(\d+)  reward .*$", text)
+    lines = re.findall(r"(?m)^step +\d+/\d+  reward .*$", text)
+    for (step, total), line in zip(steps, lines, strict=True):
+        values = map(float, re.search(r"d (\S+)  acc (\S+)  len (\S+)  kl (\S+)  gap (\S+)  (\S+) s$", line).groups())
+        assert step_lines(int(step), int(total), dict(zip(names, values, strict=True))) == [line]
+    phase, done, total, elapsed, left = re.search(r"(?m)^(\w+) .*\| (\d+)/(\d+)  (\S+) < (\S+)$", text).groups()
+    minutes, seconds = map(int, elapsed.split(":"))
+    assert left == tqdm.format_interval((60 * minutes + seconds) * (int(total) - int(done)) / int(done))
+    bar = tqdm.format_meter(
+        int(done), int(total), 60 * minutes + seconds, 80, f"{phase:<{PHASE_WIDTH}}", bar_format=BAR
+    )
+    shown = re.search(r"(?m)^(train +)\S+(\|.*)$", text)
+    assert bar.startswith(shown.group(1)) and bar.endswith(shown.group(2)) and len(lines) == 3
+    peers = (ROOT / "runtime" / "lightrft" / "strategy" / "peers.py").read_text(encoding="utf-8")
+    lost = re.search(r"(?m)^ERROR: rank \d on \w+ is lost: (.*)\n(This run ends, also on) \w+\. (.*)$", text).groups()
+    assert lost[0] == SILENT and lost[1] in peers and lost[2] in re.sub(r'"\s*"', "", peers)
+
+
 @pytest.mark.skipif("DOCS" not in os.environ, reason="make test-docs runs it")
 def test_the_demos_figures_are_within_what_the_readme_shows():
     """Held-out accuracy and log-prob gap of make demo's folder against the README's lines; times are the machine's."""
@@ -447,6 +475,8 @@ def test_the_demos_figures_are_within_what_the_readme_shows():
     assert summary["accuracy_before"] == pytest.approx(before, abs=0.03)
     assert summary["accuracy_after"] == pytest.approx(after, abs=0.05)
     assert summary["accuracy_silent"] < 0.35 and silent < 0.35
+    trained, seconds = (float(re.search(p, readme).group(1)) for p in (r"steps in (\d+) s", r"(\d+) s in all;"))
+    assert seconds == pytest.approx(kept("_documented")["demo"]["seconds"], rel=1 / 3) and trained < seconds
     gap, steps = re.search(r"log-probs at most (\S+) apart in (\d+) steps", readme).groups()
     assert summary["steps"] == int(steps) and summary["logprob_gap_max"] < 3 * float(gap)
     table = r"(?m)^(\w[\w ,-]*?)  +([\d.e-]+) +([\d.e-]+) +([\d.e-]+)$"
