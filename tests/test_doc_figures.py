@@ -307,6 +307,7 @@ def say_inside_lightrft(say: Say) -> None:
         *both,
         at_least(old_fsdp2["logprob_gap_mean"]),
     )
+    say(MANUAL, "needs transformers {}.", pinned("transformers", 1))
     say(MANUAL, "signatures of {} and {}, never", *sglang)
     say(MANUAL, "clips shorter than {} s", clip_seconds())
     say(MANUAL, "contract of the {} places", len(lightrft_contract.CONTRACT))
