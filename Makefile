@@ -40,7 +40,7 @@ report: $(READY) ## one page about a run: RUN=results/..., COMPARE="other runs a
 test: $(READY) ## run the tests (about 9 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-test-all: $(READY) ## run the tests and the longer ones that CI leaves out
+test-all: $(READY) ## run the tests and the longer ones that CI leaves out (about 20 minutes)
 	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for (about 20 minutes)

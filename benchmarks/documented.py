@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run what the documents show with a duration or an outcome, and keep both.
 
-    python benchmarks/documented.py                            all but what needs something besides (100 minutes)
+    python benchmarks/documented.py                            all but what needs something besides (70 minutes)
     python benchmarks/documented.py --only demo report         some of it
     python benchmarks/documented.py --lightrft_home /path/to/LightRFT --mmau_script /path/to/mmau/evaluation.py
 
