@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 NUMBER = r"\d+(?:\.\d+){2,}(?:\.\w+)*|\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?"
 NAMES = (  # what has digits and is no figure
     r"\bA100 80 GB, \d+ prompts|\bH200, \d+ prompts",
-    r"`[^`]*`",
     r"\]\([^)]*\)",
     r"ZeRO[\s-]\d(?:,?\s(?:and |or )?\d)*",
     r"\b(?:DP|TP|rank|Rank|node|Step)\s\d\b",
@@ -150,6 +149,8 @@ class Page:
         remarks = lambda block: " ".join(re.findall(r"(?m)(?:^| )#( .*)$", block.group(0)))  # noqa: E731
         text = re.sub(r"(?ms)^ *```.*?^ *```", remarks, text)
         names = [match.span() for name in NAMES for match in re.finditer(name, text)]
+        code = re.finditer(r"`[^`]*`", text)  # flags, names, messages; shapes are figures
+        names += [match.span() for match in code if not match.group(0).startswith(("`(", "`arange("))]
         figures = [m.span() for m in re.finditer(rf"(?<![\w.@-])(?:{NUMBER})(?!\w)", text)]
         figures = [f for f in figures if not any(start <= f[0] and f[1] <= end for start, end in names)]
         self.text, self.places = one_line(text)

@@ -168,6 +168,21 @@ def extreme_rewards() -> list[float]:
     return [pair[i] for i in (1, 2) for pair in pairs]
 
 
+@functools.cache
+def packed_second() -> tuple[Any, Any]:
+    """A clip of one second in the slot, by the demo's feature extractor: its rows and its grid."""
+    import numpy as np
+    from audio_io import SAMPLING_RATE
+    from audio_slots import grid_of, pack_clip
+    from demo.make_model import build_processor
+
+    extractor = build_processor().feature_extractor
+    sound = np.random.default_rng(0).standard_normal(SAMPLING_RATE).astype(np.float32)
+    mel = extractor(sound, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features[0]
+    rows = pack_clip(mel, SAMPLING_RATE // extractor.hop_length)
+    return rows, grid_of(rows)
+
+
 def mel_rows(seconds: int) -> int:
     """Rows of a clip in the slot."""
     from audio_slots import GUARD_ROWS

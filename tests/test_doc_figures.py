@@ -50,6 +50,7 @@ from doc_values import (
     on_policy_ratio,
     outcome,
     own_sounds,
+    packed_second,
     random_model,
     status,
     variable,
@@ -92,10 +93,21 @@ def claims() -> list[tuple[str | None, str, tuple[Any, ...]]]:
 def say_anywhere(say: Say) -> None:
     """What is the same wherever it stands."""
     import audio_io
+    import audio_slots
     import bench_decode
     import planner
 
     say(None, "{} kHz", among(audio_io.SAMPLING_RATE / 1000, bench_decode.RATE / 1000))
+    rows, grid = packed_second()
+    frames, mels, rate = audio_slots.MAX_FRAMES, rows.shape[1], audio_io.SAMPLING_RATE
+    extra = len(rows) - 100  # a second has a hundred frames
+    say(None, "`(frames + {}, {})`", extra, mels)
+    say(None, "`(sum of (frames + {}), n_mels)`", extra)
+    say(None, "`({}, {}, frames + {})`", *grid[0][:2].tolist(), int(grid[0][2]) - 100)
+    say(None, "`(n, {})`", grid.shape[1])
+    say(None, "`arange({}) < rows - {}`", frames, extra)
+    say(None, "`(waveform, {})`", rate)
+    say(None, "`(clips, n_mels, {})`", frames)
     say(None, "{} cores", among(kept("")["step"]["machine"]["cores"]))
     say(None, "Python {}", among(float(in_file("pyproject.toml", r'requires-python = ">=([\d.]+)"'))))
     say(None, "status {}", among(1, planner.DOES_NOT_FIT))
