@@ -44,19 +44,19 @@ test-all: $(READY) ## run the tests and the longer ones that CI leaves out (abou
 	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for (about 20 minutes)
-	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_faults.py
-	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests/test_health.py tests/test_deepspeed_hooks.py \
-		tests/test_bad_audio.py tests/test_bad_rows.py tests/test_hostile_text.py tests/test_two_hosts.py tests/test_same_run.py
+	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/faults/test_faults.py
+	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests/unit/test_health.py tests/unit/test_deepspeed_hooks.py \
+		tests/unit/test_bad_audio.py tests/unit/test_bad_rows.py tests/unit/test_hostile_text.py tests/faults/test_two_hosts.py tests/training/test_same_run.py
 
 test-docs: $(READY) ## check what the documents say against the code, and run their commands; needs make demo (2 minutes)
-	@DOCS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_docs.py tests/test_doc_figures.py
+	@DOCS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit/test_docs.py
 
 test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 6 minutes)
 	@if [ -z "$(LIGHTRFT_HOME)" ]; then \
 		echo "skipped: LIGHTRFT_HOME is not set; it must name a checkout of opendilab/LightRFT at commit 49e62cb"; \
 	else \
 		$(PIP) install --no-deps -r requirements/lightrft.txt && \
-		LIGHTRFT_HOME="$(LIGHTRFT_HOME)" OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_lightrft*.py; \
+		LIGHTRFT_HOME="$(LIGHTRFT_HOME)" OMP_NUM_THREADS=1 $(PY) -m pytest tests/lightrft; \
 	fi
 
 bench: $(READY) ## measure each part against its baseline; needs make demo (about 40 minutes)

@@ -34,7 +34,7 @@ def one_by_one(path: str, jobs: list[Any]) -> Callable[[], list[str]]:
     :return: Answers them all.
     """
     import torch
-    from audio_io import SAMPLING_RATE
+    from aqa.audio.decode import SAMPLING_RATE
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
     processor = AutoProcessor.from_pretrained(path)
@@ -60,10 +60,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
     args = parser.parse_args()
 
-    from audio_io import load_audio
-    from eval_engines import HFEngine, Job, Settings, VLLMEngine, chatter_to, load_processor, render
-    from eval_items import make_items, read_rows
-    from eval_models import resolve_model
+    from aqa.audio.decode import load_audio
+    from aqa.evaluation.checkpoints import resolve_model
+    from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, chatter_to, load_processor, render
+    from aqa.evaluation.items import make_items, read_rows
 
     report, data = Report("eval", __doc__, args.rounds), args.demo_dir / "data"
     benchmark, rows = read_rows(data / "demo-test.json", "mmau")

@@ -38,8 +38,8 @@ def make_ways(path: str, clips: int = CLIPS) -> dict[str, Callable[[], Any]]:
     :param path: Qwen2-Audio folder.
     :param clips: Clips of the batch.
     """
+    from aqa.audio.decode import SAMPLING_RATE
     from audio_dataset import AudioMultimodalProcessor, render_prompt
-    from audio_io import SAMPLING_RATE
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(path)

@@ -47,8 +47,8 @@ def measure(path: Path, rounds: int) -> dict[str, Any]:
     :param rounds: Interleaved rounds.
     :return: Strategy to bucket size to median seconds, ratio to one by one, and MiB in use at most.
     """
-    import last_exit
     import torch
+    from aqa.training import gloo_shutdown
 
     from lightrft.models.actor_al import load_model
     from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
@@ -76,7 +76,7 @@ def measure(path: Path, rounds: int) -> dict[str, Any]:
             }
             for size, times in seconds.items()
         }
-    last_exit.settle()
+    gloo_shutdown.settle()
     return table
 
 

@@ -105,8 +105,8 @@ def main() -> None:
     args = parser.parse_args()
 
     report = Report("rewards", __doc__, args.rounds)
-    import answer_matching
     import literal_rule
+    from aqa.rewards import matching
     from reward_models_utils import PLAIN_LABEL, reward_fn
 
     def literal(samples: list[tuple[str, str, str]]) -> list[tuple[float, ...]]:
@@ -121,13 +121,13 @@ def main() -> None:
     different, checked, compared = [], 0, 0
     for round_ in range(args.rounds + 1):
         samples = make_samples(args.questions, random.Random(f"{args.seed} {round_}"))
-        answer_matching._math_equal.cache_clear()
+        matching._math_equal.cache_clear()
         values = {}
         for name, way in (("literal", literal), ("ours", ours)):
             took, values[name] = timed(functools.partial(way, samples))
             if round_:  # the first warms up, and starts the checker
                 seconds[name].append(took.wall)
-        checked += answer_matching._math_equal.cache_info().misses
+        checked += matching._math_equal.cache_info().misses
         compared += len(samples)
         pairs = zip(samples, values["literal"], values["ours"], strict=True)
         different += [(s[1][len(s[0]) :], s[2], a, b) for s, a, b in pairs if a != b]

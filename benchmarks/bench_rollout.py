@@ -43,8 +43,8 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
     """
     import torch
     import vllm
+    from aqa.patches.targets import BANNED, build_audio_inputs
     from audio_dataset import patch_experience_maker_for_audio, patch_strategy_for_audio
-    from audio_patches import BANNED, build_audio_inputs
     from reward_models_utils import reward_fn
 
     from lightrft.engines.base import Sampling, stable_seed
@@ -146,9 +146,9 @@ def main() -> None:
     from datasets import load_dataset
 
     import lightrft  # noqa: F401  sets vLLM's environment before it is imported
-    from lightrft.strategy.distributed import init_process_group, pick_device
     from lightrft.utils import get_tokenizer_processor_vl
     from lightrft.utils.console import console
+    from lightrft.utils.distributed import init_process_group, pick_device
 
     report = Report("rollout", __doc__, args.rounds, console.print)
     console.redirect(report.log)

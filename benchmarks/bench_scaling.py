@@ -30,8 +30,8 @@ from bench_step import EXAMPLE, make_questions, medians, train
 from harness import ROOT, Report, ratio
 
 sys.path.insert(0, str(EXAMPLE))
-from model_sizes import count, decoder_flops, head_flops, parameters, read_sizes, tower_flops
-from plan_memory import cache_bytes
+from aqa.training.model_sizes import count, decoder_flops, head_flops, parameters, read_sizes, tower_flops
+from aqa.training.plan_memory import cache_bytes
 
 PROMPTS, MICRO = 8, 8
 BASE = {"samples": 8, "clip": 5, "response": 16, "processes": 1}

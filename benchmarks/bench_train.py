@@ -106,7 +106,7 @@ def make_policy(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
     :param model: Is patched.
     """
-    from audio_patches import Patch, patch_policy
+    from aqa.patches.targets import Patch, patch_policy
 
     patch_policy(Patch(), model)
     return lambda batch: model(**batch)
@@ -173,16 +173,16 @@ def compare_measures(rounds: int) -> dict[str, dict[str, float]]:
     :param rounds: Pairs.
     :return: Seconds, and CPU seconds, without a measure divided by those with all, for each.
     """
-    import audio_policy
-    from tower_cache import share_tower_outputs
+    from aqa.policy import forward
+    from aqa.policy.tower_cache import share_tower_outputs
 
     batch = make_batch(8192, 40, 64)
     model, frozen = build_model(4, 256, 8192).train(), build_model(4, 256, 8192).train()
     plain = build_model(4, 256, 8192).train()
     ours, cached = make_policy(model), make_policy(frozen)
-    audio_policy.parts_of(frozen).tower.requires_grad_(False)
+    forward.parts_of(frozen).tower.requires_grad_(False)
     cache = share_tower_outputs(frozen)
-    decoder = audio_policy.parts_of(model).decoder
+    decoder = forward.parts_of(model).decoder
     clip_a_sample = batch | {
         "features": batch["features"].expand(BATCH, -1, -1),
         "frames": batch["frames"].expand(BATCH),

@@ -117,8 +117,8 @@ def compare(model: Any, ref: Any, batch: dict[str, Any], kl_coef: float, n: int)
     :param n: Responses a prompt.
     :return: Largest differences; the gradient's relative to its norm.
     """
-    from audio_patches import BANNED, patch_actor_for_audio
-    from audio_slots import pack_clip
+    from aqa.patches.slots import pack_clip
+    from aqa.patches.targets import BANNED, patch_actor_for_audio
 
     from lightrft.models.actor_al import ActorAL
     from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens

@@ -61,7 +61,7 @@ def prepare(out: Path) -> None:
 
     :param out: Folder of ``metrics.jsonl``.
     """
-    from audio_slots import audio_token_count
+    from aqa.patches.slots import audio_token_count
     from reward_models_utils import avqa_combined_reward_fn
     from swift.callbacks import TrainerCallback, callbacks_map
     from swift.rewards import ORM, orms

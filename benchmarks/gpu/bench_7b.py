@@ -60,7 +60,7 @@ def build_model(size: str, device: torch.device, dtype: torch.dtype) -> Any:
     :param device: Where its weights are made.
     :param dtype: Of its weights.
     """
-    from audio_patches import Patch, patch_policy
+    from aqa.patches.targets import Patch, patch_policy
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
     (layers, heads, width), (text_layers, text_heads, text_width, intermediate, vocabulary) = SIZES[size]
@@ -113,8 +113,8 @@ def rollout(model: Any, response: int, device: torch.device) -> dict[str, float]
     :param device: Where it runs.
     :return: Tokens a second, mean and largest absolute difference.
     """
+    from aqa.patches.slots import unpack_clips
     from audio_dataset import AudioMultimodalProcessor
-    from audio_slots import unpack_clips
     from demo.make_model import build_processor
     from demo.warm_start import render_prompt
 
@@ -318,12 +318,11 @@ def measures(
     :param response: Tokens a response.
     :param device: Where it runs.
     """
-    import audio_policy
-    import token_log_probs
-    from tower_cache import share_tower_outputs
+    from aqa.policy import forward, token_log_probs
+    from aqa.policy.tower_cache import share_tower_outputs
 
     batch, clip_a_sample = make_batch(response, 1, device), make_batch(response, BATCH, device)
-    decoder, tower = audio_policy.parts_of(model).decoder, audio_policy.parts_of(model).tower
+    decoder, tower = forward.parts_of(model).decoder, forward.parts_of(model).tower
 
     def without_prefix() -> None:
         decoder.gradient_checkpointing = True  # only the policy's forward looks at it: no layer checkpoints

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from aqa.training.freezing import freeze
+from aqa.training.model_sizes import count, parameters, sizes_of, trained
+from aqa.training.plan_memory import GIB, Lengths, micro_batch
 from bench_7b import AUDIO, AUDIO_TOKENS, BATCH, SIZES, TEXT, build_model, make_batch
-from freezing import freeze
-from model_sizes import count, parameters, sizes_of, trained
-from plan_memory import GIB, Lengths, micro_batch
 from torch.profiler import ProfilerActivity, profile
 
 from lightrft.models.lora import add_adapters

@@ -1,6 +1,6 @@
 """Prompts with audio for LightRFT: the dataset, and the processor that fills the image slot.
 
-The ``patch_*`` functions that make LightRFT's image pipeline carry audio live in ``audio_patches.py`` and are exported
+The ``patch_*`` functions that make LightRFT's image pipeline carry audio live in ``aqa/patches/targets.py`` and are exported
 from here too.
 """
 
@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from audio_io import HOP_LENGTH, MAX_SECONDS, SAMPLING_RATE, AudioError, load_audio, probe_all, show
-from audio_loader import DECODE_THREADS, WaveformCache
-from audio_patches import (
+from aqa.audio.decode import HOP_LENGTH, MAX_SECONDS, SAMPLING_RATE, AudioError, load_audio, probe_all, show
+from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
+from aqa.audio.sandbox import Sandbox, escape_of
+from aqa.data.mixing import SOURCE_COLUMN
+from aqa.patches.slots import GUARD_ROWS, MAX_FRAMES, audio_token_count, grid_of, pack_clip
+from aqa.patches.targets import (
     NamedClip,
     patch_actor_for_audio,
     patch_experience_maker_for_audio,
     patch_strategy_for_audio,
 )
-from audio_sandbox import Sandbox, escape_of
-from audio_slots import GUARD_ROWS, MAX_FRAMES, audio_token_count, grid_of, pack_clip
-from data_mixing import SOURCE_COLUMN
 from torch.utils.data import Dataset
 
 __all__ = [

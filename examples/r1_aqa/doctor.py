@@ -49,7 +49,7 @@ print(json.dumps({"cuda": torch.version.cuda, "capabilities": [[d.major, d.minor
     "deepspeed": "import deepspeed",
     "transformers": "from transformers import Qwen2AudioForConditionalGeneration",
 }
-HOST = "from host import describe_host, find_host; find_host(); print(describe_host())"
+HOST = "from aqa.hosts.find import describe_host, find_host; find_host(); print(describe_host())"
 CODECS = """
 import io, json, numpy, soundfile
 wave, said = 0.5 * numpy.sin(numpy.arange(16000) * 0.1), {}

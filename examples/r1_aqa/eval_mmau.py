@@ -22,11 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-_HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE / "data_preprocess")]
-
-from eval_answers import Answer, extract_answer  # noqa: E402
-from eval_items import (  # noqa: E402
+from aqa.evaluation.answers import Answer, extract_answer
+from aqa.evaluation.items import (
     BENCHMARKS,
     MMAU,
     Benchmark,
@@ -41,8 +38,8 @@ from eval_items import (  # noqa: E402
     write_rows,
     write_whole,
 )
-from eval_scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json  # noqa: E402
-from host import not_installed  # noqa: E402
+from aqa.evaluation.scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json
+from aqa.hosts.find import not_installed
 
 COMMANDS = ("score", "compare")
 EXIT_STATUS = (
@@ -180,7 +177,7 @@ def evaluate(args: argparse.Namespace) -> None:
     :raises EvalError: for anything that the user can put right; before any model is loaded, but for the model's own
         faults.
     """
-    from eval_models import asked_to_think, resolve_model
+    from aqa.evaluation.checkpoints import asked_to_think, resolve_model
 
     out = Path(args.out_file)
     benchmark, rows = read_rows(Path(args.data_file), args.benchmark)
@@ -193,7 +190,7 @@ def evaluate(args: argparse.Namespace) -> None:
     items = make_items(rows[: args.limit], benchmark, Path(args.audio_dir), args.think, args.confine_audio)
     sandbox = None
     if args.sandbox_audio:
-        from audio_sandbox import Sandbox
+        from aqa.audio.sandbox import Sandbox
 
         sandbox = Sandbox()
     print(f"{benchmark.title}: {len(items)} questions of {args.data_file}")
@@ -277,7 +274,7 @@ def ask(
     """
     if len(done) == len(lengths):
         return {"seconds": 0.0, "asked": 0}
-    from eval_engines import HFEngine, Job, Settings, VLLMEngine, chatter_to, load_processor, render
+    from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, chatter_to, load_processor, render
     from tqdm import tqdm
 
     started = time.monotonic()
@@ -318,7 +315,7 @@ def check_audio(items: Sequence[Item], sandbox: Any = None) -> tuple[dict[int, i
     :return: Samples at 16 kHz of the usable ones, what is wrong with the others, by item index; and the indices of
         the usable ones that are digital silence.
     """
-    from audio_io import AudioError, load_audio
+    from aqa.audio.decode import AudioError, load_audio
     from tqdm import tqdm
 
     load = sandbox.load if sandbox else load_audio

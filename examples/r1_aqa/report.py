@@ -16,16 +16,12 @@ import json
 import os
 import re
 import statistics
-import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent / "data_preprocess"))  # eval_items reads files with it
-
-PAGE = Path(__file__).resolve().parent / "report_page"
+PAGE = Path(__file__).resolve().parent / "aqa" / "report" / "assets"
 SCRIPTS = ("vendor/uPlot.iife.min.js", "common.js", "curves.js", "listen.js")
 STYLES = ("vendor/uPlot.min.css", "page.css")
 PAGE_BYTES = 7_500_000  # most of the page
@@ -68,8 +64,8 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=80, help="most groups to listen to (default: %(default)s)")
     args = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from eval_items import EvalError
-    from report_data import ReportError
+    from aqa.evaluation.items import EvalError
+    from aqa.report.run_data import ReportError
 
     try:
         out, size = write(args.run, args.compare, args.out or args.run / "report.html", args.groups)
@@ -91,7 +87,7 @@ def write(folder: Path, compare: list[Path], out: Path, groups: int) -> tuple[Pa
     :raises ReportError: if a run cannot be read.
     :raises EvalError: if a result file cannot be read.
     """
-    from report_data import read_run, write_csv
+    from aqa.report.run_data import read_run, write_csv
 
     runs = [read_run(path) for path in (folder, *(path for path in compare if path.is_dir()))]
     names = unique_names([run.folder.resolve() for run in runs])
@@ -132,7 +128,7 @@ def sample_rollouts(folder: Path, last: int, most: int, room: int = CLIP_BYTES) 
     :param room: Most bytes for them.
     :return: groups, clips, and note: what is shown of what there is.
     """
-    from report_data import ReportError, read_groups, saved_steps, spread
+    from aqa.report.run_data import ReportError, read_groups, saved_steps, spread
 
     files = saved_steps(folder, last)
     steps = list(files)
@@ -170,11 +166,11 @@ def sample_rollouts(folder: Path, last: int, most: int, room: int = CLIP_BYTES) 
 def page_group(group: Any, clips: dict[Path, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A group as the page holds it, and its clip, if it can be played.
 
-    :param group: From :mod:`report_data`.
+    :param group: From :mod:`aqa.report.run_data`.
     :param clips: Those that are encoded already, by file.
     """
-    from audio_io import AudioError
-    from report_audio import encode_clip
+    from aqa.audio.decode import AudioError
+    from aqa.report.audio import encode_clip
 
     clip, silent_because = clips.get(group.audio), None
     if group.audio is None:
@@ -214,8 +210,8 @@ def evaluations(paths: list[Path]) -> dict[str, Any] | None:
     """
     if not paths:
         return None
-    from eval_items import EvalError
-    from eval_scoring import compare, judge_file, score
+    from aqa.evaluation.items import EvalError
+    from aqa.evaluation.scoring import compare, judge_file, score
 
     judged = [judge_file(path) for path in paths]
     names = unique_names([path.resolve().with_suffix("") for path in paths])
@@ -245,8 +241,8 @@ def render(
     :param listening: From :func:`sample_rollouts`.
     """
     import jinja2
+    from aqa.report.metrics import METRICS
     from markupsafe import Markup
-    from metric_table import METRICS
 
     script = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     style = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in STYLES)
@@ -293,7 +289,7 @@ def panels(runs: list[Any]) -> list[dict[str, Any]]:
 
     :param runs: All runs.
     """
-    from metric_table import METRICS
+    from aqa.report.metrics import METRICS
 
     present = {name for run in runs for name, values in run.metrics.items() if any(v is not None for v in values)}
     main = [(title, names, log, True) for title, names, log in PANELS]

@@ -3,7 +3,7 @@
 Reward = accuracy + format, unweighted, 0 to 2 (R1-AQA, ``src/utils/rewards.py`` and ``src/trainer/grpo_trainer.py``):
 
 - accuracy: 1 if ``math_verify`` finds response and reference equal, or if the stripped text of the first one-line
-  ``<answer>...</answer>`` (the whole response where there is none) is the reference (:mod:`answer_matching`);
+  ``<answer>...</answer>`` (the whole response where there is none) is the reference (:mod:`aqa.rewards.matching`);
 - format: 1 if the whole response is ``<answer>...</answer>``, in think mode ``<think>...</think><answer>...</answer>``.
 
 LightRFT hands over the *whole* decoded sequence, special tokens included. Its prompt itself says "<answer> </answer>"
@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from answer_matching import ANSWER_CLOSE, ANSWER_OPEN, answers_agree
+from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, answers_agree
 
 logger = logging.getLogger(__name__)
 

@@ -24,23 +24,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "data_preprocess"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import last_exit
-from audio_loader import PrefetchLoader
-from host import describe_host, find_host, on_runtime
-from run_record import write_config, write_report
-from run_summary import summary
-from train_args import build_parser, find_problems, finish, has_split, model_type_of, runtime_problems
+from aqa.audio.prefetch import PrefetchLoader
+from aqa.hosts.find import describe_host, find_host, on_runtime
+from aqa.training import gloo_shutdown
+from aqa.training.flags import build_parser, find_problems, finish, has_split, model_type_of, runtime_problems
+from aqa.training.run_config import write_config, write_report
+from aqa.training.summary import summary
 
-atexit.register(last_exit.settle)  # handlers run in reverse order: this one after those of all that trains
+atexit.register(gloo_shutdown.settle)  # handlers run in reverse order: this one after those of all that trains
 find_host()
 WRONG_USE, CANNOT_SAVE = 2, 5  # exit status
 FIXES: list[str] = []  # version fixes in use, LightRFT only
 if not on_runtime():
-    import lightrft_host
+    from aqa.hosts.lightrft import training
 
-    FIXES += lightrft_host.prepare_import()
+    FIXES += training.prepare_import()
 from lightrft.utils import add_arguments  # noqa: E402
 
 
@@ -50,24 +48,24 @@ def train(args: argparse.Namespace) -> None:
     :param args: Validated flags.
     """
     if not on_runtime():
-        lightrft_host.complete(args)
-        FIXES.extend(lightrft_host.prepare_classes())
+        training.complete(args)
+        FIXES.extend(training.prepare_classes())
     from lightrft.strategy import get_strategy
 
     strategy = get_strategy(args)  # first of all: the runtime's moves the engines' chatter off the screen
 
+    from aqa.evaluation.checkpoints import NOTES_FILE
+    from aqa.patches.targets import BANNED
+    from aqa.policy.forward import parts_of
+    from aqa.policy.tower_cache import share_tower_outputs
+    from aqa.rewards.named import find_reward
+    from aqa.training.freezing import freeze, trainable
     from audio_dataset import (
         patch_actor_for_audio,
         patch_experience_maker_for_audio,
         patch_strategy_for_audio,
     )
-    from audio_patches import BANNED
-    from audio_policy import parts_of
-    from eval_models import NOTES_FILE
-    from freezing import freeze, trainable
     from reward_models_utils import THINK_LABEL, label_doubts
-    from rewards import find_reward
-    from tower_cache import share_tower_outputs
 
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
     from lightrft.utils import get_tokenizer_processor_vl
@@ -182,11 +180,11 @@ def train(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         top_p=args.top_p,
         logit_bias={audio_token_id: BANNED},
-        **({} if on_runtime() else lightrft_host.trainer_arguments(args, processor)),
+        **({} if on_runtime() else training.trainer_arguments(args, processor)),
     )
     patch_experience_maker_for_audio(trainer.experience_maker, processor, tokenizer, args.prompt_max_len)
     if not on_runtime():
-        lightrft_host.patch_trainer(trainer, prompts_dataloader)
+        training.patch_trainer(trainer, prompts_dataloader)
     else:
         trainer.evaluators = evaluators
         if args.load_checkpoint:
@@ -226,7 +224,7 @@ def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> An
     :raises SystemExit: if it cannot be loaded.
     """
     if not on_runtime():
-        return lightrft_host.load_actor(args, ds_config)
+        return training.load_actor(args, ds_config)
     from lightrft.models.actor_al import ActorAL
 
     try:
@@ -266,24 +264,24 @@ def load_prompts(
     :param limit: Most rows.
     :param training: The training data.
     """
-    import data_mixing
+    from aqa.audio.sandbox import Sandbox
+    from aqa.data import mixing
     from audio_dataset import AudioPromptDataset
-    from audio_sandbox import Sandbox
     from datasets import concatenate_datasets
 
     needed = (args.input_key, args.images_key, args.reference_key, args.label_key)
-    parts = data_mixing.read_sources(source, split, strategy, args.seed, needed)
+    parts = mixing.read_sources(source, split, strategy, args.seed, needed)
     start, end = shares_of(args.prompt_data_probs), shares_of(args.prompt_data_probs_end)
     if not training:
         rows = concatenate_datasets(parts)
     elif end:
-        rows = data_mixing.mix_drifting(parts, start, end, limit, args.seed)
+        rows = mixing.mix_drifting(parts, start, end, limit, args.seed)
     else:
-        rows = data_mixing.mix(parts, start, args.seed)
+        rows = mixing.mix(parts, start, args.seed)
     if limit < len(rows):
         rows = rows.shuffle(seed=args.seed).select(range(limit))
     if len(parts) > 1:
-        strategy.print(data_mixing.describe_mix(rows))
+        strategy.print(mixing.describe_mix(rows))
     return AudioPromptDataset(
         rows,
         tokenizer,
@@ -340,7 +338,7 @@ def make_evaluators(args: argparse.Namespace, strategy: Any, processor: Any, thi
     """
     if not args.eval_benchmark:
         return []
-    from benchmark_eval import BenchmarkEvaluator
+    from aqa.evaluation.while_training import BenchmarkEvaluator
 
     files, folders = args.eval_benchmark.split(","), args.eval_audio_dir.split(",")
     folders = folders * len(files) if len(folders) == 1 else folders
@@ -415,7 +413,7 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
 def _host_problems(args: argparse.Namespace) -> list[str]:
     if on_runtime():
         return runtime_problems(args)
-    problems = lightrft_host.find_problems(args)
+    problems = training.find_problems(args)
     if args.pretrain and model_type_of(args.pretrain) not in (None, "qwen2_audio"):
         problems.append(f"--pretrain {args.pretrain}: inside LightRFT qwen2_audio alone; unset LIGHTRFT_HOME")
     return problems
@@ -428,7 +426,7 @@ def main() -> None:
     args = parser.parse_args()
     finish(args)
     if args.plan:
-        import planner
+        from aqa.training import planner
 
         raise SystemExit(planner.run(args, _host_problems(args)))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -476,10 +474,11 @@ def find_peers() -> Any:
     """The runtime's module for ranks that end, connected; None if this rank is alone, or inside LightRFT."""
     if not on_runtime() or os.environ.get("WORLD_SIZE", "1") == "1":
         return None
-    from lightrft.strategy import peers
 
-    peers.join()  # a wrong flag is found before anything else is done
-    return peers
+    from lightrft.utils import rank_watch
+
+    rank_watch.join()  # a wrong flag is found before anything else is done
+    return rank_watch
 
 
 def exit_status(error: BaseException) -> int | None:

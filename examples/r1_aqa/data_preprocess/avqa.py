@@ -24,13 +24,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import BinaryIO
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # audio_io and audio_sandbox
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # the siblings, however this file is imported
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # where the package aqa is
 
-from audio_probe import Clip, probe_clip, probe_clips
-from audio_sandbox import Sandbox, escape_of
-from avqa_output import build_report, build_table, integers, write_files
-from avqa_rows import (
+from aqa.audio.probe import Clip, probe_clip, probe_clips
+from aqa.audio.sandbox import Sandbox, escape_of
+from aqa.data.parquet import build_report, build_table, integers, write_files
+from aqa.data.rows import (
     AvqaError,
     Problem,
     Record,

@@ -38,12 +38,12 @@ from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent)]
+sys.path.insert(0, str(_HERE.parent))  # where the package aqa is
 
-from avqa_output import write_files  # noqa: E402
-from avqa_rows import AvqaError, parse_records, read_records  # noqa: E402
-from extract_audio import ExtractError, extract_all, index_media, missing_tools  # noqa: E402
-from unpack_audio import UnpackError, is_safe, unpack  # noqa: E402
+from aqa.data.extract_audio import ExtractError, extract_all, index_media, missing_tools  # noqa: E402
+from aqa.data.parquet import write_files  # noqa: E402
+from aqa.data.rows import AvqaError, parse_records, read_records  # noqa: E402
+from aqa.data.unpack_audio import UnpackError, is_safe, unpack  # noqa: E402
 
 SHOWN = 20  # problems on the screen; all are in the report
 CLIP_BYTES = 320_000  # 10 s of 16 kHz, 16 bit
@@ -193,8 +193,8 @@ def get_mmau(args: argparse.Namespace) -> None:
     :param args: Settings.
     :raises DataError: if a question names no usable path, or no recording is there.
     """
-    from audio_io import AudioError, load_audio
-    from eval_items import read_rows
+    from aqa.audio.decode import AudioError, load_audio
+    from aqa.evaluation.items import read_rows
 
     benchmark, rows = read_rows(args.questions)
     names = list(dict.fromkeys(row.get(benchmark.audio_key) for row in rows))
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: Arguments, those of the process if None.
     :return: Exit status.
     """
-    from eval_items import EvalError
+    from aqa.evaluation.items import EvalError
 
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments:

@@ -42,9 +42,9 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from audio_policy import parts_of
-from data_preprocess.avqa_rows import AvqaError, parse_records, read_records
-from host import find_host
+from aqa.data.rows import AvqaError, parse_records, read_records
+from aqa.hosts.find import find_host
+from aqa.policy.forward import parts_of
 
 from demo.sounds import SAMPLING_RATE
 from demo.warm_start import PROMPT, draw_warm_start_example, warm_start

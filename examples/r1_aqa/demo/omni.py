@@ -15,7 +15,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from lightrft.models.families import OmniAudioProcessor, Qwen2_5Omni
+from lightrft.utils.model_specs import OmniAudioProcessor, Qwen2_5Omni
 
 TOKENS = {  # attributes of Qwen2.5-Omni's tokenizer
     "image_token": "<|IMAGE|>",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from audio_policy import encode_clips, parts_of
+from aqa.policy.forward import encode_clips, parts_of
 from transformers import PreTrainedModel, Qwen2AudioProcessor
 
 from demo.make_data import QUESTIONS, draw_options

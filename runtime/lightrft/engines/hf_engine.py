@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lightrft.models.families import family_of
+from lightrft.utils.model_specs import family_of
 
 from .base import RolloutOutput, Sampling
 

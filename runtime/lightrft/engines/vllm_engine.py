@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from lightrft.models.families import family_of
+from lightrft.utils.model_specs import Qwen2_5Omni, Qwen2Audio, family_of
+from lightrft.utils.weight_names import checksum
 
-from .base import RolloutOutput, Sampling, checksum
+from .base import RolloutOutput, Sampling
 
 LANGUAGE = ("language_model.", "thinker.model.", "thinker.lm_head.")  # weights behind the encoder's outputs
 
@@ -74,7 +75,7 @@ class VLLMEngine:
             seed=seed,
             # the responses of a group share whole blocks of their prompt: of 32 tokens on the CPU, not 128
             **({"gpu_memory_utilization": memory_utilization} if on_gpu else {"block_size": 32}),
-            **family_of(model).vllm_options(),
+            **vllm_options(family_of(model)),
         )
 
     def generate(self, prompts: list[Any], sampling: Sequence[Sampling]) -> list[RolloutOutput]:
@@ -220,3 +221,16 @@ def _load(
         if now[name] != before[name]:
             raise RuntimeError(f"weight sync failed: {name} was not sent and has changed in vLLM")
     return sent, now
+
+
+def vllm_options(family: type[Qwen2Audio]) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` that a model family needs.
+
+    :param family: From :func:`~lightrft.utils.model_specs.family_of`.
+    """
+    if family is not Qwen2_5Omni:
+        return {}
+    from .vllm_omni import ARCHITECTURE, register  # imports vLLM, which takes seconds
+
+    register()
+    return {"hf_overrides": {"architectures": [ARCHITECTURE]}}

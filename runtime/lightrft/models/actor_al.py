@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from lightrft.utils.model_specs import family_of
+
 from .actor_modality import ActorModality
-from .families import family_of
 from .four_bit import four_bit_config, prepare
 
 

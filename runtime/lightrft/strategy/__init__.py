@@ -1,38 +1,5 @@
-"""The strategy: process groups, sharded training, checkpoints and the rollout engine's life."""
+"""Sharded training, checkpoints, and the life of the rollout engine."""
 
-from __future__ import annotations
+from .factory import get_strategy
 
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from lightrft.utils.console import console
-
-if TYPE_CHECKING:
-    from .strategy_base import StrategyBase
-
-
-def get_strategy(args: Any) -> StrategyBase:
-    """Set up the console, the process group, and DeepSpeed or FSDP2.
-
-    :param args: The run's arguments.
-    :return: The strategy.
-    :raises SystemExit: if the ranks were given different arguments, or do not share the folder of checkpoints.
-    """
-    console.rank = int(os.environ.get("RANK", "0"))
-    console.quiet, console.verbose = args.quiet, args.verbose
-    if console.log_file is None:
-        console.redirect(Path(args.save_path) / "logs" / f"rank{console.rank}.log")
-    console.status("importing torch, DeepSpeed and what they need ...")
-    from . import peers  # torch and DeepSpeed talk while they are imported
-
-    peers.join()
-    from .distributed import check_same_run
-
-    if args.fsdp:
-        from .fsdp_strategy import FSDPStrategy as Strategy
-    else:
-        from .deepspeed_strategy import DeepspeedStrategy as Strategy
-    strategy = Strategy(args)
-    check_same_run(args)
-    return strategy
+__all__ = ["get_strategy"]

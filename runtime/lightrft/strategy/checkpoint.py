@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 
-from lightrft.models.families import family_of
+from lightrft.utils.model_specs import family_of
 
 PART = ".part"  # what is being written has this suffix
 MANIFEST = "manifest.json"  # of a whole checkpoint: file name to size in bytes

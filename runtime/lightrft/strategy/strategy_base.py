@@ -18,13 +18,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_scheduler
 
-from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling, is_adapter
-from lightrft.models.families import family_of
+from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling
 from lightrft.utils.console import console
+from lightrft.utils.distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
+from lightrft.utils.model_specs import family_of
+from lightrft.utils.weight_names import is_adapter
 
 from . import checkpoint, weights
 from .checkpoint import SaveError
-from .distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
 
 
 class StrategyBase(ABC):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightrft.engines.base import is_adapter, layer_of, plain_name
-from lightrft.models.families import family_of
+from lightrft.utils.model_specs import family_of
+from lightrft.utils.weight_names import is_adapter, layer_of, plain_name
 
 Whole = Callable[[Sequence[nn.Parameter]], AbstractContextManager[list[torch.Tensor]]]
 

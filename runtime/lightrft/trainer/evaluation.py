@@ -12,7 +12,7 @@ from typing import Any
 
 from lightrft.engines.base import Sampling
 from lightrft.strategy import checkpoint
-from lightrft.strategy.distributed import gather_objects, reduce_by_name, reduce_metrics
+from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_metrics
 
 from .fast_exp_maker import FastExperienceMaker, split_tags
 from .replay_buffer import Experience

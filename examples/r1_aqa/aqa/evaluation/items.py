@@ -1,0 +1,321 @@
+"""Benchmark files: questions in, results out. Reading, checking and writing; nothing here needs a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aqa.audio.sandbox import escape_of
+from aqa.data.rows import AvqaError, read_records, render_prompt, show_value
+
+SHOWN_PROBLEMS = 20
+MAX_DEPTH = 50  # of a row; Python's json reads deeper ones than it writes
+
+
+class EvalError(ValueError):
+    """Something that the user can put right; the message names the place, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a benchmark's files look like.
+
+    :param name: As in ``--benchmark``.
+    :param title: As printed.
+    :param audio_key: Where a question names its recording.
+    :param prediction_keys: Where a result holds the prediction; the official script reads the first.
+    :param breakdowns: Fields by which accuracies are broken down; the first is the benchmark's main one.
+    """
+
+    name: str
+    title: str
+    audio_key: str
+    prediction_keys: tuple[str, ...]
+    breakdowns: tuple[str, ...]
+
+
+MMAU = Benchmark(
+    "mmau", "MMAU", "audio_id", ("model_output", "model_prediction"), ("task", "difficulty", "sub-category")
+)
+MMAR = Benchmark("mmar", "MMAR", "audio_path", ("answer_prediction",), ("modality", "category", "sub-category"))
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (MMAU, MMAR)}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    :param index: Its place in the file, from 0.
+    :param label: How messages name it.
+    :param row: All its fields.
+    :param prompt: What the model is asked, as in training.
+    :param audio: Its recording.
+    """
+
+    index: int
+    label: str
+    row: dict[str, Any]
+    prompt: str
+    audio: Path
+
+
+def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[str, Any]]]:
+    """Read a benchmark or result file: a JSON array or JSON lines, told apart by content.
+
+    :param path: The file.
+    :param wanted: ``mmau``, ``mmar``, or ``auto``: by the field that names the recording.
+    :return: The benchmark and the file's rows.
+    :raises EvalError: if the file is missing, malformed, empty, or of neither benchmark.
+    """
+    try:
+        records = read_records(path.read_bytes(), str(path))
+    except OSError as error:
+        raise EvalError(f"{path}: {error.strerror}") from error
+    except AvqaError as error:
+        raise EvalError(str(error)) from error
+    problems = [
+        f"line {record.line}: {record.error or f'{show_value(record.value)} is no JSON object'}"
+        for record in records
+        if record.error is not None or not isinstance(record.value, dict)
+    ]
+    problems += [
+        f"line {record.line}: nested deeper than {MAX_DEPTH} levels"
+        for record in records
+        if isinstance(record.value, dict) and is_deep(record.value)
+    ]
+    if problems:
+        raise EvalError(several(f"{path}: {len(problems)} of {len(records)} rows cannot be read", problems))
+    rows = [record.value for record in records]
+    if not rows:
+        raise EvalError(f"{path}: no rows")
+    if wanted != "auto":
+        return BENCHMARKS[wanted], rows
+    found = [benchmark for benchmark in BENCHMARKS.values() if benchmark.audio_key in rows[0]]
+    if len(found) != 1:
+        keys = " or ".join(f"{b.audio_key} ({b.title})" for b in BENCHMARKS.values())
+        raise EvalError(
+            f"{path}: cannot tell the benchmark from the first row, whose fields are "
+            f"{', '.join(key if key.isprintable() else ascii(key) for key in rows[0])}; expected "
+            f"{keys}. Say which with --benchmark"
+        )
+    return found[0], rows
+
+
+def is_deep(value: Any) -> bool:
+    """Whether a value is nested deeper than :data:`MAX_DEPTH`.
+
+    :param value: Any JSON value.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def make_items(
+    rows: Sequence[dict[str, Any]], benchmark: Benchmark, audio_dir: Path, think: bool, confine: bool = False
+) -> list[Item]:
+    """Check every question and render its prompt.
+
+    :param rows: The file's rows.
+    :param benchmark: Their benchmark.
+    :param audio_dir: Folder of the recordings.
+    :param think: Ask for the thinking process.
+    :param confine: Refuse recordings that lie outside the folder, links and ``..`` resolved.
+    :raises EvalError: naming all rows that cannot be asked, or not be scored.
+    """
+    has_answers = any(row.get("answer") for row in rows)
+    problems, items = [], []
+    for index, row in enumerate(rows):
+        label = f"item {index} (id {name_of(row)})"
+        choices, question, name = row.get("choices"), row.get("question"), row.get(benchmark.audio_key)
+        wrong = []
+        if not isinstance(question, str) or not question.strip():
+            wrong.append(f"question is {show_value(question)}")
+        if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+            wrong.append(f"choices is {show_value(choices)}, expected a list of texts")
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
+            wrong.append(f"{benchmark.audio_key} is {show_value(name)}, expected the path of a file")
+        if has_answers and (not isinstance(row.get("answer"), str) or not row["answer"].strip()):
+            wrong.append(f"answer is {show_value(row.get('answer'))}, though other items have one")
+        if not wrong and (torn := next((text for text in (question, name, *choices) if not fits_utf8(text)), None)):
+            wrong.append(f"half a surrogate pair in {show_value(torn)}, which no tokenizer takes")
+        audio = audio_dir if wrong else find_audio(name, audio_dir)
+        if confine and not wrong and (where := escape_of(audio, audio_dir)):
+            wrong.append(f"{benchmark.audio_key} {show_value(name)} leads to {where}, outside --audio_dir {audio_dir}")
+        if wrong:
+            problems.append(f"{label}: {'; '.join(wrong)}")
+        else:
+            items.append(Item(index, label, row, render_prompt(question, choices, think), audio))
+    if problems:
+        raise EvalError(several(f"{len(problems)} of {len(rows)} questions cannot be used", problems))
+    return items
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A row's id, for messages.
+
+    :param row: The row.
+    """
+    identity = row.get("id", "none")
+    return identity if isinstance(identity, str) and identity.isprintable() and identity else show_value(identity)
+
+
+def fits_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a text; a JSON escape can make halves of surrogate pairs, which it cannot.
+
+    :param text: The text.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def find_audio(name: str, audio_dir: Path) -> Path:
+    """Where a recording lies: at its relative path below the folder, else by its file name in the folder itself.
+
+    :param name: As the question names it, such as ``./test-mini-audios/ID.wav``.
+    :param audio_dir: The folder.
+    :return: The path; if there is no such file either way, the first that was tried.
+    """
+    relative = audio_dir / name
+    by_name = audio_dir / Path(name).name
+    # not Path.exists, which raises for a name that is too long
+    return by_name if not os.path.exists(relative) and os.path.exists(by_name) else relative
+
+
+def result_rows(
+    items: Iterable[Item], answers: Iterable[tuple[str, str]], benchmark: Benchmark, silent_audio: bool
+) -> list[dict[str, Any]]:
+    """Rows of the result file: all fields of the question, the prediction under every key in use, the raw response.
+
+    :param items: Questions.
+    :param answers: For each its prediction and its raw response.
+    :param benchmark: Their benchmark.
+    :param silent_audio: Mark the rows: the model heard silence.
+    """
+    mark = {"silent_audio": True} if silent_audio else {}
+    return [
+        {**item.row, **dict.fromkeys(reversed(benchmark.prediction_keys), prediction), "raw_output": raw, **mark}
+        for item, (prediction, raw) in zip(items, answers, strict=True)
+    ]
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a result file in one piece: JSON lines for ``.jsonl``, else a JSON array.
+
+    Pure ASCII, because the official scripts open it in whatever encoding the machine prefers.
+
+    :param rows: Result rows.
+    :param path: Where to.
+    """
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        text = json.dumps(rows, indent=2) + "\n"
+    write_whole(text, path)
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Write a file so that it is there completely or not at all.
+
+    :param text: Its content.
+    :param path: Where to; the folder exists.
+    """
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+class PartialFile:
+    """Finished responses of a run that has not ended: JSON lines, appended and flushed as they come.
+
+    The first line says what makes a response what it is (model, data, prompt, engine). A line that a kill cut in two
+    is dropped; its item is asked again.
+
+    :param path: Beside the result file.
+    :param identity: What the responses depend on, each value a text, number or list of texts.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.identity = json.loads(json.dumps(identity))  # as it will come back
+
+    def load(self) -> dict[int, str]:
+        """Read what an earlier run finished, and cut off a torn last line.
+
+        :return: Raw response by item index.
+        :raises EvalError: if the file belongs to a run with other settings.
+        """
+        if not self.path.exists():
+            return {}
+        whole, _, torn = self.path.read_bytes().rpartition(b"\n")
+        if torn:
+            os.truncate(self.path, len(whole) + 1 if whole else 0)
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise EvalError(f"{self.path}: damaged ({error}); give --overwrite to drop it") from error
+        if not lines:
+            return {}
+        torn = [line for line in lines[1:] if not self._is_response(line)]
+        if torn or not isinstance(lines[0], dict):
+            raise EvalError(f"{self.path}: damaged ({show_value((torn or lines)[0])}); give --overwrite to drop it")
+        differing = [key for key in self.identity if lines[0].get(key) != self.identity[key]]
+        if differing:
+            details = [f"{key}: {lines[0].get(key)!r} then, {self.identity[key]!r} now" for key in differing]
+            raise EvalError(
+                several(f"{self.path}: {len(lines) - 1} responses of an unfinished run with other settings", details)
+                + "\nRepeat that run's flags to finish it, or give --overwrite to drop it."
+            )
+        return {line["index"]: line["raw_output"] for line in lines[1:]}
+
+    @staticmethod
+    def _is_response(line: Any) -> bool:
+        return isinstance(line, dict) and isinstance(line.get("index"), int) and isinstance(line.get("raw_output"), str)
+
+    def append(self, responses: Iterable[tuple[int, str]]) -> None:
+        """Add finished responses.
+
+        :param responses: Item index and raw response.
+        """
+        new = not self.path.exists() or self.path.stat().st_size == 0
+        lines = [{"index": index, "raw_output": raw} for index, raw in responses]
+        with self.path.open("ab") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in ([self.identity] if new else []) + lines).encode())
+
+    def remove(self) -> None:
+        """Delete the file, if it is there."""
+        self.path.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    :param path: The file.
+    """
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def several(title: str, lines: Sequence[str]) -> str:
+    """A message about many things that shows the first of them.
+
+    :param title: What they are.
+    :param lines: One each.
+    """
+    more = [f"... and {len(lines) - SHOWN_PROBLEMS} more"] if len(lines) > SHOWN_PROBLEMS else []
+    return "\n  ".join([f"{title}:", *lines[:SHOWN_PROBLEMS], *more])

@@ -1,0 +1,333 @@
+"""Scores of MMAU and MMAR result files by the official rule, and paired comparisons of them. No model, no torch.
+
+The rule (both benchmarks' ``evaluation.py``): lower-case prediction and answer and take the set of ``\\w+`` words of
+each; right if the prediction has every word of the answer, and none that only other choices have. An item without a
+prediction key is left out, an empty prediction is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aqa.evaluation.items import Benchmark, EvalError, read_rows, several
+
+Z95 = 1.959963984540054  # standard normal quantile at 97.5 %
+
+
+# ------------------------------------------------------------------------------------------------------------- the rule
+def words(text: str) -> set[str]:
+    """The words that count.
+
+    :param text: Any text.
+    """
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def is_right(prediction: str, answer: str, choices: Sequence[str]) -> bool:
+    """The official rule.
+
+    :param prediction: What the model chose.
+    :param answer: The right choice's text.
+    :param choices: All choices.
+    """
+    said, wanted = words(prediction), words(answer)
+    forbidden = set().union(*map(words, choices)) - wanted
+    return bool(said) and wanted <= said and not said & forbidden
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """A result file, judged.
+
+    :param benchmark: Which benchmark.
+    :param key: The key that the predictions were read from.
+    :param rows: The rows that have a prediction.
+    :param right: For each of them whether it is right.
+    :param left_out: How many rows have no prediction key.
+    """
+
+    benchmark: Benchmark
+    key: str
+    rows: list[dict[str, Any]]
+    right: list[bool]
+    left_out: int
+
+
+def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
+    """Judge every row of a result file as the official script does.
+
+    :param rows: Result rows.
+    :param benchmark: Their benchmark.
+    :raises EvalError: if no row has a prediction, or a row lacks what the rule needs.
+    """
+    key = next((key for key in benchmark.prediction_keys if any(key in row for row in rows)), None)
+    if key is None:
+        raise EvalError(
+            f"none of the {len(rows)} rows has a prediction under {' or '.join(benchmark.prediction_keys)}: this is "
+            f"no result file of {benchmark.title}"
+        )
+    answered = [row for row in rows if key in row]
+    problems = []
+    for row in answered:
+        for field in (key, "answer"):
+            if not isinstance(row.get(field), str):
+                problems.append(f"id {row.get('id')}: {field} is {row.get(field)!r:.60}, expected a text")
+        choices = row.get("choices")
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            problems.append(f"id {row.get('id')}: choices is {choices!r:.60}, expected a list of texts")
+    if problems:
+        raise EvalError(several(f"{len(problems)} fields of the result file cannot be scored", problems))
+    right = [is_right(row[key], row["answer"], row["choices"]) for row in answered]
+    return Verdicts(benchmark, key, answered, right, len(rows) - len(answered))
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): good for few items too, and never outside 0 to 1.
+
+    :param correct: Successes.
+    :param total: Trials, at least 1.
+    :return: Lower and upper bound, fractions.
+    """
+    share, z2 = correct / total, Z95**2 / total
+    middle = share + z2 / 2
+    half = Z95 * math.sqrt((share * (1 - share) + z2 / 4) / total)
+    low, high = (middle - half) / (1 + z2), (middle + half) / (1 + z2)
+    return (0.0 if correct == 0 else low), (1.0 if correct == total else high)  # exact there, but for rounding
+
+
+def tally(right: Sequence[bool]) -> dict[str, Any]:
+    """Accuracy of a group.
+
+    :param right: Verdicts, at least one.
+    :return: accuracy (fraction), correct, total, interval_95 (fractions).
+    """
+    correct, total = sum(right), len(right)
+    return {
+        "accuracy": correct / total,
+        "correct": correct,
+        "total": total,
+        "interval_95": list(wilson_interval(correct, total)),
+    }
+
+
+def score(verdicts: Verdicts) -> dict[str, Any]:
+    """Accuracy overall and by the benchmark's breakdowns.
+
+    :param verdicts: A judged result file.
+    :return: What :func:`tally` says of all rows; under ``by`` the same for each value of each breakdown.
+    """
+    by = {
+        field: {value: tally([verdicts.right[i] for i in places]) for value, places in groups.items()}
+        for field in verdicts.benchmark.breakdowns
+        if (groups := group(verdicts.rows, lambda row, field=field: row.get(field)))
+    }
+    return {
+        "benchmark": verdicts.benchmark.name,
+        **tally(verdicts.right),
+        "without_prediction": verdicts.left_out,
+        "silent_audio": any(row.get("silent_audio") for row in verdicts.rows),
+        "by": by,
+    }
+
+
+def group(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Hashable | None]) -> dict[str, list[int]]:
+    """Places of the rows by a value of theirs, the values in order; rows without one are in no group.
+
+    :param rows: Rows.
+    :param key: The value.
+    """
+    places: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        value = key(row)
+        if value is not None:
+            places.setdefault(str(value), []).append(i)
+    return dict(sorted(places.items()))
+
+
+def score_table(scores: dict[str, Any], title: str) -> str:
+    """A score as a table.
+
+    :param scores: From :func:`score`.
+    :param title: First line.
+    """
+    groups = [("overall", scores)]
+    for field, values in scores["by"].items():
+        groups += [(field, None), *((f"  {value}", entry) for value, entry in values.items())]
+    width = max(len(name) for name, _ in groups) + 2
+    lines = [title]
+    if scores["silent_audio"]:
+        lines.append("ABLATION: silence of the same length in place of every clip; these are no benchmark scores")
+    lines.append(f"{'':{width}}correct   total   accuracy   95 % interval")
+    for name, entry in groups:
+        if entry is None:
+            lines.append(name)
+            continue
+        low, high = entry["interval_95"]
+        lines.append(
+            f"{name:{width}}{entry['correct']:7}{entry['total']:8}{percent(entry['accuracy']):>11}   "
+            f"{low * 100:.1f} to {high * 100:.1f}"
+        )
+    if scores["without_prediction"]:
+        lines.append(
+            f"left out, as the official script does: {scores['without_prediction']} items without a prediction key"
+        )
+    return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    """A fraction in per cent with two decimals, as the official scripts print it.
+
+    :param share: Fraction.
+    """
+    return f"{share * 100:.2f} %"
+
+
+# ----------------------------------------------------------------------------------------------------------- comparison
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value of McNemar's test: could the items that only one of two got right be a fair coin's?
+
+    :param only_first: Items that only the first got right.
+    :param only_second: Items that only the second got right.
+    :return: 0 to 1; 1 if there are no such items.
+    """
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
+    """Two results of the same items against each other.
+
+    :param first: Verdicts of the first, at least one.
+    :param second: Verdicts of the second, in the same order.
+    :return: total, both accuracies, difference (second less first) with its 95 % interval (Wald, paired), the items
+        that only one got right, and McNemar's exact p-value.
+    """
+    n = len(first)
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    difference = (only_second - only_first) / n
+    half = Z95 * math.sqrt(max(0.0, (only_first + only_second) / n - difference**2) / n)
+    return {
+        "total": n,
+        "accuracy": [sum(first) / n, sum(second) / n],
+        "difference": difference,
+        "interval_95": [max(-1.0, difference - half), min(1.0, difference + half)],
+        "only_first": only_first,
+        "only_second": only_second,
+        "mcnemar_p": mcnemar_p(only_first, only_second),
+    }
+
+
+def compare(first: Verdicts, second: Verdicts) -> dict[str, Any]:
+    """Compare two result files on the items that both have.
+
+    :param first: The one to compare with.
+    :param second: The other.
+    :return: What :func:`paired` says of all shared items, and under ``by`` of each group of the main breakdown.
+    :raises EvalError: if an id occurs twice, no item is shared, or the files are of different benchmarks.
+    """
+    if first.benchmark != second.benchmark:
+        raise EvalError(f"one file is of {first.benchmark.title}, the other of {second.benchmark.title}")
+    places = [_places_by_id(verdicts) for verdicts in (first, second)]
+    shared = [identity for identity in places[0] if identity in places[1]]
+    if not shared:
+        raise EvalError("the files share no item; both must be results of the same benchmark file")
+    pairs = [(places[0][identity], places[1][identity]) for identity in shared]
+    changed = [
+        f"id {identity}: {first.rows[i][field]!r:.60} and {second.rows[j][field]!r:.60}"
+        for identity, (i, j) in zip(shared, pairs, strict=True)
+        for field in ("answer", "choices")
+        if first.rows[i][field] != second.rows[j][field]
+    ]
+    if changed:
+        raise EvalError(several("the files come from different releases of the benchmark", changed))
+    verdicts = [(first.right[i], second.right[j]) for i, j in pairs]
+    main = first.benchmark.breakdowns[0]
+    groups = group([first.rows[i] for i, _ in pairs], lambda row: row.get(main))
+
+    def of(chosen: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+        return paired([a for a, _ in chosen], [b for _, b in chosen])
+
+    return {
+        **of(verdicts),
+        "not_shared": [len(side) - len(shared) for side in places],
+        "by": {main: {value: of([verdicts[k] for k in members]) for value, members in groups.items()}},
+    }
+
+
+def _places_by_id(verdicts: Verdicts) -> dict[str, int]:
+    places: dict[str, int] = {}
+    for i, row in enumerate(verdicts.rows):
+        identity = str(row.get("id"))
+        if row.get("id") is None or identity in places:
+            raise EvalError(f"id {row.get('id')!r} is missing or occurs twice: the items cannot be paired")
+        places[identity] = i
+    return places
+
+
+def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
+    """A comparison as a table of 80 columns.
+
+    :param comparison: From :func:`compare`.
+    :param names: What to call the two.
+    """
+    groups = [("overall", comparison)]
+    for field, values in comparison["by"].items():
+        groups += [(field, None), *((f"  {value}", entry) for value, entry in values.items())]
+    width = 10
+    lines = [
+        f"first    {names[0]}",
+        f"second   {names[1]}",
+        " " * width + " total  first %  second %  difference   95 % interval only one       p",
+    ]
+    for name, entry in groups:
+        if entry is None:
+            lines.append(name)
+            continue
+        if len(name) > width:
+            lines.append(name)
+            name = ""
+        low, high = (f"{bound * 100:+.1f}" for bound in entry["interval_95"])
+        before, after = (100 * accuracy for accuracy in entry["accuracy"])
+        only_one = f"{entry['only_first']}:{entry['only_second']}"
+        lines.append(
+            f"{name:{width}}{entry['total']:6}{before:9.2f}{after:10.2f}{entry['difference'] * 100:+12.2f}"
+            f"{f'{low} to {high}':>16}{only_one:>9}{entry['mcnemar_p']:8.2g}"
+        )
+    lines.append("only one: right in the first alone, in the second alone; p: McNemar's")
+    if any(comparison["not_shared"]):
+        lines.append(
+            "left out, in one file only: {} items of the first, {} of the second".format(*comparison["not_shared"])
+        )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+def judge_file(path: Path, benchmark: str = "auto") -> Verdicts:
+    """Read and judge a result file.
+
+    :param path: A result file of either benchmark, ours or another program's.
+    :param benchmark: ``mmau``, ``mmar`` or ``auto``.
+    :raises EvalError: if it cannot be read or scored; the message names it.
+    """
+    found, rows = read_rows(path, benchmark)
+    try:
+        return judge(rows, found)
+    except EvalError as error:
+        raise EvalError(f"{path}: {error}") from error
+
+
+def to_json(value: dict[str, Any]) -> str:
+    """As written beside result files.
+
+    :param value: Scores or comparisons.
+    """
+    return json.dumps(value, indent=2) + "\n"

@@ -1,0 +1,442 @@
+"""The audio patches for LightRFT's own classes, where they differ from those for this project's runtime.
+
+The public ``patch_*_for_audio`` functions call the ``patch_*`` functions here when the host is
+LightRFT itself. Everything is patched on the instance that is in use, and undone with the
+:class:`~aqa.patches.targets.Patch` that it was put into. Written for commit 49e62cb; ``aqa/hosts/lightrft/contract.py`` lists what is
+relied on.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import re
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from aqa.hosts.lightrft.fixes import at_least
+from aqa.patches.slots import MAX_FRAMES, audio_token_count, unpack_clips
+from aqa.patches.targets import Patch, is_marked, mark, patch_policy, write_processor
+
+_MARKED = re.compile(re.escape("<|audio_bos|>") + r"(<\|AUDIO\|>)" + re.escape("<|audio_eos|>"))
+MAX_AUDIO_TOKENS = audio_token_count(MAX_FRAMES)  # what the one placeholder of a 30 s clip becomes
+
+
+class EngineOutput(dict):
+    """One response. Its keys are attributes too: LightRFT reads it in both ways.
+
+    Keys: ``prompt_token_ids`` (placeholders expanded), ``output_token_ids``, ``output_log_probs`` (one a token, of the
+    distribution sampled from), ``truncated`` (it was still going at the token limit), and ``prompt_tokens``, the
+    engine's own count, where the engine does not tell the ids.
+    """
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+
+# ---------------------------------------------------------------------------------------------------------------- actor
+def find_actor(model: Any) -> Any:
+    """LightRFT's ``ActorAL`` within what the strategy made of it: DeepSpeed wraps the whole reference model.
+
+    :param model: Actor or reference model, as prepared by the strategy.
+    """
+    while not hasattr(model, "process_sequences"):
+        model = model.module
+    return model
+
+
+def patch_actor(patch: Patch, actor: Any) -> None:
+    """Make LightRFT's ``ActorAL`` hear the clips in the image slot.
+
+    :param patch: Takes the replacements.
+    :param actor: Actor or reference model, as prepared by the strategy.
+    """
+    actor = find_actor(actor)
+    if is_marked(actor, "forward"):
+        return
+    patch_policy(patch, getattr(actor.model, "module", actor.model))  # within DeepSpeed's engine
+    patch.replace(actor, "forward", mark(functools.partial(audio_forward, actor), actor.forward))
+    original = actor.process_sequences
+
+    @functools.wraps(original)
+    def process_sequences(sequences: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """The masks of the original; it also writes an end of turn over what a truncated response ends with."""
+        _, attention_mask, action_mask = original(sequences.clone(), *args, **kwargs)
+        return sequences, attention_mask, action_mask
+
+    patch.replace(actor, "process_sequences", process_sequences)
+
+
+def audio_forward(
+    actor: Any,
+    sequences: torch.Tensor,
+    num_actions: int,
+    attention_mask: torch.Tensor,
+    pixel_values: None = None,
+    image_grid_thw: torch.Tensor | None = None,
+    pixel_values_videos: None = None,
+    video_grid_thw: None = None,
+    return_output: bool = False,
+    packed_seq_lens: None = None,
+    audio_values: torch.Tensor | None = None,
+) -> Any:
+    """What takes the place of ``ActorAL.forward``: log-probs of the responses, with the clips' exact frames.
+
+    LightRFT's own takes every frame for valid, is silently text-only where the placeholder's id is not in
+    ``model.config`` (under DeepSpeed that is DeepSpeed's), and normalises over the vocabulary in bfloat16.
+
+    :param actor: ``ActorAL``; its ``temperature`` and ``logit_bias``, where set, are those of the sampling.
+    :param sequences: ``(batch, length)``; the last ``num_actions`` columns are the response region.
+    :param num_actions: Width of the response region.
+    :param attention_mask: ``(batch, length)``, 1 at tokens.
+    :param pixel_values: Unused.
+    :param image_grid_thw: ``(clips, 3)``: the grid of the clips in the image slot.
+    :param pixel_values_videos: Unused.
+    :param video_grid_thw: Unused.
+    :param return_output: Return a second value, as LightRFT's trainer expects it; it is empty.
+    :param packed_seq_lens: Unused; packing is refused.
+    :param audio_values: Rows of the image slot ``(sum of rows, n_mels)``.
+    :return: ``(batch, num_actions)`` float32, 0 at padding.
+    :raises ValueError: if the placeholders of a sequence do not fit its clip.
+    """
+    audio = {}
+    if audio_values is not None:
+        clips = unpack_clips(audio_values, image_grid_thw)
+        audio = {"features": clips.features, "frames": clips.frames, "clip_index": clips.index}
+    width = max(num_actions, 2)  # the policy's forward needs two columns
+    if width > num_actions:
+        sequences, attention_mask = F.pad(sequences, (0, 1)), F.pad(attention_mask, (0, 1))
+    log_probs = actor.model(
+        sequences=sequences,
+        attention_mask=attention_mask.long(),
+        response_mask=attention_mask[:, -width:],
+        temperature=getattr(actor, "temperature", 1.0),
+        logit_bias=getattr(actor, "logit_bias", {}),
+        **{name: value.to(sequences.device) for name, value in audio.items()},
+    )[:, :num_actions]
+    return (log_probs, {}) if return_output else log_probs
+
+
+# ------------------------------------------------------------------------------------------------------------- strategy
+def patch_strategy(patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None = None) -> None:
+    """Make a LightRFT strategy roll out with audio, synchronise and save what audio needs.
+
+    :param patch: Takes the replacements.
+    :param strategy: ``DeepspeedStrategy`` or ``FSDPV2Strategy``.
+    :param processor: Saved with the model; None leaves saving as it is.
+    :param files: Saved with it, too: name to text.
+    """
+    if is_marked(strategy, "engine_generate_local"):
+        return
+    vllm_utils = importlib.import_module("lightrft.strategy.vllm_utils")
+    make_engine = vllm_utils.get_vllm_engine
+    args = strategy.args
+
+    @functools.wraps(make_engine)
+    def get_vllm_engine(*positional: Any, **kwargs: Any) -> Any:
+        kwargs["limit_mm_per_prompt"] = {"audio": args.limit_mm_image_per_prompt}
+        # prompt_max_len counts a clip as one token, the engine counts what it becomes
+        kwargs["max_model_len"] += args.limit_mm_image_per_prompt * (MAX_AUDIO_TOKENS - 1)
+        kwargs["logprobs_mode"] = "processed_logprobs"  # of the distribution sampled from
+        if not args.bf16:
+            kwargs["dtype"] = "float32"  # LightRFT would roll out in float16
+        return make_engine(*positional, **kwargs)
+
+    patch.replace(vllm_utils, "get_vllm_engine", get_vllm_engine)
+    generate = functools.partial(generate_with_audio, strategy)
+    patch.replace(strategy, "engine_generate_local", mark(generate, strategy.engine_generate_local))
+    patch.replace(strategy, "gather_and_generate", _with_checked_prompts(strategy.gather_and_generate))
+    _patch_weight_sync(patch, strategy)
+    if processor is not None:
+        _patch_save(patch, strategy, processor, files)
+
+
+def _with_checked_prompts(original: Callable) -> Callable:
+    """The prompts that the engine answered must be, token for token, those that the trainer will score."""
+
+    @functools.wraps(original)
+    def gather_and_generate(*args: Any, all_prompt_token_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[Any]:
+        outputs = original(*args, all_prompt_token_ids=all_prompt_token_ids, **kwargs)
+        for i, (output, ids) in enumerate(zip(outputs, all_prompt_token_ids, strict=True)):
+            count = output.get("prompt_tokens", len(output.prompt_token_ids))
+            if list(output.prompt_token_ids) != list(ids) or count != len(ids):
+                raise ValueError(
+                    f"prompt {i} has {count} tokens in the engine and {len(ids)} in the trainer, or other ones: "
+                    f"{list(output.prompt_token_ids)[:40]} ... and {list(ids)[:40]} ..."
+                )
+        return outputs
+
+    return gather_and_generate
+
+
+def generate_with_audio(
+    strategy: Any,
+    sampling_params: Any,
+    prompt_token_ids: Sequence[Sequence[int]] | None = None,
+    multi_modal_inputs: Sequence[dict[str, Any]] | None = None,
+) -> list[EngineOutput]:
+    """What takes the place of ``engine_generate_local``: rollouts, with the log-prob of every sampled token.
+
+    :param strategy: LightRFT strategy; its ``logit_bias``, where set, is added at sampling.
+    :param sampling_params: vLLM's object or SGLang's dictionary; left as it is.
+    :param prompt_token_ids: Prompts of a batch without any audio.
+    :param multi_modal_inputs: Requests of a batch with audio.
+    :return: One output a request, in order.
+    :raises RuntimeError: if the engine returns fewer responses than asked, or an empty one.
+    """
+    logit_bias = getattr(strategy, "logit_bias", {})
+    requests = multi_modal_inputs
+    if requests is None:
+        requests = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
+    if strategy.inference_engine_type == "sglang":
+        from aqa.hosts.lightrft.sglang import generate_with_audio as sglang_generate
+
+        outputs = sglang_generate(strategy.inference_engine, sampling_params, requests, logit_bias)
+        limit = sampling_params["max_new_tokens"]
+        return [
+            EngineOutput(
+                prompt_token_ids=requests[i].get("prompt_token_ids"),  # else LightRFT fills in the expanded ones
+                output_token_ids=output.output_token_ids,
+                output_log_probs=output.output_log_probs,
+                truncated=len(output.output_token_ids) >= limit,
+                prompt_tokens=output.prompt_tokens,
+            )
+            for i, output in enumerate(outputs)
+        ]
+    if multi_modal_inputs is not None and not at_least("vllm", 0, 17):
+        # vLLM up to 0.16 puts the clip's markers around the tokens once more
+        requests = [{**request, "prompt": _MARKED.sub(r"\1", request["prompt"])} for request in requests]
+    params = sampling_params.clone()
+    params.logprobs = 0  # of the sampled token alone
+    params.logit_bias = {**(params.logit_bias or {}), **logit_bias}
+    outputs = strategy.inference_engine.generate(requests, params, use_tqdm=False)
+    if len(outputs) != len(requests):
+        raise RuntimeError(f"vLLM answered {len(outputs)} of {len(requests)} requests")
+    results = []
+    for i, output in enumerate(outputs):
+        response = output.outputs[0]
+        tokens = list(response.token_ids)
+        if not tokens:
+            raise RuntimeError(f"vLLM's response to request {i} is empty ({response.finish_reason}): {requests[i]}")
+        results.append(
+            EngineOutput(
+                prompt_token_ids=list(output.prompt_token_ids),
+                output_token_ids=tokens,
+                output_log_probs=[entry[t].logprob for entry, t in zip(response.logprobs, tokens, strict=True)],
+                truncated=response.finish_reason == "length",
+            )
+        )
+    return results
+
+
+def _patch_weight_sync(patch: Patch, strategy: Any) -> None:
+    """Names that the engine knows, and no cache of the old weights afterwards."""
+    original = strategy.update_engine_weights
+
+    @functools.wraps(original)
+    def update_engine_weights(actor: Any) -> None:
+        if strategy.broadcast_manager is None:
+            broadcast = importlib.import_module("lightrft.strategy.utils.broadcast_utils")
+            engine = strategy.inference_engine
+            if strategy.inference_engine_type == "vllm":
+                engine = _renaming(engine)
+            strategy.broadcast_manager = broadcast.BroadcastManager(actor, strategy, engine)
+            if strategy.inference_engine_type == "sglang":  # LightRFT's names are Qwen2.5-VL's
+                strategy.broadcast_manager._map_weight_name_for_sglang = checkpoint_name
+        original(actor)
+        if strategy.inference_engine_type == "vllm":  # SGLang empties its cache with the last weight
+            reset_caches(strategy.inference_engine)
+
+    patch.replace(strategy, "update_engine_weights", update_engine_weights)
+
+
+def checkpoint_name(name: str) -> str:
+    """A parameter's name in Qwen2-Audio checkpoints, which is what engines load.
+
+    :param name: Its name in the transformers model; transformers 5 moved tower and language model below ``model``.
+    """
+    if name.startswith("model.language_model."):
+        return "language_model.model." + name.removeprefix("model.language_model.")
+    if name.startswith("lm_head."):
+        return "language_model." + name
+    return name.removeprefix("model.")
+
+
+def _renaming(engine: Any) -> Any:
+    """What LightRFT's ``BroadcastManager`` sees of a vLLM engine, with the weights' names changed on the way."""
+    executor = engine.llm_engine.model_executor
+
+    def collective_rpc(method: str, kwargs: dict[str, Any]) -> Any:
+        return executor.collective_rpc(method, kwargs={**kwargs, "name": checkpoint_name(kwargs["name"])})
+
+    view = types.SimpleNamespace(collective_rpc=collective_rpc)
+    return types.SimpleNamespace(llm_engine=types.SimpleNamespace(model_executor=view))
+
+
+def reset_caches(engine: Any) -> None:
+    """Drop what vLLM computed with the old weights: KV blocks, outputs of the audio tower, processed clips.
+
+    :param engine: ``vllm.LLM``.
+    """
+    engine.reset_prefix_cache()
+    core = engine.llm_engine.engine_core
+    if hasattr(core, "reset_encoder_cache"):
+        core.reset_encoder_cache()
+    else:  # vLLM up to 0.14: no method yet for what the scheduler and the worker hold
+        scheduler = core.engine_core.scheduler
+        scheduler.encoder_cache_manager.__init__(scheduler.encoder_cache_manager.cache_size)
+        engine.llm_engine.model_executor.collective_rpc(_clear_encoder_cache)
+    engine.reset_mm_cache()
+
+
+def _clear_encoder_cache(worker: Any) -> None:
+    worker.model_runner.encoder_cache.clear()
+
+
+def _patch_save(patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
+    """A Hugging Face folder with processor.
+
+    LightRFT saves none under FSDP2. Under DeepSpeed it saves one without the processor, and beside transformers 5 not
+    all weights of ZeRO-3 under their names.
+    """
+
+    @functools.wraps(strategy.save_model)
+    def save_model(model: Any, tokenizer: Any, output_dir: str, **_: Any) -> None:
+        inner = getattr(model.model, "module", model.model)
+        weights = _gather_fsdp(inner) if strategy.args.fsdp else _gather_deepspeed(inner)
+        if strategy.is_rank_0():
+            write_model(inner, weights, output_dir)
+            tokenizer.save_pretrained(output_dir)
+            write_processor(processor, files, output_dir)
+        dist.barrier()
+
+    patch.replace(strategy, "save_model", mark(save_model, strategy.save_model))
+
+
+def _gather_fsdp(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole weights in CPU memory, on rank 0. All ranks take part."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _gather_deepspeed(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole weights in CPU memory. All ranks take part."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights[name] = parameter.data.cpu().clone()  # ZeRO keeps views of one buffer
+    return weights
+
+
+def write_model(model: nn.Module, weights: dict[str, torch.Tensor], output_dir: str) -> None:
+    """Write weights (safetensors, the names of Qwen2-Audio's checkpoints) and configuration.
+
+    Not by ``save_pretrained()``: it renames weights by the model's class, which FSDP2 changes.
+
+    :param model: The transformers model, for its configurations.
+    :param weights: Name in the model to tensor in CPU memory.
+    :param output_dir: Made if needed.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    dtype = model.config.dtype
+    save_torch_state_dict(
+        {checkpoint_name(name): weight.to(dtype) for name, weight in weights.items()}, output_dir, max_shard_size="5GB"
+    )
+    config = copy.deepcopy(model.config)
+    config.use_cache = True  # off for training; who loads the model generates with it
+    config.save_pretrained(output_dir)
+    model.generation_config.save_pretrained(output_dir)
+
+
+# ----------------------------------------------------------------------------------------------------- experience maker
+def patch_experience_maker(patch: Patch, exp_maker: Any, logit_bias: dict[int, float]) -> None:
+    """Let LightRFT's ``FastExperienceMaker`` keep the engine's log-probs, and leave image tokens alone.
+
+    :param patch: Takes the replacements.
+    :param exp_maker: ``FastExperienceMaker``.
+    :param logit_bias: Bias on token ids, for the engine and, so that log-probs are those of the distribution sampled
+        from, for actor and reference model; likewise the temperature.
+    """
+    if is_marked(exp_maker, "_build_unpacked_sample"):
+        return
+    patch.replace(exp_maker.strategy, "logit_bias", logit_bias)
+    for model in filter(None, (exp_maker.actor, exp_maker.initial_model)):
+        actor = find_actor(model)
+        patch.replace(actor, "logit_bias", logit_bias)
+        patch.replace(actor, "temperature", exp_maker.strategy.args.temperature)
+
+    def _fix_qwen_vl_image_tokens(sequences: torch.Tensor, sample: Any, vlm: bool) -> None:
+        """There are no image tokens; :func:`audio_forward` checks the audio tokens."""
+
+    patch.replace(exp_maker, "_fix_qwen_vl_image_tokens", _fix_qwen_vl_image_tokens)
+    original = exp_maker._build_unpacked_sample
+
+    @functools.wraps(original)
+    def _build_unpacked_sample(outputs: list[EngineOutput], **kwargs: Any) -> tuple[Any, Any, Any]:
+        sample, *indices = original(outputs=outputs, **kwargs)
+        sample.engine_log_probs = [output.output_log_probs for output in outputs]
+        sample.truncated = [output.truncated for output in outputs]
+        return sample, *indices
+
+    patch.replace(exp_maker, "_build_unpacked_sample", mark(_build_unpacked_sample, original))
+
+
+# --------------------------------------------------------------------------------------------------------- trajectories
+def patch_trajectory_saver(patch: Patch, saver: Any) -> None:
+    """Save the clips of trajectories as WAV files; LightRFT calls image methods on them.
+
+    :param patch: Takes the replacements.
+    :param saver: ``TrajectorySaver``.
+    """
+
+    original = saver._unpack_experience_to_dicts
+
+    @functools.wraps(original)
+    def _unpack_experience_to_dicts(exp: Any, *args: Any, **kwargs: Any) -> Any:
+        clips = exp.raw_images
+        of_rows = [clips] if isinstance(clips, tuple) else clips or []  # the replay buffer's items are single rows
+        exp.raw_images = [None if clip is None else [clip] for clip in of_rows] or None
+        try:
+            return original(exp, *args, **kwargs)
+        finally:
+            exp.raw_images = clips
+
+    def _save_images(imgs: Sequence[Any], step: int, exp_idx: int, sample_idx: int) -> list[str]:
+        import soundfile
+
+        names = []
+        for number, (waveform, rate) in enumerate(imgs):
+            names.append(f"audios/step{step}_exp{exp_idx}_sample{sample_idx}_{number}.wav")
+            path = Path(saver.save_dir) / names[-1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, waveform, rate)
+        return names
+
+    patch.replace(saver, "_unpack_experience_to_dicts", _unpack_experience_to_dicts)
+    patch.replace(saver, "_save_images", _save_images)
+
+
+def resume_with_optimizer(patch: Patch, strategy: Any, optimizer: Any, scheduler: Any) -> None:
+    """Checkpoints under FSDP2 with optimizer and schedule, which LightRFT's trainer leaves out.
+
+    :param patch: Takes the replacements.
+    :param strategy: ``FSDPV2Strategy``.
+    :param optimizer: The actor's.
+    :param scheduler: The actor's.
+    """
+    original: Callable[..., None] = strategy.save_ckpt
+    save = functools.partial(original, optimizer=optimizer, scheduler=scheduler)
+    patch.replace(strategy, "save_ckpt", functools.wraps(original)(save))

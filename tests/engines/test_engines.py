@@ -1,0 +1,344 @@
+"""Rollout engines against the trainer: the real vLLM, the real transformers, the real weight sync."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from aqa.audio.decode import SAMPLING_RATE, load_audio
+from aqa.patches.targets import build_audio_inputs, patch_actor_for_audio, patch_experience_maker_for_audio
+from audio_dataset import AudioMultimodalProcessor, render_prompt
+from reward_models_utils import reward_fn
+
+from lightrft.engines.base import Sampling
+from lightrft.engines.hf_engine import HFEngine
+from lightrft.engines.vllm_engine import VLLMEngine
+from lightrft.models.actor_al import ActorAL
+from lightrft.trainer.advantages import KLController
+from lightrft.trainer.fast_exp_maker import FastExperienceMaker, forward
+from lightrft.trainer.replay_buffer import Experience, make_micro_batch
+from lightrft.utils.distributed import init_process_group
+from lightrft.utils.processor import get_tokenizer_processor_vl
+from lightrft.utils.weight_names import checkpoint_name
+
+QUESTION = "What sound is this? Please choose the answer from the following options: ['beep', 'bell', 'hum', 'rain']."
+SECONDS = (0.1, 0.7, 3.3, 29.999, 30.0, 40.0)  # below one block, typical, and at and beyond what the tower takes
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model):
+    init_process_group(torch.device("cpu"))
+    actor = ActorAL(str(tiny_model), bf16=False)
+    patch_actor_for_audio(actor)
+    tokenizer, processor = get_tokenizer_processor_vl(str(tiny_model), actor.model)
+    return actor, tokenizer, processor
+
+
+@pytest.fixture(scope="module")
+def vllm_engine(tiny_model, parts):
+    return VLLMEngine(str(tiny_model), torch.float32, max_model_len=1400, seed=0)
+
+
+@pytest.fixture(scope="module")
+def noises():
+    rng = np.random.default_rng(0)
+    return [(0.3 * rng.standard_normal(int(s * SAMPLING_RATE)).astype(np.float32), SAMPLING_RATE) for s in SECONDS]
+
+
+def prompt_of(processor, question=QUESTION):
+    content = [{"type": "audio", "audio_url": "x.wav"}, {"type": "text", "text": question}]
+    return render_prompt(processor, [{"role": "user", "content": content}])
+
+
+def rollout(engine, parts, clips, prompts, **sampling):
+    """Experiences as the experience maker would make them."""
+    _, tokenizer, processor = parts
+    audio = processor.audio_token
+    bias = {tokenizer.convert_tokens_to_ids(audio): -100.0}
+    settings = {"n": 2, "max_tokens": 12, "logit_bias": bias, "seed": 3} | sampling
+    data = AudioMultimodalProcessor(tokenizer, processor, 512).process_multimodal_batch(prompts, clips, None, None, 1)
+    rows = data["all_images_pixel_values"].split(data["all_images_grid_thw"].prod(-1).tolist())
+    outputs = engine.generate(build_audio_inputs(prompts, clips), [Sampling(**settings)] * len(prompts))
+    items = []
+    for i, output in enumerate(outputs):
+        prompt = i // settings["n"]
+        assert output.prompt_token_ids == data["all_prompt_token_ids"][prompt]  # token for token
+        ids = torch.tensor(output.prompt_token_ids)
+        response = torch.tensor(output.output_token_ids)
+        items.append(Experience("", ids, response, output.output_log_probs, False, [rows[prompt]], "", ""))
+    return items, bias
+
+
+def gaps(parts, items, bias):
+    """Largest |log p engine - log p trainer| of each response."""
+    actor, tokenizer, _ = parts
+    actor.logit_bias = bias
+    batch = make_micro_batch(items, tokenizer.pad_token_id, torch.device("cpu"))
+    with torch.no_grad():
+        values = forward(actor, batch)
+    return [
+        (values[i, : len(item.response_ids)] - item.engine_log_probs).abs().max().item() for i, item in enumerate(items)
+    ]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_vllm_agrees_with_the_trainer_for_all_lengths_of_audio(vllm_engine, parts, noises, temperature):
+    actor = parts[0]
+    actor.temperature = temperature
+    try:
+        prompts = [prompt_of(parts[2])] * len(noises)
+        items, bias = rollout(vllm_engine, parts, noises, prompts, temperature=temperature)
+        assert max(gaps(parts, items, bias)) < 1e-3
+    finally:
+        actor.temperature = 1.0
+
+
+def test_engine_hears_the_audio(vllm_engine, parts, noises):
+    """The comparison above means nothing if log-probs do not depend on the clip."""
+    prompts = [prompt_of(parts[2])] * 2
+    items, bias = rollout(vllm_engine, parts, noises[2:4], prompts)
+    items[0].clips, items[0].prompt_ids = items[2].clips, items[2].prompt_ids
+    assert gaps(parts, items, bias)[0] > 1e-3
+
+
+def perturbed(actor, scale):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in actor.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def sync(engine, actor):
+    engine.load_weights((checkpoint_name(name), p.data) for name, p in actor.model.named_parameters())
+
+
+def test_weight_sync_reaches_every_weight_and_empties_every_cache(vllm_engine, parts, noises):
+    actor = parts[0]
+    before = {name: p.detach().clone() for name, p in actor.model.named_parameters()}
+    prompts = [prompt_of(parts[2])] * len(noises)
+    try:
+        rollout(vllm_engine, parts, noises, prompts)  # fills prefix and encoder caches with the old weights
+        perturbed(actor, 0.02)
+        stale, bias = rollout(vllm_engine, parts, noises, prompts)
+        assert max(gaps(parts, stale, bias)) > 1e-2  # the metric sees stale weights
+        for _ in range(3):
+            sync(vllm_engine, actor)
+            fresh, bias = rollout(vllm_engine, parts, noises, prompts)
+            assert max(gaps(parts, fresh, bias)) < 1e-3
+            perturbed(actor, 0.005)
+    finally:
+        with torch.no_grad():
+            for name, parameter in actor.model.named_parameters():
+                parameter.copy_(before[name])
+        sync(vllm_engine, actor)
+
+
+def clips_encoded(engine):
+    """How many clips' tower outputs vLLM holds."""
+    return len(engine.llm.llm_engine.engine_core.engine_core.scheduler.encoder_cache_manager.cached)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "kept"),
+    [(("audio_tower.", "multi_modal_projector."), True), (("audio_tower.",), False), (("language_model.",), False)],
+)
+def test_a_sync_of_what_trains_leaves_the_engine_with_the_trainers_weights(vllm_engine, parts, noises, frozen, kept):
+    """Frozen layers are not sent and not touched; the encoder's outputs stay if nothing before them trains."""
+    actor = parts[0]
+    named = {checkpoint_name(name): p for name, p in actor.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in named.items()}
+    trained = {name: p for name, p in named.items() if not name.startswith(frozen)}
+    prompts = [prompt_of(parts[2])] * len(noises)
+    try:
+        sync(vllm_engine, actor)
+        assert clips_encoded(vllm_engine) == 0
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(2):
+            rollout(vllm_engine, parts, noises, prompts)
+            encoded = clips_encoded(vllm_engine)
+            assert encoded > 0
+            with torch.no_grad():
+                for parameter in trained.values():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+            stale, bias = rollout(vllm_engine, parts, noises, prompts)
+            assert max(gaps(parts, stale, bias)) > 1e-2
+            vllm_engine.load_weights((name, p.data) for name, p in trained.items())
+            assert clips_encoded(vllm_engine) == (encoded if kept else 0)
+            fresh, bias = rollout(vllm_engine, parts, noises, prompts)
+            assert max(gaps(parts, fresh, bias)) < 1e-4
+    finally:
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(before[name])
+        sync(vllm_engine, actor)
+
+
+def test_a_sync_that_does_not_arrive_is_noticed(vllm_engine, parts, monkeypatch):
+    actor = parts[0]
+    model = vllm_engine.llm.apply_model(lambda model: model)[0]
+    monkeypatch.setattr(model, "load_weights", lambda weights: {name for name, _ in weights})
+    moved = ((checkpoint_name(name), p.data + 1e-6) for name, p in actor.model.named_parameters())
+    with pytest.raises(RuntimeError, match=r"weight sync failed: .* in vLLM is not what the trainer sent"):
+        vllm_engine.load_weights(moved)
+
+
+def test_a_change_of_what_was_not_sent_is_noticed(vllm_engine, parts):
+    weights = [(checkpoint_name(name), p.data) for name, p in parts[0].model.named_parameters()]
+    sync(vllm_engine, parts[0])
+    tower = vllm_engine.llm.apply_model(lambda model: model.audio_tower.layers[0].fc1.weight.data)[0]
+    was = tower[0, 0].item()
+    tower[0, 0] += 1e-6
+    try:
+        with pytest.raises(RuntimeError, match=r"audio_tower\.layers\.0\.fc1\.weight was not sent and has changed"):
+            vllm_engine.load_weights((name, p) for name, p in weights if not name.startswith("audio_tower."))
+    finally:
+        tower[0, 0] = was
+        sync(vllm_engine, parts[0])
+
+
+def test_sampling_is_reproducible_and_samples_differ(vllm_engine, parts, noises):
+    prompts = [prompt_of(parts[2])] * 2
+    hot = {"n": 6, "temperature": 2.0}  # the little warm-started model is sure of itself
+    first, _ = rollout(vllm_engine, parts, noises[:2], prompts, **hot, seed=11)
+    again, _ = rollout(vllm_engine, parts, noises[:2], prompts, **hot, seed=11)
+    other, _ = rollout(vllm_engine, parts, noises[:2], prompts, **hot, seed=1000)
+    texts = [[tuple(item.response_ids.tolist()) for item in items] for items in (first, again, other)]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+    assert len(set(texts[0][:6])) > 1
+
+
+def test_the_first_rollout_does_not_wait_for_a_compiler(vllm_engine):
+    from torch._dynamo.utils import counters
+    from vllm.v1.sample.ops.logprobs import batched_count_greater_than
+
+    before = counters["frames"]["total"]
+    logits = torch.tensor([[0.1, 0.3, 0.2], [0.3, 0.1, 0.1]], dtype=torch.float64)  # vLLM's own calls are in float32
+    assert batched_count_greater_than(logits, logits[:, :1]).tolist() == [3, 1]
+    assert counters["frames"]["total"] == before
+
+
+def test_the_audio_placeholder_cannot_be_sampled(vllm_engine, parts, noises):
+    """The bias that forbids it, turned round, makes it the only token: it acts on the right one."""
+    placeholder = parts[1].convert_tokens_to_ids(parts[2].audio_token)
+    prompts = [prompt_of(parts[2])]
+    hot = {"n": 20, "max_tokens": 20, "temperature": 2.0}
+    items, _ = rollout(vllm_engine, parts, noises[:1], prompts, **hot)
+    assert not any((item.response_ids == placeholder).any() for item in items)
+    forced, _ = rollout(vllm_engine, parts, noises[:1], prompts, **hot, logit_bias={placeholder: 100.0})
+    assert all((item.response_ids == placeholder).all() for item in forced)
+
+
+def test_hf_engine_equals_vllm(vllm_engine, parts, noises, monkeypatch):
+    """Greedy tokens are the same, and so are their log-probs; sampled log-probs are those of the trainer."""
+    actor, _, processor = parts
+    monkeypatch.setattr(actor.model.generation_config, "use_cache", False)  # as in a folder saved while training
+
+    class Whole:
+        def __enter__(self):
+            return actor.model
+
+        def __exit__(self, *_):
+            pass
+
+    engine = HFEngine(processor, Whole, batch_size=3)
+    prompts = [prompt_of(processor), prompt_of(processor, "Short?"), *[prompt_of(processor)] * 2]
+    ours, _ = rollout(engine, parts, noises[:4], prompts, n=1, temperature=0.0)
+    theirs, _ = rollout(vllm_engine, parts, noises[:4], prompts, n=1, temperature=0.0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.response_ids.tolist() == b.response_ids.tolist()
+        torch.testing.assert_close(a.engine_log_probs, b.engine_log_probs, atol=1e-3, rtol=0)  # kernels differ
+    encoded = []
+    tower = actor.model.model.audio_tower
+    handle = tower.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    sampled, bias = rollout(engine, parts, noises[:4], prompts, n=2, seed=5)
+    handle.remove()
+    assert encoded == [2, 2, 1]  # of the rows 0 0 1, 1 2 2, 3 3: a clip once a batch
+    assert max(gaps(parts, sampled, bias)) < 1e-4
+    again, _ = rollout(engine, parts, noises[:4], prompts, n=2, seed=5)
+    assert [i.response_ids.tolist() for i in sampled] == [i.response_ids.tolist() for i in again]
+
+
+@pytest.fixture
+def maker(vllm_engine, parts):
+    """The experience maker on the real engine, in a single process."""
+    actor, tokenizer, processor = parts
+    args = SimpleNamespace(
+        overlong_buffer=False,
+        seed=1,
+        enable_engine_sleep=True,
+        micro_rollout_batch_size=4,
+        advantage_estimator="group_norm",
+        use_kl_loss=True,
+        gamma=1.0,
+    )
+
+    def generate(sampling_params, all_prompts, all_images, images_num, **_):
+        return vllm_engine.generate(build_audio_inputs(all_prompts, all_images, images_num), sampling_params)
+
+    device = torch.device("cpu")
+    strategy = SimpleNamespace(args=args, rank=0, world_size=1, device=device, gather_and_generate=generate)
+    sampling = Sampling(n=4, max_tokens=12, logit_bias={tokenizer.convert_tokens_to_ids("<|AUDIO|>"): -100.0})
+    actor.logit_bias = sampling.logit_bias
+    made = FastExperienceMaker(actor, None, tokenizer, strategy, KLController(0), reward_fn, {}, sampling, True)
+    with patch_experience_maker_for_audio(made, processor, tokenizer, 512):
+        yield made
+
+
+def test_rows_without_audio_may_be_mixed_in(maker, parts, noises):
+    processor = parts[2]
+    text = render_prompt(processor, [{"role": "user", "content": "Which of ['beep', 'bell'] is loud?"}])
+    prompts = [prompt_of(processor), text, prompt_of(processor)]
+    items = maker.make_experience_list(prompts, [noises[1], None, noises[2]], ["bell"] * 3, ["avqa_rule"] * 3, step=1)
+    assert [len(item.clips) for item in items] == [1] * 4 + [0] * 4 + [1] * 4
+    for item in items:
+        torch.testing.assert_close(item.old_log_probs, item.engine_log_probs, atol=1e-3, rtol=0)  # other kernels
+
+
+@pytest.mark.parametrize(
+    ("response", "label", "expected"),
+    [
+        ("<answer>bell</answer><|im_end|>", "avqa_rule", 2.0),
+        ("<answer>bell</answer>", "avqa_rule", 2.0),  # truncated at the limit, but whole
+        ("bell<|im_end|>", "avqa_rule", 1.0),  # right, in the wrong form
+        ("<answer>hum</answer><|im_end|>", "avqa_rule", 1.0),  # wrong, in the right form
+        ("<answer> </answer>", "avqa_rule", 1.0),  # the prompt's own tags
+        ("hum<|im_end|>\n<|im_start|>assistant\n<answer>bell</answer><|im_end|>", "avqa_rule", 0.0),  # a second turn
+        ("<|im_start|>assistant\n<answer>bell</answer><|im_end|>", "avqa_rule", 0.0),
+        ("<think>a ring</think> <answer>bell</answer><|im_end|>", "avqa_think_rule", 2.0),
+        ("<answer>bell</answer><|im_end|>", "avqa_think_rule", 1.0),  # right, without the thinking
+    ],
+)
+def test_reward_through_the_trainers_own_path(maker, parts, response, label, expected):
+    """Token ids of prompt and response, decoded whole as LightRFT does, and scored."""
+    _, tokenizer, processor = parts
+    prompt = prompt_of(processor, QUESTION + " Output the final answer in <answer> </answer>.")
+    ids = torch.tensor(tokenizer(prompt)["input_ids"])
+    answer = torch.tensor(tokenizer(response)["input_ids"])
+    item = Experience(prompt, ids, answer, torch.zeros(len(answer)), False, [], "bell", label)
+    maker.score([item])
+    assert item.reward == expected
+    assert item.reward == item.reward_metrics["accuracy_reward"] + item.reward_metrics["format_reward"]
+
+
+def test_the_real_recording_goes_all_the_way(vllm_engine, parts, shared_data):
+    """MMAU's first recording with its question: decode, process, vLLM, training forward and backward."""
+    actor, tokenizer, processor = parts
+    question = json.loads((shared_data / "mmau" / "mmau-test-mini.json").read_text())[0]
+    recording = next((shared_data / "mmau" / "test-mini-audios").glob("*.wav"))
+    assert recording.stem in question["audio_id"]
+    clip = (load_audio(recording), SAMPLING_RATE)
+    assert len(clip[0]) == 10 * SAMPLING_RATE
+    text = f"{question['question']} Please choose the answer from the following options: {question['choices']}."
+    items, bias = rollout(vllm_engine, parts, [clip], [prompt_of(processor, text)], n=4)
+    assert items[0].clips[0].shape == (1002, 128)  # 10 s are 1,000 frames, and two guard rows
+    assert max(gaps(parts, items, bias)) < 1e-3
+    batch = make_micro_batch(items, tokenizer.pad_token_id, torch.device("cpu"))
+    forward(actor, batch).sum().backward()
+    silent = [name for name, p in actor.model.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0]
+    actor.model.zero_grad()
+    # the keys' bias shifts all scores of a query alike: softmax takes no notice of it
+    assert [name for name in silent if "k_proj.bias" not in name and "embed_positions" not in name] == []

@@ -1,0 +1,494 @@
+"""The evaluation, from the questions' file to the scores: what is asked, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import eval_mmau
+import numpy as np
+import pytest
+import soundfile
+import torch
+from aqa.data.rows import render_prompt
+from aqa.evaluation import engines
+from aqa.evaluation.checkpoints import Model, resolve_model
+from aqa.evaluation.items import (
+    MMAR,
+    MMAU,
+    EvalError,
+    PartialFile,
+    find_audio,
+    make_items,
+    read_rows,
+    result_rows,
+    write_rows,
+)
+from conftest import EXAMPLE, run_script
+from safetensors.torch import load_file, save_file
+
+TOKENS = ("--max_new_tokens", 12)
+
+
+def run_main(capsys, *args: object) -> tuple[int, str]:
+    """Exit status and all output of the script, in this process."""
+    status = eval_mmau.main(list(map(str, args)))
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+@pytest.fixture
+def questions(demo_data, tmp_path):
+    """A file of six questions, one of them with a clip longer than the rest."""
+    rows = json.loads((demo_data / "demo-test.json").read_text())[:6]
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "long.wav", 0.1 * rng.standard_normal(16_000 * 4), 16_000)
+    rows[3]["audio_id"] = str(tmp_path / "long.wav")
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture
+def flags(tiny_model, demo_data, questions):
+    """Flags of an evaluation of the six questions, but for the result file."""
+    return (*("--model_path", tiny_model, "--data_file", questions, "--audio_dir", demo_data), *TOKENS)
+
+
+# ------------------------------------------------------------------------------------------------------------ questions
+def test_start_up_imports_nothing_heavy():
+    code = "import eval_mmau, sys; print(sorted({'torch', 'transformers', 'vllm', 'numpy', 'tqdm'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_prompts_are_those_of_training(tmp_path):
+    row = {
+        "id": 1,
+        "question": "What is in the video?",
+        "choices": ["dog", "it's"],
+        "audio_id": "x.wav",
+        "answer": "dog",
+    }
+    for think in (False, True):
+        item = make_items([row], MMAU, tmp_path, think)[0]
+        assert item.prompt == render_prompt(row["question"], row["choices"], think)
+        assert item.prompt.startswith(
+            "What is in the audio? Please choose the answer from the following options: ['dog'"
+        )
+        assert ("<think>" in item.prompt) is think
+
+
+def test_formats_are_told_apart_by_content(tmp_path):
+    mmau, mmar = {"audio_id": "x", "id": 1}, {"audio_path": "x", "id": 1}
+    path = tmp_path / "no_suffix"
+    for text, expected in (
+        (json.dumps([mmau, mmau], indent=1), MMAU),
+        (json.dumps(mmar) + "\n" + json.dumps(mmar), MMAR),
+        (json.dumps([mmar]), MMAR),
+    ):
+        path.write_text(text)
+        benchmark, rows = read_rows(path)
+        assert benchmark is expected
+        assert rows[0] == (mmau if expected is MMAU else mmar)
+    path.write_text(json.dumps([mmar]))
+    assert read_rows(path, "mmau")[0] is MMAU  # --benchmark outranks the content
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"audio_id": "x"}', "line 1.*not closed"),
+        ('{"audio_path": "x"}\n{"audio_path": \n', "1 of 2 rows.*(?s:.*)line 2"),
+        ("[1, 2]", "is no JSON object"),
+        ("[]", "no rows"),
+        ('[{"id": 1, "question": "?"}]', "cannot tell the benchmark.*fields are id, question.*--benchmark"),
+    ],
+)
+def test_broken_files_are_refused(tmp_path, text, message):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(EvalError, match=message):
+        read_rows(path)
+
+
+def test_all_unusable_questions_are_named(tmp_path):
+    good = {"id": "g", "question": "?", "choices": ["a"], "audio_id": "x.wav", "answer": "a"}
+    rows = [good, good | {"choices": "a"}, good | {"question": ""}, good | {"audio_id": None}, good | {"answer": None}]
+    with pytest.raises(EvalError) as caught:
+        make_items(rows, MMAU, tmp_path, False)
+    message = str(caught.value)
+    assert message.startswith("4 of 5 questions")
+    for i, part in enumerate(("choices is 'a'", "question is ''", "audio_id is None", "answer is None"), start=1):
+        assert f"item {i} (id g): {part}" in message
+
+
+def test_recordings_are_found_by_path_or_name(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/a.wav", "b.wav"):
+        (tmp_path / name).touch()
+    assert find_audio("./sub/a.wav", tmp_path) == tmp_path / "sub/a.wav"
+    assert find_audio("./sub/b.wav", tmp_path) == tmp_path / "b.wav"
+    assert find_audio(str(tmp_path / "b.wav"), Path("/elsewhere")) == tmp_path / "b.wav"
+    assert find_audio("./sub/none.wav", tmp_path) == tmp_path / "sub/none.wav"
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+def test_result_rows_keep_everything(tmp_path):
+    row = {
+        "id": 1,
+        "question": "\u72ac?",
+        "choices": ["a"],
+        "audio_path": "x",
+        "answer": "a",
+        "audio_id": "y",
+        "extra": [1],
+    }
+    for benchmark, added in (
+        (MMAU, {"model_prediction": "A", "model_output": "A", "raw_output": "B"}),
+        (MMAR, {"answer_prediction": "A", "raw_output": "B"}),
+    ):
+        items = make_items([row], benchmark, tmp_path, False)
+        results = result_rows(items, [("A", "B")], benchmark, silent_audio=False)
+        assert results == [row | added]
+        for name in ("out.json", "out.jsonl"):
+            write_rows(results, tmp_path / name)
+            text = (tmp_path / name).read_bytes().decode("ascii")  # readable in any locale
+            assert (json.loads(text) if name == "out.json" else [json.loads(text)]) == results
+        silent = result_rows(items, [("A", "B")], benchmark, silent_audio=True)
+        assert silent == [row | added | {"silent_audio": True}]
+
+
+def test_a_torn_partial_file_loses_its_last_line_only(tmp_path):
+    """Cut at every byte, the file loads what is whole, and takes further lines."""
+    source = PartialFile(tmp_path / "whole", {"engine": "hf", "model": ["a", "b 1"]})
+    source.append([(0, "a\n\u72ac"), (1, "")])
+    source.append([(7, "c")])
+    whole = source.path.read_bytes()
+    ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        torn = PartialFile(tmp_path / "torn", source.identity)
+        torn.path.write_bytes(whole[:cut])
+        finished = torn.load()
+        assert finished == dict(list({0: "a\n\u72ac", 1: "", 7: "c"}.items())[: max(0, sum(e < cut for e in ends) - 1)])
+        torn.append([(9, "new")])
+        assert torn.load() == finished | {9: "new"}
+
+
+def test_a_partial_file_of_other_settings_is_refused(tmp_path):
+    PartialFile(tmp_path / "p", {"engine": "hf", "think": False}).append([(0, "a")])
+    with pytest.raises(EvalError, match=r"1 responses(?s:.*)engine: 'hf' then, 'vllm' now(?s:.*)--overwrite"):
+        PartialFile(tmp_path / "p", {"engine": "vllm", "think": False}).load()
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+def make_folder(path: Path, *names: str) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name in names or ("config.json", "model.safetensors", "processor_config.json", "tokenizer_config.json"):
+        (path / name).write_text("{}")
+    return path
+
+
+def test_a_run_resolves_to_its_final_model_or_newest_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    for step in (2, 10, 9):
+        make_folder(run / f"hf_step_{step:06d}")
+    make_folder(run / "hf_step_000011", "config.json")  # the save was interrupted
+    make_folder(run / "_actor", "latest")
+    model = resolve_model(str(run))
+    assert model.path == str(run / "hf_step_000010")
+    assert "hf_step_000010 (hf_step_000011 left out as incomplete)" in model.note
+    make_folder(run)
+    assert resolve_model(str(run)).path == str(run)
+    shards = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (run / "model.safetensors.index.json").write_text(json.dumps(shards))
+    (run / "model-1.safetensors").touch()  # the second is missing: not the final model yet
+    assert resolve_model(str(run)).path == str(run / "hf_step_000010")
+
+
+def test_what_is_no_model_is_explained(tmp_path):
+    make_folder(tmp_path / "ds/_actor", "latest")
+    make_folder(tmp_path / "torn/hf_step_000001", "config.json")
+    make_folder(tmp_path / "bare", "config.json", "model.safetensors", "tokenizer_config.json")
+    make_folder(tmp_path / "whole")
+    (tmp_path / "file").touch()
+    make_folder(tmp_path / "lora", "adapter_config.json")
+    for path, base, message in (
+        ("ds", None, r"DeepSpeed checkpoint(?s:.*)zero_to_fp32.py .*ds/_actor OUT"),
+        ("torn", None, r"hf_step_000001 lacks \*.safetensors"),
+        ("bare", None, "processor_config.json .copy it from the start model"),
+        ("none", None, "does not exist"),
+        ("file", None, "is a file"),
+        ("whole", "x", "not a LoRA adapter"),
+        ("lora", None, "names no base model; give --base_model"),
+    ):
+        with pytest.raises(EvalError, match=message):
+            resolve_model(str(tmp_path / path), base)
+    lora = resolve_model(str(tmp_path / "lora"), str(tmp_path / "whole"))
+    assert (lora.path, lora.adapter) == (str(tmp_path / "whole"), str(tmp_path / "lora"))
+    assert resolve_model("Qwen/Qwen2-Audio-7B-Instruct").path == "Qwen/Qwen2-Audio-7B-Instruct"
+
+
+def test_vllm_refuses_weights_that_it_cannot_load(tiny_model, tmp_path):
+    """What zero_to_fp32.py writes has the live modules' names; vLLM dies of them with a page of parameter names."""
+    weights = load_file(tiny_model / "model.safetensors")
+    assert engines.weight_names(tiny_model) == sorted(weights)
+    save_file({f"model.{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    model, settings = Model(str(tmp_path), str(tiny_model)), engines.Settings(4, 4, "float32")
+    with pytest.raises(EvalError, match=r"model\.audio_tower.*--engine hf can"):
+        engines.VLLMEngine(model, None, settings, [])
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+def test_mistakes_end_with_a_message_before_any_model_is_loaded(tmp_path, flags, demo_data, capsys, monkeypatch):
+    monkeypatch.setattr(eval_mmau, "ask", lambda *_: pytest.fail("a model would have been loaded"))
+    out = tmp_path / "out.json"
+    (tmp_path / "there.json").write_text("[]")
+    for more, message in (
+        (("--out_file", out, "--batch_size", 0, "--limit", -1), r"2 settings(?s:.*)--batch_size 0(?s:.*)--limit -1"),
+        (("--out_file", out, "--audio_dir", tmp_path / "none"), "is no folder"),
+        (("--out_file", tmp_path / "there.json"), "exists; --overwrite"),
+        (("--out_file", tmp_path / "questions.json", "--overwrite"), "is the --data_file"),
+        (("--out_file", tmp_path / "out.txt"), "must end in .json"),
+        (("--out_file", tmp_path / "out.jsonl"), "the only format that MMAU's script reads"),
+        (("--out_file", out, "--tensor_parallel_size", 2, "--engine", "hf"), "only --engine vllm"),
+        (("--out_file", out, "--data_file", tmp_path / "none.json"), "none.json: No such file"),
+        (("--out_file", out, "--model_path", tmp_path), "no model there"),
+    ):
+        status, text = run_main(capsys, *flags, *more)
+        assert status == 2
+        assert text.startswith("error: ")
+        assert re.search(message, text), text
+        assert not out.exists()
+
+
+def test_unusable_audio_stops_the_run_or_counts_as_wrong(tmp_path, flags, questions, capsys):
+    rows = json.loads(questions.read_text())
+    (tmp_path / "empty.wav").touch()
+    rows[1]["audio_id"], rows[4]["audio_id"] = "missing.wav", str(tmp_path / "empty.wav")
+    questions.write_text(json.dumps(rows))
+    out = tmp_path / "out.json"
+    status, text = run_main(capsys, *flags, "--out_file", out)
+    assert status == 2
+    assert "2 of 6 items" in text
+    assert re.search(r"item 1 \(id test_00001\): .*missing.wav: does not exist", text)
+    assert re.search(r"item 4 \(id test_00004\): .*empty.wav: is empty", text)
+    assert not out.exists()
+
+    status, text = run_main(capsys, *flags, "--out_file", out, "--skip_bad_audio")
+    assert status == 0
+    assert "counted as wrong: 2" in text
+    results, scores = json.loads(out.read_text()), json.loads(out.with_suffix(".score.json").read_text())
+    assert [row["model_prediction"] == "" for row in results] == [False, True, False, False, True, False]
+    assert scores["total"] == 6
+    assert scores["bad_audio"] == ["test_00001", "test_00004"]
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+def plain_answers(model: Path, rows: list[dict], audio_dir: Path) -> list[str]:
+    """What transformers alone says, one question after another: the reference for everything that is done faster."""
+    from aqa.audio.decode import load_audio
+    from audio_dataset import render_prompt as render_chat
+    from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(model)
+    network = Qwen2AudioForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = processor.tokenizer
+    network.generation_config = GenerationConfig(
+        max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    answers = []
+    for row in rows:
+        text = render_prompt(row["question"], row["choices"], False)
+        content = [{"type": "audio", "audio_url": "x"}, {"type": "text", "text": text}]
+        inputs = processor(
+            text=render_chat(processor, [{"role": "user", "content": content}]),
+            audio=load_audio(find_audio(row["audio_id"], audio_dir)),
+            sampling_rate=16_000,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            tokens = network.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(tokens, skip_special_tokens=True))
+    return answers
+
+
+def test_batches_answer_as_transformers_does_one_by_one(tmp_path, flags, tiny_model, demo_data, questions, capsys):
+    rows = json.loads(questions.read_text())
+    expected = plain_answers(tiny_model, rows, demo_data)
+    for batch_size in (1, 4, 32):
+        out = tmp_path / f"batch{batch_size}.json"
+        status, text = run_main(capsys, *flags, "--out_file", out, "--batch_size", batch_size)
+        assert status == 0, text
+        results = json.loads(out.read_text())
+        assert [row["raw_output"] for row in results] == expected
+    assert all(re.fullmatch("<answer>.*</answer>", raw) for raw in expected)
+    for row, result in zip(rows, results, strict=True):
+        assert {key: result[key] for key in row} == row
+        assert result["model_prediction"] == result["model_output"] == result["raw_output"][8:-9]
+    scores = json.loads(out.with_suffix(".score.json").read_text())
+    right = sum(row["answer"] == row["model_output"] for row in results)
+    assert (scores["correct"], scores["total"], scores["accuracy"]) == (right, 6, right / 6)
+    assert scores["by"]["task"]["sound"]["correct"] == right
+    assert f"{right * 100 / 6:.2f} %" in text
+    assert not list(tmp_path.glob("*.partial.jsonl"))
+    assert run_main(capsys, "score", out)[1].count(f"{right * 100 / 6:.2f} %") >= 2
+    assert "+0.00" in run_main(capsys, "compare", tmp_path / "batch1.json", out)[1]
+
+
+@pytest.mark.parametrize("lengths", [(0.5, 1.0, 0.03), (1.37, 30.0)], ids=["short", "with the longest"])
+def test_encoding_valid_frames_alone_gives_the_towers_values(tiny_model, lengths):
+    """Clips of other lengths in the batch, and the padding that is left out, change nothing."""
+    from aqa.patches.slots import unpack_clips
+    from aqa.policy.forward import encode_clips
+
+    processor = engines.load_processor(Model(str(tiny_model), str(tiny_model)))
+    settings = engines.Settings(max_new_tokens=4, batch_size=4, dtype="float32")
+    engine = engines.HFEngine(Model(str(tiny_model), str(tiny_model)), processor, settings)
+    rng = np.random.default_rng(0)
+    waves = [rng.standard_normal(int(seconds * 16_000)).astype(np.float32) for seconds in lengths]
+    prompts = [engines.render(processor, "?")] * len(waves)
+    slot = engine.inputs.process_multimodal_batch(prompts, [(wave, 16_000) for wave in waves], None, None, 1)
+    clips = unpack_clips(slot["all_images_pixel_values"], slot["all_images_grid_thw"])
+    with torch.inference_mode():
+        packed, tokens_of_each = encode_clips(engine.model, clips.features, clips.frames)
+        encoded = packed.split(tokens_of_each.tolist())
+        for wave, ours in zip(waves, encoded, strict=True):
+            mel = processor.feature_extractor(
+                wave, sampling_rate=16_000, return_attention_mask=True, padding="max_length", return_tensors="pt"
+            )
+            frames = mel["attention_mask"].sum(-1)
+            after_conv, tokens = engine.model.model.audio_tower._get_feat_extract_output_lengths(frames)
+            hidden = torch.arange(1500)[None, None, None] >= after_conv[:, None, None, None]
+            mask = torch.where(hidden, float("-inf"), 0.0).expand(-1, 1, 1500, -1)
+            full = engine.model.model.audio_tower(mel["input_features"], attention_mask=mask).last_hidden_state
+            full = engine.model.model.multi_modal_projector(full)[0, : int(tokens)]
+            # another width sums the same numbers in another order; embeddings are of the order of 1
+            torch.testing.assert_close(ours, full, rtol=1e-4, atol=1e-4)
+
+
+def test_silence_is_marked_everywhere(tmp_path, flags, capsys, monkeypatch):
+    heard = []
+    load = engines.Job.load
+    monkeypatch.setattr(engines.Job, "load", lambda job: heard.append((job, load(job))) or heard[-1][1])
+    out = tmp_path / "silent.json"
+    status, text = run_main(capsys, *flags, "--out_file", out, "--silent_audio")
+    assert status == 0, text
+    assert len(heard) == 6
+    assert all(not wave.any() and len(wave) == job.samples > 1000 for job, wave in heard)
+    assert text.count("ABLATION") == 2
+    assert all(row["silent_audio"] for row in json.loads(out.read_text()))
+    assert json.loads(out.with_suffix(".score.json").read_text())["silent_audio"] is True
+    assert "silence in place of every clip" in run_main(capsys, "compare", out, out)[1]
+
+
+def test_limit_think_and_files_without_answers(tmp_path, flags, questions, capsys):
+    rows = json.loads(questions.read_text())
+    for row in rows:
+        del row["answer"]
+    questions.write_text(json.dumps(rows))
+    out = tmp_path / "out.json"
+    status, text = run_main(capsys, *flags, "--out_file", out, "--limit", 2, "--think", "--dtype", "bfloat16")
+    assert status == 0, text
+    assert "there is no score" in text
+    assert [row["id"] for row in json.loads(out.read_text())] == ["test_00000", "test_00001"]
+    assert not out.with_suffix(".score.json").exists()
+
+
+def test_mmar(tmp_path, flags, questions, capsys):
+    """JSON lines in and out, MMAR's key and MMAR's breakdowns."""
+    rows = json.loads(questions.read_text())
+    for row in rows:
+        row["audio_path"], row["modality"] = row.pop("audio_id"), row.pop("task")
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    status, text = run_main(capsys, *flags, "--out_file", out)
+    assert status == 0, text
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [set(result) - set(row) for row, result in zip(rows, results, strict=True)] == [
+        {"answer_prediction", "raw_output"}
+    ] * 6
+    scores = json.loads((tmp_path / "out.score.json").read_text())
+    assert (scores["benchmark"], scores["by"]["modality"]["sound"]["total"]) == ("mmar", 6)
+
+
+def test_a_killed_run_continues_to_the_same_file(tmp_path, tiny_model, demo_data, capsys):
+    """SIGKILL somewhere among the answers, a line torn in two on top of it, then the same command again."""
+    flags = ("--model_path", tiny_model, "--data_file", demo_data / "demo-test.json", "--audio_dir", demo_data, *TOKENS)
+    flags = (*flags, "--batch_size", 2)
+    status, text = run_main(capsys, *flags, "--out_file", tmp_path / "whole.json")
+    assert status == 0, text
+
+    out = tmp_path / "killed.json"
+    partial = tmp_path / "killed.partial.jsonl"
+    wanted = 1 + 2 * int(np.random.default_rng().integers(1, 6))  # the head, and one to five batches
+    command = [sys.executable, EXAMPLE / "eval_mmau.py", *flags, "--out_file", out]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (partial.exists() and partial.read_bytes().count(b"\n") >= wanted):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    kept = partial.read_bytes().count(b"\n") - 1
+    with partial.open("ab") as file:
+        file.write(b'{"index": 23, "raw_out')
+
+    status, text = run_main(capsys, *flags, "--out_file", out)
+    assert status == 0, text
+    assert f"continuing: {kept} answers" in text
+    assert json.loads(out.with_suffix(".score.json").read_text())["run"]["asked"] == 24 - kept
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not partial.exists()
+
+
+@pytest.fixture
+def awkward_model(tiny_model, tmp_path):
+    """The same model, but its defaults sample, and it would say the audio placeholder wherever it begins an answer."""
+    folder = tmp_path / "awkward"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    config |= {"do_sample": True, "temperature": 5.0, "top_k": 50, "repetition_penalty": 5.0, "max_new_tokens": 2}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    head = weights["language_model.lm_head.weight"]
+    head[tokenizer.convert_tokens_to_ids("<|AUDIO|>")] = 50 * head[tokenizer("<answer>")["input_ids"][0]]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_vllm_and_hf_agree_whatever_the_checkpoints_defaults(
+    tmp_path, flags, awkward_model, tiny_model, questions, demo_data, capsys
+):
+    """Both engines, one of them in a process of its own; with the real recording and its real question, if there."""
+    rows = json.loads(questions.read_text())
+    real = EXAMPLE.parents[2] / "shared" / "data" / "mmau"
+    if (real / "mmau-test-mini.json").exists():
+        row = json.loads((real / "mmau-test-mini.json").read_text())[0]
+        rows.append(row | {"audio_id": str(find_audio(row["audio_id"], real).resolve())})
+    questions.write_text(json.dumps(rows))
+    status, text = run_main(capsys, *flags, "--out_file", tmp_path / "plain.json")
+    assert status == 0, text
+    status, text = run_main(capsys, *flags, "--model_path", awkward_model, "--out_file", tmp_path / "hf.json")
+    assert status == 0, text
+    vllm = ("--model_path", awkward_model, "--out_file", tmp_path / "vllm.json", "--engine", "vllm")
+    done = run_script("eval_mmau.py", *flags, *vllm)
+    results = {name: (tmp_path / f"{name}.json").read_bytes() for name in ("plain", "hf", "vllm")}
+    assert results["plain"] == results["hf"]
+    assert results["vllm"] == results["hf"]
+    raw = [row["raw_output"] for row in json.loads(results["hf"])]
+    assert all(re.fullmatch("<answer>.*</answer>", text) for text in raw[:6])
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert all(line.startswith(("checking audio", "answering")) for line in lines), lines  # nothing of vLLM's chatter

@@ -1,0 +1,159 @@
+"""LoRA on a base of 4 bits, with the real bitsandbytes where it is installed (it runs on a CPU, too)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from aqa.training.flags import build_parser, find_problems, finish
+from test_training import metrics_of, train
+
+from lightrft.models.actor_al import ActorAL, load_model
+from lightrft.models.four_bit import unpacked
+from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
+from lightrft.utils import add_arguments
+from lightrft.utils.weight_names import checkpoint_name
+
+IDS = torch.arange(20, 60)[None]
+INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
+real = pytest.mark.skipif(not INSTALLED, reason="bitsandbytes is not installed")
+
+
+@pytest.fixture
+def actor(tiny_model):
+    """With adapters beside q and v, whose B is not zero as after some steps."""
+    actor = ActorAL(
+        str(tiny_model), bf16=False, lora_rank=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], load_in_4bit=True
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in actor.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return actor
+
+
+def logits(model):
+    return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+def sent(actor, tiny_model):
+    """A plain model with the weights that an engine gets."""
+    strategy = object.__new__(DeepspeedStrategy)  # without a process group
+    strategy.args = SimpleNamespace(zero_stage=0, lora_rank=2, bf16=False, sync_bucket_mb=512)
+    plain = load_model(str(tiny_model), dtype=torch.float32).eval()
+    own = {checkpoint_name(name): parameter for name, parameter in plain.named_parameters()}
+    for name, tensor in strategy.named_weights(actor.model):
+        own.pop(name).data.copy_(tensor)
+    assert not own
+    return plain
+
+
+@real
+def test_the_language_models_linear_layers_are_packed_and_no_others(actor):
+    packed = {name for name, p in actor.model.named_parameters() if p.dtype == torch.uint8}
+    linear = {
+        name + ".weight"
+        for name, module in actor.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "language_model" in name and "lora_" not in name
+    }
+    assert packed == linear
+    assert len(packed) == 2 * 7
+
+
+@real
+def test_an_engine_gets_what_the_trainer_computes_with(actor, tiny_model):
+    actor.eval()
+    with torch.no_grad():
+        plain = sent(actor, tiny_model)
+        torch.testing.assert_close(logits(plain), logits(actor.model), rtol=1e-4, atol=1e-4)
+        whole = load_model(str(tiny_model), dtype=torch.float32).eval()
+        assert (logits(plain) - logits(whole)).abs().max() > 1e-2  # 4 bits and adapters are not nothing
+
+
+@real
+def test_adapters_train_after_the_model_was_evaluated(actor, tiny_model):
+    with torch.no_grad():
+        logits(actor.model.eval())
+    logits(actor.model.train()).square().mean().backward()
+    layer = actor.model.model.language_model.layers[0].self_attn.q_proj
+    plain = sent(actor, tiny_model)
+    logits(plain).square().mean().backward()
+    grad = plain.model.language_model.layers[0].self_attn.q_proj.weight.grad
+    b = layer.lora_B["default"].weight
+    torch.testing.assert_close(layer.lora_A["default"].weight.grad, 3.0 * b.T @ grad, rtol=1e-3, atol=1e-6)
+
+
+@real
+def test_a_checkpoint_is_loaded_again_and_another_base_refused(actor, tiny_model):
+    state = {name: value.clone() for name, value in actor.model.state_dict().items()}
+    before = logits(actor.model).detach()
+    for name, parameter in actor.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    actor.model.load_state_dict(dict(state))
+    torch.testing.assert_close(logits(actor.model), before)
+    name = next(name for name in state if name.endswith("weight.absmax"))
+    with pytest.raises(RuntimeError, match=r"absmax\) are not those of --pretrain"):
+        actor.model.load_state_dict(state | {name: state[name] + 1})
+
+
+@real
+def test_plain_parameters_are_not_copied(actor):
+    head = actor.model.lm_head.weight
+    assert unpacked(head).data_ptr() == head.data_ptr()
+
+
+def test_it_needs_adapters_and_whole_parameters(tiny_model):
+    config = {"zero_optimization": {"stage": 3}}
+    for wrong in ({"lora_rank": 0}, {"lora_rank": 2, "ds_config": config}):
+        with pytest.raises(ValueError, match="load_in_4bit needs adapters"):
+            ActorAL(str(tiny_model), load_in_4bit=True, **wrong)
+
+
+def test_without_bitsandbytes_the_remedy_is_named(tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        ActorAL(str(tiny_model), lora_rank=2, load_in_4bit=True)
+
+
+def flags(*more) -> argparse.Namespace:
+    args = build_parser(add_arguments).parse_args(["--load_in_4bit", *more])
+    finish(args)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "--load_in_4bit: weights at 4 bits cannot train; add adapters with --lora_rank 16"),
+        (("--lora_rank", "8", "--zero_stage", "3"), "ZeRO-3 cannot split packed weights; use --zero_stage 2"),
+    ],
+)
+def test_refused_flags(more, message):
+    assert any(message in problem for problem in find_problems(flags(*more), 1, paths=False))
+
+
+def test_refused_without_bitsandbytes_but_planned(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (problem,) = find_problems(flags("--lora_rank", "8"), 1, paths=False)
+    assert "pip install bitsandbytes" in problem
+    assert find_problems(flags("--lora_rank", "8", "--plan"), 1, paths=False) == []
+
+
+@real
+@pytest.mark.skipif("ALL_TESTS" not in os.environ, reason="two minutes: ALL_TESTS=1")
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_training_and_resuming(tiny_model, demo_parquet, tmp_path, engine):
+    more = ("--lora_rank", 4, "--load_in_4bit", "--max_samples", 12, "--save_steps", 2, "--engine_type", engine)
+    train(tiny_model, demo_parquet, tmp_path / "run", *more)
+    train(tiny_model, demo_parquet, tmp_path / "run", *more, "--num_episodes", 2, "--load_checkpoint")
+    rows = metrics_of(tmp_path / "run")
+    assert len(rows) >= 6
+    assert max(row["rollout/logprob_gap_max"] for row in rows) < 1e-4
+    model = load_model(str(tmp_path / "run"), dtype=torch.float32)  # whole weights, as any other run's
+    assert "quantization_config" not in model.config.to_dict()

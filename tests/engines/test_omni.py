@@ -1,0 +1,404 @@
+"""Qwen2.5-Omni's thinker as the second family: each place that docs/porting.md names, against plain transformers."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import train_colocate
+from aqa.audio.decode import SAMPLING_RATE
+from aqa.patches.slots import GUARD_ROWS, audio_token_count, pack_clip, unpack_clips
+from aqa.policy.forward import encode_clips
+from aqa.policy.model_parts import family_of as forward_family_of
+from aqa.training.flags import build_parser, finish
+from audio_dataset import AudioMultimodalProcessor
+from conftest import made_once, run_script
+from safetensors.torch import load_file, save_file
+from test_engines import SECONDS, gaps, perturbed, prompt_of, rollout
+from test_flags import problems  # noqa: F401 (a fixture)
+from test_lora import answers_of
+from test_policy_forward import AUDIO, PAD, VOCABULARY, as_actor, make_item, make_mel, mixed_cases
+from test_training import metrics_of, moved, train
+from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+from lightrft.engines.hf_engine import HFEngine
+from lightrft.engines.vllm_engine import VLLMEngine
+from lightrft.models.actor_al import ActorAL, load_model
+from lightrft.models.lora import adapted_layers
+from lightrft.trainer.fast_exp_maker import forward
+from lightrft.trainer.replay_buffer import make_micro_batch
+from lightrft.utils import add_arguments
+from lightrft.utils.distributed import init_process_group
+from lightrft.utils.model_specs import OmniAudioProcessor, Qwen2_5Omni, Qwen2Audio, family_of
+from lightrft.utils.processor import get_tokenizer_processor_vl
+
+BOS, EOS = 5, 6  # around a clip's placeholders
+UNHEARD = ("visual.", "audio_tower.audio_bos_eos_token")
+LENGTHS = (3, 8, 199, 200, 201, 333, 399, 400, 401, 2999, 3000)  # the tower's chunks have 200 frames
+
+
+@pytest.fixture(scope="module")
+def plain() -> Qwen2_5OmniThinkerForConditionalGeneration:
+    config = Qwen2_5OmniThinkerConfig(
+        audio_config={
+            "num_mel_bins": 128,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 96,
+            "d_model": 64,
+            "output_dim": 64,
+        },
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "num_heads": 1, "patch_size": 2, "out_hidden_size": 64},
+        audio_token_index=AUDIO,
+        audio_start_token_id=BOS,
+        audio_end_token_id=EOS,
+        image_token_index=1,
+        video_token_index=2,
+        vision_start_token_id=3,
+    )
+    torch.manual_seed(0)
+    model = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
+    with torch.no_grad():  # large weights: whatever the model hears or reads must show in its logits
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.3 * parameter[0].numel() ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def policy(plain) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    return copy.deepcopy(plain)
+
+
+@pytest.fixture(scope="module")
+def tiny_omni(tmp_path_factory):
+    command = ("demo/make_model.py", "--family", "qwen2_5_omni", "--warm_start_steps", 60, "--out_dir")
+    return made_once(tmp_path_factory, "tiny_omni", lambda folder: run_script(*command, folder))
+
+
+def frame_mask(frames: int) -> torch.Tensor:
+    return (torch.arange(3000) < frames).long()[None]
+
+
+def reference_log_probs(model, case) -> torch.Tensor:
+    """One unpadded sample by transformers' own forward; sampled placeholders, which it cannot take, by embeddings."""
+    item, mel, frames = case
+    ids = torch.cat([item.prompt_ids, item.response_ids])[None]
+    kwargs = {"input_ids": ids}
+    if frames is not None:
+        audio = {"input_features": mel[None].to(model.dtype), "feature_attention_mask": frame_mask(frames)}
+        kwargs |= audio
+        if (item.response_ids == AUDIO).any():
+            embeds = model.get_input_embeddings()(ids).clone()
+            here = torch.arange(ids.shape[1]) < len(item.prompt_ids)
+            embeds[here & (ids == AUDIO)] = model.get_audio_features(**audio).last_hidden_state
+            kwargs = {"inputs_embeds": embeds, "position_ids": torch.arange(ids.shape[1]).expand(3, 1, -1)}
+    logits = model(**kwargs, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    predicting = logits.log_softmax(-1)[len(item.prompt_ids) - 1 : -1]
+    return predicting.gather(-1, item.response_ids[:, None])[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------ slot and tower
+@pytest.mark.parametrize("frames", LENGTHS)
+@torch.no_grad()
+def test_a_packed_clip_gives_the_towers_own_output(plain, frames):
+    """Exactly. The guard rows are carried along for the other family's sake: this tower does not see them."""
+    mel = make_mel(frames)
+    rows = pack_clip(mel, frames)
+    expected = plain.get_audio_features(mel[None], frame_mask(frames)).last_hidden_state
+    for guard in (rows[frames:], torch.full((GUARD_ROWS, 128), 1e3)):
+        clips = unpack_clips(torch.cat([rows[:frames], guard]), torch.tensor([[1, 1, len(rows)]]))
+        embeddings, tokens = encode_clips(plain, clips.features, clips.frames)
+        assert tokens.tolist() == [audio_token_count(frames)]
+        assert torch.equal(embeddings, expected)
+
+
+@torch.no_grad()
+def test_clips_of_a_batch_are_encoded_as_alone(plain):
+    lengths = [301, 6, 400]
+    parts = [pack_clip(make_mel(frames), frames) for frames in lengths]
+    clips = unpack_clips(parts, torch.tensor([[1, 1, len(part)] for part in parts]))
+    embeddings, _ = encode_clips(plain, clips.features, clips.frames)
+    alone = [plain.get_audio_features(make_mel(n)[None], frame_mask(n)).last_hidden_state for n in lengths]
+    torch.testing.assert_close(embeddings, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_the_extractor_of_300_seconds_gives_what_that_of_30_gives(tiny_omni):
+    """Checkpoints pad to 300 s; ours is cut to 30, and the rows are cut out of a short transform."""
+    tokenizer, processor = get_tokenizer_processor_vl(str(tiny_omni), None)
+    assert type(processor) is OmniAudioProcessor and processor.feature_extractor.n_samples == 30 * SAMPLING_RATE
+    long = copy.deepcopy(processor.feature_extractor)
+    long.chunk_length, long.n_samples, long.nb_max_frames = 300, 300 * SAMPLING_RATE, 30_000
+    wave = (0.3 * np.random.default_rng(0).standard_normal(40_123)).astype(np.float32)
+    full = long(wave, sampling_rate=SAMPLING_RATE, padding="max_length", return_attention_mask=True)
+    assert full["input_features"].shape[-1] == 30_000
+    rows, _ = AudioMultimodalProcessor(tokenizer, processor, 512).extract((wave, SAMPLING_RATE))
+    frames = int(np.asarray(full["attention_mask"]).sum())
+    assert len(rows) == frames + GUARD_ROWS
+    np.testing.assert_array_equal(rows[:frames].T.numpy(), np.asarray(full["input_features"])[0, :, :frames])
+
+
+# -------------------------------------------------------------------------------------------------------------- forward
+def test_text_and_sound_have_the_same_position_on_all_three_axes(plain):
+    """What lets the policy, and vLLM, count positions in one row, and responses share their group's prompt."""
+    sound = [BOS, *[AUDIO] * audio_token_count(333), EOS]
+    rows = [[9, 10, *sound, 11, 12], [13, 14, 15], [9, *sound, 10, *sound, 12]]
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    lengths = torch.tensor([333] * 3)
+    positions, _ = plain.get_rope_index(ids, attention_mask=mask, audio_seqlens=lengths)
+    ours = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert torch.equal(positions[:, mask.bool()], ours.expand(3, -1, -1)[:, mask.bool()])
+
+
+@torch.no_grad()
+def test_log_probs_equal_plain_transformers(plain, policy):
+    cases = mixed_cases()  # shared prompts and clips, text alone, sampled placeholders
+    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
+    out = forward(as_actor(policy), batch)
+    for row, mask, case in zip(out, batch.response_mask, cases, strict=True):
+        torch.testing.assert_close(row[mask], reference_log_probs(plain, case), rtol=1e-5, atol=1e-5)
+        assert not row[~mask].any()
+
+
+@torch.no_grad()
+def test_the_model_hears(policy):
+    one, other = make_item(200, 1, [9, 10, 11]), make_item(200, 1, [9, 10, 11], clip_seed=99)
+    out = forward(as_actor(policy), make_micro_batch([one[0], other[0]], PAD, torch.device("cpu")))
+    assert ((out[0] - out[1]).abs() > 1e-2).all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient_checkpointing"])
+def test_gradients_equal_the_naive_ones(plain, checkpointing):
+    model, policy = (copy.deepcopy(plain).double() for _ in range(2))
+    actor = as_actor(policy.train())
+    if checkpointing:
+        actor.gradient_checkpointing_enable({"use_reentrant": False})
+    cases = [
+        make_item(333, 1, [9, 10, 11]),
+        make_item(101, 2, [12, AUDIO], text=2),
+        make_item(None, 3, [13, 14]),
+        make_item(333, 1, [20, 21, 22, 23]),  # a group with the first
+        make_item(333, 5, [19], clip_seed=1),  # its clip, another prompt
+    ]
+    weights = [torch.randn(len(case[0].response_ids), generator=torch.Generator().manual_seed(3)) for case in cases]
+    for case, weight in zip(cases, weights, strict=True):
+        (reference_log_probs(model, case) * weight).sum().backward()
+    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
+    rows = zip(forward(actor, batch), batch.response_mask, weights, strict=True)
+    sum((row[mask] * weight).sum() for row, mask, weight in rows).backward()
+    expected = dict(model.named_parameters())
+    for name, parameter in policy.named_parameters():
+        if name.startswith(UNHEARD):
+            assert parameter.grad is None and expected[name].grad is None
+            continue
+        scale = expected[name].grad.abs().max()
+        assert scale > 0, f"{name}: nothing to compare"
+        error = (parameter.grad - expected[name].grad).abs().max() / scale
+        assert error < 1e-5, f"{name}: relative error {error}"
+
+
+def test_a_model_of_no_family_is_refused(plain, tmp_path):
+    stranger = copy.deepcopy(plain)
+    stranger.config.model_type = "ultravox"
+    with pytest.raises(ValueError, match=r"model_type 'ultravox'.* none of qwen2_audio, qwen2_5_omni_thinker"):
+        forward_family_of(stranger)
+    (tmp_path / "config.json").write_text('{"model_type": "ultravox"}')
+    with pytest.raises(ValueError, match=r"model_type 'ultravox' is none of qwen2_audio, qwen2_5_omni"):
+        load_model(str(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+def test_loading_freezes_what_neither_hears_nor_reads_and_leaves_the_talker_out(tiny_omni, tmp_path):
+    shutil.copytree(tiny_omni, tmp_path, dirs_exist_ok=True)
+    stored = load_file(tiny_omni / "model.safetensors")
+    talking = stored | {"talker.model.norm.weight": torch.ones(3), "token2wav.x.weight": torch.ones(3)}
+    save_file(talking, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(str(tmp_path), dtype=torch.float32)
+    assert {Qwen2_5Omni.checkpoint_name(name) for name, _ in model.named_parameters()} == stored.keys()
+    assert torch.equal(model.lm_head.weight, stored["thinker.lm_head.weight"])
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
+        n for n, _ in model.named_parameters() if n.startswith(UNHEARD)
+    }
+    del talking["thinker.audio_tower.proj.weight"]
+    save_file(talking, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"not a whole Qwen2\.5-Omni checkpoint.*missing.*audio_tower\.proj"):
+        load_model(str(tmp_path), dtype=torch.float32)
+
+
+def test_adapters_are_where_it_hears_and_reads(tiny_omni):
+    actor = ActorAL(str(tiny_omni), bf16=False, lora_rank=4, target_modules=["language_model", "fc1", "proj"])
+    adapted = set(adapted_layers(actor.model))
+    layers = {name for name in adapted if name.startswith("model.layers.")}
+    assert {name.rsplit(".", 1)[1] for name in layers} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert adapted - layers == {"audio_tower.layers.0.fc1", "audio_tower.proj"}  # the vision tower has a proj, too
+    with pytest.raises(ValueError, match="--target_modules visual: no linear layer"):
+        ActorAL(str(tiny_omni), bf16=False, lora_rank=4, target_modules=["visual"])
+    with pytest.raises(ValueError, match=r"load_in_4bit: Qwen2\.5-Omni is not packed"):
+        ActorAL(str(tiny_omni), bf16=False, lora_rank=4, load_in_4bit=True)
+
+
+def test_families_by_folder(tiny_omni, tiny_model, plain):
+    assert family_of(str(tiny_omni)) is family_of(plain) is Qwen2_5Omni
+    assert family_of(str(tiny_model)) is Qwen2Audio
+
+
+def test_flags_that_the_family_does_not_know(problems, tmp_path):  # noqa: F811
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2_5_omni"}')
+    assert problems() == []
+    assert problems(lora_rank=4) == []
+    (found,) = problems(lora_rank=4, load_in_4bit=True)
+    assert "--load_in_4bit" in found and "qwen2_5_omni" in found
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "ultravox"}')
+    (found,) = problems()
+    assert "ultravox" in found and "docs/porting.md" in found
+
+
+# -------------------------------------------------------------------------------------------------------------- engines
+@pytest.fixture(scope="module")
+def parts(tiny_omni):
+    from aqa.patches.targets import patch_actor_for_audio
+
+    init_process_group(torch.device("cpu"))
+    actor = ActorAL(str(tiny_omni), bf16=False)
+    patch_actor_for_audio(actor)
+    return actor, *get_tokenizer_processor_vl(str(tiny_omni), actor.model)
+
+
+@pytest.fixture(scope="module")
+def noises():
+    rng = np.random.default_rng(0)
+    return [(0.3 * rng.standard_normal(int(s * SAMPLING_RATE)).astype(np.float32), SAMPLING_RATE) for s in SECONDS]
+
+
+def test_vllm_agrees_with_the_trainer_and_follows_its_weights(tiny_omni, parts, noises):
+    """For all lengths of audio, before and after a sync; prompts token for token (in ``rollout``)."""
+    engine = VLLMEngine(str(tiny_omni), torch.float32, max_model_len=1400, seed=0)
+    actor = parts[0]
+    before = {name: p.detach().clone() for name, p in actor.model.named_parameters()}
+    prompts = [prompt_of(parts[2])] * len(noises)
+    try:
+        items, bias = rollout(engine, parts, noises, prompts)
+        assert max(gaps(parts, items, bias)) < 1e-3
+        items[0].clips, items[0].prompt_ids = items[6].clips, items[6].prompt_ids
+        assert gaps(parts, items, bias)[0] > 1e-3  # the comparison means something: it hears
+        for trained in ("", "model.", "audio_tower."):  # all, and parts alone
+            perturbed(actor, 0.02)
+            stale, bias = rollout(engine, parts, noises, prompts)
+            assert max(gaps(parts, stale, bias)) > 1e-2
+            with torch.no_grad():
+                for name, p in actor.model.named_parameters():
+                    if not name.startswith(trained):
+                        p.copy_(before[name])
+            named = [(n, p) for n, p in actor.model.named_parameters() if n.startswith(trained)]
+            engine.load_weights((Qwen2_5Omni.checkpoint_name(n), p.data) for n, p in named)
+            fresh, bias = rollout(engine, parts, noises, prompts)
+            assert max(gaps(parts, fresh, bias)) < 1e-3
+            with torch.no_grad():
+                for name, p in actor.model.named_parameters():
+                    p.copy_(before[name])
+            everything = [(Qwen2_5Omni.checkpoint_name(n), p.data) for n, p in actor.model.named_parameters()]
+            engine.load_weights(everything)
+    finally:
+        with torch.no_grad():
+            for name, p in actor.model.named_parameters():
+                p.copy_(before[name])
+
+
+def test_the_hf_engines_log_probs_are_the_trainers(parts, noises):
+    class Whole:
+        def __enter__(self):
+            return parts[0].model
+
+        def __exit__(self, *_):
+            pass
+
+    engine = HFEngine(parts[2], Whole, batch_size=3)
+    prompts = [prompt_of(parts[2]), prompt_of(parts[2], "Short?"), *[prompt_of(parts[2])] * 2]
+    items, bias = rollout(engine, parts, noises[:4], prompts, n=2, seed=5)
+    assert max(gaps(parts, items, bias)) < 1e-4
+
+
+def test_evaluation_answers_as_plain_generate(tiny_omni, noises):
+    """Two questions in a batch, against transformers' generate, alone."""
+    from aqa.evaluation import engines
+    from aqa.evaluation.checkpoints import Model
+
+    model = Model(str(tiny_omni), str(tiny_omni))
+    processor = engines.load_processor(model)
+    engine = engines.HFEngine(model, processor, engines.Settings(max_new_tokens=8, batch_size=4, dtype="float32"))
+    perturbed(engine, 0.1)  # answers that hang on every detail of what is heard and read
+    texts = [engines.render(processor, question) for question in ("What sound?", "Is it a bell or rain?")]
+    slot = engine.inputs.process_multimodal_batch(texts, noises[1:3], None, None, 1)
+    ids = [torch.tensor(row) for row in slot["all_prompt_token_ids"]]
+    width = max(map(len, ids))
+    pad = engine.pad_token_id
+    batch = {
+        "input_ids": torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=pad) for row in ids]),
+        "attention_mask": torch.stack(
+            [torch.nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in ids]
+        ),
+        "clips": unpack_clips(slot["all_images_pixel_values"], slot["all_images_grid_thw"]),
+    }
+    ours = engine.generate(batch)
+    for text, (wave, rate), answer in zip(texts, noises[1:3], ours, strict=True):
+        one = processor(text=[text], audio=[wave], sampling_rate=rate, return_tensors="pt")
+        tokens = engine.model.generate(**one)[0, one["input_ids"].shape[1] :]
+        assert engines.decode(processor, tokens.tolist()) == answer
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def test_grpo_steps_move_all_that_trains_and_leave_a_folder_of_the_same_kind(tiny_omni, demo_parquet, tmp_path):
+    train(tiny_omni, demo_parquet, tmp_path, "--max_samples", 12)
+    records = metrics_of(tmp_path)
+    assert len(records) == 3
+    assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
+    changed, same = moved(tiny_omni, tmp_path)
+    assert any(name.startswith("thinker.audio_tower.") for name in changed)
+    unheard = tuple(Qwen2_5Omni.checkpoint_name(name) for name in UNHEARD)
+    assert not [name for name in changed if name.startswith(unheard)]
+    # a key's bias shifts all scores of a query alike, but for the rotation; the least of them may round away
+    assert not [name for name in same if not name.startswith(unheard) and "k_proj.bias" not in name]
+    _, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (tiny_omni, tmp_path))
+    assert new["model_type"] == old["model_type"] == "qwen2_5_omni"
+    for name in ("processor_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (tiny_omni / name).read_bytes()
+
+
+def test_adapters_train_and_are_evaluated_merged_or_not(tiny_omni, demo_parquet, demo_data, tmp_path):
+    train(tiny_omni, demo_parquet, tmp_path, "--max_samples", 12, "--lora_rank", 2, "--lora_alpha", 64)
+    records = metrics_of(tmp_path)
+    assert len(records) == 3
+    assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
+    assert records[0]["train/kl"] == pytest.approx(0, abs=1e-6) and records[-1]["train/kl"] > 1e-6
+    changed, _ = moved(tiny_omni, tmp_path)
+    assert changed and all(name.startswith("thinker.model.layers.") for name in changed)
+    answers = [answers_of(folder, demo_data, tmp_path) for folder in (tmp_path, tmp_path / "adapter", tiny_omni)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_model_that_cannot_be_trained_is_named_without_a_traceback(tmp_path):
+    """A hub name's type is known only when it is loaded."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    args = build_parser(add_arguments).parse_args(["--pretrain", str(tmp_path)])
+    finish(args)
+    with pytest.raises(SystemExit, match=r"--pretrain .*model_type 'gpt2' is none of qwen2_audio"):
+        train_colocate.load_actor(args, None)

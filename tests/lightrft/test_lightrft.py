@@ -1,0 +1,375 @@
+"""The example inside LightRFT itself, on the CPU: ``make test-lightrft LIGHTRFT_HOME=...``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from aqa.report.metrics import METRICS as METRIC_TABLE
+from conftest import EXAMPLE, ROOT, child_environment
+from packaging.version import Version
+from safetensors.torch import load_file
+from test_training import METRICS, SMALL
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+LAUNCHER = ROOT / "tests" / "lightrft_launcher.py"
+NOT_MEASURED = {"train/clip_fraction"}  # by LightRFT's trainer
+DEEPSPEED = ("--zero_stage", 2)
+FSDP = ("--fsdp", "--bf16")
+
+
+@pytest.fixture(scope="session")
+def home() -> Path:
+    """The LightRFT checkout."""
+    if "LIGHTRFT_HOME" not in os.environ:
+        pytest.skip("LIGHTRFT_HOME is not set: the folder of a LightRFT checkout (commit 49e62cb)")
+    for package in ("peft", "easydict"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"LightRFT needs {package}: make test-lightrft installs it")
+    return Path(os.environ["LIGHTRFT_HOME"]).resolve()
+
+
+def launch(script: Path, *args: object, hooks=(), processes=1, check=True, home=None) -> subprocess.CompletedProcess:
+    """Run a script by the launcher, under torchrun for several processes."""
+    env = child_environment()
+    if home is not None:
+        env["LIGHTRFT_HOME"] = str(home)
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    flags = [flag for hook in hooks for flag in ("--hook", str(hook))]
+    command += [str(LAUNCHER), *flags, str(script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=ROOT)
+    if check and done.returncode != 0:
+        pytest.fail(f"{script.name} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+    return done
+
+
+def train(model: Path, data: Path, out: Path, *extra: object, **kwargs) -> subprocess.CompletedProcess:
+    arguments = ["--pretrain", model, "--prompt_data", data, "--save_path", out, *SMALL, *extra]
+    return launch(EXAMPLE / "train_colocate.py", *arguments, **kwargs)
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+CASES = {
+    "DeepSpeed": (*DEEPSPEED, "--no-bf16"),
+    "ZeRO-3": ("--zero_stage", 3, "--bf16"),
+    "FSDP2": FSDP,
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def run(request, home, tiny_model, demo_parquet, tmp_path_factory):
+    """Three steps with everything switched on."""
+    out = tmp_path_factory.mktemp("lightrft") / "run"
+    flags = ("--max_samples", 12, "--save_steps", 2, "--save_hf_ckpt", "--save_trajectories", "--eval_steps", 2)
+    done = train(tiny_model, demo_parquet, out, *flags, "--max_eval_samples", 8, "--report", *CASES[request.param])
+    return request.param, out, done
+
+
+def test_engine_and_trainer_agree_in_every_step(run):
+    kind, out, done = run
+    metrics = metrics_of(out)
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    for m in metrics:
+        assert set(METRICS) - NOT_MEASURED <= set(m) and set(m) - {"step"} <= METRIC_TABLE.keys()
+        assert m["rollout/logprob_gap_mean"] < (1e-5 if kind == "DeepSpeed" else 1e-2)
+        assert kind != "DeepSpeed" or m["rollout/logprob_gap_max"] < 1e-3
+        assert 0.5 < m["rollout/format_reward"] <= 1 and 0 < m["rollout/accuracy_reward"] < 1
+    assert metrics[0]["train/kl"] == pytest.approx(0, abs=1e-4)  # the reference model hears the same
+    assert "eval/accuracy_reward" in metrics[1] and "eval/accuracy_reward" not in metrics[0]
+    assert "host      LightRFT 0.1.1" in done.stdout and "step 3/3  reward" in done.stdout
+
+
+def test_every_parameter_moves_and_the_folder_is_whole(run, tiny_model):
+    _, out, _ = run
+    before, after = load_file(tiny_model / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    # a step of AdamW moves a weight by the learning rate, which is too little for a gain of 1 in bfloat16
+    frozen = (
+        ("embed_positions",)
+        if after["audio_tower.conv1.weight"].dtype == torch.float32
+        else ("embed_positions", "norm")
+    )
+    stuck = [
+        n for n in before if torch.equal(before[n].to(after[n].dtype), after[n]) and not any(f in n for f in frozen)
+    ]
+    assert not stuck
+    assert Qwen2AudioForConditionalGeneration.from_pretrained(out)
+    assert json.loads((out / "config.json").read_text()).get("use_cache", True)
+    assert AutoProcessor.from_pretrained(out).audio_token == "<|AUDIO|>"
+    checkpoint = out / "global_step2_hf"
+    assert (checkpoint / "model.safetensors").is_file() and AutoProcessor.from_pretrained(checkpoint)
+
+
+def test_trajectories_can_be_listened_to(run):
+    _, out, _ = run
+    [saved] = (out / "trajectories").glob("*.json")
+    first = json.loads(saved.read_text())[0]
+    assert first["has_images"] and first["num_images"] == 1
+    assert (out / "trajectories" / first["image_paths"][0]).is_file()
+    assert '"mp3":"' in (out / "report.html").read_text()
+
+
+def test_a_second_start_continues_after_the_checkpoint(run, tiny_model, demo_parquet, tmp_path):
+    kind, out, _ = run
+    copy = tmp_path / "run"
+    shutil.copytree(out, copy)
+    (copy / "metrics.jsonl").unlink()
+    done = train(tiny_model, demo_parquet, copy, "--max_samples", 12, "--load_checkpoint", *CASES[kind])
+    assert "8 prompts were already used" in done.stdout
+    [resumed] = metrics_of(copy)
+    [uninterrupted] = [m for m in metrics_of(out) if m["step"] == 3]
+    assert resumed["step"] == 3
+    assert resumed["train/lr"] == pytest.approx(uninterrupted["train/lr"])
+
+
+# --------------------------------------------------------------------------------------------------------------- reward
+PERFECT = """
+from lightrft_launcher import after_import, wrap
+
+@after_import("lightrft.trainer.fast_exp_maker")
+def _(module):
+    def answering(original):
+        def _build_unpacked_sample(self, outputs, references, **kwargs):
+            for output, reference in zip(outputs, references):
+                gold = reference.replace("<answer>", "").replace("</answer>", "")
+                tokens = self.tokenizer(f"<answer>{gold}</answer>", add_special_tokens=False)["input_ids"]
+                output.output_token_ids = tokens + [self.tokenizer.eos_token_id]
+                output.output_log_probs = [0.0] * len(output.output_token_ids)
+            return original(self, outputs=outputs, references=references, **kwargs)
+        return _build_unpacked_sample
+    wrap(module.FastExperienceMaker, "_build_unpacked_sample", answering)
+"""
+WHOLE_QUERY = """
+from lightrft_launcher import after_import
+
+@after_import("reward_models_utils")
+def _(module):
+    module.extract_response = lambda query, prompt=None: query
+"""
+
+
+@pytest.mark.parametrize(
+    ("hooks", "expected"), [([PERFECT], 2.0), ([PERFECT, WHOLE_QUERY], 0.0)], ids=["ours", "naive"]
+)
+def test_a_perfect_answer_earns_two_and_nothing_where_the_whole_query_is_scored(
+    home, tiny_model, demo_parquet, tmp_path, hooks, expected
+):
+    files = []
+    for number, hook in enumerate(hooks):
+        files.append(tmp_path / f"hook{number}.py")
+        files[-1].write_text(hook)
+    out = tmp_path / "run"
+    train(tiny_model, demo_parquet, out, *DEEPSPEED, "--max_samples", 4, hooks=files)
+    assert [m["rollout/reward"] for m in metrics_of(out)] == [expected]
+
+
+# -------------------------------------------------------------------------------------------------------- other batches
+def test_text_and_audio_in_one_batch(home, tiny_model, demo_parquet, tmp_path):
+    import pandas
+
+    rows = pandas.read_parquet(demo_parquet / "train.parquet")
+    for i in range(0, len(rows), 3):
+        rows.at[i, "prompt"] = [{"role": "user", "content": [{"type": "text", "text": "Which? ['bell', 'hum']"}]}]
+        rows.at[i, "audio_path"] = ""
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    out = tmp_path / "run"
+    train(tiny_model, tmp_path / "data", out, *DEEPSPEED, "--max_samples", 8)
+    assert len(metrics_of(out)) == 2
+    assert all(m["rollout/logprob_gap_max"] < 1e-3 for m in metrics_of(out))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((*DEEPSPEED, "--engine_tp_size", 2), id="DeepSpeed TP 2"),
+        pytest.param(FSDP, id="FSDP2 DP 2"),
+        pytest.param(("--zero_stage", 3, "--no-bf16"), id="ZeRO-3 DP 2"),
+    ],
+)
+def test_two_processes(home, tiny_model, demo_parquet, tmp_path, flags):
+    out = tmp_path / "run"
+    train(tiny_model, demo_parquet, out, *flags, "--max_samples", 8, processes=2)
+    metrics = metrics_of(out)
+    assert len(metrics) == 2
+    assert all(m["rollout/logprob_gap_mean"] < (1e-2 if "--bf16" in flags else 1e-4) for m in metrics)
+    assert Qwen2AudioForConditionalGeneration.from_pretrained(out)
+
+
+# ----------------------------------------------------------------------------------------------------- before and after
+IDENTITY = """
+import sys
+import types
+
+sys.path.insert(0, sys.argv[1])
+from aqa.hosts.find import find_host
+find_host()
+from aqa.hosts.lightrft import training
+training.prepare_import()
+from aqa.hosts.lightrft import fixes
+from aqa.patches.targets import *
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+from lightrft.models.actor_al import ActorAL
+from lightrft.strategy import vllm_utils
+from lightrft.strategy.deepspeed.deepspeed import DeepspeedStrategy
+from lightrft.strategy.fsdp.fsdpv2 import FSDPV2Strategy
+from lightrft.trainer import fast_exp_maker
+
+def state(*owners):
+    return [dict(vars(owner)) for owner in owners]
+
+classes = (ActorAL, DeepspeedStrategy, FSDPV2Strategy, fast_exp_maker.FastExperienceMaker, vllm_utils, fast_exp_maker)
+original = state(*classes)
+with fixes.patch_for_versions()[0]:
+    assert state(*classes) != original
+    processor = AutoProcessor.from_pretrained(sys.argv[2])
+    actor = ActorAL(Qwen2AudioForConditionalGeneration.from_pretrained(sys.argv[2]))
+    for kind in (DeepspeedStrategy, FSDPV2Strategy):
+        strategy = kind.__new__(kind)
+        strategy.args = types.SimpleNamespace(fsdp=kind is FSDPV2Strategy, temperature=1.0)
+        maker = fast_exp_maker.FastExperienceMaker.__new__(fast_exp_maker.FastExperienceMaker)
+        maker.strategy, maker.actor, maker.initial_model, maker.multimodal_processor = strategy, actor, None, None
+        owners = (strategy, maker, actor, actor.model, fast_exp_maker, vllm_utils)
+        before = state(*owners)
+        for patch in (
+            lambda: patch_strategy_for_audio(strategy, processor),
+            lambda: patch_actor_for_audio(actor),
+            lambda: patch_experience_maker_for_audio(maker, processor, processor.tokenizer, 512),
+        ):
+            with patch():
+                assert state(*owners) != before
+                changed = state(*owners)
+                with patch():
+                    assert state(*owners) == changed, "applied twice"
+            after = state(*owners)
+            assert all(a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in zip(after, before))
+assert all(a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in zip(state(*classes), original))
+print("all given back")
+"""
+
+
+def test_lightrfts_own_functions_come_back(home, tiny_model, tmp_path):
+    script = tmp_path / "identity.py"
+    script.write_text(IDENTITY)
+    assert "all given back" in launch(script, EXAMPLE, tiny_model).stdout
+
+
+def test_a_changed_checkout_is_refused_at_the_start(home, tiny_model, demo_parquet, tmp_path):
+    shutil.copytree(home / "lightrft", tmp_path / "lightrft")
+    changed = tmp_path / "lightrft" / "strategy" / "strategy_base.py"
+    changed.write_text(changed.read_text().replace("def update_engine_weights(", "def push_weights("))
+    done = train(tiny_model, demo_parquet, tmp_path / "run", *DEEPSPEED, home=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "lightrft.strategy.strategy_base.StrategyBase.update_engine_weights" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_package_that_lightrft_lacks_is_named(home, tiny_model, demo_parquet, tmp_path):
+    hook = tmp_path / "hook.py"
+    hook.write_text("import sys\n\nsys.modules['easydict'] = None\n")
+    done = train(tiny_model, demo_parquet, tmp_path / "run", *DEEPSPEED, hooks=[hook], home=home, check=False)
+    assert done.returncode == 2
+    assert "easydict" in done.stderr and "requirements/lightrft.txt" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_copied_into_the_checkout(home, tiny_model, demo_parquet, tmp_path):
+    """LightRFT/examples/r1_aqa, without LIGHTRFT_HOME."""
+    (tmp_path / "lightrft").symlink_to(home / "lightrft")
+    shutil.copy(home / "pyproject.toml", tmp_path)
+    shutil.copytree(EXAMPLE, tmp_path / "examples" / "r1_aqa")
+    arguments = ["--pretrain", tiny_model, "--prompt_data", demo_parquet, "--save_path", tmp_path / "run", *SMALL]
+    environment = os.environ.pop("LIGHTRFT_HOME")
+    try:
+        script = tmp_path / "examples" / "r1_aqa" / "train_colocate.py"
+        done = launch(script, *arguments, *DEEPSPEED, "--max_samples", 4)
+    finally:
+        os.environ["LIGHTRFT_HOME"] = environment
+    assert f"host      LightRFT 0.1.1, {tmp_path}" in done.stdout
+    assert len(metrics_of(tmp_path / "run")) == 1
+
+
+WRAPPER = """#!/usr/bin/env bash
+# python, but a training script runs by the launcher
+arguments=()
+for argument in "$@"; do
+    case "$argument" in */train_colocate.py) arguments+=("$LAUNCHER") ;; esac
+    arguments+=("$argument")
+done
+exec "$REAL_PYTHON" "${arguments[@]}"
+"""
+
+
+def test_the_launch_script(home, tiny_model, demo_parquet, tmp_path):
+    """As in the manual's dry run, on the checkout that LIGHTRFT_HOME names."""
+    python = tmp_path / "python"
+    python.write_text(WRAPPER)
+    python.chmod(0o755)
+    settings = {
+        "PYTHON": python,
+        "REAL_PYTHON": sys.executable,
+        "LAUNCHER": LAUNCHER,
+        "PATH_TO_YOUR_BASE_MODEL": tiny_model,
+        "PATH_TO_YOUR_AVQA_DATASET": demo_parquet,
+        "EPISODE": 1,
+        "RBS": 4,
+        "TBS": 32,
+        "N_SAMPLES": 4,
+        "MLP_WORKER_GPU": 1,
+        "ENGINE_TP": 1,
+        "ENGINE_MEM_UTIL": 0.5,
+        "GENERATE_MAX_LEN": 16,
+        "MAX_SAMPLES": 16,
+    }
+    env = child_environment()
+    env |= {name: str(value) for name, value in settings.items()}
+    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "host      LightRFT 0.1.1" in done.stdout
+    [metrics] = tmp_path.glob("results/*/*/metrics.jsonl")
+    assert len(metrics.read_text().splitlines()) == 4
+
+
+def test_the_manuals_command_says_what_it_would_start(home, demo_parquet, tmp_path):
+    """The block that names the checkout, with ``--plan``."""
+    manual = (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"^LIGHTRFT_HOME=\S+ bash \S+$", manual, re.M).group(0)
+    (tmp_path / "LightRFT").symlink_to(home)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    env = child_environment() | {"PYTHON": sys.executable, "PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet)}
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --plan"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "GPUs       8 x 80 GiB" in done.stdout and "It fits" in done.stdout
+
+
+def test_what_the_manual_says_of_lightrft_stands_there(home):
+    """Weights of its example's reward, the oldest SGLang it takes, and that each of the manual's versions will do."""
+    manual = " ".join((EXAMPLE / "README.md").read_text(encoding="utf-8").split())
+    weights = re.search(r"weigh them ([\d.]+) and ([\d.]+)\.", manual).groups()
+    example = (home / "examples" / "gsm8k_geo3k" / "reward_models_utils.py").read_text(encoding="utf-8")
+    (default,) = set(re.findall(r"format_weight: float = ([\d.]+)", example))
+    assert list(map(float, weights)) == [1 - float(default), float(default)]
+    required = (home / "requirements.txt").read_text(encoding="utf-8")
+    oldest = dict(re.findall(r"(?m)^([\w-]+)>=(\S+)$", required))
+    assert re.search(r"fits SGLang (\S+),", manual).group(1) == oldest["sglang"]
+    columns = re.findall(r"\| transformers (\S+), vLLM \S+, DeepSpeed \S+, torch (\S+)", manual)
+    assert len(columns) == 2
+    for versions in columns:
+        for package, version in zip(("transformers", "torch"), versions, strict=True):
+            assert Version(version) >= Version(oldest[package])

@@ -1,0 +1,355 @@
+"""The whole training, in processes of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from aqa.evaluation.items import read_rows
+from aqa.evaluation.scoring import is_right
+from aqa.report import metrics
+from conftest import EXAMPLE, ROOT, run_script
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+METRICS = [
+    "rollout/reward",
+    "rollout/accuracy_reward",
+    "rollout/format_reward",
+    "rollout/response_length",
+    "rollout/truncated_fraction",
+    "rollout/logprob_gap_mean",
+    "rollout/logprob_gap_max",
+    "train/policy_loss",
+    "train/kl",
+    "train/clip_fraction",
+    "train/grad_norm",
+    "train/lr",
+    "time/data",
+    "time/rollout",
+    "time/logprobs",
+    "time/train",
+    "time/sync",
+    "time/step",
+    "samples_per_second",
+]
+SMALL = [
+    "--rollout_batch_size",
+    "4",
+    "--n_samples_per_prompt",
+    "4",
+    "--train_batch_size",
+    "16",
+    "--micro_train_batch_size",
+    "8",
+    "--micro_rollout_batch_size",
+    "8",
+    "--generate_max_len",
+    "12",
+    "--actor_learning_rate",
+    "1e-3",
+    "--lr_warmup_ratio",
+    "0",
+    "--use_kl_loss",
+    "--no-report",
+]
+
+
+def train(model, data, out, *extra, processes=1, check=True):
+    """Run train_colocate.py, under torchrun for several processes."""
+    arguments = ["--pretrain", model, "--prompt_data", data, "--save_path", out, *SMALL, *extra]
+    if processes == 1:
+        return run_script("train_colocate.py", *arguments, check=check)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command = [*map(str, command), str(EXAMPLE / "train_colocate.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if check and done.returncode != 0:
+        logs = "".join(path.read_text(errors="replace")[-3000:] for path in sorted((out / "logs").glob("*.log")))
+        pytest.fail(f"torchrun ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}\n{logs}")
+    return done
+
+
+def metrics_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def moved(model, out):
+    """Names of the parameters that training changed, and of those it did not."""
+    old, new = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    return changed, old.keys() - changed
+
+
+def benchmark_of(data):
+    return ("--eval_benchmark", data / "demo-test.json", "--eval_audio_dir", data)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, demo_parquet, demo_data, tmp_path_factory):
+    """Four steps, with checkpoints after two and four, evaluations, the best kept, and trajectories."""
+    out = tmp_path_factory.mktemp("run")
+    every = ("--save_steps", 2, "--eval_steps", 2, "--max_ckpt_num", 1, "--keep_best", *benchmark_of(demo_data))
+    switches = ("--save_hf_ckpt", "--save_trajectories", "--num_trajectories_to_save", 5, "--report")
+    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, *every, *switches)
+    return out, done
+
+
+def test_metrics_are_all_there_and_engine_and_trainer_agree(run):
+    records = metrics_of(run[0])
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert set(METRICS) <= record.keys()
+        assert all(record[name] is not None for name in METRICS)
+        assert record["rollout/logprob_gap_max"] < 1e-3
+        assert record["rollout/reward"] == pytest.approx(
+            record["rollout/accuracy_reward"] + record["rollout/format_reward"]
+        )
+    assert [("eval/accuracy_reward" in record) for record in records] == [False, True, False, True]
+
+
+def test_the_screen_shows_our_lines_and_the_log_the_rest(run):
+    out, done = run
+    assert done.stdout.startswith("host      this repository's runtime")
+    assert "step 4/4  reward" in done.stdout
+    lines = done.stdout.splitlines()
+    assert all(len(line) <= 80 or str(out) in line or "data: " in line or "WARNING" in line for line in lines[1:])
+    assert "\x1b" not in done.stdout
+    shown = {line[:18].strip(): line[18:].split() for line in lines[lines.index("") :]}
+    rewards = [f"{record['rollout/reward']:.3f}" for record in metrics_of(out)]
+    assert shown["reward"][:2] == [rewards[0], rewards[-1]] and "eval/accuracy" in shown
+    assert lines[-2] == f"metrics   {out / 'metrics.jsonl'}" and lines[-1].startswith("report    ")
+    assert "vllm" not in done.stdout.split("step 1/4")[1].lower()
+    assert "vllm" in (out / "logs" / "rank0.log").read_text().lower()
+
+
+def test_every_parameter_moves_the_towers_too(run, tiny_model):
+    changed, same = moved(tiny_model, run[0])
+    assert any(name.startswith("audio_tower.") for name in changed)
+    # positions are fixed in Qwen2-Audio; a key's bias has no gradient, see test_engines
+    assert {name for name in same if "k_proj.bias" not in name} == {"audio_tower.embed_positions.weight"}
+
+
+def test_the_folder_loads_in_transformers_with_its_processor(run):
+    for folder in (run[0], run[0] / "hf_step_000002"):
+        model, info = Qwen2AudioForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+        assert AutoProcessor.from_pretrained(folder).audio_token == "<|AUDIO|>"
+
+
+def test_trajectories_hold_what_was_said_and_earned(run):
+    lines = (run[0] / "trajectories" / "step_000004.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["group"] for record in records] == [0] * 4 + [1] * 4  # five, in whole groups
+    for group in (records[:4], records[4:]):
+        assert len({(record["prompt"], record["audio_path"], record["reference"]) for record in group}) == 1
+        assert sum(record["advantage"] for record in group) == pytest.approx(0, abs=1e-4)
+    record = records[0]
+    assert Path(record["audio_path"]).is_file() and record["step"] == 4
+    assert record["prompt"].endswith("<|im_start|>assistant\n") and "options" in record["prompt"]
+    assert record["reward"] == record["accuracy_reward"] + record["format_reward"]
+
+
+def test_a_benchmark_is_scored_as_afterwards_on_the_same_engine(run, demo_data, tmp_path):
+    result = tmp_path / "result.json"
+    source = ("--model_path", run[0], "--data_file", demo_data / "demo-test.json", "--audio_dir", demo_data)
+    run_script("eval_mmau.py", *source, "--out_file", result, "--engine", "vllm", "--max_new_tokens", 12)
+    assert json.loads(result.read_text()) == json.loads((run[0] / "eval" / "demo-test_step_000004.json").read_text())
+    score = json.loads(result.with_suffix(".score.json").read_text())
+    record = metrics_of(run[0])[3]
+    assert record["eval/demo-test/accuracy"] == score["accuracy"]
+    assert record["eval/demo-test/sound"] == score["by"]["task"]["sound"]["accuracy"]
+
+
+def test_the_best_model_is_kept(run):
+    values = {record["step"]: record.get("eval/demo-test/accuracy") for record in metrics_of(run[0])}
+    assert values[1] is None and values[3] is None
+    step = 4 if values[4] > values[2] else 2  # of equal ones the first
+    best = run[0] / "best"
+    record = {"step": step, "metric": "eval/demo-test/accuracy", "value": values[step]}
+    assert json.loads((best / "best.json").read_text()) == record
+    weights, expected = (load_file(f / "model.safetensors") for f in (best, run[0] / f"hf_step_{step:06d}"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert AutoProcessor.from_pretrained(best).audio_token == "<|AUDIO|>"
+
+
+def test_settings_and_report_are_left_in_the_folder(run):
+    out, done = run
+    config = json.loads((out / "run_config.json").read_text())
+    assert config["flags"]["n_samples_per_prompt"] == 4 and "n_samples_per_prompt" in config["changed"]
+    assert "temperature" not in config["changed"] and config["versions"]["torch"] == torch.__version__
+    assert f"report    {out / 'report.html'}" in done.stdout
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    for row, record in zip(rows, metrics_of(out), strict=True):
+        assert {name: float(value) for name, value in row.items() if value} == {
+            name: value for name, value in record.items() if value is not None
+        }
+    page = (out / "report.html").read_text()
+    assert "8 groups of 4 steps; the run saved 4 steps" in page and 1 <= page.count('"mp3":"') <= 8
+
+
+def test_resume_continues_after_the_checkpoint(run, tiny_model, demo_parquet, demo_data):
+    out = run[0]
+    better = {"step": 4, "metric": "eval/demo-test/accuracy", "value": 2.0}  # than any that will come
+    (out / "best" / "best.json").write_text(json.dumps(better))
+    weights = (out / "best" / "model.safetensors").read_bytes()
+    assert [path.name for path in (out / "_actor").iterdir() if path.is_dir()] == ["step_000004"]  # rotated
+    every = ("--eval_steps", 4, "--keep_best", *benchmark_of(demo_data))
+    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, "--num_episodes", 2, "--load_checkpoint", *every)
+    assert "16 prompts were already used" in done.stdout
+    assert [record["step"] for record in metrics_of(out)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert json.loads((out / "best" / "best.json").read_text()) == better
+    assert (out / "best" / "model.safetensors").read_bytes() == weights
+    assert metrics_of(out)[7]["eval/best"] == 2.0 and metrics_of(out)[7]["eval/demo-test/accuracy"] < 2.0
+
+
+def test_frozen_parts_do_not_move(tiny_model, demo_parquet, tmp_path):
+    parts = ("--freeze_prefix", "audio_tower", "multi_modal_projector")
+    done = train(tiny_model, demo_parquet, tmp_path, "--max_samples", 8, "--zero_stage", 0, *parts)
+    assert "frozen: audio_tower (" in done.stdout
+    changed, same = moved(tiny_model, tmp_path)
+    assert all(record["rollout/logprob_gap_max"] < 1e-4 for record in metrics_of(tmp_path))  # they are sent once
+    frozen = ("audio_tower.", "multi_modal_projector.")
+    assert not [name for name in changed if name.startswith(frozen)]
+    assert not [name for name in same if not name.startswith(frozen) and "k_proj.bias" not in name]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "more"),
+    [
+        ("rloo", ("--max_epochs", 2, "--no-use_kl_loss", "--kl_estimator", "k1", "--init_kl_coef", 0.1)),
+        ("dr_grpo", ("--loss_agg_mode", "seq-mean-token-sum-norm")),
+        ("reinforce++", ("--gradient_checkpointing", "--loss_agg_mode", "token-mean", "--init_kl_coef", 0.01)),
+    ],
+)
+def test_other_methods_on_the_hf_engine(tiny_model, demo_parquet, tmp_path, estimator, more):
+    extra = ("--engine_type", "hf", "--advantage_estimator", estimator, "--max_samples", 8, *more)
+    train(tiny_model, demo_parquet, tmp_path, *extra)
+    records = metrics_of(tmp_path)
+    assert len(records) == 2
+    assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
+    assert records[-1]["train/kl"] != 0
+
+
+def test_methods_together(run, tiny_model, demo_parquet, tmp_path):
+    """DAPO's and GSPO's parts in one run; engine and trainer are one model, so corrections weigh 1."""
+    methods = ("--advantage_estimator", "dr_grpo", "--use_gspo")
+    dapo = ("--eps_clip_high", 0.3, "--dynamic_sampling", "--overlong_buffer", "--overlong_buffer_len", 6)
+    extra = ("--engine_type", "hf", "--rollout_correction", "mis", "--max_epochs", 2, "--max_samples", 8)
+    train(tiny_model, demo_parquet, tmp_path, *methods, *dapo, *extra)
+    for record in metrics_of(tmp_path):
+        assert record["train/correction_weight"] == pytest.approx(1, abs=1e-3)
+        assert record["train/correction_limited"] == 0
+        # 12 tokens at most, of which the last 6 cost up to 1; an answer has 8
+        assert -1 <= record["rollout/overlong_penalty"] < -0.2
+        total = record["rollout/accuracy_reward"] + record["rollout/format_reward"]
+        assert record["rollout/reward"] == pytest.approx(total + record["rollout/overlong_penalty"], abs=1e-5)
+        assert 0 <= record["rollout/replaced"] <= 1
+        assert record["rollout/groups_without_spread"] <= 0.5
+    # these two runs write every metric that there is; docs/metrics.md shows the table
+    written = set().union(*metrics_of(run[0]), *metrics_of(tmp_path)) - {"step"}
+    assert [name for name in written if not metrics.known(name)] == []
+    assert metrics.METRICS.keys() - written == set()
+
+
+def left_behind(request, path):
+    """A file that is there until the test is over."""
+    if not path.exists():
+        path.touch()
+        request.addfinalizer(lambda: path.unlink(missing_ok=True))
+
+
+@pytest.mark.parametrize(("tensor_parallel", "stage"), [(1, 3), (2, 2), (1, 2), (2, 3)])
+def test_two_processes(tiny_model, demo_parquet, demo_data, tmp_path, request, tensor_parallel, stage):
+    """Data parallel 2 and tensor parallel 2, ZeRO 2 and 3; 7 rows and 24 questions are evaluated by both."""
+    if (tensor_parallel, stage) in ((1, 2), (2, 3)) and "ALL_TESTS" not in os.environ:
+        pytest.skip("the other two combinations run by default; make test-all runs these too")
+    extra = ("--zero_stage", stage, "--engine_tp_size", tensor_parallel, "--max_samples", 12)
+    evaluated = ("--eval_steps", 3, "--max_eval_samples", 7, "--keep_best", "eval/reward", *benchmark_of(demo_data))
+    if tensor_parallel > 1:  # as vLLM names it; a run that was killed had left it, and the next could not make its own
+        left_behind(request, Path("/dev/shm/-tp:0-[0-1]-cpushm_0"))
+    train(tiny_model, demo_parquet, tmp_path, *extra, *evaluated, processes=2)
+    records = metrics_of(tmp_path)
+    assert len(records) == 3
+    assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
+    _, same = moved(tiny_model, tmp_path)
+    assert {name for name in same if "embed_positions" not in name and "k_proj.bias" not in name} == set()
+    answers = json.loads((tmp_path / "eval" / "demo-test_step_000003.json").read_text())
+    right = sum(is_right(row["model_output"], row["answer"], row["choices"]) for row in answers)
+    assert records[2]["eval/demo-test/accuracy"] == right / len(answers)
+    assert [row["id"] for row in answers] == [row["id"] for row in read_rows(demo_data / "demo-test.json")[1]]
+    assert records[2]["eval/reward"] * 7 == pytest.approx(round(records[2]["eval/reward"] * 7))  # of 7 rows, not 8
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["value"] == records[2]["eval/reward"]
+
+
+def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):
+    """The manual's dry run, on eight prompts: its names, its folders, its exit status."""
+    values = "EPISODE=1 RBS=4 TBS=32 N_SAMPLES=4 MLP_WORKER_GPU=1 ENGINE_TP=1 ENGINE_MEM_UTIL=0.5 GENERATE_MAX_LEN=12"
+    env = os.environ | dict(pair.split("=") for pair in values.split())
+    env |= {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": str(tiny_model), "MLP_WORKER_0_PORT": "20391"}
+    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
+    data = {"PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet), "WANDB_API_KEY": "s3cret", "WANDB_MODE": "disabled"}
+    command = ["bash", script, "--max_samples", "8"]
+    done = subprocess.run(command, cwd=tmp_path, env=env | data, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (folder,) = (tmp_path / "results" / "lightrft-r1-aqa-grpo-training").iterdir()
+    assert (folder / "model.safetensors").is_file()
+    records = metrics_of(folder)
+    # 16 responses a rollout, 32 a step: the second rollout fills the first optimizer step
+    assert [record["train/grad_norm"] is None for record in records] == [True, False]
+    (log,) = (tmp_path / "rft_logs" / "lightrft-r1-aqa-grpo-training").iterdir()
+    assert "step 2/2" in log.read_text()
+    assert "s3cret" not in done.stdout + log.read_text()
+
+
+def test_launch_script_plans_without_starting_or_writing_anything(tmp_path):
+    """``--plan``: for all ranks, in a GPU's precision whatever this machine has, with the planner's exit status."""
+    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
+    env = os.environ | {"PYTHON": sys.executable, "PATH_TO_YOUR_AVQA_DATASET": "nothing yet", "RUN_ID": "first"}
+    for settings, status, said in (
+        ({"MLP_WORKER_NUM": "2", "RBS": "32", "TBS": "256"}, 0, "GPUs       16 x 80 GiB (assumed"),
+        ({"MLP_WORKER_NUM": "2", "RBS": "32", "TBS": "256", "MLP_ROLE_INDEX": "1"}, 0, ""),  # node 0 has said it
+        ({"MLP_WORKER_GPU": "1"}, 3, "It does not fit: "),
+    ):
+        done = subprocess.run(
+            ["bash", script, "--plan"], cwd=tmp_path, env=env | settings, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr, said in done.stdout) == (status, "", True), done
+        assert bool(done.stdout) == bool(said)
+        assert not said or "ZeRO-3, bf16" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_launch_script_fails_when_training_fails(tiny_model, tmp_path):
+    env = os.environ | {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": str(tiny_model), "MLP_WORKER_GPU": "1"}
+    env |= {"PATH_TO_YOUR_AVQA_DATASET": str(tmp_path / "nowhere"), "MLP_WORKER_0_PORT": "20392"}
+    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "nowhere: does not exist" in done.stdout
+
+
+def test_help_is_quick_and_a_bad_configuration_is_refused_before_anything_loads(tmp_path):
+    shown = run_script("train_colocate.py", "--help")
+    assert "--freeze_prefix" in shown.stdout
+    refused = run_script("train_colocate.py", "--train_batch_size", 7, "--temperature", 0, check=False)
+    assert refused.returncode == 2
+    for part in ("--pretrain is missing", "--prompt_data is missing", "16 x 8 = 128", "--temperature 0"):
+        assert part in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_missing_audio_stops_the_training(tiny_model, demo_data, tmp_path):
+    source = ("--input_jsonl", demo_data / "train_qa.data", "--audio_dir", tmp_path / "gone", "--no_check_audio")
+    run_script("data_preprocess/avqa.py", *source, "--local_save_dir", tmp_path / "data")
+    done = train(tiny_model, tmp_path / "data", tmp_path / "out", check=False)
+    assert done.returncode != 0
+    assert "does not exist" in done.stdout and "96 rows" in done.stdout
+    assert not (ROOT / "ckpt").exists()

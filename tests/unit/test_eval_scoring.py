@@ -1,0 +1,271 @@
+"""The scorer gives the official scripts' numbers, and its statistics are those of the textbooks."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from aqa.evaluation.items import MMAR, MMAU, EvalError
+from aqa.evaluation.scoring import (
+    compare,
+    comparison_table,
+    is_right,
+    judge,
+    judge_file,
+    mcnemar_p,
+    paired,
+    score,
+    score_table,
+    wilson_interval,
+)
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+# ------------------------------------------------------------------------------------------------------------- the rule
+def stated_rule(answer: str, prediction: str, choices: list[str]) -> bool:
+    """The rule as ``shared/data/README.md`` states it, word by word instead of by sets."""
+
+    def tokens(text: str) -> list[str]:
+        return re.findall(r"\b\w+\b", text.lower())
+
+    predicted = tokens(prediction)
+    for word in tokens(answer):
+        if word not in predicted:
+            return False
+    for word in predicted:
+        if word not in tokens(answer) and any(word in tokens(choice) for choice in choices):
+            return False
+    return len(predicted) > 0
+
+
+def stated_totals(rows: list[dict], key: str, fields: tuple[str, ...]) -> dict:
+    """Counts of right and of all, as the official scripts keep them: rows without the key are passed over."""
+    counts = {"overall": [0, 0]}
+    for row in rows:
+        if key in row:
+            right = stated_rule(row["answer"], row[key], row["choices"])
+            for name in ["overall", *((field, row[field]) for field in fields if row.get(field) is not None)]:
+                counts.setdefault(name, [0, 0])
+                counts[name][0] += right
+                counts[name][1] += 1
+    return counts
+
+
+VOCABULARY = [
+    "dog",
+    "Dog",
+    "a",
+    "the",
+    "big",
+    "cat",
+    "CAT",
+    "don't",
+    "x_y",
+    "Ärger",
+    "İ",
+    "ß",
+    "犬",
+    "3",
+    "3.5",
+    "-",
+    "",
+    "é",
+]
+
+
+def random_text(rng: random.Random) -> str:
+    return rng.choice([" ", ", ", "-", "\n"]).join(rng.choices(VOCABULARY, k=rng.choice((0, 1, 1, 2, 3))))
+
+
+def random_result(rng: random.Random, benchmark) -> list[dict]:
+    """A result file of 1 to 12 rows, at least one of them with a prediction."""
+    rows = []
+    for i in range(rng.randint(1, 12)):
+        choices = [random_text(rng) for _ in range(rng.randint(1, 5))]
+        answer = rng.choice([*choices, random_text(rng)])
+        prediction = rng.choice([answer, answer.upper(), f"it is {answer}", "", random_text(rng), " ".join(choices)])
+        row = {"id": i, "choices": choices, "answer": answer}
+        for field in benchmark.breakdowns:
+            row[field] = rng.choice(["sound", "music", "speech"])
+        if rng.random() < 0.2:
+            row[benchmark.breakdowns[2]] = None
+        if rng.random() < 0.9 or not rows:
+            row[benchmark.prediction_keys[0]] = prediction
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("benchmark", [MMAU, MMAR], ids=lambda b: b.name)
+def test_scores_equal_the_stated_rule_on_random_result_files(benchmark):
+    rng = random.Random(0)
+    shares = []
+    for _ in range(2000):
+        rows = random_result(rng, benchmark)
+        scores = score(judge(rows, benchmark))
+        expected = stated_totals(rows, benchmark.prediction_keys[0], benchmark.breakdowns)
+        got = {"overall": [scores["correct"], scores["total"]]}
+        for field, values in scores["by"].items():
+            got |= {(field, value): [entry["correct"], entry["total"]] for value, entry in values.items()}
+        assert got == expected
+        assert scores["accuracy"] == expected["overall"][0] / expected["overall"][1]
+        assert scores["without_prediction"] == len(rows) - expected["overall"][1]
+        shares.append(scores["accuracy"])
+    assert 0.2 < sum(shares) / len(shares) < 0.8  # both verdicts occur often
+
+
+RULE = [
+    ("Woman", "Woman", True, "the text itself"),
+    ("Woman", "it is a WOMAN.", True, "case, punctuation and more words do not matter"),
+    ("Woman", "woman or man", False, "a word of another choice does"),
+    ("Woman", "wo man", False, "words are compared whole"),
+    ("a dog", "dog", False, "every word of the answer is needed"),
+    ("a dog", "a dog and a cat", False, "'cat' is another choice's"),
+    ("a dog", "dog a", True, "order is not"),
+    ("a dog", "a dog a horse", True, "'horse' is in no choice"),
+    ("a dog", "", False, "nothing said"),
+    ("a dog", "!?", False, "no word said"),
+    ("?", "", False, "even where the answer has no word"),
+    ("?", "horse", True, "then any word that no choice has is right"),
+]
+
+
+@pytest.mark.parametrize(("answer", "prediction", "expected", "why"), RULE, ids=[row[3] for row in RULE])
+def test_rule(answer, prediction, expected, why):
+    choices = ["Woman", "Man"] if answer == "Woman" else ["a dog", "a cat", answer]
+    assert is_right(prediction, answer, choices) is expected, why
+
+
+@pytest.mark.parametrize(
+    ("name", "benchmark"), [("mmau/mmau-test-mini.json", MMAU), ("mmar/MMAR-meta.jsonl", MMAR)], ids=["mmau", "mmar"]
+)
+def test_real_gold_answers(name, benchmark, tmp_path):
+    """Gold answers score 1000 of 1000; MMAU's letters and "(B) text" as the README of the data measured them."""
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    text = path.read_text(encoding="utf-8")
+    rows = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+
+    def scored(predict):
+        out = tmp_path / Path(name).name
+        results = [{**row, benchmark.prediction_keys[0]: predict(row)} for row in rows]
+        lines = json.dumps(results) if name.endswith(".json") else "\n".join(map(json.dumps, results))
+        out.write_text(lines, encoding="utf-8")
+        return score(judge_file(out))
+
+    def letter(row):
+        return "ABCDEFGH"[row["choices"].index(row["answer"])]
+
+    gold = scored(lambda row: row["answer"])
+    assert (gold["benchmark"], gold["correct"], gold["total"]) == (benchmark.name, 1000, 1000)
+    assert sum(entry["total"] for entry in gold["by"][benchmark.breakdowns[0]].values()) == 1000
+    if benchmark is MMAU:
+        assert scored(letter)["correct"] <= 3
+        assert scored(lambda row: f"({letter(row)}) {row['answer']}")["correct"] == 1000 - 33
+
+
+# --------------------------------------------------------------------------------------------------------- result files
+def rows_of(*predictions: str | None, key: str = "model_output", **fields) -> list[dict]:
+    """Rows whose right answer is "dog"; None leaves the key out."""
+    return [
+        {"id": f"q{i}", "audio_id": "x.wav", "choices": ["dog", "cat"], "answer": "dog", "task": "sound", **fields}
+        | ({} if prediction is None else {key: prediction})
+        for i, prediction in enumerate(predictions)
+    ]
+
+
+def test_the_key_that_the_official_script_reads_comes_first():
+    both = [row | {"model_prediction": "cat"} for row in rows_of("dog", "dog")]
+    assert score(judge(both, MMAU))["correct"] == 2
+    verdicts = judge(rows_of("dog", "cat", key="model_prediction"), MMAU)
+    assert (verdicts.key, verdicts.right) == ("model_prediction", [True, False])
+    with pytest.raises(EvalError, match="model_output or model_prediction"):
+        judge(rows_of(None, None), MMAU)
+
+
+def test_rows_that_cannot_be_scored_are_named():
+    rows = rows_of("dog", "dog")
+    rows[1]["model_output"] = None
+    rows[0]["choices"] = "dog"
+    with pytest.raises(EvalError, match=r"2 fields(?s:.*)id q0: choices is 'dog'(?s:.*)id q1: model_output is None"):
+        judge(rows, MMAU)
+
+
+def test_table():
+    rows = rows_of("dog", "dog", "cat", None, difficulty="easy")
+    scores = score(judge(rows, MMAU))
+    table = score_table(scores, "title")
+    assert re.search(r"overall +2 +3 +66\.67 % +20\.8 to 93\.9", table)  # Wilson, worked out below
+    assert re.search(r"\n  easy +2 +3 +66\.67 %", table)
+    assert "1 items without a prediction key" in table
+    assert "ABLATION" not in table
+    silent = score(judge([row | {"silent_audio": True} for row in rows], MMAU))
+    assert "ABLATION: silence" in score_table(silent, "title")
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+def test_wilson_interval():
+    # 2 of 3: z = 1.96, z^2 = 3.8415; centre (2 + 1.9207) / (3 + 3.8415) = 0.57308;
+    # half width 1.96 * sqrt(3 * 2/9 + 3.8415/4) / 6.8415 = 1.96 * sqrt(0.66667 + 0.96036) / 6.8415 = 0.36543
+    assert wilson_interval(2, 3) == pytest.approx((0.20765, 0.93851), abs=2e-5)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)  # z^2 / (n + z^2)
+    assert wilson_interval(10, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
+    assert wilson_interval(0, 10)[0] == 0.0
+    assert wilson_interval(1000, 1000)[1] == 1.0
+    assert wilson_interval(645, 1000) == pytest.approx(
+        (0.614839, 0.674052), abs=1e-6
+    )  # scipy's proportion_ci("wilson")
+
+
+def test_mcnemar():
+    # 1 against 5: P(at most 1 head of 6) = (1 + 6) / 64, twice
+    assert mcnemar_p(1, 5) == mcnemar_p(5, 1) == pytest.approx(14 / 64)
+    assert mcnemar_p(3, 3) == mcnemar_p(0, 0) == 1.0
+    assert mcnemar_p(0, 10) == pytest.approx(2 / 1024)
+    assert 0 < mcnemar_p(3, 900) < 1e-200  # no overflow on the way
+
+
+def test_paired():
+    first = [True] * 4 + [False] * 6
+    second = [True] * 3 + [False] + [True] * 5 + [False]
+    result = paired(first, second)
+    assert result["accuracy"] == [0.4, 0.8]
+    assert (result["only_first"], result["only_second"], result["total"]) == (1, 5, 10)
+    assert result["difference"] == pytest.approx(0.4)
+    # variance of the differences: (1 + 5) / 10 - 0.4^2 = 0.44; 1.96 * sqrt(0.044) = 0.41113
+    assert result["interval_95"] == pytest.approx([0.4 - 0.41113, 0.4 + 0.41113], abs=1e-5)
+    assert result["mcnemar_p"] == pytest.approx(14 / 64)
+
+
+# ----------------------------------------------------------------------------------------------------------- comparison
+def test_compare_pairs_by_id_and_breaks_down_by_task():
+    first = judge(rows_of("dog", "cat", "cat"), MMAU)
+    rows = rows_of("dog", "dog", "cat", "dog")[::-1]  # another order, and one item more
+    rows[0]["task"] = "music"
+    first.rows[0]["task"] = "mix-sound-music-speech"
+    result = compare(first, judge(rows, MMAU))
+    assert (result["total"], result["only_first"], result["only_second"]) == (3, 0, 1)
+    assert result["not_shared"] == [0, 1]
+    assert sorted(result["by"]["task"]) == ["mix-sound-music-speech", "sound"]
+    table = comparison_table(result, ("before.json", "after.json"))
+    assert re.search(r"overall +3 +33\.33 +66\.67 +\+33\.33 +\S+ to \S+ +0:1 +1\n", table)
+    assert "\n  mix-sound-music-speech\n" in table
+    assert max(map(len, table.splitlines())) <= 80
+    assert "1 of the second" in table
+
+
+def test_compare_refuses_what_cannot_be_paired():
+    rows = rows_of("dog", "cat")
+    first = judge(rows, MMAU)
+    with pytest.raises(EvalError, match="occurs twice"):
+        compare(first, judge([*rows, rows[0]], MMAU))
+    with pytest.raises(EvalError, match="share no item"):
+        compare(first, judge([row | {"id": "z" + row["id"]} for row in rows], MMAU))
+    with pytest.raises(EvalError, match=r"different releases(?s:.*)id q0: 'dog' and 'cat'"):
+        compare(first, judge([row | {"answer": "cat"} for row in rows], MMAU))
+    with pytest.raises(EvalError, match="one file is of MMAU, the other of MMAR"):
+        compare(first, judge(rows_of("dog", key="answer_prediction"), MMAR))

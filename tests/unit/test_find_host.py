@@ -1,0 +1,116 @@
+"""Which lightrft is in use: the empty package from PyPI and nothing at all are refused, others are named."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from aqa.hosts.find import check_host, describe_host
+
+import lightrft
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ask(code: str, *folders: Path) -> subprocess.CompletedProcess:
+    """Run code in a process of its own that finds ``lightrft`` in these folders alone."""
+    path = os.pathsep.join(map(str, [ROOT / "examples" / "r1_aqa", *folders]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [
+        sys.executable,
+        "-S",
+        "-c",
+        f"from aqa.hosts.find import *\n{code}",
+    ]  # -S: not the one of an installed package
+    return subprocess.run(command, env=environment, cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
+
+
+def make_package(folder: Path, source: str | None, trainer: bool = False) -> Path:
+    package = folder / "lightrft"
+    package.mkdir()
+    if source is not None:
+        (package / "__init__.py").write_text(source, encoding="utf-8")
+    if trainer:
+        (package / "trainer").mkdir()
+    return folder
+
+
+def test_the_runtime_is_accepted_and_described():
+    check_host()
+    folder = Path(lightrft.__file__).parent
+    assert describe_host() == f"this repository's runtime {lightrft.__version__}, {folder}"
+
+
+def test_the_empty_package_from_pypi_is_refused(tmp_path):
+    done = ask("check_host()", make_package(tmp_path, ""))
+    assert done.returncode == 1
+    assert f"the lightrft in {tmp_path / 'lightrft' / '__init__.py'} is the empty package from PyPI" in done.stderr
+    assert "pip uninstall lightrft" in done.stderr
+    assert "LIGHTRFT_HOME" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("namespace", [False, True], ids=["nothing", "a folder without __init__.py"])
+def test_nothing_is_refused(tmp_path, namespace):
+    if namespace:
+        make_package(tmp_path, None)
+    done = ask("check_host()", tmp_path)
+    assert done.returncode == 1
+    assert "no lightrft to run on" in done.stderr
+    assert "LIGHTRFT_HOME" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "description"),
+    [("__version__ = '0.1.1'", "LightRFT 0.1.1"), ("", "LightRFT unknown version")],
+)
+def test_another_host_is_named_with_version_and_path(tmp_path, source, description):
+    done = ask("check_host()\nprint(describe_host())", make_package(tmp_path, source, trainer=True))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{description}, {tmp_path / 'lightrft'}"
+
+
+def test_the_check_imports_nothing_heavy():
+    done = ask("import sys\ncheck_host()\nprint(sorted({'lightrft', 'torch'} & set(sys.modules)))", ROOT / "runtime")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_version_of_a_checkout_is_read_from_its_project_file(tmp_path):
+    make_package(tmp_path, "", trainer=True)
+    (tmp_path / "pyproject.toml").write_text("[project]\nversion = '0.1.1'\n", encoding="utf-8")
+    done = ask("check_host()\nprint(describe_host(), on_runtime())", tmp_path)
+    assert done.stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'} False", done.stderr
+
+
+FIND = "find_host()\nprint(describe_host())"
+
+
+def test_lightrft_home_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTRFT_HOME", str(make_package(tmp_path, "__version__ = '0.1.1'", trainer=True)))
+    assert ask(FIND).stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'}"
+
+
+def test_a_wrong_lightrft_home_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTRFT_HOME", str(tmp_path))
+    done = ask("find_host()")
+    assert done.returncode == 1
+    assert f"LIGHTRFT_HOME={tmp_path} holds no lightrft/__init__.py" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_it_the_runtime_beside_the_example(monkeypatch):
+    monkeypatch.delenv("LIGHTRFT_HOME", raising=False)
+    assert ask(FIND).stdout.startswith("this repository's runtime ")
+
+
+def test_copied_into_a_checkout_that_checkout(tmp_path, monkeypatch):
+    monkeypatch.delenv("LIGHTRFT_HOME", raising=False)
+    make_package(tmp_path, "__version__ = '0.1.1'", trainer=True)
+    shutil.copytree(ROOT / "examples" / "r1_aqa", tmp_path / "examples" / "r1_aqa")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "examples" / "r1_aqa")}
+    command = [sys.executable, "-S", "-c", f"from aqa.hosts.find import *\n{FIND}"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'}", done.stderr

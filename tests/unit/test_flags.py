@@ -1,0 +1,424 @@
+"""The flags of training and the rules between them."""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+from aqa.training.flags import (
+    ESTIMATORS,
+    LOSS_AGG_MODES,
+    REFUSED_ESTIMATORS,
+    build_parser,
+    find_problems,
+    finish,
+    runtime_problems,
+)
+
+from lightrft.models import loss
+from lightrft.trainer import advantages
+from lightrft.utils import add_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def actions() -> list[argparse.Action]:
+    return [a for a in build_parser(add_arguments)._actions if not isinstance(a, argparse._HelpAction)]
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """``problems(world_size, flag=value, ...)`` of an otherwise valid run."""
+    model, data = tmp_path / "model", tmp_path / "data"
+    for folder, names in ((model, ("config.json", "processor_config.json")), (data, ("train.parquet",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+
+    def find(world_size: int = 1, local_world_size: int | None = None, **flags) -> list[str]:
+        flags = {"pretrain": str(model), "prompt_data": str(data)} | flags
+        command = []
+        for name, value in flags.items():
+            if value is True:
+                command.append(f"--{name}")
+            elif value is not None:
+                command.append(f"--{name}={value}")
+        args = build_parser(add_arguments).parse_args(command)
+        finish(args)
+        return find_problems(args, world_size, local_world_size) + runtime_problems(args)
+
+    return find
+
+
+# ---------------------------------------------------------------------------------------------------------- batch sizes
+@pytest.mark.parametrize(
+    ("world", "rollout", "n", "train", "micro"),
+    # the table of the original example's manual, and R1-AQA's own eight GPUs
+    [(1, 16, 8, 128, 4), (8, 16, 8, 128, 4), (1, 4, 4, 32, 4), (1, 4, 4, 16, 4)],
+    ids=["default", "default on 8", "dry-run", "1-GPU"],
+)
+def test_documented_batch_sizes_are_valid(problems, world, rollout, n, train, micro):
+    flags = {"rollout_batch_size": rollout, "n_samples_per_prompt": n, "train_batch_size": train}
+    assert problems(world, **flags, micro_train_batch_size=micro, micro_rollout_batch_size=micro) == []
+
+
+def test_the_defaults_are_r1_aqas_and_valid(problems):
+    assert problems() == []
+    assert problems(8) == []
+    args = build_parser(add_arguments).parse_args([])
+    assert (args.rollout_batch_size, args.n_samples_per_prompt, args.train_batch_size) == (16, 8, 128)
+    assert (args.prompt_max_len, args.generate_max_len, args.temperature) == (512, 256, 1.0)
+    assert (args.init_kl_coef, args.kl_estimator, args.actor_learning_rate) == (0.04, "k3", 1e-6)
+
+
+SMALL = {
+    "rollout_batch_size": 4,
+    "n_samples_per_prompt": 4,
+    "train_batch_size": 16,
+    "micro_train_batch_size": 4,
+    "micro_rollout_batch_size": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "message", "remedy"),
+    [
+        (1, {"train_batch_size": 8}, "= 4 x 4 = 16; use --train_batch_size 16", {"train_batch_size": 16}),
+        (1, {"train_batch_size": 15}, "--train_batch_size 15 must be at least", {"train_batch_size": 16}),
+        (
+            1,
+            {"train_batch_size": 24},
+            "24 is no multiple of .* = 4 x 4 = 16: .*; use --train_batch_size 32",
+            {"train_batch_size": 32},
+        ),
+        (
+            3,
+            {"rollout_batch_size": 4},
+            "--rollout_batch_size 4 prompts do not divide among 3 ranks; 6 would",
+            {"rollout_batch_size": 6, "train_batch_size": 24},
+        ),
+        (
+            1,
+            {"micro_train_batch_size": 6},
+            r"--micro_train_batch_size 6 does not divide the 16 .*\(4 prompts x 4 samples / 1 ranks\); 4 does",
+            {"micro_train_batch_size": 4},
+        ),
+        (
+            2,
+            {"micro_rollout_batch_size": 16},
+            "--micro_rollout_batch_size 16 does not divide the 8 responses of a rank .*; 8 does",
+            {"micro_rollout_batch_size": 8},
+        ),
+        (
+            1,
+            {"max_epochs": 2, "train_batch_size": 32},
+            "--max_epochs 2 repeats .* use --train_batch_size 16",
+            {"train_batch_size": 16},
+        ),
+        (4, {"engine_tp_size": 3}, "--engine_tp_size 3 does not divide the 4 ranks", {"engine_tp_size": 2}),
+    ],
+)
+def test_batch_rules_name_numbers_and_an_alternative_that_works(problems, world, flags, message, remedy):
+    found = problems(world, **SMALL | flags)
+    assert len(found) == 1
+    assert re.search(message, found[0]), found[0]
+    assert problems(world, **SMALL | flags | remedy) == []
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "tp", "remedy"),
+    [
+        (16, 8, 4, None),
+        (16, 8, 16, "use 8, or 16 ranks a node"),
+        (12, 6, 4, "use 3, or 8 ranks a node"),
+        (4, 1, 2, "use 1, or 2 ranks a node"),
+    ],
+)
+def test_an_engine_lies_within_a_node(problems, world, local, tp, remedy):
+    sizes = {"rollout_batch_size": world, "n_samples_per_prompt": 4, "train_batch_size": 4 * world}
+    sizes |= {"micro_train_batch_size": 4, "micro_rollout_batch_size": 4}
+    found = problems(world, local, engine_tp_size=tp, **sizes)
+    if remedy is None:
+        assert found == []
+        return
+    assert len(found) == 1 and f"--engine_tp_size {tp} does not divide the {local} ranks of a node" in found[0]
+    assert remedy in found[0]
+    smaller, larger = map(int, re.search(r"use (\d+), or (\d+)", remedy).groups())
+    assert problems(world, local, engine_tp_size=smaller, **sizes) == []
+    assert larger % tp == 0
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("rollout", [3, 4, 6])
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize("train", [6, 20, 48])
+@pytest.mark.parametrize("micro", [1, 4, 7])
+def test_whatever_is_wrong_with_batch_sizes_following_the_advice_ends_well(problems, world, rollout, n, train, micro):
+    """Apply each message's own number until nothing is left to say, at most once a flag."""
+    flags = {
+        "rollout_batch_size": rollout,
+        "n_samples_per_prompt": n,
+        "train_batch_size": train,
+        "micro_train_batch_size": micro,
+        "micro_rollout_batch_size": micro,
+    }
+    for _ in range(5):
+        found = problems(world, **flags)
+        if not found:
+            break
+        for problem in found:
+            name = re.match(r"--(\w+)", problem)[1]
+            advice = re.search(r"use --train_batch_size (\d+)$|; (\d+) (?:would|does)$", problem)
+            flags[name] = int(advice[1] or advice[2])
+    assert found == []
+    share = flags["rollout_batch_size"] * n // world
+    assert share % flags["micro_train_batch_size"] == 0
+    # DeepSpeed's own rule
+    assert flags["train_batch_size"] % (flags["micro_train_batch_size"] * world) == 0
+
+
+@pytest.mark.parametrize("name", [*SMALL, "engine_tp_size"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_below_one_are_refused(problems, name, value):
+    assert f"--{name} {value}: must be 1 or more" in problems(**SMALL | {name: value})
+
+
+# ---------------------------------------------------------------------------------------------------------- other rules
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        ("temperature", 0.0, 0.1),
+        ("temperature", -1.0, 1.0),
+        ("top_p", 0.0, 1.0),
+        ("top_p", 1.1, 0.9),
+        ("eps_clip", 0.0, 0.2),
+        ("eps_clip_high", 0.0, 0.28),
+        ("rollout_correction_limit", 0.0, 2.0),
+        ("dynamic_sampling_rounds", 0, 1),
+        ("overlong_buffer_penalty_factor", -1.0, 0.0),
+        ("lora_rank", -1, 4),
+        ("lora_alpha", 0, 1),
+        ("gamma", 0.0, 1.0),
+        ("gamma", 1.01, 0.99),
+        ("init_kl_coef", -0.1, 0.0),
+        ("actor_learning_rate", 0.0, 1e-6),
+        ("lr_warmup_ratio", 1.0, 0.0),
+        ("max_norm", -1.0, 0.0),
+        ("engine_mem_util", 0.0, 0.5),
+        ("engine_mem_util", 1.0, 0.9),
+        ("generate_max_len", 0, 1),
+        ("prompt_max_len", 0, 1),
+        ("max_ckpt_num", 0, 1),
+        ("num_episodes", 0, 1),
+        ("max_epochs", 0, 1),
+        ("limit_mm_image_per_prompt", 0, 1),
+        ("audio_cache_mib", -1, 0),
+        ("sync_bucket_mb", 0, 1),
+    ],
+)
+def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good):
+    found = problems(**{name: bad})
+    assert len(found) == 1
+    assert found[0].startswith(f"--{name} {bad}: must be ")
+    assert problems(**{name: good}) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "remedy"),
+    [
+        (
+            {"advantage_estimator": "gae"},
+            "--advantage_estimator gae needs a critic",
+            {"advantage_estimator": "reinforce"},
+        ),
+        (
+            {"advantage_estimator": "cpgd"},
+            "--advantage_estimator cpgd needs a loss",
+            {"advantage_estimator": "reinforce++"},
+        ),
+        (
+            {"n_samples_per_prompt": 1, "train_batch_size": 16},
+            "--advantage_estimator group_norm compares .* --n_samples_per_prompt 1 must be 2",
+            {"n_samples_per_prompt": 2, "train_batch_size": 32},
+        ),
+        (
+            {"n_samples_per_prompt": 1, "train_batch_size": 16, "advantage_estimator": "rloo"},
+            "--advantage_estimator rloo compares",
+            {"advantage_estimator": "reinforce"},
+        ),
+        (
+            {"overlong_buffer": True, "generate_max_len": 60},
+            "must be 1 to --generate_max_len 60",
+            {"overlong_buffer_len": 8},
+        ),
+        (
+            {"advantage_estimator": "reinforce", "n_samples_per_prompt": 1, "train_batch_size": 16}
+            | {"dynamic_sampling": True, "micro_rollout_batch_size": 4},
+            "a group of one response is always alike",
+            {"dynamic_sampling": None},
+        ),
+        ({"reward": "exat"}, "--reward exat: must be one of r1_aqa", {"reward": "exact"}),
+        ({"reward": ":f"}, "or module:function", {"reward": "mine:f"}),
+        ({"lora_rank": 4, "freeze_prefix": "audio_tower"}, "choose --target_modules", {"freeze_prefix": None}),
+        ({"use_kl_loss": True, "init_kl_coef": 0.0}, "--use_kl_loss with --init_kl_coef 0", {"use_kl_loss": None}),
+        ({"use_kl_loss": True, "init_kl_coef": 0.0}, "drop one of the two", {"init_kl_coef": 0.04}),
+        ({"kl_target": 6.0, "init_kl_coef": 0.0}, "--kl_target 6.0 needs a start value", {"init_kl_coef": 0.1}),
+        ({"use_kl_loss": True, "kl_estimator": "k1"}, "no reference model; use k3 or k2", {"kl_estimator": "k2"}),
+        ({"use_kl_loss": True, "kl_estimator": "k1"}, "no reference model", {"kl_estimator": "k3"}),
+        ({"adam_offload": True, "zero_stage": 0}, "DeepSpeed would ignore it", {"zero_stage": 2}),
+        ({"param_offload": True}, "--param_offload with --zero_stage 2: only ZeRO-3", {"zero_stage": 3}),
+        ({"param_offload": True, "fsdp": True}, "with --fsdp use --fsdp_cpu", {"param_offload": None}),
+        ({"adam_offload": True, "fsdp": True}, "with --fsdp use --fsdp_cpu", {"adam_offload": None}),
+        ({"load_in_4bit": True, "lora_rank": 8, "fsdp": True}, "FSDP2 cannot split packed", {"fsdp": None}),
+        ({"fsdp_cpu_offload": True}, "--fsdp_cpu_offload: add --fsdp", {"fsdp": True}),
+        ({"engine_type": "sglang"}, "only LightRFT runs it .* use vllm or hf", {"engine_type": "hf"}),
+        ({"eval_data": "nowhere"}, "--eval_data nowhere: does not exist", {"eval_data": None}),
+        ({"prompt_data_probs": "0.5,0.5"}, "one share for each of 1 sources", {"prompt_data_probs": "1.0"}),
+        ({"prompt_data_probs": "0.9"}, "must add up to 1, not 0.9; 1 would be", {"prompt_data_probs": "1"}),
+        ({"prompt_data_probs_end": "1.0"}, "needs several sources", {"prompt_data_probs_end": None}),
+        (
+            {"use_gspo": True, "loss_agg_mode": "token-mean"},
+            "GSPO weighs all responses alike",
+            {"loss_agg_mode": "seq-mean-token-mean"},
+        ),
+        ({"keep_best": "eval/reward"}, "--keep_best without an evaluation", {"eval_steps": 5}),
+        ({"eval_benchmark": "gone.json", "eval_audio_dir": ".", "eval_steps": 5}, "gone", {"eval_benchmark": None}),
+        ({"load_checkpoint": True, "ckpt_path": "gone"}, "gone holds no checkpoint", {"load_checkpoint": None}),
+    ],
+)
+def test_rules_between_flags(problems, flags, message, remedy):
+    found = problems(**flags)
+    assert len(found) == 1, found
+    assert re.search(message, found[0]), found[0]
+    assert problems(**flags | remedy) == []
+
+
+def test_the_hf_engine_has_no_tensor_parallelism(problems):
+    assert problems(2, engine_type="hf", engine_tp_size=2) == [
+        "--engine_type hf has no tensor parallelism: --engine_tp_size 2 must be 1"
+    ]
+
+
+def test_several_sources_each_need_a_share(problems, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.parquet").touch()
+    sources = f"{tmp_path / 'data'}, {other}"
+    assert "one share for each of 2 sources" in problems(prompt_data=sources)[0]
+    assert problems(prompt_data=sources, prompt_data_probs="0.7,0.3") == []
+    assert "must add up to 1, not 3; 0.3333,0.6667" in problems(prompt_data=sources, prompt_data_probs="1,2")[0]
+    curriculum = {"prompt_data": sources, "prompt_data_probs": "1,0", "prompt_data_probs_end": "0,1"}
+    assert problems(**curriculum) == []
+    assert "use --num_episodes 1" in problems(**curriculum, num_episodes=2)[0]
+    assert "use one of the two" in problems(**curriculum, dynamic_sampling=True)[0]
+    # the same spelling for the data to evaluate on
+    assert problems(eval_data=sources, eval_split="train") == []
+    assert "holds no validation.parquet (--eval_split)" in problems(eval_data=sources)[0]
+
+
+def test_benchmarks_need_their_recordings(problems, tmp_path):
+    for name in ("a.json", "b.jsonl"):
+        (tmp_path / name).touch()
+    files = f"{tmp_path}/a.json,{tmp_path}/b.jsonl"
+    known = {"eval_benchmark": files, "eval_steps": 5}
+    assert "--eval_audio_dir is missing" in problems(**known)[0]
+    assert problems(**known, eval_audio_dir=str(tmp_path)) == []
+    assert problems(**known, eval_audio_dir=f"{tmp_path},{tmp_path}") == []
+    assert "one for each of 2 files" in problems(**known, eval_audio_dir=",".join([str(tmp_path)] * 3))[0]
+    assert "--eval_benchmark without an evaluation" in problems(**known | {"eval_steps": -1}, eval_audio_dir=".")[0]
+    twice = f"{tmp_path}/a.json,{tmp_path}/../{tmp_path.name}/a.json"
+    assert "two files have one name" in problems(**known | {"eval_benchmark": twice}, eval_audio_dir=".")[0]
+
+
+@pytest.mark.parametrize("shares", ["a", "0.5;0.5", ""])
+def test_shares_that_are_no_numbers_are_refused_before_anything_loads(problems, shares):
+    assert any(problem.startswith("--prompt_data_probs") for problem in problems(prompt_data_probs=shares))
+
+
+def test_paths(problems, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "--pretrain is missing" in problems(pretrain="")[0]
+    assert problems(pretrain=str(empty)) == [f"--pretrain {empty}: holds no config.json; is it a model folder?"]
+    (empty / "config.json").touch()
+    assert f"--pretrain {empty}: holds no processor (preprocessor_config.json" in problems(pretrain=str(empty))[0]
+    assert problems(pretrain="./nowhere") == ["--pretrain ./nowhere: no such folder"]
+    assert problems(pretrain="Qwen/Qwen2-Audio-7B-Instruct") == []  # a name on the hub
+    assert "--prompt_data is missing" in problems(prompt_data="")[0]
+    assert problems(prompt_data=str(empty)) == [f"--prompt_data {empty}: holds no train.parquet (--prompt_split)"]
+    assert "does not exist" in problems(prompt_data=str(tmp_path / "gone"))[0]
+    assert "holds no test.parquet" in problems(prompt_split="test")[0]
+
+
+def test_a_file_of_another_kind_is_no_split(problems, tmp_path):
+    """``blending_datasets`` reads parquet, json, jsonl and csv; anything else would fail after the models loaded."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    (folder / "train.data").touch()
+    assert problems(prompt_data=str(folder)) == [f"--prompt_data {folder}: holds no train.parquet (--prompt_split)"]
+
+
+def test_all_problems_are_reported_at_once(problems):
+    found = problems(
+        temperature=0.0, advantage_estimator="gae", train_batch_size=8, micro_train_batch_size=3, pretrain="./nowhere"
+    )
+    for flag in ("temperature", "advantage_estimator", "train_batch_size", "micro_train_batch_size", "pretrain"):
+        assert any(problem.startswith(f"--{flag} ") for problem in found), flag
+    assert len(found) == 5
+
+
+def test_resuming_finds_a_checkpoint(problems, tmp_path):
+    (tmp_path / "_actor").mkdir()
+    (tmp_path / "_actor" / "latest").write_text("step_000001")
+    assert problems(load_checkpoint=True, ckpt_path=str(tmp_path)) == []
+    assert problems(load_checkpoint=True, save_path=str(tmp_path)) == []  # --ckpt_path defaults to --save_path
+
+
+# ------------------------------------------------------------------------------------------------------------ the flags
+def test_freeze_prefix_alone_means_the_tower():
+    def parse(*command):
+        args = build_parser(add_arguments).parse_args(command)
+        finish(args)
+        return args.freeze_prefix
+
+    assert parse() is None
+    assert parse("--freeze_prefix") == ["audio_tower"]
+    assert parse("--freeze_prefix", "multi_modal_projector") == ["multi_modal_projector"]
+
+
+@pytest.mark.parametrize("action", actions(), ids=lambda a: a.dest)
+def test_every_flag_has_a_help_text(action):
+    assert action.help
+    assert len(action.help) > 8
+
+
+BOOLEANS = sorted({a.dest for a in actions() if a.nargs == 0})
+
+
+@pytest.mark.parametrize("dest", BOOLEANS)
+def test_every_boolean_can_be_switched_on_and_off(dest):
+    """Also where a script in front has already given the flag: the last one wins."""
+    parser = build_parser(add_arguments)
+    options = [option for a in parser._actions if a.dest == dest for option in a.option_strings]
+    for value in (True, False):
+        reachable = {bool(getattr(parser.parse_args([option]), dest)) for option in options}
+        assert value in reachable, f"{options} never make {dest} {value}"
+
+
+def test_there_are_the_booleans_that_there_should_be():
+    assert {"bf16", "use_kl_loss", "gradient_checkpointing", "enable_engine_sleep", "verbose"} <= set(BOOLEANS)
+
+
+@pytest.mark.parametrize("dest", sorted({a.dest for a in actions()}))
+def test_every_flag_is_read_by_something(dest):
+    """Checking a value, as flags.py does, is not yet using it."""
+    sources = [*(ROOT / "examples" / "r1_aqa").rglob("*.py"), *(ROOT / "runtime").rglob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.name != "flags.py")
+    assert re.search(rf"\b(args|config)\.{dest}\b", text), f"nothing reads args.{dest}"
+
+
+def test_the_choices_are_those_of_the_runtime():
+    assert set(ESTIMATORS) == set(advantages.ESTIMATORS) | set(REFUSED_ESTIMATORS)
+    assert LOSS_AGG_MODES == loss.LOSS_AGG_MODES
+    choices = {a.dest: a.choices for a in actions()}
+    assert tuple(choices["kl_estimator"]) == loss.KL_ESTIMATORS

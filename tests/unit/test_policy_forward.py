@@ -1,0 +1,384 @@
+"""The policy's log-probs and gradients against plain transformers: one unpadded sample, one clip, full logits."""
+
+import copy
+import json
+
+import pytest
+import torch
+from aqa.patches.slots import audio_token_count, pack_clip, unpack_clips
+from aqa.patches.targets import patch_actor_for_audio
+from aqa.policy import forward as policy_forward
+from aqa.policy.forward import encode_clips
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+from transformers.masking_utils import create_bidirectional_mask
+
+from lightrft.models.actor_al import ActorAL, load_model
+from lightrft.trainer.fast_exp_maker import forward
+from lightrft.trainer.replay_buffer import Experience, make_micro_batch
+
+AUDIO, PAD, VOCABULARY = 7, 0, 61
+
+
+def build_model() -> Qwen2AudioForConditionalGeneration:
+    config = Qwen2AudioConfig(
+        audio_config={
+            "model_type": "qwen2_audio_encoder",
+            "num_mel_bins": 128,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 96,
+            "d_model": 64,
+            "max_source_positions": 1500,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        },
+        audio_token_index=AUDIO,
+    )
+    torch.manual_seed(0)
+    model = Qwen2AudioForConditionalGeneration(config).eval()
+    with torch.no_grad():  # large weights: whatever the model hears or reads must show in its logits
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.3 * parameter[0].numel() ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain() -> Qwen2AudioForConditionalGeneration:
+    return build_model()
+
+
+@pytest.fixture(scope="module")
+def policy(plain) -> Qwen2AudioForConditionalGeneration:
+    return copy.deepcopy(plain)
+
+
+def as_actor(
+    policy: Qwen2AudioForConditionalGeneration, temperature: float = 1.0, logit_bias: dict | None = None
+) -> ActorAL:
+    actor = ActorAL(policy)
+    actor.temperature, actor.logit_bias = temperature, logit_bias or {}
+    patch_actor_for_audio(actor)
+    return actor
+
+
+def make_mel(seed: int) -> torch.Tensor:
+    """A spectrogram that is nowhere zero, not even beyond the valid frames, as the extractor's."""
+    return torch.randn(128, 3000, generator=torch.Generator().manual_seed(seed))
+
+
+def make_item(frames: int | None, seed: int, response: list[int], clip_seed: int | None = None, text: int = 4):
+    """An experience, and the spectrogram it was packed from; ``frames`` None is text alone."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    words = torch.randint(8, VOCABULARY, (text + 3,), generator=generator).tolist()
+    mel = None if frames is None else make_mel(seed if clip_seed is None else clip_seed)
+    audio = [] if frames is None else [AUDIO] * audio_token_count(frames)
+    item = Experience(
+        prompt="",
+        prompt_ids=torch.tensor(words[:3] + audio + words[3:]),
+        response_ids=torch.tensor(response),
+        engine_log_probs=torch.zeros(len(response)),
+        truncated=False,
+        clips=[] if frames is None else [pack_clip(mel, frames)],
+        reference="",
+        label="",
+    )
+    return item, mel, frames
+
+
+def audio_embeddings(model, mel: torch.Tensor, frames: int) -> torch.Tensor:
+    """Tower and projector, called as transformers' own forward does: 3,000 frames and a mask."""
+    tower = model.model.audio_tower
+    states, tokens = tower._get_feat_extract_output_lengths(torch.tensor([frames]))
+    mask = create_bidirectional_mask(
+        config=tower.config,
+        inputs_embeds=torch.zeros(1, 1500, 1, dtype=mel.dtype),
+        attention_mask=(torch.arange(1500)[None] < states[:, None]).long(),
+    )
+    hidden = tower(mel[None], attention_mask=mask).last_hidden_state
+    return model.model.multi_modal_projector(hidden)[0, : int(tokens)]
+
+
+def reference_log_probs(model, case, temperature: float = 1.0, logit_bias: dict | None = None) -> torch.Tensor:
+    """Log-probs of one sample's response by plain transformers.
+
+    A response without audio placeholders goes through the ordinary forward. With one, transformers would take the
+    placeholder for a clip's, so the audio is put at the prompt's placeholders by hand.
+    """
+    item, mel, frames = case
+    ids = torch.cat([item.prompt_ids, item.response_ids])[None]
+    kwargs = {"input_ids": ids}
+    if frames is not None:
+        dtype = model.lm_head.weight.dtype
+        features = mel.to(dtype)
+        if (item.response_ids == AUDIO).any() or audio_token_count(frames) == 1:
+            embeds = model.get_input_embeddings()(ids).clone()
+            prompt = torch.zeros_like(ids, dtype=torch.bool)
+            prompt[:, : len(item.prompt_ids)] = True
+            embeds[prompt & (ids == AUDIO)] = audio_embeddings(model, features, frames)
+            kwargs = {"inputs_embeds": embeds}
+        else:
+            mask = (torch.arange(3000) < frames).long()[None]
+            kwargs |= {"input_features": features[None], "feature_attention_mask": mask}
+    logits = model(**kwargs, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    for token, bias in (logit_bias or {}).items():
+        logits = logits.index_add(1, torch.tensor([token]), torch.full((len(logits), 1), bias, dtype=logits.dtype))
+    log_probs = (logits / temperature).log_softmax(-1)
+    predicting = log_probs[len(item.prompt_ids) - 1 : -1]  # position t predicts token t + 1
+    return predicting.gather(-1, item.response_ids[:, None])[:, 0]
+
+
+def mixed_cases() -> list:
+    """Lengths from one audio token to 30 s, shared clips, text alone, prompts and responses of all widths."""
+    return [
+        make_item(333, 1, [9, 10, 11, 12, 13]),
+        make_item(None, 2, [14, 15], text=9),
+        make_item(8, 3, [16]),
+        make_item(333, 4, [17, 18, 19], clip_seed=1, text=1),  # the first one's clip
+        make_item(101, 5, [20, AUDIO, 21, AUDIO, AUDIO]),  # samples placeholders
+        make_item(3, 6, [22, 23]),  # one audio token
+        make_item(3000, 7, [24, 25, 26]),
+        make_item(None, 8, [27, AUDIO, 28]),
+        make_item(333, 1, [29, 30]),  # the first one's prompt and clip: a group
+        make_item(333, 1, [31, 32, 33], clip_seed=2),  # the first one's prompt, another clip
+        make_item(None, 2, [34], text=9),  # the second one's prompt
+    ]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "logit_bias"),
+    [(1.0, None), (0.7, None), (1.0, {AUDIO: -100.0, 9: 1.5}), (1.6, {10: -2.0, 14: 3.0})],
+    ids=["plain", "temperature", "bias", "both"],
+)
+@torch.no_grad()
+def test_log_probs_equal_plain_transformers(plain, policy, temperature, logit_bias):
+    cases = mixed_cases()
+    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
+    assert not batch.attention_mask[:, 0].all()  # there is padding on the left
+    assert not batch.attention_mask[:, -1].all()  # and on the right
+    out = forward(as_actor(policy, temperature, logit_bias), batch)
+    assert out.dtype == torch.float32
+    for row, mask, case in zip(out, batch.response_mask, cases, strict=True):
+        expected = reference_log_probs(plain, case, temperature, logit_bias)
+        # float32 sums over other widths, in another order; a bias of -100 makes log-probs of -100, hence the rtol
+        torch.testing.assert_close(row[mask], expected, rtol=1e-5, atol=1e-5)
+        assert not row[~mask].any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@torch.no_grad()
+def test_responses_of_a_single_token(plain, policy, batch_size):
+    cases = [make_item(40, 1, [9]), make_item(40, 1, [10])][:batch_size]
+    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
+    out = forward(as_actor(policy), batch)
+    for row, mask, case in zip(out, batch.response_mask, cases, strict=True):
+        torch.testing.assert_close(row[mask], reference_log_probs(plain, case), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prompts_that_differ_in_a_real_padding_token_alone(plain, policy):
+    """The padding token may also be a word: then the same columns are padding in one prompt and read in the other."""
+    cases = [make_item(None, 1, [9, 10]), make_item(None, 1, [11, 12])]
+    cases[1][0].prompt_ids = torch.cat([torch.tensor([PAD]), cases[0][0].prompt_ids])
+    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
+    out = forward(as_actor(policy), batch)
+    for row, case in zip(out, cases, strict=True):
+        torch.testing.assert_close(row, reference_log_probs(plain, case), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_model_hears(policy):
+    """The comparison above means nothing if audio hardly matters: another clip must change every log-prob."""
+    one, other = make_item(200, 1, [9, 10, 11]), make_item(200, 1, [9, 10, 11], clip_seed=99)
+    batch = make_micro_batch([one[0], other[0]], PAD, torch.device("cpu"))
+    out = forward(as_actor(policy), batch)
+    assert ((out[0] - out[1]).abs() > 1e-2).all()
+
+
+@torch.no_grad()
+def test_a_batch_of_text_alone(plain, policy):
+    cases = [make_item(None, 1, [9, 10]), make_item(None, 2, [11], text=8)]
+    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
+    assert batch.audio_values is None
+    out = forward(as_actor(policy), batch)
+    for row, mask, case in zip(out, batch.response_mask, cases, strict=True):
+        torch.testing.assert_close(row[mask], reference_log_probs(plain, case), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_two_clips_in_one_prompt(policy):
+    """Their audio lands in order: as two prompts' worth of embeddings put there by hand."""
+    first, second = pack_clip(make_mel(1), 40), pack_clip(make_mel(2), 100)
+    ids = [9, *[AUDIO] * audio_token_count(40), 10, *[AUDIO] * audio_token_count(100), 11]
+    item = make_item(None, 0, [12, 13])[0]
+    item.prompt_ids, item.clips = torch.tensor(ids), [first, second]
+    out = forward(as_actor(policy), make_micro_batch([item], PAD, torch.device("cpu")))
+    sequence = torch.cat([item.prompt_ids, item.response_ids])[None]
+    embeds = policy.get_input_embeddings()(sequence)
+    embeds[0, 1:11] = audio_embeddings(policy, make_mel(1), 40)
+    embeds[0, 12:37] = audio_embeddings(policy, make_mel(2), 100)
+    logits = policy.lm_head(policy.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state)
+    expected = logits[0, len(ids) - 1 : -1].log_softmax(-1).gather(-1, item.response_ids[:, None])[None, :, 0]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_different_clip_is_encoded_once(policy, monkeypatch):
+    seen = []
+    encode = policy_forward.encode_clips
+    monkeypatch.setattr(
+        policy_forward, "encode_clips", lambda model, x, frames: seen.append(len(x)) or encode(model, x, frames)
+    )
+    items = [make_item(50, seed, [9, 10], clip_seed=seed // 4)[0] for seed in range(8)]
+    forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient_checkpointing"])
+def test_gradients_of_shared_clips_equal_the_naive_ones(plain, checkpointing):
+    """The loss is a weighted sum of log-probs, the weights as different as advantages are.
+
+    In float64, because gradients add up along other paths; the log-probs themselves are made in float32.
+    """
+    model = copy.deepcopy(plain).double()
+    policy = copy.deepcopy(plain).double().train()
+    actor = as_actor(policy, temperature=0.9)
+    if checkpointing:
+        actor.gradient_checkpointing_enable({"use_reentrant": False})
+    cases = [
+        make_item(101, 1, [9, 10, 11]),
+        make_item(101, 2, [12, AUDIO], clip_seed=1, text=2),
+        make_item(None, 3, [13, 14]),
+        make_item(40, 4, [15, 16, 17, 18]),
+        make_item(101, 5, [19], clip_seed=1),
+        make_item(101, 1, [20, 21, 22, 23]),  # a group with the first, of another length
+        make_item(101, 1, [24, 25], clip_seed=7),  # its prompt, another clip
+        make_item(None, 3, [26]),  # a group with the third
+    ]
+    weights = [torch.randn(len(case[0].response_ids), generator=torch.Generator().manual_seed(3)) for case in cases]
+    for case, weight in zip(cases, weights, strict=True):
+        (reference_log_probs(model, case, temperature=0.9) * weight).sum().backward()
+    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
+    out = forward(actor, batch)
+    sum(
+        (row[mask] * weight).sum() for row, mask, weight in zip(out, batch.response_mask, weights, strict=True)
+    ).backward()
+
+    expected = dict(model.named_parameters())
+    compared = 0
+    for name, parameter in policy.named_parameters():
+        reference = expected[name].grad
+        assert (parameter.grad is None) == (reference is None), name
+        if reference is None:
+            assert name == "model.audio_tower.embed_positions.weight"  # frozen by transformers
+            continue
+        scale = reference.abs().max()
+        assert scale > 0, f"{name}: nothing to compare"
+        error = (parameter.grad - reference).abs().max() / scale
+        assert error < 1e-5, f"{name}: relative error {error}"
+        compared += 1
+    assert compared == sum(1 for _ in policy.parameters()) - 1
+
+
+@pytest.mark.parametrize("frames", [*range(3, 16), 100, 101, 102, 103, 2996, 2997, 2998, 2999, 3000])
+@torch.no_grad()
+def test_the_narrow_tower_equals_the_tower_on_3000_frames(policy, frames):
+    mel = make_mel(frames)
+    rows = pack_clip(mel, frames)
+    clips = unpack_clips(rows, torch.tensor([[1, 1, len(rows)]]))
+    embeddings, tokens = encode_clips(policy, clips.features, clips.frames)
+    assert tokens.tolist() == [audio_token_count(frames)]
+    torch.testing.assert_close(embeddings, audio_embeddings(policy, mel, frames), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_short_clip_beside_a_long_one_is_encoded_as_alone(policy):
+    lengths = [301, 6, 43]
+    parts = [pack_clip(make_mel(frames), frames) for frames in lengths]
+    clips = unpack_clips(parts, torch.tensor([[1, 1, len(part)] for part in parts]))
+    embeddings, tokens = encode_clips(policy, clips.features, clips.frames)
+    expected = [audio_embeddings(policy, make_mel(frames), frames) for frames in lengths]
+    assert tokens.tolist() == [len(part) for part in expected]
+    torch.testing.assert_close(embeddings, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_number_of_placeholders_is_refused(policy):
+    items = [make_item(100, 1, [9])[0], make_item(40, 2, [10])[0]]
+    items[0].prompt_ids = items[0].prompt_ids[items[0].prompt_ids != AUDIO]
+    batch = make_micro_batch(items, PAD, torch.device("cpu"))
+    # the first prompt takes none of the 25 tokens of its clip, so that they fall to the second
+    with pytest.raises(ValueError, match=r"sequence 1 .* 10 audio placeholders.* \[25\]"):
+        forward(as_actor(policy), batch)
+
+
+def test_clips_in_another_order_than_the_prompts_are_refused(policy):
+    """The placeholders add up, but the first prompt would get a part of the second one's audio."""
+    items = [make_item(100, 1, [9])[0], make_item(40, 2, [10])[0]]
+    items[0].clips, items[1].clips = items[1].clips, items[0].clips
+    batch = make_micro_batch(items, PAD, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"sequence 0 .* 25 audio placeholders"):
+        forward(as_actor(policy), batch)
+
+
+def test_a_missing_clip_is_refused(policy):
+    items = [make_item(40, 1, [9])[0], make_item(40, 2, [10])[0]]
+    items[1].clips = []
+    with pytest.raises(ValueError, match=r"sequence 1 .* 10 audio placeholders"):
+        forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
+    items[0].clips = []
+    with pytest.raises(ValueError, match="placeholders, but there is no clip"):
+        forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
+
+
+def test_a_clip_too_many_is_refused(policy):
+    items = [make_item(40, 1, [9])[0], make_item(None, 2, [10])[0]]
+    items[1].clips = [pack_clip(make_mel(3), 20)]
+    with pytest.raises(ValueError, match=r"2 clips, but the prompts' placeholders \[10, 0\] take fewer"):
+        forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
+
+
+def test_audio_without_the_patch_is_refused(policy):
+    batch = make_micro_batch([make_item(40, 1, [9])[0]], PAD, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="patch_actor_for_audio"):
+        forward(ActorAL(policy), batch)
+
+
+@torch.no_grad()
+def test_bfloat16_stays_near_float32(policy):
+    cases = mixed_cases()[:4]
+    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
+    expected = forward(as_actor(policy), batch)
+    out = forward(as_actor(copy.deepcopy(policy).bfloat16()), batch)
+    assert out.dtype == torch.float32
+    # 8 bits of mantissa through 2 layers of large random weights: a tenth in a log-prob, which are 4 on average
+    torch.testing.assert_close(out, expected, rtol=0, atol=0.25)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+def test_a_checkpoint_loads_with_its_weights(tiny_model):
+    policy = load_model(str(tiny_model), dtype=torch.float32)
+    stored = load_file(tiny_model / "model.safetensors")
+    assert torch.equal(policy.lm_head.weight, stored["language_model.lm_head.weight"])
+    assert torch.equal(policy.model.audio_tower.conv1.weight, stored["audio_tower.conv1.weight"])
+
+
+@pytest.mark.parametrize("kind", ["missing", "unexpected"])
+def test_a_checkpoint_that_is_not_whole_is_refused(tiny_model, tmp_path, kind):
+    stored = load_file(tiny_model / "model.safetensors")
+    name = "audio_tower.conv1.weight"
+    weights = {"audio_tower.conv9.weight" if k == name and kind == "unexpected" else k: v for k, v in stored.items()}
+    if kind == "missing":
+        del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((tiny_model / "config.json").read_text())))
+    with pytest.raises(ValueError, match=rf"not a whole Qwen2-Audio checkpoint.*{kind}.*audio_tower\.conv"):
+        load_model(str(tmp_path), dtype=torch.float32)

@@ -1,0 +1,452 @@
+"""The rewards are R1-AQA's, on the response alone, for any text, in any thread and in bounded time.
+
+The tables were checked once against R1-AQA's own functions (``src/utils/rewards.py``); the patterns repeated here are
+the rule itself, which two of the functions under test restate in linear time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import reward_models_utils as rewards
+import torch
+from aqa.rewards import matching
+from aqa.rewards.matching import MathChecker, MathCheckUnavailable, first_answer, may_hold_math
+from conftest import EXAMPLE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+HEADER = "<|im_start|>assistant\n"
+QUESTION = "What barks? Please choose the answer from the following options: ['dog', 'cat']."
+FORM = "Output the final answer in <answer> </answer>."
+
+
+def prompt_text(question: str = f"{QUESTION} {FORM}", clips: int = 3) -> str:
+    """A decoded Qwen2-Audio prompt with expanded audio placeholders."""
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"Audio 1: <|audio_bos|>{'<|AUDIO|>' * clips}<|audio_eos|>\n{question}<|im_end|>\n{HEADER}"
+    )
+
+
+PROMPT = prompt_text()
+END = "<|im_end|>"
+PAD = "<|endoftext|>"
+
+# (response, bare gold, reward, why)
+ACCURACY = [
+    ("<answer>dog</answer>", "dog", 1, "the reference itself"),
+    ("<answer> dog\t</answer>", " dog", 1, "both sides are stripped"),
+    ("dog\n", "dog", 1, "without tags the whole response is the answer"),
+    ("It barks. <answer>dog</answer> Surely.", "dog", 1, "text around the tags does not matter for accuracy"),
+    ("<think>cat?</think><answer>dog</answer>", "dog", 1, "nor does thinking"),
+    ("<answer>Dog</answer>", "dog", 0, "case matters"),
+    ("<answer>dog.</answer>", "dog", 0, "so does punctuation"),
+    ("<answer>cat</answer>", "dog", 0, "wrong option"),
+    ("", "dog", 0, "nothing said"),
+    ("<answer></answer>", "dog", 0, "empty answer"),
+    ("<answer>cat</answer><answer>dog</answer>", "dog", 0, "the first answer counts"),
+    ("<answer>\ndog\n</answer>", "dog", 0, "R1-AQA's pattern does not cross lines, and the tags make the text differ"),
+    ("<answer>cat\n<answer>dog</answer>", "dog", 1, "so the first answer that lies on one line counts"),
+    ("<answer><answer>dog</answer></answer>", "dog", 0, "the outer opening tag starts the answer"),
+    ("<answer>dog", "dog", 0, "no closing tag: the whole text, tag included, is compared"),
+    ("<answer>['dog', 'cat']</answer>", "dog", 0, "copying the options is no answer"),
+    ("<answer>4</answer>", "4", 1, "a number as text"),
+    ("It is $\\frac{1}{2}$", "$0.5$", 1, "equal for math_verify only"),
+    ("<answer>$x+1$</answer>", "$1+x$", 1, "equal for math_verify only"),
+    ("<answer>about 4 dogs</answer>", "some 4 cats", 1, "math_verify reads nothing but the number: R1-AQA's value"),
+    ("<answer>4.0</answer>", "4", 0, "right behind the tag math_verify sees no number: R1-AQA's value"),
+    ("it is 4", "4", 0, "the reference is wrapped before it is parsed, and then holds no number either"),
+    ("<answer>$4$</answer>", "$5$", 0, "different numbers"),
+    ("$1$", "$2x+z=1$", 1, "the response is verify's first argument ..."),
+    ("$2x+z=1$", "$1$", 0, "... and verify is not symmetric"),
+]
+
+# (response, plain form, think form, why)
+FORMAT = [
+    ("<answer>dog</answer>", 1, 0, "plain form"),
+    ("<answer></answer>", 1, 0, "an empty answer has the form"),
+    ("<answer>a\nb</answer>", 1, 0, "line feeds are allowed (DOTALL)"),
+    ("<answer>a</answer> and <answer>b</answer>", 1, 0, "under a full match the middle may hold tags"),
+    ("<answer>dog</answer>\n", 0, 0, "white space after the end"),
+    (" <answer>dog</answer>", 0, 0, "white space before the start"),
+    ("So: <answer>dog</answer>", 0, 0, "text before"),
+    ("<answer>dog</answer>.", 0, 0, "text after"),
+    ("<answer>dog", 0, 0, "not closed"),
+    ("<answer>", 0, 0, "one tag"),
+    ("<answer</answer>", 0, 0, "overlapping ends are not two tags"),
+    ("<ANSWER>dog</ANSWER>", 0, 0, "case matters"),
+    ("", 0, 0, "nothing"),
+    ("<think>hm</think><answer>dog</answer>", 0, 1, "think form"),
+    ("<think></think>\n \t<answer></answer>", 0, 1, "white space between the parts"),
+    ("<think>a</think> b <answer>dog</answer>", 0, 0, "text between the parts"),
+    ("<think>a</think>b</think><answer>c</answer>", 0, 1, "the middle may hold tags"),
+    ("<think>a</think><answer>", 0, 0, "not closed"),
+    ("<think><answer>dog</answer>", 0, 0, "thinking not closed"),
+    ("<answer>dog</answer><think>a</think>", 0, 0, "wrong order"),
+    ("hm</think><answer>dog</answer>", 0, 0, "thinking not opened"),
+    ("<think>a</think><answer></answer", 0, 0, "last tag cut off"),
+]
+
+TAGS = st.sampled_from(["<answer>", "</answer>", "<think>", "</think>", "\n", " ", "a", "<", "\r", "\u2028", "</"])
+TAGGED = st.lists(TAGS, max_size=12).map("".join)
+MATHS = st.lists(
+    st.one_of(
+        st.sampled_from(
+            ["$", "\\", "(", ")", "[", "]", "\\frac{1}{2}", "\\boxed{", "}", "1", "٣", "²", ".5", "-", "**"]
+        ),
+        st.sampled_from(["€", "=", " ", "\n", "\x1c", "\u00a0", "\x85", "x", "and", ",", "%", "_", "+", "/"]),
+        st.sampled_from(["answer", "final answer is", "</answer>"]),
+    ),
+    max_size=9,
+).map("".join)
+
+
+@pytest.fixture(autouse=True)
+def warn_again():
+    """Warnings are given once per process: forget those of earlier tests."""
+    for warn in (rewards._warn_unknown_label, rewards._warn_no_header, matching._warn_unavailable):
+        warn.cache_clear()
+
+
+@pytest.fixture
+def checker():
+    one = MathChecker()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def brief_checker():
+    one = MathChecker(cpu_limit_s=0.5)
+    yield one
+    one.close()
+
+
+@pytest.mark.parametrize(("content", "gold", "expected", "why"), ACCURACY)
+def test_accuracy_table(content, gold, expected, why):
+    assert rewards.accuracy_reward_fn(content, gold) == expected, why
+    assert rewards.accuracy_reward_fn(content, f"<answer>{gold}</answer>") == expected, f"{why} (wrapped by the caller)"
+
+
+@pytest.mark.parametrize(("content", "plain", "think", "why"), FORMAT)
+def test_format_table(content, plain, think, why):
+    assert (rewards.format_reward_fn(content), rewards.format_reward_fn(content, enable_think=True)) == (
+        plain,
+        think,
+    ), why
+
+
+@given(text=TAGGED)
+def test_linear_rules_equal_the_patterns_they_restate(text):
+    match = re.search(r"<answer>(.*?)</answer>", text)
+    assert first_answer(text) == (match.group(1) if match else None)
+    plain = re.fullmatch(r"<answer>.*?</answer>", text, re.DOTALL)
+    think = re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer>", text, re.DOTALL)
+    assert rewards.format_reward_fn(text) == float(plain is not None)
+    assert rewards.format_reward_fn(text, enable_think=True) == float(think is not None)
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=MATHS)
+def test_where_no_math_is_expected_math_verify_finds_none(text):
+    """Contract with the installed math_verify: skipping it must never change a value."""
+    parse = pytest.importorskip("math_verify").parse
+    if not may_hold_math(text):
+        assert parse(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [" **-(-5+1)", " **€-5", "=5", "5", "\x1c5", " [x] ", "\\(x\\)", "\\[x\\]", "$x$", "\\frac{1}{2}", "\\boxed{x}"],
+)
+def test_where_math_verify_finds_math_it_is_asked(text):
+    parse = pytest.importorskip("math_verify").parse
+    assert parse(text) != [] and may_hold_math(text)
+
+
+def test_texts_beyond_the_limit_are_compared_as_text_only(monkeypatch):
+    monkeypatch.setattr(matching, "_CHECKER", None)
+    long = "word " * 4000
+    assert rewards.accuracy_reward_fn(f"{long} $1/2$", "$0.5$") == 0.0
+    assert rewards.accuracy_reward_fn(f"{long} <answer>$0.5$</answer>", "$0.5$") == 1.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.one_of(st.text(), TAGGED), gold=st.one_of(st.text(min_size=1), TAGGED), think=st.booleans())
+def test_any_text_scores_zero_or_one(content, gold, think):
+    assert rewards.accuracy_reward_fn(content, gold) in (0.0, 1.0)
+    assert rewards.format_reward_fn(content, think) in (0.0, 1.0)
+    query = PROMPT + content
+    assert query.startswith(PROMPT + rewards.extract_response(query))
+
+
+def test_combined_is_the_unweighted_sum():
+    assert rewards.avqa_combined_reward_fn("<answer>dog</answer>", "dog") == (2.0, 1.0, 1.0)
+    assert rewards.avqa_combined_reward_fn("dog", "dog") == (1.0, 1.0, 0.0)
+    assert rewards.avqa_combined_reward_fn("<answer>cat</answer>", "dog") == (1.0, 0.0, 1.0)
+    assert rewards.avqa_combined_reward_fn("<answer>dog</answer>", "dog", enable_think=True) == (1.0, 1.0, 0.0)
+    thought = "<think>barks</think>\n<answer>dog</answer>"
+    assert rewards.avqa_combined_reward_fn(thought, "dog", enable_think=True) == (2.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tail", "response", "why"),
+    [
+        ("<answer>dog</answer>" + END, "<answer>dog</answer>", "end of turn"),
+        ("<answer>dog</answer>" + END + PAD * 3, "<answer>dog</answer>", "end of turn and padding"),
+        ("<answer>dog</answer>" + PAD, "<answer>dog</answer>", "the other end-of-sequence token"),
+        ("<answer>dog", "<answer>dog", "cut off by the token limit"),
+        ("", "", "nothing generated"),
+        (" a\n" + END, " a\n", "white space is the response's own"),
+        (f"cat{END}\n{HEADER}<answer>dog</answer>{END}", "cat", "an imitated turn"),
+        (f"{END}\n<|im_start|>user\n{QUESTION}{END}\n{HEADER}<answer>dog</answer>{END}", "", "an imitated prompt"),
+        (f"cat{HEADER}<answer>dog</answer>{END}", "cat", "an imitated header without an end of turn"),
+        (f"{HEADER}<answer>dog</answer>{END}", "", "an imitated header at once"),
+        (f"<answer>cat</answer>{PAD}<answer>dog</answer>{END}", "<answer>cat</answer>", "imitated padding"),
+    ],
+)
+def test_the_response_is_the_models_first_turn(tail, response, why):
+    assert rewards.extract_response(PROMPT + tail) == response, why
+    assert rewards.extract_response(PROMPT + tail, prompt=PROMPT) == response, why
+    assert rewards.extract_response(PAD * 5 + PROMPT + tail) == response, f"{why}, prompt padded on the left"
+
+
+def test_with_the_prompt_given_earlier_turns_are_skipped():
+    prompt = prompt_text("How many?").removesuffix(HEADER) + f"{HEADER}<answer>cat</answer>{END}\n" + PROMPT
+    query = prompt.replace("<|AUDIO|>", "<|AUDIO|>" * 25) + f"<answer>dog</answer>{END}\n{HEADER}<answer>eel</answer>"
+    assert rewards.extract_response(query, prompt=prompt) == "<answer>dog</answer>"
+    with pytest.raises(ValueError, match="no assistant header"):
+        rewards.extract_response(query, prompt="Hello")
+    with pytest.raises(ValueError, match="fewer assistant headers"):
+        rewards.extract_response(PROMPT, prompt=prompt)
+
+
+def test_a_perfect_answer_scores_two_through_the_trainers_call():
+    queries = [
+        f"{PROMPT}<answer>dog</answer>{END}{PAD}{PAD}",  # perfect
+        f"{PROMPT}dog{END}",  # right, no tags
+        f"{PROMPT}<answer>cat</answer>{END}",  # the form alone
+        f"{PROMPT}cat{END}\n{HEADER}<answer>dog</answer>{END}",  # an imitated second turn
+        f"{PROMPT}<think>hm</think><answer>dog</answer>{END}",  # think sample
+        f"{PROMPT}<answer>dog</answer>{END}",  # think sample without thinking
+    ]
+    labels = ["avqa_rule"] * 4 + ["avqa_think_rule"] * 2
+    total, metrics = rewards.reward_fn(
+        model_reward_list=[], labels=labels, queries=queries, refs=["dog"] * 6, label_map={}
+    )
+    torch.testing.assert_close(total, torch.tensor([2.0, 1.0, 1.0, 0.0, 2.0, 1.0]))
+    assert all(tensor.is_contiguous() for tensor in (total, *metrics.values()))
+    assert set(metrics) == {"format_reward", "accuracy_reward", "rule_reward"}
+    torch.testing.assert_close(metrics["accuracy_reward"], torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0]))
+    torch.testing.assert_close(metrics["format_reward"], torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0]))
+    torch.testing.assert_close(metrics["rule_reward"], total)
+
+
+def test_metrics_share_no_memory():
+    """LightRFT adds penalties to the rewards in place; the metrics must stay."""
+    total, metrics = rewards.reward_fn([], ["avqa_rule"], [PROMPT + "<answer>dog</answer>"], ["dog"], {})
+    total -= 5.0
+    assert [metrics[name].item() for name in ("rule_reward", "accuracy_reward", "format_reward")] == [2.0, 1.0, 1.0]
+
+
+def test_rewards_live_on_the_device_of_the_model_scores():
+    meta = torch.zeros(1, device="meta")
+    total, metrics = rewards.reward_fn([meta], ["avqa_rule"], [PROMPT + "dog"], ["dog"], {"rm": 0})
+    assert {tensor.device.type for tensor in (total, *metrics.values())} == {"meta"}
+    total, metrics = rewards.reward_fn([], [], [], [], {})
+    assert {(tuple(tensor.shape), tensor.dtype) for tensor in (total, *metrics.values())} == {((0,), torch.float32)}
+
+
+def test_an_unknown_label_means_the_plain_rule_and_is_warned_of_once(caplog):
+    query = PROMPT + "<answer>dog</answer>"
+    with caplog.at_level(logging.WARNING):
+        for labels in (["mystery"] * 2, ["mystery", "avqa_rule"], ["avqa_think_rule"] * 2, None):
+            total, _ = rewards.reward_fn([], labels, [query] * 2, ["dog"] * 2, {})
+            assert total.tolist() == ([1.0, 1.0] if labels == ["avqa_think_rule"] * 2 else [2.0, 2.0])
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "unknown label 'mystery'",
+        "unknown label 'None'",
+    ]
+
+
+def test_a_query_without_a_header_is_a_response_and_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        total, _ = rewards.reward_fn([], ["avqa_rule"] * 2, ["<answer>dog</answer><|im_end|>"] * 2, ["dog"] * 2, {})
+    assert total.tolist() == [2.0, 2.0]
+    assert len(caplog.records) == 1 and "no assistant header" in caplog.text
+
+
+@pytest.mark.parametrize("empty", ["", " \n", "<answer></answer>", None, 4])
+def test_an_absent_reference_is_an_error_that_names_the_sample(empty):
+    with pytest.raises(ValueError, match=r"sample 1 \(label 'avqa_think_rule'\): the reference must be"):
+        rewards.reward_fn([], ["avqa_rule", "avqa_think_rule"], [PROMPT, PROMPT], ["dog", empty], {})
+
+
+@pytest.mark.parametrize("refs", [None, [], ["dog"], ["dog"] * 3])
+def test_every_query_needs_a_reference_and_a_label(refs):
+    with pytest.raises(ValueError, match="2 queries"):
+        rewards.reward_fn([], ["avqa_rule"] * 2, [PROMPT] * 2, refs, {})
+
+
+HOSTILE = {
+    "tower of powers": ("it is 9**9**9**9", "= 3"),
+    "tower of powers in LaTeX": ("$10^{10^{10^{10}}}$", "$3$"),
+    "deep LaTeX": ("$" + "\\frac{" * 400 + "1" + "}{2}" * 400 + "$", "$3$"),
+    "a megabyte of opening tags": ("<answer>" * 131_072, "= 3"),
+    "a megabyte of think borders": ("<think>" + "</think><answer>" * 65_536 + "</answer>x</answer", "= 3"),
+    "a megabyte of lines": ("<answer>\n" * 100_000 + "</answer>", "= 3"),
+    "a megabyte of dollars": ("$ " * 500_000, "$3$"),
+    "a megabyte of white space": ("<think></think>" + " " * 1_000_000, "= 3"),
+    "null bytes, bidi, lone surrogate": ("\x00\u202e $\ud800 4$ \u2066" * 50, "= 3"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_responses_take_bounded_time(name, brief_checker, monkeypatch):
+    monkeypatch.setattr(matching, "_CHECKER", brief_checker)
+    brief_checker.agree("$1$", "$2$")  # starting it is not on the clock
+    content, gold = HOSTILE[name]
+    begin = time.monotonic()
+    total, accuracy, _ = rewards.avqa_combined_reward_fn(content, gold, enable_think=True)
+    rewards.extract_response(PROMPT + content)
+    assert time.monotonic() - begin < 4.5  # the check's 0.5 s of CPU time; math_verify's own limit is 5 s a step
+    assert total in (0.0, 1.0) and accuracy == 0.0
+
+
+def test_math_is_checked_in_any_thread():
+    """math_verify's own time-outs work in the main thread only: there they would make every value 0."""
+    found = {}
+
+    def score(index: int) -> None:
+        found[index] = rewards.accuracy_reward_fn(f"$\\frac{{{index}}}{{4}}$", f"${index / 4}$")
+
+    threads = [threading.Thread(target=score, args=(index,)) for index in range(1, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert found == dict.fromkeys(range(1, 6), 1.0)
+
+
+def test_the_worker_survives_death_hang_and_interruption(checker, monkeypatch):
+    assert checker.agree("$1/2$", "$0.5$") and not checker.agree("$1/3$", "$0.5$")
+
+    checker._process.kill()  # as the kernel does when memory runs out
+    checker._process.wait()
+    assert checker.agree("$1/2$", "$0.5$")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(matching, "CHECK_WALL_LIMIT_S", 0.3)
+        os.kill(checker._process.pid, signal.SIGSTOP)  # neither reads nor answers
+        assert not checker.agree("$1/2$", "$0.5$")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    assert checker.agree("$1/2$", "$0.5$")
+    with monkeypatch.context() as patch:
+        patch.setattr(matching, "_read_byte", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checker.agree("$1/2$", "$0.5$")
+    assert not checker.agree("$1/3$", "$0.5$"), "the reply to the interrupted check was taken for this one's"
+
+
+def test_without_math_verify_text_counts_and_a_warning_is_given(monkeypatch, caplog, tmp_path):
+    absent = MathChecker(worker_file=str(tmp_path / "absent.py"))
+    with pytest.raises(MathCheckUnavailable, match="ended while starting"):
+        absent.agree("$1$", "$2$")
+    begin = time.monotonic()
+    monkeypatch.setattr(matching, "_CHECKER", absent)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(50):
+            assert rewards.accuracy_reward_fn("it is $0.125$", "$1/8$") == 0.0
+            assert rewards.accuracy_reward_fn("<answer>$1/8$</answer>", "$1/8$") == 1.0
+    assert len(caplog.records) == 1 and "compared as text only" in caplog.text
+    assert time.monotonic() - begin < 1.0, "a failed start is not repeated for every sample"
+    monkeypatch.undo()
+    assert rewards.accuracy_reward_fn("it is $0.125$", "$1/8$") == 1.0, (
+        "an answer that was never checked was remembered"
+    )
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process lives; a zombie does not (nobody may reap orphans in a container)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+LIFE = textwrap.dedent(
+    """
+    import os, sys, time
+    from aqa.rewards import matching as matching
+
+    end = sys.argv[1]
+    assert matching.answers_agree("$1/2$", "$0.5$")
+    worker = matching._CHECKER._process.pid
+    libraries = open(f"/proc/{worker}/maps").read()
+    assert "libtorch" not in libraries and "libcuda" not in libraries
+    pipe = os.dup(matching._CHECKER._process.stdin.fileno())  # a fork inherits what Python does not know of, too
+    child = os.fork()
+    if child == 0:
+        assert matching._CHECKER._process is None
+        if end == "killed":
+            os.close(1)  # the test reads it to its end
+            time.sleep(20)  # a fork that outlives its parent
+            os._exit(0)
+        agreed = matching.answers_agree("$1/4$", "$0.25$") and matching._CHECKER._process.pid != worker
+        matching._CHECKER.close()
+        os._exit(0 if agreed else 1)
+    if end == "exit":
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert matching._CHECKER._process.poll() is None, "the child ended its parent's worker"
+        assert matching.answers_agree("$1/5$", "$0.2$")
+    print(worker, child, flush=True)
+    if end == "killed":
+        os.kill(os.getpid(), 9)
+    """
+)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("end", ["exit", "killed"])
+def test_no_worker_outlives_its_parent_and_a_fork_gets_its_own(end):
+    done = subprocess.run(
+        [sys.executable, "-c", LIFE, end],
+        env={**os.environ, "PYTHONPATH": str(EXAMPLE)},
+        stdout=subprocess.PIPE,
+        timeout=60,
+    )
+    assert done.returncode == (-signal.SIGKILL if end == "killed" else 0)
+    worker, child = map(int, done.stdout.split())
+    try:
+        deadline = time.monotonic() + 10.0
+        while is_running(worker) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_running(worker)
+    finally:
+        if end == "killed":
+            os.kill(child, signal.SIGKILL)
+
+
+def test_labels_that_do_not_fit_are_told():
+    plain, think = "Output the final answer in <answer>", "Output the thinking process in <think> </think> and"
+    assert rewards.label_doubts([plain, think], [rewards.PLAIN_LABEL, rewards.THINK_LABEL]) == []
+    prompts = [plain, think, plain, think, plain, plain]
+    labels = ["avqa", rewards.PLAIN_LABEL, rewards.THINK_LABEL, None, rewards.THINK_LABEL, rewards.PLAIN_LABEL]
+    first, second, third = rewards.label_doubts(prompts, labels)
+    assert first.startswith("2 of 6 rows have a label that is no rule") and "(row 0: label 'avqa')" in first
+    assert second.startswith("2 of 6 rows are labelled avqa_think_rule") and "(row 2: " in second
+    assert third.startswith("2 of 6 rows have prompts that say <think>") and "(row 1: " in third

@@ -1,0 +1,462 @@
+"""The runtime's small parts: prompt data, metrics, console, seeds, checkpoint names and folders."""
+
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration
+
+from lightrft.engines.base import Sampling, stable_seed
+from lightrft.models.actor_al import load_model
+from lightrft.strategy.checkpoint import begin, commit, newest, rotate, write_hf_folder
+from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
+from lightrft.trainer.spmd_ppo_trainer import hand_back_memory
+from lightrft.utils import blending_datasets, get_tokenizer_processor_vl
+from lightrft.utils import metrics as metrics_module
+from lightrft.utils.data import find_split
+from lightrft.utils.metrics import MetricsWriter
+from lightrft.utils.weight_names import checkpoint_name, checksum, layer_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+def write_rows(path: Path, name: str, count: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"name": [f"{name}{i}" for i in range(count)]}), path)
+    return path
+
+
+def test_a_folder_is_read_by_split_and_a_file_as_it_is(tmp_path):
+    train = write_rows(tmp_path / "train.parquet", "t", 3)
+    write_rows(tmp_path / "validation.parquet", "v", 2)
+    both = blending_datasets(str(tmp_path), "1.0", eval_split="validation")
+    assert [list(part["name"]) for part in both] == [["t0", "t1", "t2"], ["v0", "v1"]]
+    assert list(blending_datasets(str(tmp_path), "1.0", return_eval=False)["name"]) == ["t0", "t1", "t2"]
+    by_file = blending_datasets(str(train), "1.0", return_eval=False, train_split="anything")
+    assert list(by_file["name"]) == ["t0", "t1", "t2"]
+    assert list(blending_datasets(str(tmp_path), "1.0", return_eval=False, max_count=2)["name"]) == ["t0", "t1"]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+def test_other_formats(tmp_path, suffix):
+    rows = [{"name": "a", "count": 1}, {"name": "b", "count": 2}]
+    text = {
+        "json": json.dumps(rows),
+        "jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "csv": "name,count\na,1\nb,2\n",
+    }[suffix]
+    (tmp_path / f"train.{suffix}").write_text(text, encoding="utf-8")
+    data = blending_datasets(str(tmp_path), "1.0", return_eval=False)
+    assert list(data) == rows
+
+
+@pytest.mark.parametrize("value", ["7", "0012", "1.50", "2020-01-01"])
+def test_json_strings_stay_strings(tmp_path, value):
+    """An answer "7" is text: as a number it would never equal what a model writes."""
+    (tmp_path / "train.jsonl").write_text(json.dumps({"reference": value, "date": value}) + "\n", encoding="utf-8")
+    data = blending_datasets(str(tmp_path), "1.0", return_eval=False)
+    assert data[0] == {"reference": value, "date": value}
+
+
+def test_sources_are_mixed_by_their_shares_reproducibly(tmp_path):
+    for name in "ab":
+        write_rows(tmp_path / name / "train.parquet", name, 400)
+
+    def mix(seed, shares="0.75, 0.25", **kwargs):
+        sources = f"{tmp_path / 'a'}, {tmp_path / 'b'}"
+        return list(blending_datasets(sources, shares, None, seed, return_eval=False, **kwargs)["name"])
+
+    mixed = mix(0)
+    # drawn with probability 3/4 until the 400 of a are used up: 533 +- 13 rows; four deviations
+    assert len(mixed) == pytest.approx(533, abs=54)
+    assert sum(name.startswith("a") for name in mixed) / len(mixed) == pytest.approx(0.75, abs=0.08)
+    assert mixed == mix(0)
+    assert mixed != mix(1)
+    longer = mix(0, stopping_strategy="all_exhausted")
+    assert {f"b{i}" for i in range(400)} <= set(longer)
+
+
+def test_what_is_read_is_printed(tmp_path):
+    path, lines = write_rows(tmp_path / "train.parquet", "t", 3), []
+    blending_datasets(str(tmp_path), "1.0", SimpleNamespace(print=lines.append, world_size=1), return_eval=False)
+    assert lines == [f"data: {path}, 3 rows"]
+
+
+def test_missing_data_is_named(tmp_path):
+    write_rows(tmp_path / "train.parquet", "t", 1)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no split 'dev': expected dev.parquet")):
+        blending_datasets(str(tmp_path), "1.0", eval_split="dev")
+    with pytest.raises(FileNotFoundError, match=r"no prompt data at .*gone: neither a file nor a folder"):
+        blending_datasets(str(tmp_path / "gone"), "1.0")
+    with pytest.raises(ValueError, match="1 sources but 2 probabilities"):
+        blending_datasets(str(tmp_path), "0.5,0.5")
+
+
+def test_find_split(tmp_path):
+    assert find_split(str(tmp_path), "train") is None
+    (tmp_path / "train.csv").touch()
+    (tmp_path / "train.txt").touch()
+    assert find_split(str(tmp_path), "train") == tmp_path / "train.csv"
+    (tmp_path / "train.parquet").touch()
+    assert find_split(str(tmp_path), "train") == tmp_path / "train.parquet"
+    assert find_split(str(tmp_path / "train.txt"), "test") == tmp_path / "train.txt"
+    with pytest.raises(FileNotFoundError, match="gone"):
+        find_split(str(tmp_path / "gone"), "train")
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+def test_metrics_are_json_lines_that_are_appended_and_readable_at_once(tmp_path):
+    folder, args = tmp_path / "new" / "run", SimpleNamespace(use_wandb=False, use_tensorboard=None)
+    writer = MetricsWriter(folder, args)
+    writer.write(1, {"reward": 0.5, "lr": 1e-6, "norm": math.nan, "gap": math.inf})
+    path = folder / "metrics.jsonl"
+    assert json.loads(path.read_text()) == {"step": 1, "reward": 0.5, "lr": 1e-6, "norm": None, "gap": None}
+    writer.close()
+    resumed = MetricsWriter(folder, args, done=1)
+    resumed.write(2, {"reward": 1.0})
+    resumed.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    records = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+
+
+# -------------------------------------------------------------------------------------------------------------- console
+CHATTER = """
+import ctypes, os, subprocess, sys
+from pathlib import Path
+from lightrft.utils.console import console
+print("before", flush=True)
+console.rank = int(sys.argv[2])
+console.redirect(Path(sys.argv[1]))
+print("python chatter")
+print("python errors", file=sys.stderr)
+os.write(1, b"descriptor chatter\\n")
+os.write(2, b"descriptor errors\\n")
+libc = ctypes.CDLL(None)
+libc.puts(b"native chatter")
+libc.fflush(None)
+subprocess.run(["echo", "child chatter"], check=True)
+console.print("one line", "for people")
+console.warn("look here")
+"""
+NOISE = [
+    "python chatter",
+    "python errors",
+    "descriptor chatter",
+    "descriptor errors",
+    "native chatter",
+    "child chatter",
+]
+
+
+def run_console(code: str, log: Path, rank: int = 0) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "runtime")}
+    command = [sys.executable, "-c", code, str(log), str(rank)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_chatter_goes_to_the_file_and_our_lines_to_both(tmp_path):
+    log = tmp_path / "logs" / "rank0.log"
+    done = run_console(CHATTER, log)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["before", "one line for people", "WARNING (rank 0): look here"]
+    assert done.stderr == ""
+    text = log.read_text()
+    assert all(line in text for line in [*NOISE, "one line for people"])
+
+
+def test_other_ranks_only_warn(tmp_path):
+    done = run_console(CHATTER, tmp_path / "rank1.log", rank=1)
+    assert done.stdout.splitlines() == ["before", "WARNING (rank 1): look here"]
+    assert "one line" not in (tmp_path / "rank1.log").read_text()
+
+
+def test_the_log_is_appended_to(tmp_path):
+    log = tmp_path / "rank0.log"
+    log.write_text("an earlier run\n")
+    run_console(CHATTER, log)
+    assert log.read_text().startswith("an earlier run\n")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_reaches_the_terminal_and_the_file(tmp_path, rank):
+    log = tmp_path / "rank.log"
+    done = run_console(CHATTER + "raise ValueError('the cause')\n", log, rank)
+    assert done.returncode == 1
+    assert f"rank {rank}: Traceback" in done.stdout
+    assert "ValueError: the cause" in done.stdout
+    assert f"the engines' output is in {log}" in done.stdout
+    assert "ValueError: the cause" in log.read_text()
+    assert not any(line in done.stdout for line in NOISE)
+
+
+def test_an_interruption_is_one_line(tmp_path):
+    done = run_console(CHATTER + "raise KeyboardInterrupt\n", tmp_path / "a.log")
+    assert "rank 0: interrupted" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------------------- engine
+def test_seeds_are_the_same_everywhere():
+    # blake2b of "42\x1f1\x1f0", 8 bytes, little-endian, without the lowest two bits: computed once, apart from the code
+    assert stable_seed(42, 1, 0) == 3945578218908576192
+    assert stable_seed("42", 1, "0") == 3945578218908576192
+
+
+def test_seeds_differ_and_fit():
+    seeds = {stable_seed(42, step, position) for step in range(50) for position in range(50)}
+    assert len(seeds) == 2500
+    assert all(0 <= seed < 2**62 for seed in seeds)  # vLLM adds the sample's number, torch takes 63 bits
+    assert stable_seed(1, 23) != stable_seed(12, 3)
+
+
+def test_a_seed_changes_nothing_else():
+    sampling = Sampling(n=3, temperature=0.5, logit_bias={1: -100.0})
+    seeded = sampling.with_seed(7)
+    assert seeded == Sampling(n=3, temperature=0.5, logit_bias={1: -100.0}, seed=7)
+    assert sampling.seed is None
+
+
+@pytest.mark.parametrize(
+    ("live", "stored"),
+    [
+        ("model.language_model.layers.0.self_attn.q_proj.bias", "language_model.model.layers.0.self_attn.q_proj.bias"),
+        ("model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight"),
+        ("lm_head.weight", "language_model.lm_head.weight"),
+        ("model.audio_tower.conv1.weight", "audio_tower.conv1.weight"),
+        ("model.multi_modal_projector.linear.bias", "multi_modal_projector.linear.bias"),
+    ],
+)
+def test_checkpoint_names(live, stored):
+    assert checkpoint_name(live) == stored
+    assert checkpoint_name(stored) == stored  # a checkpoint's own name stays
+
+
+def test_checkpoint_names_are_those_of_a_stored_model(tiny_model):
+    policy = load_model(str(tiny_model), dtype=torch.float32)
+    names = {checkpoint_name(name) for name, _ in policy.named_parameters()}
+    assert names == set(load_file(tiny_model / "model.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("length", [0, 1, 4, 1003])
+@pytest.mark.parametrize("start", [0, 1])  # at 1 a view does not begin at a whole word
+def test_a_checksum_is_the_sum_of_the_64_bit_words(dtype, length, start):
+    tensor = torch.randn(length + start, generator=torch.Generator().manual_seed(0)).to(dtype)[start:]
+    octets = bytes(tensor.clone().view(torch.uint8).tolist())
+    words = [int.from_bytes(octets[i : i + 8], "little") for i in range(0, len(octets), 8)]
+    assert checksum(tensor) == sum(words) % 2**64
+
+
+def test_a_checksum_sees_the_least_update_and_adds_up():
+    weight = torch.full((64, 32), 0.02)
+    same = weight.t().contiguous().t()  # the same values, laid out otherwise
+    assert checksum(same) == checksum(weight) == (checksum(weight[:16]) + checksum(weight[16:])) % 2**64
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(1.0))
+    assert checksum(same) != checksum(weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.language_model.layers.0.self_attn.q_proj.weight", "model.language_model.layers.0.self_attn"),
+        ("model.language_model.layers.0.mlp.gate_proj.weight", "model.language_model.layers.0.mlp"),
+        ("model.language_model.layers.0.input_layernorm.weight", "model.language_model.layers.0.input_layernorm"),
+        ("model.multi_modal_projector.linear.bias", "model.multi_modal_projector.linear"),
+        ("lm_head.weight", "lm_head"),
+    ],
+)
+def test_layers_that_are_sent_as_one(name, layer):
+    assert layer_of(name) == layer
+
+
+class Engine:
+    """Notes what is sent."""
+
+    def __init__(self):
+        self.sent = []
+
+    def wake_up(self):
+        pass
+
+    def load_weights(self, weights):
+        self.sent.append([name for name, _ in weights])
+
+
+def test_frozen_layers_are_sent_once(tiny_model):
+    actor = SimpleNamespace(model=load_model(str(tiny_model), dtype=torch.float32))
+    frozen = ("audio_tower", "embed_tokens", "q_proj")
+    for name, parameter in actor.model.named_parameters():
+        parameter.requires_grad_(not set(frozen) & set(name.split(".")))
+    strategy = object.__new__(DeepspeedStrategy)  # without a process group
+    strategy.args, strategy.inference_engine, strategy.engine_has_all = (
+        SimpleNamespace(zero_stage=0, lora_rank=0, bf16=False, sync_bucket_mb=512),
+        Engine(),
+        False,
+    )
+    for _ in range(3):
+        strategy.update_engine_weights(actor)
+    first, *later = strategy.inference_engine.sent
+    everything = {checkpoint_name(name) for name, _ in actor.model.named_parameters()}
+    assert set(first) == everything and len(first) == len(everything)
+    # vLLM keeps q, k and v of a block in one layer, so that a frozen q goes with its k and v
+    assert all(
+        everything - set(names) == {n for n in everything if n.startswith("audio_tower.") or "embed_tokens" in n}
+        for names in later
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_written_folder_loads_whole_under_the_models_own_name(tiny_model, tmp_path, dtype):
+    policy = load_model(str(tiny_model), dtype=dtype)
+    with torch.no_grad():  # not the weights it came with
+        for parameter in policy.parameters():
+            parameter.add_(0.125)
+    weights = {checkpoint_name(name): parameter.data for name, parameter in policy.named_parameters()}
+    policy.config.use_cache = False  # as the actor sets it
+    write_hf_folder(policy, weights, AutoTokenizer.from_pretrained(tiny_model), str(tmp_path / "out"))
+
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.architectures == ["Qwen2AudioForConditionalGeneration"]
+    assert config.dtype == dtype
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is True
+    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype="auto"
+    )
+    assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    expected = dict(policy.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, expected[name]), name
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(tiny_model / "model.safetensors"))
+    assert model.generation_config.eos_token_id == policy.generation_config.eos_token_id
+    tokens = [
+        AutoTokenizer.from_pretrained(folder)("What is it?")["input_ids"] for folder in (tiny_model, tmp_path / "out")
+    ]
+    assert tokens[0] == tokens[1]
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("keep", "broken", "left"),
+    [
+        (2, [], {"step_000003", "step_000004"}),
+        (1, [], {"step_000004"}),
+        (9, [], {"step_000001", "step_000002", "step_000003", "step_000004"}),
+        (1, ["step_000004", "step_000003"], {"step_000002", "step_000004"}),  # the one to resume from is never deleted
+    ],
+)
+def test_rotation_deletes_the_oldest_and_never_the_last_whole_one(tmp_path, keep, broken, left):
+    for i in range(1, 5):
+        folder = tmp_path / f"step_{i:06d}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({"state": 0}))
+        if folder.name not in broken:
+            (folder / "state").touch()
+    rotate(str(tmp_path), keep)
+    assert {folder.name for folder in tmp_path.iterdir()} == left
+
+
+def test_a_checkpoint_gets_its_name_when_it_is_whole(tmp_path):
+    (tmp_path / "step_000001.part").mkdir()  # of a save that was killed
+    (tmp_path / "step_000003").mkdir()  # of a run that went further before it was resumed from an older one
+    begin(str(tmp_path), "step_000003.part")
+    assert newest(str(tmp_path))[0] is None
+    folder = tmp_path / "step_000003.part"
+    (folder / "zero").mkdir()
+    (folder / "zero" / "state").write_bytes(b"12345")
+    commit(str(tmp_path), "step_000003")
+    assert newest(str(tmp_path)) == ("step_000003", [])
+    assert json.loads((tmp_path / "step_000003" / "manifest.json").read_text()) == {"zero/state": 5}
+    assert (tmp_path / "latest").read_text() == "step_000003"
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000003", "latest"}
+
+
+def test_metrics_wait_for_room_on_the_disk(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(metrics_module.console, "warn", said.append)
+    writer = MetricsWriter(tmp_path, SimpleNamespace(use_wandb=False, use_tensorboard=None))
+    writer.write(1, {"x": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))  # room for half of the next record
+    try:
+        writer.write(2, {"x": 2.0})
+        writer.write(3, {"x": 3.0})
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [json.loads(line)["step"] for line in lines] == [1]
+    writer.write(4, {"x": 4.0})
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert len(said) == 1 and said[0].startswith("metrics.jsonl cannot be written")
+
+
+def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path):
+    args = SimpleNamespace(use_wandb=False, use_tensorboard=None)
+    writer = MetricsWriter(tmp_path, args)
+    for step in (1, 2, 3):
+        writer.write(step, {"x": step * 1.0})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "x"')  # killed while writing
+    writer = MetricsWriter(tmp_path, args, done=2)
+    writer.write(3, {"x": 30.0})
+    writer.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records == [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}, {"step": 3, "x": 30.0}]
+    MetricsWriter(tmp_path, args).close()  # a new run in the same folder
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert len((tmp_path / "metrics.jsonl.old").read_text().splitlines()) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ processor
+def test_tokenizer_and_processor_share_the_padding_side(tiny_model):
+    tokenizer, processor = get_tokenizer_processor_vl(str(tiny_model), None, "right")
+    assert processor.tokenizer is tokenizer
+    assert tokenizer.padding_side == "right"
+    assert tokenizer.pad_token is not None
+
+
+def test_a_tokenizer_without_padding_token_pads_with_the_end(tiny_model, tmp_path):
+    for path in tiny_model.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["pad_token"]
+    path.write_text(json.dumps(settings))
+    model = SimpleNamespace(config=SimpleNamespace(pad_token_id=None))
+    tokenizer, _ = get_tokenizer_processor_vl(str(tmp_path), model)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert model.config.pad_token_id == tokenizer.eos_token_id
+    assert tokenizer.padding_side == "left"
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+def test_freed_memory_goes_back_to_the_system():
+    def resident() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+
+    chunks = [b"x" * 100_000 for _ in range(3000)]  # 286 MiB, each too small for a mapping of its own
+    del chunks[:-1]  # the last one keeps the heap from shrinking
+    before = resident()
+    hand_back_memory()
+    assert resident() < before - 200

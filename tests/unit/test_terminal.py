@@ -1,0 +1,185 @@
+"""What training shows: lines of 80 columns, colours on terminals alone, --quiet, --verbose, bar and summary."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from aqa.training.summary import read_metrics, summary, summary_table
+from conftest import EXAMPLE, ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightrft.utils import progress
+from lightrft.utils.console import Console, paint
+from lightrft.utils.progress import fit, step_lines
+
+METRICS = {
+    "rollout/reward": 1.2265,
+    "rollout/accuracy_reward": 0.5,
+    "rollout/response_length": 8.04,
+    "train/kl": 0.08151,
+    "rollout/logprob_gap_max": 1.4e-6,
+    "time/data": 0.004,
+    "time/rollout": 0.531,
+    "time/logprobs": 0.1,
+    "time/train": 0.13,
+    "time/sync": 0.04,
+    "time/step": 1.26,
+}
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from lightrft.utils.console import console, paint
+from lightrft.utils.progress import Progress
+console.quiet = "quiet" in sys.argv
+console.redirect(Path(sys.argv[1]))
+console.status("starting ...")
+console.print(paint("first", "bold"))
+progress = Progress(total=2, shown=True)
+progress.phase("rollout")
+console.warn("look")
+progress.step("step 1", "more")
+progress.phase("train")
+progress.close()
+console.print("the end", needed=True)
+"""
+
+
+def on_terminal(log: Path, *arguments: str, **variables: str) -> str:
+    """What a terminal of 80 columns receives."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "runtime"), "COLUMNS": "80", "NO_COLOR": "", **variables}
+    command = [sys.executable, "-c", SCRIPT, str(log), *arguments]
+    done = subprocess.run(command, env=environment, stdout=theirs, stderr=theirs, timeout=120)
+    os.close(theirs)
+    received = b""
+    try:
+        while part := os.read(ours, 100_000):
+            received += part
+    except OSError:  # what Linux raises at the end of a terminal
+        pass
+    os.close(ours)
+    assert done.returncode == 0, received
+    return received.decode()
+
+
+# ------------------------------------------------------------------------------------------------------------ the lines
+def test_the_line_of_a_step():
+    assert step_lines(98, 100, METRICS) == [
+        "step  98/100  reward 1.226  acc 0.500  len 8.0  kl 0.0815  gap 1e-06  1.3 s"
+    ]
+
+
+def test_evaluations_have_a_line_of_their_own():
+    lines = step_lines(4, 4, METRICS | {"eval/accuracy_reward": 0.25, "eval/mmau/accuracy": 0.5, "eval/reward": 1.0})
+    assert len(lines) == 2
+    assert lines[1] == paint("eval 4/4  accuracy 0.250  mmau/accuracy 0.500", "bold")
+
+
+def test_verbose_adds_the_phases(monkeypatch):
+    monkeypatch.setattr(progress.console, "verbose", True)
+    lines = step_lines(4, 4, METRICS)
+    assert lines[1:] == [paint("     seconds: data 0.00  rollout 0.53  logprobs 0.10  train 0.13  sync 0.04", "dim")]
+
+
+numbers = st.floats(-999.0, 9999.0) | st.just(float("nan"))
+
+
+@given(st.integers(1, 9_999), st.fixed_dictionaries(dict.fromkeys(METRICS, numbers)), st.booleans())
+def test_lines_fit_80_columns(step, metrics, verbose):
+    progress.console.verbose = verbose
+    try:
+        lines = step_lines(step, 9_999, metrics)
+    finally:
+        progress.console.verbose = False
+    plain = [line.removeprefix("\x1b[2m").removesuffix("\x1b[0m") for line in lines]
+    assert max(map(len, plain)) <= 80, plain
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "width", "text"),
+    [
+        (1.2265, 3, 5, "1.226"),
+        (-1.2265, 3, 5, "-1.23"),
+        (0.0815, 4, 6, "0.0815"),
+        (12.3456, 4, 6, "12.346"),
+        (123.44, 1, 4, "123"),
+        (99.96, 1, 4, "100"),
+        (12345.6, 1, 4, "12346"),
+        (float("nan"), 4, 6, "nan"),
+    ],
+)
+def test_numbers_lose_decimals_first(value, decimals, width, text):
+    assert fit(value, decimals, width) == text
+
+
+# --------------------------------------------------------------------------------------------------------- the terminal
+def test_a_terminal_gets_colours_the_bar_and_the_status_and_the_log_none_of_it(tmp_path):
+    shown = on_terminal(tmp_path / "log")
+    assert "\r\x1b[Kstarting ..." in shown
+    assert "\r\x1b[K\x1b[1mfirst\x1b[0m\r\n" in shown  # in the status's place
+    assert "rollout  " in shown and "| 0/2" in shown and "train    " in shown and "| 1/2" in shown
+    assert "\r\x1b[33mWARNING (rank 0):\x1b[0m look\r\n" in shown  # in the bar's place, which is drawn again below
+    assert shown.rstrip().endswith("the end")
+    assert (tmp_path / "log").read_text() == "first\nstep 1\nmore\nthe end\n"
+
+
+def test_no_color(tmp_path):
+    shown = on_terminal(tmp_path / "log", NO_COLOR="1")
+    assert "\x1b[1m" not in shown and "\x1b[33m" not in shown
+    assert "first\r\n" in shown and "WARNING (rank 0): look\r\n" in shown
+
+
+def test_quiet_shows_warnings_and_what_is_needed_and_logs_all(tmp_path):
+    shown = on_terminal(tmp_path / "log", "quiet")
+    assert shown == "\x1b[33mWARNING (rank 0):\x1b[0m look\r\nthe end\r\n"
+    assert (tmp_path / "log").read_text() == "first\nstep 1\nmore\nthe end\n"
+
+
+def test_a_file_gets_plain_lines(capsys):
+    console = Console()
+    console.stream = sys.stdout
+    console.status("starting ...")
+    console.print(paint("first", "bold"), 2)
+    console.warn("look")
+    assert capsys.readouterr().out == "first 2\nWARNING (rank 0): look\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- the summary
+def records(count: int) -> list[dict]:
+    shared = {"rollout/format_reward": 1.0, "train/grad_norm": None, "health/failed_saves": 0.0}
+    return [{"step": step, **METRICS, **shared, "rollout/reward": step / 10} for step in range(1, count + 1)]
+
+
+def test_the_summary_compares_first_last_and_recent_steps():
+    rows = records(20)
+    rows[9]["eval/accuracy_reward"], rows[19]["eval/accuracy_reward"] = 0.25, 0.75
+    rows[-1] |= {"health/anomalies": 2.0}
+    lines = summary_table(rows)
+    assert lines[0].split() == ["step", "1", "step", "20", "mean", "of", "10"]
+    cells = {line[:18].strip(): line[18:].split() for line in lines[1:]}
+    assert cells["reward"] == ["0.100", "2.000", "1.550"]  # 1.1 to 2.0: 15.5 / 10
+    assert cells["eval/accuracy"] == ["0.250", "0.750", "0.750"]
+    assert "gradient norm" not in cells
+    assert lines[-1] == "signs to look at (see the warnings): 2"
+    assert max(map(len, lines)) <= 80
+
+
+def test_short_empty_and_cut_runs(tmp_path):
+    assert summary_table(records(1))[0].split() == ["step", "1", "step", "1", "mean", "of", "1"]
+    assert summary_table([]) == []
+    assert summary(str(tmp_path)).split() == ["model", str(tmp_path), "metrics", f"{tmp_path}/metrics.jsonl"]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records(3)) + '{"step": 4, "roll')
+    assert [record["step"] for record in read_metrics(file)] == [1, 2, 3]
+    assert "step 3" in summary(str(tmp_path))
+
+
+def test_quiet_and_verbose_are_refused_together():
+    command = [sys.executable, str(EXAMPLE / "train_colocate.py"), "--quiet", "--verbose"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "--quiet with --verbose: drop one of the two" in done.stderr

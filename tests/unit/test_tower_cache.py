@@ -1,0 +1,79 @@
+"""A frozen tower's outputs, kept and shared: the same values and gradients, each clip encoded once, memory bounded."""
+
+import copy
+
+import pytest
+import torch
+from aqa.policy import forward as policy
+from aqa.policy.tower_cache import TowerCache, share_tower_outputs
+from test_policy_forward import PAD, as_actor, build_model, mixed_cases
+
+from lightrft.trainer.fast_exp_maker import forward
+from lightrft.trainer.replay_buffer import make_micro_batch
+
+
+def freeze_tower(model):
+    policy.parts_of(model).tower.requires_grad_(False)
+    return model
+
+
+def log_probs_and_grads(model, batch):
+    model.zero_grad()
+    values = forward(as_actor(model), batch)
+    values.sum().backward()
+    return values.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_values_and_gradients_are_those_without_it(monkeypatch):
+    plain, cached = (freeze_tower(build_model()) for _ in range(2))
+    reference = copy.deepcopy(cached).requires_grad_(False)
+    cache = share_tower_outputs(cached, reference)
+    encoded = []
+    original = policy._tower_states
+    monkeypatch.setattr(
+        policy, "_tower_states", lambda tower, x, n: encoded.append(n.tolist()) or original(tower, x, n)
+    )
+    batch = make_micro_batch([item for item, *_ in mixed_cases()], PAD, torch.device("cpu"))
+    expected, grads = log_probs_and_grads(plain, batch)
+    encoded.clear()
+    for _ in range(2):
+        values, cached_grads = log_probs_and_grads(cached, batch)
+        torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
+        assert grads.keys() == cached_grads.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(cached_grads[name], grad, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(forward(as_actor(reference), batch), expected, atol=1e-5, rtol=0)
+    assert len(encoded) == 1  # by the first of three passes
+    assert cache.hits == 2 * cache.misses == 2 * len(encoded[0])
+
+
+def test_a_clip_that_differs_in_one_value_or_in_length_is_another():
+    clip = torch.randn(128, 3000)
+    other = clip.clone()
+    other[5, 99] += 1e-3
+    beyond = clip.clone()
+    beyond[5, 102] += 1.0  # not valid, and no guard row
+    assert TowerCache.key(clip, 100) == TowerCache.key(beyond, 100)
+    assert len({TowerCache.key(clip, 100), TowerCache.key(other, 100), TowerCache.key(clip, 99)}) == 3
+
+
+def test_it_holds_no_more_than_allowed_and_drops_what_was_not_used_for_longest():
+    cache = TowerCache(limit_bytes=2 * 40)
+    values = {key: torch.full((2, 5), float(i)) for i, key in enumerate((b"a", b"b", b"c"))}
+    cache.put(b"a", values[b"a"])
+    cache.put(b"b", values[b"b"])
+    assert torch.equal(cache.get(b"a"), values[b"a"])
+    cache.put(b"c", values[b"c"])
+    assert cache.get(b"b") is None and torch.equal(cache.get(b"a"), values[b"a"]) and cache.used_bytes == 80
+    cache.put(b"d", torch.zeros(21))  # 84 bytes
+    assert cache.get(b"d") is None and cache.used_bytes == 80
+
+
+def test_towers_that_train_or_differ_are_refused():
+    with pytest.raises(ValueError, match=r"the audio tower trains \(conv1.weight\)"):
+        share_tower_outputs(build_model())
+    one, other = (freeze_tower(build_model()) for _ in range(2))
+    policy.parts_of(other).tower.layer_norm.bias[3] += 1e-3
+    with pytest.raises(ValueError, match=r"differ \(layer_norm.bias\)"):
+        share_tower_outputs(one, other)
