@@ -34,8 +34,9 @@ def one_by_one(path: str, jobs: list[Any]) -> Callable[[], list[str]]:
     :return: Answers them all.
     """
     import torch
-    from aqa.audio.decode import SAMPLING_RATE
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+    from aqa.audio.decode import SAMPLING_RATE
 
     processor = AutoProcessor.from_pretrained(path)
     model = Qwen2AudioForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()

@@ -38,9 +38,11 @@ def make_ways(path: str, clips: int = CLIPS) -> dict[str, Callable[[], Any]]:
     :param path: Qwen2-Audio folder.
     :param clips: Clips of the batch.
     """
-    from aqa.audio.decode import SAMPLING_RATE
-    from audio_dataset import AudioMultimodalProcessor, render_prompt
+    from audio_dataset import AudioMultimodalProcessor
     from transformers import AutoProcessor
+
+    from aqa.audio.decode import SAMPLING_RATE
+    from aqa.data.prompts import render_prompt
 
     processor = AutoProcessor.from_pretrained(path)
     ours = AudioMultimodalProcessor(processor.tokenizer, processor, 512)

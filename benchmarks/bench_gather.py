@@ -48,8 +48,8 @@ def measure(path: Path, rounds: int) -> dict[str, Any]:
     :return: Strategy to bucket size to median seconds, ratio to one by one, and MiB in use at most.
     """
     import torch
-    from aqa.training import gloo_shutdown
 
+    from aqa.training import gloo_shutdown
     from lightrft.models.actor_al import load_model
     from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
     from lightrft.strategy.fsdp_strategy import FSDPStrategy

@@ -43,10 +43,10 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
     """
     import torch
     import vllm
-    from aqa.patches.targets import BANNED, build_audio_inputs
     from audio_dataset import patch_experience_maker_for_audio, patch_strategy_for_audio
     from reward_models_utils import reward_fn
 
+    from aqa.patches.targets import BANNED, build_audio_inputs
     from lightrft.engines.base import Sampling, stable_seed
     from lightrft.engines.vllm_engine import VLLMEngine
     from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy

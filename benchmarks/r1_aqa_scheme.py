@@ -119,7 +119,6 @@ def compare(model: Any, ref: Any, batch: dict[str, Any], kl_coef: float, n: int)
     """
     from aqa.patches.slots import pack_clip
     from aqa.patches.targets import BANNED, patch_actor_for_audio
-
     from lightrft.models.actor_al import ActorAL
     from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens
     from lightrft.trainer.fast_exp_maker import forward

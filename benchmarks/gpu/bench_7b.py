@@ -60,8 +60,9 @@ def build_model(size: str, device: torch.device, dtype: torch.dtype) -> Any:
     :param device: Where its weights are made.
     :param dtype: Of its weights.
     """
-    from aqa.patches.targets import Patch, patch_policy
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    from aqa.patches.targets import Patch, patch_policy
 
     (layers, heads, width), (text_layers, text_heads, text_width, intermediate, vocabulary) = SIZES[size]
     audio = {"model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "max_source_positions": 1500}
@@ -113,11 +114,11 @@ def rollout(model: Any, response: int, device: torch.device) -> dict[str, float]
     :param device: Where it runs.
     :return: Tokens a second, mean and largest absolute difference.
     """
-    from aqa.patches.slots import unpack_clips
     from audio_dataset import AudioMultimodalProcessor
+
+    from aqa.patches.slots import unpack_clips
     from demo.make_model import build_processor
     from demo.warm_start import render_prompt
-
     from lightrft.engines.base import Sampling
     from lightrft.engines.hf_engine import HFEngine
 

@@ -20,12 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from aqa.training.freezing import freeze
-from aqa.training.model_sizes import count, parameters, sizes_of, trained
-from aqa.training.plan_memory import GIB, Lengths, micro_batch
 from bench_7b import AUDIO, AUDIO_TOKENS, BATCH, SIZES, TEXT, build_model, make_batch
 from torch.profiler import ProfilerActivity, profile
 
+from aqa.training.freezing import freeze
+from aqa.training.model_sizes import count, parameters, sizes_of, trained
+from aqa.training.plan_memory import GIB, Lengths, micro_batch
 from lightrft.models.lora import add_adapters
 
 RESPONSE, TOLERANCE = 256, 0.15

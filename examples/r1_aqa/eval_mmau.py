@@ -274,8 +274,9 @@ def ask(
     """
     if len(done) == len(lengths):
         return {"seconds": 0.0, "asked": 0}
-    from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, chatter_to, load_processor, render
     from tqdm import tqdm
+
+    from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, chatter_to, load_processor, render
 
     started = time.monotonic()
     settings = Settings(args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size, args.seed)
@@ -315,8 +316,9 @@ def check_audio(items: Sequence[Item], sandbox: Any = None) -> tuple[dict[int, i
     :return: Samples at 16 kHz of the usable ones, what is wrong with the others, by item index; and the indices of
         the usable ones that are digital silence.
     """
-    from aqa.audio.decode import AudioError, load_audio
     from tqdm import tqdm
+
+    from aqa.audio.decode import AudioError, load_audio
 
     load = sandbox.load if sandbox else load_audio
 

@@ -241,8 +241,9 @@ def render(
     :param listening: From :func:`sample_rollouts`.
     """
     import jinja2
-    from aqa.report.metrics import METRICS
     from markupsafe import Markup
+
+    from aqa.report.metrics import METRICS
 
     script = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     style = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in STYLES)

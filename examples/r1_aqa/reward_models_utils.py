@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+
 from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, answers_agree
 
 logger = logging.getLogger(__name__)

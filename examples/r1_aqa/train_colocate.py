@@ -54,12 +54,6 @@ def train(args: argparse.Namespace) -> None:
 
     strategy = get_strategy(args)  # first of all: the runtime's moves the engines' chatter off the screen
 
-    from aqa.evaluation.checkpoints import NOTES_FILE
-    from aqa.patches.targets import BANNED
-    from aqa.policy.forward import parts_of
-    from aqa.policy.tower_cache import share_tower_outputs
-    from aqa.rewards.named import find_reward
-    from aqa.training.freezing import freeze, trainable
     from audio_dataset import (
         patch_actor_for_audio,
         patch_experience_maker_for_audio,
@@ -67,6 +61,12 @@ def train(args: argparse.Namespace) -> None:
     )
     from reward_models_utils import THINK_LABEL, label_doubts
 
+    from aqa.evaluation.checkpoints import NOTES_FILE
+    from aqa.patches.targets import BANNED
+    from aqa.policy.forward import parts_of
+    from aqa.policy.tower_cache import share_tower_outputs
+    from aqa.rewards.named import find_reward
+    from aqa.training.freezing import freeze, trainable
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
     from lightrft.utils import get_tokenizer_processor_vl
 
@@ -264,10 +264,11 @@ def load_prompts(
     :param limit: Most rows.
     :param training: The training data.
     """
-    from aqa.audio.sandbox import Sandbox
-    from aqa.data import mixing
     from audio_dataset import AudioPromptDataset
     from datasets import concatenate_datasets
+
+    from aqa.audio.sandbox import Sandbox
+    from aqa.data import mixing
 
     needed = (args.input_key, args.images_key, args.reference_key, args.label_key)
     parts = mixing.read_sources(source, split, strategy, args.seed, needed)

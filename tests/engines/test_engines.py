@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from aqa.audio.decode import SAMPLING_RATE, load_audio
-from aqa.patches.targets import build_audio_inputs, patch_actor_for_audio, patch_experience_maker_for_audio
-from audio_dataset import AudioMultimodalProcessor, render_prompt
+from audio_dataset import AudioMultimodalProcessor
 from reward_models_utils import reward_fn
 
+from aqa.audio.decode import SAMPLING_RATE, load_audio
+from aqa.data.prompts import render_prompt
+from aqa.patches.targets import build_audio_inputs, patch_actor_for_audio, patch_experience_maker_for_audio
 from lightrft.engines.base import Sampling
 from lightrft.engines.hf_engine import HFEngine
 from lightrft.engines.vllm_engine import VLLMEngine

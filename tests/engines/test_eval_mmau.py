@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import EXAMPLE, run_script
+from safetensors.torch import load_file, save_file
+
 from aqa.data.rows import render_prompt
 from aqa.evaluation import engines
 from aqa.evaluation.checkpoints import Model, resolve_model
@@ -31,8 +34,6 @@ from aqa.evaluation.items import (
     result_rows,
     write_rows,
 )
-from conftest import EXAMPLE, run_script
-from safetensors.torch import load_file, save_file
 
 TOKENS = ("--max_new_tokens", 12)
 
@@ -294,9 +295,10 @@ def test_unusable_audio_stops_the_run_or_counts_as_wrong(tmp_path, flags, questi
 # ----------------------------------------------------------------------------------------------------------- evaluation
 def plain_answers(model: Path, rows: list[dict], audio_dir: Path) -> list[str]:
     """What transformers alone says, one question after another: the reference for everything that is done faster."""
-    from aqa.audio.decode import load_audio
-    from audio_dataset import render_prompt as render_chat
     from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForConditionalGeneration
+
+    from aqa.audio.decode import load_audio
+    from aqa.data.prompts import render_prompt as render_chat
 
     processor = AutoProcessor.from_pretrained(model)
     network = Qwen2AudioForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()

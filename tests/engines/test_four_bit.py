@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from aqa.training.flags import build_parser, find_problems, finish
 from test_training import metrics_of, train
 
+from aqa.training.flags import build_parser, find_problems, finish
 from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.models.four_bit import unpacked
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy

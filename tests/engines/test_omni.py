@@ -8,11 +8,6 @@ import numpy as np
 import pytest
 import torch
 import train_colocate
-from aqa.audio.decode import SAMPLING_RATE
-from aqa.patches.slots import GUARD_ROWS, audio_token_count, pack_clip, unpack_clips
-from aqa.policy.forward import encode_clips
-from aqa.policy.model_parts import family_of as forward_family_of
-from aqa.training.flags import build_parser, finish
 from audio_dataset import AudioMultimodalProcessor
 from conftest import made_once, run_script
 from safetensors.torch import load_file, save_file
@@ -23,6 +18,11 @@ from test_policy_forward import AUDIO, PAD, VOCABULARY, as_actor, make_item, mak
 from test_training import metrics_of, moved, train
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
+from aqa.audio.decode import SAMPLING_RATE
+from aqa.patches.slots import GUARD_ROWS, audio_token_count, pack_clip, unpack_clips
+from aqa.policy.forward import encode_clips
+from aqa.policy.model_parts import family_of as forward_family_of
+from aqa.training.flags import build_parser, finish
 from lightrft.engines.hf_engine import HFEngine
 from lightrft.engines.vllm_engine import VLLMEngine
 from lightrft.models.actor_al import ActorAL, load_model

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from aqa.report.metrics import METRICS as METRIC_TABLE
 from conftest import EXAMPLE, ROOT, child_environment
 from packaging.version import Version
 from safetensors.torch import load_file
 from test_training import METRICS, SMALL
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from aqa.report.metrics import METRICS as METRIC_TABLE
 
 LAUNCHER = ROOT / "tests" / "lightrft_launcher.py"
 NOT_MEASURED = {"train/clip_fraction"}  # by LightRFT's trainer

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from aqa.hosts.lightrft.contract import CONTRACT, TESTED, Spot, check_contract, find_violations
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "r1_aqa"

@@ -17,9 +17,6 @@ import pytest
 import soundfile
 import torch
 import vllm
-from aqa.hosts.lightrft import audio, fixes, training
-from aqa.hosts.lightrft.audio import EngineOutput, checkpoint_name, find_actor, patch_actor
-from aqa.patches.targets import Patch, build_audio_inputs, patch_actor_for_audio
 from safetensors.torch import load_file
 from test_engines import QUESTION, noises, parts, prompt_of, vllm_engine  # noqa: F401
 from test_policy_forward import PAD, build_model, make_item, mixed_cases
@@ -27,6 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen2AudioForConditionalGeneration
 
+from aqa.hosts.lightrft import audio, fixes, training
+from aqa.hosts.lightrft.audio import EngineOutput, checkpoint_name, find_actor, patch_actor
+from aqa.patches.targets import Patch, build_audio_inputs, patch_actor_for_audio
 from lightrft.models.actor_al import ActorAL
 from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import make_micro_batch

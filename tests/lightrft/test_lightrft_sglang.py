@@ -20,6 +20,7 @@ import pytest
 import soundfile
 import torch
 import torch.distributed as dist
+
 from aqa.hosts.lightrft.audio import checkpoint_name
 from aqa.hosts.lightrft.sglang import SglangOutput, generate_with_audio
 from aqa.patches.targets import build_audio_inputs

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from demo import make_data, make_model, sounds, warm_start
 from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from demo import make_data, make_model, sounds, warm_start
 
 PLACEHOLDER = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from transformers import AutoProcessor
+
 from aqa.evaluation import while_training
 from aqa.evaluation.items import MMAU, make_items
 from aqa.evaluation.while_training import BenchmarkEvaluator
 from aqa.training import gloo_shutdown
-from transformers import AutoProcessor
-
 from lightrft.strategy.checkpoint import SaveError
 from lightrft.trainer import evaluation
 from lightrft.trainer.evaluation import BestModel, Evaluation, tag_metrics, tag_sums

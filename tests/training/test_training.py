@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from aqa.evaluation.items import read_rows
-from aqa.evaluation.scoring import is_right
-from aqa.report import metrics
 from conftest import EXAMPLE, ROOT, run_script
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from aqa.evaluation.items import read_rows
+from aqa.evaluation.scoring import is_right
+from aqa.report import metrics
 
 METRICS = [
     "rollout/reward",

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from aqa.patches.slots import audio_token_count
-from audio_dataset import AudioError, AudioMultimodalProcessor, AudioPromptDataset, DataError, render_prompt
+from audio_dataset import AudioError, AudioMultimodalProcessor, AudioPromptDataset, DataError
 from transformers import AutoProcessor, Qwen2AudioProcessor, WhisperFeatureExtractor
 
+from aqa.data.prompts import render_prompt
+from aqa.patches.slots import audio_token_count
 from lightrft.utils import blending_datasets
 
 RATE = 16_000

@@ -24,14 +24,15 @@ import eval_mmau
 import numpy as np
 import pytest
 import soundfile
+from audio_dataset import RESPONSE_HEADER, AudioPromptDataset, DataError
+from conftest import EXAMPLE, ROOT
+
 from aqa.audio import decode
 from aqa.audio.decode import AudioError, load_audio, probe_all, read_header
 from aqa.audio.probe import probe_clip
 from aqa.audio.sandbox import Sandbox, escape_of
 from aqa.evaluation.items import Item
 from aqa.patches import slots
-from audio_dataset import RESPONSE_HEADER, AudioPromptDataset, DataError
-from conftest import EXAMPLE, ROOT
 
 RATE = 16_000
 TABLE = ROOT / "docs" / "bad_input.md"

@@ -21,14 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from aqa.data.rows import AvqaError, parse_records, read_records, render_prompt
-from aqa.evaluation import items
-from aqa.evaluation.items import BENCHMARKS, MMAU, EvalError, PartialFile, make_items, read_rows
 from audio_dataset import RESPONSE_HEADER, AudioPromptDataset, DataError
 from conftest import EXAMPLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aqa.data.rows import AvqaError, parse_records, read_records, render_prompt
+from aqa.evaluation import items
+from aqa.evaluation.items import BENCHMARKS, MMAU, EvalError, PartialFile, make_items, read_rows
 from lightrft.utils import blending_datasets
 
 MORE = bool(os.environ.get("FAULTS"))

@@ -33,9 +33,10 @@ def test_loss_of_the_baseline_by_hand():
 
 
 def test_baseline_computes_what_the_runtime_does(tiny_model):
+    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
     from demo.sounds import SAMPLING_RATE, synthesize
     from demo.warm_start import render_prompt
-    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
     torch.manual_seed(0)
     processor = AutoProcessor.from_pretrained(tiny_model)

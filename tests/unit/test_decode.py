@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import soundfile
+
 from aqa.audio import decode
 from aqa.audio.decode import AudioError, load_audio, probe_all, probe_audio
 

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from aqa.evaluation.answers import extract_answer, find_tagged
-from aqa.evaluation.scoring import is_right
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from aqa.evaluation.answers import extract_answer, find_tagged
+from aqa.evaluation.scoring import is_right
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ANIMALS = ["a dog", "a cat", "a dog and a cat", "a horse"]

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from aqa.evaluation.items import MMAR, MMAU, EvalError
 from aqa.evaluation.scoring import (
     compare,

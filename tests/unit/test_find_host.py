@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from aqa.hosts.find import check_host, describe_host
 
 import lightrft
+from aqa.hosts.find import check_host, describe_host
 
 ROOT = Path(__file__).resolve().parents[2]
 

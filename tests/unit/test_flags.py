@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from aqa.training.flags import (
     ESTIMATORS,
     LOSS_AGG_MODES,
@@ -14,7 +15,6 @@ from aqa.training.flags import (
     finish,
     runtime_problems,
 )
-
 from lightrft.models import loss
 from lightrft.trainer import advantages
 from lightrft.utils import add_arguments

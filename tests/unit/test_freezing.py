@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from aqa.training.freezing import freeze
 from torch import nn
+
+from aqa.training.freezing import freeze
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ import get_data
 import numpy as np
 import pytest
 import soundfile
-from aqa.audio.decode import load_audio
-from aqa.data import extract_audio, unpack_audio
 from avqa import main as avqa
 from conftest import EXAMPLE
+
+from aqa.audio.decode import load_audio
+from aqa.data import extract_audio, unpack_audio
 
 SCRIPT = EXAMPLE / "data_preprocess" / "get_data.py"
 needs_ffmpeg = pytest.mark.skipif(

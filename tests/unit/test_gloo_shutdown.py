@@ -6,8 +6,9 @@ import sys
 import time
 
 import pytest
-from aqa.training import gloo_shutdown
 from conftest import EXAMPLE
+
+from aqa.training import gloo_shutdown
 
 # A thread of gloo waits for Python's lock when main ends, which keeps it for the last 0.5 s. The tensors are large:
 # main has, nearly always, let go of them before the collective is done.

@@ -31,6 +31,7 @@ import literal_rule
 import pytest
 import reward_models_utils as rewards
 import torch
+
 from aqa.evaluation.answers import extract_answer
 from aqa.rewards import matching
 from aqa.rewards.matching import MathChecker, is_endless, may_hold_math

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from aqa.data.mixing import SOURCE_COLUMN, describe_mix, drifting_order, mix, mix_drifting, read_sources
-from audio_dataset import MOST_TAGS, tags_of
+from aqa.data.prompts import MOST_TAGS, tags_of
 
 STRATEGY = SimpleNamespace(world_size=1, print=lambda *_: None)
 

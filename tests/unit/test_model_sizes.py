@@ -6,6 +6,9 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
 from aqa.training.freezing import freeze
 from aqa.training.model_sizes import (
     KNOWN,
@@ -20,9 +23,6 @@ from aqa.training.model_sizes import (
     tower_flops,
     trained,
 )
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
-
 from lightrft.models.actor_al import load_model
 from lightrft.models.lora import add_adapters
 

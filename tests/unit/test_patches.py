@@ -5,6 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from audio_dataset import AudioMultimodalProcessor
+from transformers import AutoProcessor
+
+import lightrft
 from aqa.patches.slots import pack_clip
 from aqa.patches.targets import (
     Patch,
@@ -16,10 +20,6 @@ from aqa.patches.targets import (
     patch_experience_maker_for_audio,
     patch_strategy_for_audio,
 )
-from audio_dataset import AudioMultimodalProcessor
-from transformers import AutoProcessor
-
-import lightrft
 from lightrft.engines.base import RolloutOutput, Sampling, stable_seed
 from lightrft.models.actor_al import ActorAL
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
@@ -456,6 +456,7 @@ def test_a_reward_that_is_not_finite_is_refused(processor):
 
 def test_every_public_patch_is_exported_by_the_dataset_module():
     import audio_dataset
+
     from aqa.patches import targets as targets_module
 
     for name in ("patch_strategy_for_audio", "patch_experience_maker_for_audio", "patch_actor_for_audio"):

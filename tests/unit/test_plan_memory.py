@@ -7,16 +7,16 @@ import argparse
 
 import pytest
 import torch
+from test_fsdp import FLAGS
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
 from aqa.patches.targets import Patch, patch_policy
 from aqa.policy import token_log_probs
 from aqa.training import plan_memory
 from aqa.training.freezing import freeze
 from aqa.training.model_sizes import sizes_of, trained
 from aqa.training.plan_memory import Lengths, fsdp_units, micro_batch, states_of
-from test_fsdp import FLAGS
-from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
-
 from lightrft.models.lora import add_adapters
 from lightrft.strategy.fsdp_strategy import FSDPStrategy
 

@@ -8,13 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from conftest import EXAMPLE, child_environment
+
 from aqa.policy import token_log_probs
 from aqa.training import planner
 from aqa.training.flags import build_parser, find_problems, finish
 from aqa.training.model_sizes import count, parameters, read_sizes
 from aqa.training.plan_memory import GIB, LOGITS, PHASES
-from conftest import EXAMPLE, child_environment
-
 from lightrft.utils import add_arguments
 
 SEVEN_B = "Qwen/Qwen2-Audio-7B-Instruct"

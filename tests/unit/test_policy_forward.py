@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
-from aqa.patches.slots import audio_token_count, pack_clip, unpack_clips
-from aqa.patches.targets import patch_actor_for_audio
-from aqa.policy import forward as policy_forward
-from aqa.policy.forward import encode_clips
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
 
+from aqa.patches.slots import audio_token_count, pack_clip, unpack_clips
+from aqa.patches.targets import patch_actor_for_audio
+from aqa.policy import forward as policy_forward
+from aqa.policy.forward import encode_clips
 from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import Experience, make_micro_batch

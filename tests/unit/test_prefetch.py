@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
-from aqa.audio.decode import AudioError, load_audio
-from aqa.audio.prefetch import DECODE_THREADS, PrefetchLoader, WaveformCache
 from audio_dataset import AudioPromptDataset
 from conftest import EXAMPLE
 from test_bad_audio import RATE, TextProcessor
 from torch.utils.data import DataLoader, Dataset
 
+from aqa.audio.decode import AudioError, load_audio
+from aqa.audio.prefetch import DECODE_THREADS, PrefetchLoader, WaveformCache
 from lightrft.trainer.spmd_ppo_trainer import timed
 from lightrft.utils.distributed import ResumableSampler
 

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import report
 import soundfile
-from aqa.report import audio, metrics, run_data
-from aqa.training import run_config
 from audio_dataset import AudioPromptDataset
 from conftest import EXAMPLE, ROOT, run_script
 from PIL import Image
 from report_run import HOSTILE, PROMPT, make_result, make_run
 from transformers import WhisperFeatureExtractor
+
+from aqa.report import audio, metrics, run_data
+from aqa.training import run_config
 
 
 # -------------------------------------------------------------------------------------------------------------- records

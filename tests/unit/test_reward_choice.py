@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
+from reward_models_utils import reward_fn
+
 from aqa.rewards.named import NAMED, find_reward
 from aqa.training.flags import REWARDS
-from reward_models_utils import reward_fn
 
 HEADER = "<|im_start|>assistant\n"
 

@@ -20,11 +20,12 @@ from pathlib import Path
 import pytest
 import reward_models_utils as rewards
 import torch
-from aqa.rewards import matching
-from aqa.rewards.matching import MathChecker, MathCheckUnavailable, first_answer, may_hold_math
 from conftest import EXAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from aqa.rewards import matching
+from aqa.rewards.matching import MathChecker, MathCheckUnavailable, first_answer, may_hold_math
 
 HEADER = "<|im_start|>assistant\n"
 QUESTION = "What barks? Please choose the answer from the following options: ['dog', 'cat']."

@@ -2,6 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2AudioConfig, WhisperFeatureExtractor
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+
 from aqa.patches.slots import (
     GUARD_ROWS,
     MAX_FRAMES,
@@ -12,11 +18,6 @@ from aqa.patches.slots import (
     split_rows,
     unpack_clips,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import Qwen2AudioConfig, WhisperFeatureExtractor
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 N_MELS = 4
 

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from aqa.training.summary import read_metrics, summary, summary_table
 from conftest import EXAMPLE, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aqa.training.summary import read_metrics, summary, summary_table
 from lightrft.utils import progress
 from lightrft.utils.console import Console, paint
 from lightrft.utils.progress import fit, step_lines

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from aqa.patches.targets import Patch
 from aqa.policy import token_log_probs as module
 from aqa.policy.token_log_probs import patch_head, token_log_probs
-from torch import nn
 
 BIAS = {3: -1e30, 5: 0.7}
 

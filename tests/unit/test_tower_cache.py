@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from aqa.policy import forward as policy
-from aqa.policy.tower_cache import TowerCache, share_tower_outputs
 from test_policy_forward import PAD, as_actor, build_model, mixed_cases
 
+from aqa.policy import forward as policy
+from aqa.policy.tower_cache import TowerCache, share_tower_outputs
 from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import make_micro_batch
 

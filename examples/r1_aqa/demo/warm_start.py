@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from aqa.policy.forward import encode_clips, parts_of
 from transformers import PreTrainedModel, Qwen2AudioProcessor
 
+from aqa.policy.forward import encode_clips, parts_of
 from demo.make_data import QUESTIONS, draw_options
 from demo.sounds import CLASSES, SAMPLING_RATE, synthesize
 

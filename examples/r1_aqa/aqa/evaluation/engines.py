@@ -127,7 +127,7 @@ def render(processor: Any, prompt: str) -> str:
     :param prompt: The question.
     :raises EvalError: if the prompt would not hold exactly one placeholder.
     """
-    from audio_dataset import render_prompt
+    from aqa.data.prompts import render_prompt
 
     content = [{"type": "audio", "audio_url": "audio"}, {"type": "text", "text": prompt}]
     text = render_prompt(processor, [{"role": "user", "content": content}])
@@ -237,7 +237,8 @@ class HFEngine:
     def __init__(self, model: Model, processor: Any, settings: Settings) -> None:
         import torch
         import transformers
-        from audio_dataset import AudioMultimodalProcessor
+
+        from aqa.patches.multimodal_processor import AudioMultimodalProcessor
 
         torch.manual_seed(settings.seed)
         transformers.utils.logging.set_verbosity_error()

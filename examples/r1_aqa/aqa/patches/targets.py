@@ -227,7 +227,7 @@ def patch_experience_maker_for_audio(exp_maker: Any, processor: Any, tokenizer: 
     :return: Undoes it.
     :raises PatchError: if a spot is not as expected.
     """
-    from audio_dataset import AudioMultimodalProcessor
+    from aqa.patches.multimodal_processor import AudioMultimodalProcessor
 
     # the experience maker looks these two up in its own module's namespace, whoever defined them
     module = sys.modules[type(exp_maker).__module__]

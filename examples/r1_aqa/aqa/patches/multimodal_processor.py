@@ -1,0 +1,136 @@
+"""Fills LightRFT's image slot with audio features; takes the place of its ``MultimodalDataProcessor``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from aqa.audio.decode import HOP_LENGTH, MAX_SECONDS, SAMPLING_RATE
+from aqa.data.prompts import DataError
+from aqa.patches.slots import GUARD_ROWS, MAX_FRAMES, audio_token_count, grid_of, pack_clip
+
+Waveform = tuple[np.ndarray, int]  # samples and rate in Hz
+
+
+class AudioMultimodalProcessor:
+    """Fills LightRFT's image slot with audio; takes the place of its ``MultimodalDataProcessor``.
+
+    :param tokenizer: Tokenizer.
+    :param processor: Qwen2-Audio processor.
+    :param prompt_max_len: Longest prompt in tokens, a clip's placeholder counted as one. Nothing is ever cut.
+    """
+
+    def __init__(self, tokenizer: Any, processor: Any, prompt_max_len: int) -> None:
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.prompt_max_len = prompt_max_len
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
+        extractor = processor.feature_extractor
+        if (extractor.sampling_rate, extractor.hop_length) != (SAMPLING_RATE, HOP_LENGTH):
+            raise ValueError(
+                f"the feature extractor works at {extractor.sampling_rate} Hz with hop {extractor.hop_length}; "
+                f"the slot encoding was made for {SAMPLING_RATE} Hz and {HOP_LENGTH}"
+            )
+
+    def extract(self, audio: Waveform) -> tuple[torch.Tensor, int]:
+        """Mel rows and audio tokens of one clip.
+
+        The extractor pads to 30 s before it transforms. Only the valid frames and the two guard rows are wanted, and
+        they depend on the next few hundred samples alone, so that only these are padded: the same values, and a
+        one-second clip costs a thirtieth.
+
+        :param audio: Waveform ``(samples,)`` float32 and its rate, which must be 16,000 Hz.
+        :return: Rows ``(frames + 2, n_mels)`` float32, and the number of audio tokens.
+        :raises ValueError: if the rate is wrong or the waveform is no finite float vector.
+        """
+        wave, rate = audio
+        if rate != SAMPLING_RATE:
+            raise ValueError(f"audio at {rate} Hz; {SAMPLING_RATE} Hz are needed (load_audio resamples)")
+        if wave.ndim != 1 or not np.isfinite(wave).all():
+            raise ValueError(f"audio of shape {wave.shape} is no vector of finite samples")
+        extractor = self.processor.feature_extractor
+        wave = wave[: int(MAX_SECONDS * SAMPLING_RATE)]
+        frames = -(-len(wave) // HOP_LENGTH)
+        needed = (frames + GUARD_ROWS) * HOP_LENGTH + extractor.n_fft
+        padded = np.pad(wave, (0, max(0, min(needed, MAX_FRAMES * HOP_LENGTH) - len(wave))))
+        mel = extractor(padded, sampling_rate=rate, padding="do_not_pad", truncation=False, return_tensors="pt")
+        return pack_clip(mel["input_features"][0], frames), audio_token_count(frames)
+
+    def process_multimodal_batch(
+        self,
+        all_prompts: Sequence[str],
+        all_images: Sequence[Waveform | None] | None,
+        all_references: Sequence[str] | None,
+        images_num: Sequence[int] | None,
+        n_samples_per_prompt: int,
+        all_videos: Sequence[Any] | None = None,
+        videos_num: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """What LightRFT asks of its multimodal processor, for audio.
+
+        Text-only prompts (None in ``all_images``) may be mixed in. The mel spectrogram of a clip is computed once,
+        whatever ``n_samples_per_prompt``, and once for all prompts that share a waveform.
+
+        :param all_prompts: Prompt texts with one placeholder a clip.
+        :param all_images: One ``(waveform, rate)`` or None a prompt.
+        :param all_references: Gold answers.
+        :param images_num: Clips a prompt, as ``get_images_num`` counted them; None: count here.
+        :param n_samples_per_prompt: Every output list holds each prompt's entry this many times, next to each other.
+        :param all_videos: Must be None or hold None only.
+        :param videos_num: Ignored.
+        :return: LightRFT's mapping; ``all_images_pixel_values`` is ``(sum of rows, n_mels)`` or None,
+            ``all_images_grid_thw`` is ``(clips, 3)`` with ``(1, 1, rows)``.
+        :raises DataError: if a prompt is too long, or its placeholders do not match its clips.
+        """
+        if all_videos is not None and any(video is not None for video in all_videos):
+            raise DataError("the audio pipeline carries no videos")
+        n = n_samples_per_prompt
+        audio = list(all_images) if all_images is not None else [None] * len(all_prompts)
+        counts = [int(clip is not None) for clip in audio]
+        if images_num is not None and list(images_num) != counts:
+            raise DataError(f"images_num says {list(images_num)} clips a prompt, there are {counts}")
+        prompt_ids, rows, grids = [], [], []
+        extracted: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}  # by waveform and rate
+        token_ids = self.tokenizer(list(all_prompts), add_special_tokens=False)["input_ids"]
+        for i, ids in enumerate(token_ids):
+            if len(ids) > self.prompt_max_len:
+                raise DataError(
+                    f"prompt {i} has {len(ids)} tokens, more than {self.prompt_max_len}: {all_prompts[i]!r}"
+                )
+            if ids.count(self.audio_token_id) != counts[i]:
+                raise DataError(
+                    f"prompt {i} holds {ids.count(self.audio_token_id)} audio placeholders for {counts[i]} clips: "
+                    f"{all_prompts[i]!r}"
+                )
+            if audio[i] is not None:
+                key = id(audio[i][0]), audio[i][1]  # prompts about one file share its waveform
+                if key not in extracted:
+                    extracted[key] = self.extract(audio[i])
+                clip, tokens = extracted[key]
+                rows += [clip] * n
+                grids += [grid_of(clip)] * n
+                at = ids.index(self.audio_token_id)
+                ids = ids[:at] + [self.audio_token_id] * tokens + ids[at + 1 :]
+            prompt_ids.append(ids)
+        no_grid = torch.empty((0, 3), dtype=torch.long)
+        total = n * len(prompt_ids)
+
+        def repeat(values: Sequence[Any]) -> list[Any]:
+            return [value for value in values for _ in range(n)]
+
+        return {
+            "all_prompt_token_ids": repeat(prompt_ids),
+            "all_prompts": repeat(all_prompts),
+            "all_images": repeat(audio),
+            "all_videos": [None] * total,
+            "all_images_num": repeat(counts),
+            "all_videos_num": [0] * total,
+            "all_images_pixel_values": torch.cat(rows) if rows else None,
+            "all_videos_pixel_values": None,
+            "all_images_grid_thw": torch.cat(grids) if grids else no_grid,
+            "all_videos_grid_thw": no_grid,
+            "all_references": None if all_references is None else repeat(all_references),
+        }
