@@ -29,11 +29,11 @@ from typing import NamedTuple
 
 import literal_rule
 import pytest
-import reward_models_utils as rewards
 import torch
 
 from aqa.evaluation.answers import extract_answer
 from aqa.rewards import matching
+from aqa.rewards import r1_aqa as rewards
 from aqa.rewards.matching import MathChecker, is_endless, may_hold_math
 
 FULL = bool(os.environ.get("FAULTS"))

@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 
 import pytest
-import reward_models_utils as rewards
 import torch
 from conftest import EXAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqa.rewards import matching
+from aqa.rewards import r1_aqa as rewards
 from aqa.rewards.matching import MathChecker, MathCheckUnavailable, first_answer, may_hold_math
 
 HEADER = "<|im_start|>assistant\n"

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from reward_models_utils import avqa_combined_reward_fn, format_reward_fn, reward_fn, score_batch
 
 from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, texts_equal
+from aqa.rewards.r1_aqa import avqa_combined_reward_fn, format_reward_fn, reward_fn, score_batch
 
 Reward = Callable[[str, str, bool], float]
 BRIEF_WORDS = 64  # that cost nothing
