@@ -87,3 +87,64 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real benchmark files (../shared/data) are not here")
     return folder
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """``problems(world_size, flag=value, ...)``: what the flags' check says of an otherwise valid run."""
+    from aqa.training.flags import build_parser, find_problems, finish, runtime_problems
+    from lightrft.utils import add_arguments
+
+    model, data = tmp_path / "model", tmp_path / "data"
+    for folder, names in ((model, ("config.json", "processor_config.json")), (data, ("train.parquet",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+
+    def find(world_size: int = 1, local_world_size: int | None = None, **flags) -> list[str]:
+        flags = {"pretrain": str(model), "prompt_data": str(data)} | flags
+        command = []
+        for name, value in flags.items():
+            if value is True:
+                command.append(f"--{name}")
+            elif value is not None:
+                command.append(f"--{name}={value}")
+        args = build_parser(add_arguments).parse_args(command)
+        finish(args)
+        return find_problems(args, world_size, local_world_size) + runtime_problems(args)
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model) -> tuple:
+    """Actor with the audio patch, tokenizer and processor of the tiny model; in a process group of one."""
+    import torch
+
+    from aqa.patches.targets import patch_actor_for_audio
+    from lightrft.models.actor_al import ActorAL
+    from lightrft.utils.distributed import init_process_group
+    from lightrft.utils.processor import get_tokenizer_processor_vl
+
+    init_process_group(torch.device("cpu"))
+    actor = ActorAL(str(tiny_model), bf16=False)
+    patch_actor_for_audio(actor)
+    return actor, *get_tokenizer_processor_vl(str(tiny_model), actor.model)
+
+
+@pytest.fixture(scope="module")
+def vllm_engine(tiny_model, parts):
+    """vLLM with the tiny model's weights, in this process."""
+    import torch
+
+    from lightrft.engines.vllm_engine import VLLMEngine
+
+    return VLLMEngine(str(tiny_model), torch.float32, max_model_len=1400, seed=0)
+
+
+@pytest.fixture(scope="module")
+def noises() -> list:
+    """Clips of noise: ``(waveform, 16000)`` of each length in ``support.rollouts.SECONDS``."""
+    from support.rollouts import make_noises
+
+    return make_noises()

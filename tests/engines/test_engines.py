@@ -5,84 +5,21 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from audio_dataset import AudioMultimodalProcessor
-from reward_models_utils import reward_fn
+from support.rollouts import QUESTION, gaps, perturbed, prompt_of, rollout
 
 from aqa.audio.decode import SAMPLING_RATE, load_audio
 from aqa.data.prompts import render_prompt
-from aqa.patches.targets import build_audio_inputs, patch_actor_for_audio, patch_experience_maker_for_audio
+from aqa.hosts.targets import patch_experience_maker_for_audio
+from aqa.patches.strategy import build_audio_inputs
+from aqa.rewards.r1_aqa import reward_fn
 from lightrft.engines.base import Sampling
 from lightrft.engines.hf_engine import HFEngine
-from lightrft.engines.vllm_engine import VLLMEngine
-from lightrft.models.actor_al import ActorAL
 from lightrft.trainer.advantages import KLController
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, forward
 from lightrft.trainer.replay_buffer import Experience, make_micro_batch
-from lightrft.utils.distributed import init_process_group
-from lightrft.utils.processor import get_tokenizer_processor_vl
 from lightrft.utils.weight_names import checkpoint_name
-
-QUESTION = "What sound is this? Please choose the answer from the following options: ['beep', 'bell', 'hum', 'rain']."
-SECONDS = (0.1, 0.7, 3.3, 29.999, 30.0, 40.0)  # below one block, typical, and at and beyond what the tower takes
-
-
-@pytest.fixture(scope="module")
-def parts(tiny_model):
-    init_process_group(torch.device("cpu"))
-    actor = ActorAL(str(tiny_model), bf16=False)
-    patch_actor_for_audio(actor)
-    tokenizer, processor = get_tokenizer_processor_vl(str(tiny_model), actor.model)
-    return actor, tokenizer, processor
-
-
-@pytest.fixture(scope="module")
-def vllm_engine(tiny_model, parts):
-    return VLLMEngine(str(tiny_model), torch.float32, max_model_len=1400, seed=0)
-
-
-@pytest.fixture(scope="module")
-def noises():
-    rng = np.random.default_rng(0)
-    return [(0.3 * rng.standard_normal(int(s * SAMPLING_RATE)).astype(np.float32), SAMPLING_RATE) for s in SECONDS]
-
-
-def prompt_of(processor, question=QUESTION):
-    content = [{"type": "audio", "audio_url": "x.wav"}, {"type": "text", "text": question}]
-    return render_prompt(processor, [{"role": "user", "content": content}])
-
-
-def rollout(engine, parts, clips, prompts, **sampling):
-    """Experiences as the experience maker would make them."""
-    _, tokenizer, processor = parts
-    audio = processor.audio_token
-    bias = {tokenizer.convert_tokens_to_ids(audio): -100.0}
-    settings = {"n": 2, "max_tokens": 12, "logit_bias": bias, "seed": 3} | sampling
-    data = AudioMultimodalProcessor(tokenizer, processor, 512).process_multimodal_batch(prompts, clips, None, None, 1)
-    rows = data["all_images_pixel_values"].split(data["all_images_grid_thw"].prod(-1).tolist())
-    outputs = engine.generate(build_audio_inputs(prompts, clips), [Sampling(**settings)] * len(prompts))
-    items = []
-    for i, output in enumerate(outputs):
-        prompt = i // settings["n"]
-        assert output.prompt_token_ids == data["all_prompt_token_ids"][prompt]  # token for token
-        ids = torch.tensor(output.prompt_token_ids)
-        response = torch.tensor(output.output_token_ids)
-        items.append(Experience("", ids, response, output.output_log_probs, False, [rows[prompt]], "", ""))
-    return items, bias
-
-
-def gaps(parts, items, bias):
-    """Largest |log p engine - log p trainer| of each response."""
-    actor, tokenizer, _ = parts
-    actor.logit_bias = bias
-    batch = make_micro_batch(items, tokenizer.pad_token_id, torch.device("cpu"))
-    with torch.no_grad():
-        values = forward(actor, batch)
-    return [
-        (values[i, : len(item.response_ids)] - item.engine_log_probs).abs().max().item() for i, item in enumerate(items)
-    ]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -103,13 +40,6 @@ def test_engine_hears_the_audio(vllm_engine, parts, noises):
     items, bias = rollout(vllm_engine, parts, noises[2:4], prompts)
     items[0].clips, items[0].prompt_ids = items[2].clips, items[2].prompt_ids
     assert gaps(parts, items, bias)[0] > 1e-3
-
-
-def perturbed(actor, scale):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in actor.model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def sync(engine, actor):

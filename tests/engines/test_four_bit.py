@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_training import metrics_of, train
+from support.training import metrics_of, train
 
 from aqa.training.flags import build_parser, find_problems, finish
 from lightrft.models.actor_al import ActorAL, load_model

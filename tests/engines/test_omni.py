@@ -11,11 +11,9 @@ import train_colocate
 from audio_dataset import AudioMultimodalProcessor
 from conftest import made_once, run_script
 from safetensors.torch import load_file, save_file
-from test_engines import SECONDS, gaps, perturbed, prompt_of, rollout
-from test_flags import problems  # noqa: F401 (a fixture)
-from test_lora import answers_of
-from test_policy_forward import AUDIO, PAD, VOCABULARY, as_actor, make_item, make_mel, mixed_cases
-from test_training import metrics_of, moved, train
+from support.policies import AUDIO, PAD, VOCABULARY, as_actor, make_item, make_mel, mixed_cases
+from support.rollouts import gaps, perturbed, prompt_of, rollout
+from support.training import answers_of, metrics_of, moved, train
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from aqa.audio.decode import SAMPLING_RATE
@@ -259,7 +257,7 @@ def test_families_by_folder(tiny_omni, tiny_model, plain):
     assert family_of(str(tiny_model)) is Qwen2Audio
 
 
-def test_flags_that_the_family_does_not_know(problems, tmp_path):  # noqa: F811
+def test_flags_that_the_family_does_not_know(problems, tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2_5_omni"}')
     assert problems() == []
     assert problems(lora_rank=4) == []
@@ -273,18 +271,12 @@ def test_flags_that_the_family_does_not_know(problems, tmp_path):  # noqa: F811
 # -------------------------------------------------------------------------------------------------------------- engines
 @pytest.fixture(scope="module")
 def parts(tiny_omni):
-    from aqa.patches.targets import patch_actor_for_audio
+    from aqa.hosts.targets import patch_actor_for_audio
 
     init_process_group(torch.device("cpu"))
     actor = ActorAL(str(tiny_omni), bf16=False)
     patch_actor_for_audio(actor)
     return actor, *get_tokenizer_processor_vl(str(tiny_omni), actor.model)
-
-
-@pytest.fixture(scope="module")
-def noises():
-    rng = np.random.default_rng(0)
-    return [(0.3 * rng.standard_normal(int(s * SAMPLING_RATE)).astype(np.float32), SAMPLING_RATE) for s in SECONDS]
 
 
 def test_vllm_agrees_with_the_trainer_and_follows_its_weights(tiny_omni, parts, noises):

@@ -20,7 +20,7 @@ import torch
 from conftest import EXAMPLE, ROOT, child_environment
 from fault_runner import POINTS
 from safetensors.torch import load_file
-from test_training import SMALL, metrics_of
+from support.training import SMALL, comparable, end, metrics_of
 
 from lightrft.strategy.checkpoint import damage, newest, rotate
 
@@ -57,18 +57,10 @@ def start(model: Path, data: Path, out: Path, *more: str, fault=(), processes=1)
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(ROOT / "tests" / "fault_runner.py"), *fault] if fault else []
+    command += [str(ROOT / "tests" / "faults" / "fault_runner.py"), *fault] if fault else []
     command += [str(EXAMPLE / "train_colocate.py"), "--pretrain", str(model), "--prompt_data", str(data)]
     command += ["--save_path", str(out), *FLAGS, *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def end(process: subprocess.Popen, seconds: float = 300) -> str:
-    try:
-        return process.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail(f"still running after {seconds} s: {process.communicate()[0][-3000:]}")
 
 
 def orphans(out: Path) -> list[str]:
@@ -82,11 +74,6 @@ def orphans(out: Path) -> list[str]:
         if str(out) in command:
             found.append(command)
     return found
-
-
-def comparable(out: Path) -> list[dict]:
-    timed = ("time/", "samples_per_second")
-    return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in metrics_of(out)]
 
 
 @pytest.fixture(scope="module")

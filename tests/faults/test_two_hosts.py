@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLE, child_environment
 from hosts import CABLE, Host, Pair, cannot
-from test_faults import comparable, end
+from support.training import comparable, end
 
 SCRIPT = EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"
 PORT = "20092"

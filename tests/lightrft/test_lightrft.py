@@ -16,7 +16,7 @@ import torch
 from conftest import EXAMPLE, ROOT, child_environment
 from packaging.version import Version
 from safetensors.torch import load_file
-from test_training import METRICS, SMALL
+from support.training import METRICS, SMALL
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from aqa.report.metrics import METRICS as METRIC_TABLE
@@ -216,12 +216,13 @@ import sys
 import types
 
 sys.path.insert(0, sys.argv[1])
-from aqa.hosts.find import find_host
+from aqa.hosts.locate import find_host
 find_host()
 from aqa.hosts.lightrft import training
 training.prepare_import()
 from aqa.hosts.lightrft import fixes
-from aqa.patches.targets import *
+from aqa.common.patch import *
+from aqa.hosts.targets import *
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from lightrft.models.actor_al import ActorAL
 from lightrft.strategy import vllm_utils

@@ -18,15 +18,17 @@ import soundfile
 import torch
 import vllm
 from safetensors.torch import load_file
-from test_engines import QUESTION, noises, parts, prompt_of, vllm_engine  # noqa: F401
-from test_policy_forward import PAD, build_model, make_item, mixed_cases
+from support.policies import PAD, build_model, make_item, mixed_cases
+from support.rollouts import QUESTION, prompt_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen2AudioForConditionalGeneration
 
+from aqa.common.patch import Patch
 from aqa.hosts.lightrft import audio, fixes, training
 from aqa.hosts.lightrft.audio import EngineOutput, checkpoint_name, find_actor, patch_actor
-from aqa.patches.targets import Patch, build_audio_inputs, patch_actor_for_audio
+from aqa.hosts.targets import patch_actor_for_audio
+from aqa.patches.strategy import build_audio_inputs
 from lightrft.models.actor_al import ActorAL
 from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import make_micro_batch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_training import metrics_of, moved, train
+from support.training import metrics_of, moved, train
 
 TABLE = ROOT / "docs" / "combinations.md"
 SHARDING = {

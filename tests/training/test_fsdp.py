@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import metrics_of, train
+from support.training import FLAGS, metrics_of, train
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -18,21 +18,6 @@ from lightrft.strategy.checkpoint import read_state, write_state
 from lightrft.strategy.fsdp_strategy import FSDPStrategy
 from lightrft.utils import model_specs
 
-FLAGS = {
-    "engine_tp_size": 1,
-    "seed": 0,
-    "bf16": False,
-    "lora_rank": 0,
-    "l2": 0.1,
-    "actor_learning_rate": 1e-2,
-    "lr_warmup_ratio": 0,
-    "adam_betas": (0.9, 0.95),
-    "max_norm": 0.5,
-    "train_batch_size": 2,
-    "micro_train_batch_size": 1,
-    "fsdp_cpu_offload": False,
-    "sync_bucket_mb": 1,
-}
 IDS = torch.arange(8)[None]
 
 

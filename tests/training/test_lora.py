@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from types import SimpleNamespace
 
-import eval_mmau
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_training import metrics_of, moved, train
+from support.training import answers_of, metrics_of, moved, train
 
 from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.models.lora import WithoutAdapters, adapted_layers, merged, write_adapter
@@ -146,11 +144,3 @@ def test_training(tiny_model, demo_parquet, demo_data, tmp_path, sharding, proce
     if processes == 1:
         answers = [answers_of(folder, demo_data, tmp_path) for folder in (tmp_path, tmp_path / "adapter", tiny_model)]
         assert answers[0] == answers[1] != answers[2]
-
-
-def answers_of(model, data, folder):
-    """What eval_mmau.py's model says to the test questions."""
-    out = folder / "answers.json"
-    source = ("--model_path", model, "--data_file", data / "demo-test.json", "--audio_dir", data, "--out_file", out)
-    assert eval_mmau.main([str(value) for value in (*source, "--max_new_tokens", 12, "--overwrite")]) == 0
-    return [row["raw_output"] for row in json.loads(out.read_text())]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_script
-from report_run import HOSTILE, make_result, make_run
+from support.report_run import HOSTILE, make_result, make_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements/dev.txt)")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import EXAMPLE, ROOT, child_environment
-from test_faults import end
-from test_training import SMALL
+from support.training import SMALL, end
 
 from lightrft.utils import rank_watch
 from lightrft.utils.console import console

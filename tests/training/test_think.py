@@ -9,8 +9,9 @@ import eval_mmau
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_script
-from reward_models_utils import PLAIN_LABEL, THINK_LABEL, avqa_combined_reward_fn
-from test_training import metrics_of, train
+from support.training import metrics_of, train
+
+from aqa.rewards.r1_aqa import PLAIN_LABEL, THINK_LABEL, avqa_combined_reward_fn
 
 
 @pytest.fixture(scope="module")

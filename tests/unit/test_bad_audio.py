@@ -24,8 +24,9 @@ import eval_mmau
 import numpy as np
 import pytest
 import soundfile
-from audio_dataset import RESPONSE_HEADER, AudioPromptDataset, DataError
+from audio_dataset import AudioPromptDataset, DataError
 from conftest import EXAMPLE, ROOT
+from support.processors import TextProcessor
 
 from aqa.audio import decode
 from aqa.audio.decode import AudioError, load_audio, probe_all, read_header
@@ -406,19 +407,6 @@ def sandbox():
     with_limits = Sandbox()
     yield with_limits
     with_limits.close()
-
-
-class TextProcessor:
-    """What the dataset needs of a processor, without a model."""
-
-    audio_token = "<|AUDIO|>"
-
-    def apply_chat_template(self, messages, **_) -> str:
-        parts = messages[0]["content"]
-        return "".join(p.get("text", self.audio_token) for p in parts) + RESPONSE_HEADER
-
-    def tokenizer(self, texts, **_) -> dict:
-        return {"input_ids": [text.split() for text in texts]}
 
 
 def make_dataset(path: str, **kwargs) -> AudioPromptDataset:

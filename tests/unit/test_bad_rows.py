@@ -25,6 +25,7 @@ from audio_dataset import RESPONSE_HEADER, AudioPromptDataset, DataError
 from conftest import EXAMPLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.processors import TextProcessor
 
 from aqa.data.rows import AvqaError, parse_records, read_records, render_prompt
 from aqa.evaluation import items
@@ -280,21 +281,6 @@ def test_an_odd_partial_file_is_continued_or_refused(tmp_path, data):
 
 
 # --------------------------------------------------------------------------------------------------- training's parquet
-class TextProcessor:
-    """What the dataset needs of a processor, without a model; as strict about its input as a real tokenizer."""
-
-    audio_token = "<|AUDIO|>"
-
-    def apply_chat_template(self, messages, **_) -> str:
-        parts = []
-        for message in messages:
-            content = message["content"]
-            texts = content if isinstance(content, str) else "".join(p.get("text", self.audio_token) for p in content)
-            parts.append(f"<|im_start|>{message['role']}\n{texts}<|im_end|>\n")
-        return "".join(parts) + RESPONSE_HEADER
-
-    def tokenizer(self, texts, **_) -> dict:
-        return {"input_ids": [text.encode("utf-8").split() for text in texts]}
 
 
 def make_dataset(columns) -> AudioPromptDataset:

@@ -11,9 +11,7 @@ from aqa.training.flags import (
     LOSS_AGG_MODES,
     REFUSED_ESTIMATORS,
     build_parser,
-    find_problems,
     finish,
-    runtime_problems,
 )
 from lightrft.models import loss
 from lightrft.trainer import advantages
@@ -24,30 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def actions() -> list[argparse.Action]:
     return [a for a in build_parser(add_arguments)._actions if not isinstance(a, argparse._HelpAction)]
-
-
-@pytest.fixture
-def problems(tmp_path):
-    """``problems(world_size, flag=value, ...)`` of an otherwise valid run."""
-    model, data = tmp_path / "model", tmp_path / "data"
-    for folder, names in ((model, ("config.json", "processor_config.json")), (data, ("train.parquet",))):
-        folder.mkdir()
-        for name in names:
-            (folder / name).touch()
-
-    def find(world_size: int = 1, local_world_size: int | None = None, **flags) -> list[str]:
-        flags = {"pretrain": str(model), "prompt_data": str(data)} | flags
-        command = []
-        for name, value in flags.items():
-            if value is True:
-                command.append(f"--{name}")
-            elif value is not None:
-                command.append(f"--{name}={value}")
-        args = build_parser(add_arguments).parse_args(command)
-        finish(args)
-        return find_problems(args, world_size, local_world_size) + runtime_problems(args)
-
-    return find
 
 
 # ---------------------------------------------------------------------------------------------------------- batch sizes

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_training import metrics_of, train
+from support.training import metrics_of, train
 
 from lightrft.trainer.health import CONSTANT_STEPS, Health
 from lightrft.trainer.replay_buffer import Experience

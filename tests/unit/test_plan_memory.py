@@ -7,11 +7,12 @@ import argparse
 
 import pytest
 import torch
-from test_fsdp import FLAGS
+from support.training import FLAGS
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
-from aqa.patches.targets import Patch, patch_policy
+from aqa.common.patch import Patch
+from aqa.patches.actor import patch_policy
 from aqa.policy import token_log_probs
 from aqa.training import plan_memory
 from aqa.training.freezing import freeze

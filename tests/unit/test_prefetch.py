@@ -13,9 +13,10 @@ import pytest
 import soundfile
 from audio_dataset import AudioPromptDataset
 from conftest import EXAMPLE
-from test_bad_audio import RATE, TextProcessor
+from support.processors import TextProcessor
 from torch.utils.data import DataLoader, Dataset
 
+from aqa.audio.decode import SAMPLING_RATE as RATE
 from aqa.audio.decode import AudioError, load_audio
 from aqa.audio.prefetch import DECODE_THREADS, PrefetchLoader, WaveformCache
 from lightrft.trainer.spmd_ppo_trainer import timed

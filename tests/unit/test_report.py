@@ -17,7 +17,7 @@ import soundfile
 from audio_dataset import AudioPromptDataset
 from conftest import EXAMPLE, ROOT, run_script
 from PIL import Image
-from report_run import HOSTILE, PROMPT, make_result, make_run
+from support.report_run import HOSTILE, PROMPT, make_result, make_run
 from transformers import WhisperFeatureExtractor
 
 from aqa.report import audio, metrics, run_data
@@ -213,7 +213,7 @@ def test_the_document_shows_the_table():
 
 def test_trajectories_name_the_clip(tmp_path):
     """The dataset's pairs know their file, and everything else takes them for pairs."""
-    from aqa.patches.targets import NamedClip, check_audio, describe_audio
+    from aqa.patches.experience_maker import NamedClip, check_audio, describe_audio
 
     clip = NamedClip.of(np.zeros(400, np.float32), 16_000, "/a.wav")
     wave, rate = clip

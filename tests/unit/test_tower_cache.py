@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_policy_forward import PAD, as_actor, build_model, mixed_cases
+from support.policies import PAD, as_actor, build_model, mixed_cases
 
 from aqa.policy import forward as policy
 from aqa.policy.tower_cache import TowerCache, share_tower_outputs

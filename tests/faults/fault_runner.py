@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run a training script and do something to it at a chosen point. For the tests of test_faults.py.
 
-    python tests/fault_runner.py POINT STEP DEED SCRIPT [ARGUMENTS ...]
+    python tests/faults/fault_runner.py POINT STEP DEED SCRIPT [ARGUMENTS ...]
 
 POINT names a function of the runtime (see :data:`POINTS`); in step STEP, when it is about to be called or has just
 been, the last rank gets the signal DEED; or the result becomes NaN; or, with FULL, no file may grow beyond 100 kB until

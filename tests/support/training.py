@@ -1,0 +1,123 @@
+"""Runs of train_colocate.py in processes of their own, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import eval_mmau
+import pytest
+import torch
+from conftest import EXAMPLE, run_script
+from safetensors.torch import load_file
+
+METRICS = [
+    "rollout/reward",
+    "rollout/accuracy_reward",
+    "rollout/format_reward",
+    "rollout/response_length",
+    "rollout/truncated_fraction",
+    "rollout/logprob_gap_mean",
+    "rollout/logprob_gap_max",
+    "train/policy_loss",
+    "train/kl",
+    "train/clip_fraction",
+    "train/grad_norm",
+    "train/lr",
+    "time/data",
+    "time/rollout",
+    "time/logprobs",
+    "time/train",
+    "time/sync",
+    "time/step",
+    "samples_per_second",
+]
+SMALL = [
+    "--rollout_batch_size",
+    "4",
+    "--n_samples_per_prompt",
+    "4",
+    "--train_batch_size",
+    "16",
+    "--micro_train_batch_size",
+    "8",
+    "--micro_rollout_batch_size",
+    "8",
+    "--generate_max_len",
+    "12",
+    "--actor_learning_rate",
+    "1e-3",
+    "--lr_warmup_ratio",
+    "0",
+    "--use_kl_loss",
+    "--no-report",
+]
+# what a strategy of the runtime reads of the flags
+FLAGS = {
+    "engine_tp_size": 1,
+    "seed": 0,
+    "bf16": False,
+    "lora_rank": 0,
+    "l2": 0.1,
+    "actor_learning_rate": 1e-2,
+    "lr_warmup_ratio": 0,
+    "adam_betas": (0.9, 0.95),
+    "max_norm": 0.5,
+    "train_batch_size": 2,
+    "micro_train_batch_size": 1,
+    "fsdp_cpu_offload": False,
+    "sync_bucket_mb": 1,
+}
+
+
+def train(model, data, out, *extra, processes=1, check=True):
+    """Run train_colocate.py, under torchrun for several processes."""
+    arguments = ["--pretrain", model, "--prompt_data", data, "--save_path", out, *SMALL, *extra]
+    if processes == 1:
+        return run_script("train_colocate.py", *arguments, check=check)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command = [*map(str, command), str(EXAMPLE / "train_colocate.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if check and done.returncode != 0:
+        logs = "".join(path.read_text(errors="replace")[-3000:] for path in sorted((out / "logs").glob("*.log")))
+        pytest.fail(f"torchrun ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}\n{logs}")
+    return done
+
+
+def metrics_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def moved(model, out):
+    """Names of the parameters that training changed, and of those it did not."""
+    old, new = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    return changed, old.keys() - changed
+
+
+def benchmark_of(data):
+    return ("--eval_benchmark", data / "demo-test.json", "--eval_audio_dir", data)
+
+
+def end(process: subprocess.Popen, seconds: float = 300) -> str:
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"still running after {seconds} s: {process.communicate()[0][-3000:]}")
+
+
+def comparable(out: Path) -> list[dict]:
+    timed = ("time/", "samples_per_second")
+    return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in metrics_of(out)]
+
+
+def answers_of(model, data, folder):
+    """What eval_mmau.py's model says to the test questions."""
+    out = folder / "answers.json"
+    source = ("--model_path", model, "--data_file", data / "demo-test.json", "--audio_dir", data, "--out_file", out)
+    assert eval_mmau.main([str(value) for value in (*source, "--max_new_tokens", 12, "--overwrite")]) == 0
+    return [row["raw_output"] for row in json.loads(out.read_text())]
