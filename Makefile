@@ -37,19 +37,17 @@ demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (
 report: $(READY) ## one page about a run: RUN=results/..., COMPARE="other runs and result files of eval_mmau.py"
 	@$(PY) examples/r1_aqa/report.py "$(RUN)" $(if $(COMPARE),--compare $(COMPARE))
 
-test: $(READY) ## run the tests (about 9 minutes)
+test: $(READY) ## run the tests (about 6 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-test-all: $(READY) ## run the tests and the longer ones that CI leaves out (about 20 minutes)
-	@ALL_TESTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+test-all: $(READY) ## the same and the slow ones that CI leaves out (about 20 minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not faults and not docs"
 
-test-faults: $(READY) ## kill, stop and confuse runs in every way there is a test for (about 20 minutes)
-	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/faults/test_faults.py
-	@FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests/unit/test_health.py tests/unit/test_deepspeed_hooks.py \
-		tests/unit/test_bad_audio.py tests/unit/test_bad_rows.py tests/unit/test_hostile_text.py tests/faults/test_two_hosts.py tests/training/test_same_run.py
+test-faults: $(READY) ## kill, stop and confuse runs; thousands of bad rows and responses (about 20 minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m faults
 
-test-docs: $(READY) ## check what the documents say against the code, and run their commands; needs make demo (2 minutes)
-	@DOCS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit/test_docs.py
+test-docs: $(READY) ## run the commands of the documents; needs make demo (about 2 minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m docs
 
 test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/path/to/LightRFT (about 6 minutes)
 	@if [ -z "$(LIGHTRFT_HOME)" ]; then \
@@ -65,8 +63,9 @@ bench: $(READY) ## measure each part against its baseline; needs make demo (abou
 soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 10 minutes)
 	@$(PY) benchmarks/soak.py --demo_dir $(DEMO_DIR)
 
-lint: $(READY) ## check style
+lint: $(READY) ## check style and which package may import which
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	@PYTHONPATH=examples/r1_aqa:runtime $(VENV)/bin/lint-imports
 
 clean: ## remove .venv and results
 	rm -rf $(VENV) results rft_logs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from types import SimpleNamespace
 
@@ -146,7 +145,7 @@ def test_refused_without_bitsandbytes_but_planned(monkeypatch):
 
 
 @real
-@pytest.mark.skipif("ALL_TESTS" not in os.environ, reason="two minutes: ALL_TESTS=1")
+@pytest.mark.slow  # two minutes
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
 def test_training_and_resuming(tiny_model, demo_parquet, tmp_path, engine):
     more = ("--lora_rank", 4, "--load_in_4bit", "--max_samples", 12, "--save_steps", 2, "--engine_type", engine)

@@ -99,13 +99,15 @@ def engine_of(case: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("case", "number", "point"), [(i, *case) for i, case in enumerate(CASES)], ids=[" ".join(case) for case in CASES]
+    ("case", "number", "point"),
+    [
+        pytest.param(i, *case, id=" ".join(case), marks=[pytest.mark.faults] * (case not in SAMPLE))
+        for i, case in enumerate(CASES)
+    ],
 )
 def test_a_run_that_was_ended_goes_on_to_the_same_weights(
     whole, tiny_model, demo_parquet, tmp_path, case, number, point
 ):
-    if (number, point) not in SAMPLE and "FAULTS" not in os.environ:
-        pytest.skip("make test-faults runs all points")
     engine = engine_of(case)
     out = tmp_path / "run"
     step = "4" if point in SAVING else "3"
@@ -132,13 +134,12 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(
     assert not list(out.rglob("*.part"))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("number", "engine"), [("SIGTERM", ["hf"]), ("SIGKILL", ["hf"]), ("SIGKILL", ["vllm", "--engine_tp_size", "2"])]
 )
 def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet, tmp_path, number, engine):
     """One rank gets the signal. Asked to stop, both save; killed, the other ends soon, and rank and cause are named."""
-    if "FAULTS" not in os.environ:
-        pytest.skip("make test-faults runs two processes too")
     out = tmp_path / "run"
     fault = ("first micro-batch", "3", number)
     flags = ("--engine_type", *engine)
@@ -162,12 +163,12 @@ def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet
     assert comparable(out) == comparable(reference)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("action", ["warn", "stop"])
+@pytest.mark.parametrize(
+    ("action", "processes"),
+    [("warn", 1), *(pytest.param(*case, marks=pytest.mark.faults) for case in [("stop", 1), ("warn", 2), ("stop", 2)])],
+)
 def test_a_full_disk_costs_one_checkpoint_at_most(whole, tiny_model, demo_parquet, tmp_path, action, processes):
     """It fills up in the second save: the first one stays, the run goes on or ends, and no weight is another."""
-    if (action, processes) != ("warn", 1) and "FAULTS" not in os.environ:
-        pytest.skip("make test-faults runs it")
     out = tmp_path / "run"
     flags = ("--engine_type", "hf", "--on_save_error", action)
     process = start(tiny_model, demo_parquet, out, *flags, fault=("before a save", "4", "FULL"), processes=processes)
@@ -190,10 +191,9 @@ def test_a_full_disk_costs_one_checkpoint_at_most(whole, tiny_model, demo_parque
     assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("action", ["warn", "skip"])
 def test_a_loss_that_is_no_number_ends_the_run_or_costs_one_step(tiny_model, demo_parquet, tmp_path, action):
-    if "FAULTS" not in os.environ:
-        pytest.skip("make test-faults runs it")
     out = tmp_path / "run"
     flags = ("--engine_type", "hf", "--on_anomaly", action)
     process = start(tiny_model, demo_parquet, out, *flags, fault=("second micro-batch", "3", "NAN"))
@@ -211,9 +211,8 @@ def test_a_loss_that_is_no_number_ends_the_run_or_costs_one_step(tiny_model, dem
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+@pytest.mark.faults
 def test_a_second_ctrl_c_leaves_at_once(tiny_model, demo_parquet, tmp_path):
-    if "FAULTS" not in os.environ:
-        pytest.skip("make test-faults runs it")
     out = tmp_path / "run"
     process = start(tiny_model, demo_parquet, out, "--engine_type", "hf", "--num_episodes", "50")
     deadline = time.monotonic() + 120
@@ -245,9 +244,8 @@ def test_damaged_checkpoints_are_passed_over_and_the_whole_one_is_used(tiny_mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000006"]
 
 
+@pytest.mark.faults
 def test_the_launch_script_saves_on_a_signal_and_resumes(tiny_model, demo_parquet, tmp_path):
-    if "FAULTS" not in os.environ:
-        pytest.skip("make test-faults runs it")
     settings = {
         "PYTHON": sys.executable,
         "PATH_TO_YOUR_BASE_MODEL": tiny_model,

@@ -1,13 +1,12 @@
 """Training on several hosts: two that are made here as namespaces with a virtual cable between, see hosts.py.
 
-The launch script is started on both, as a user would. ``make test-all`` and ``make test-faults`` run all of it; the
-ordinary suite takes a sample.
+The launch script is started on both, as a user would. ``make test-faults`` runs all of it; the ordinary
+suite takes a sample.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,9 +22,6 @@ SCRIPT = EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"
 PORT = "20092"
 SETTINGS = {"RBS": 4, "N_SAMPLES": 4, "TBS": 16, "MICRO_TRAIN": 4, "GENERATE_MAX_LEN": 12, "LR": 1e-3, "WARMUP": 0}
 SETTINGS |= {"MLP_WORKER_GPU": 1, "RUN_ID": "run", "EXPERIMENT_NAME": "x", "EVAL_STEPS": -1, "PYTHON": sys.executable}
-everything = pytest.mark.skipif(
-    not {"ALL_TESTS", "FAULTS"} & set(os.environ), reason="make test-all and make test-faults run it"
-)
 
 
 @pytest.fixture
@@ -123,7 +119,7 @@ def test_two_hosts_train_as_one_process_and_end_together(hosts, alone, tiny_mode
     assert_equal(found[:2], alone(20, 2, "--engine_type", "hf"))
 
 
-@everything
+@pytest.mark.faults
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
 def test_twenty_steps_are_those_of_one_process(hosts, alone, tiny_model, demo_parquet, tmp_path, engine):
     processes = start(hosts, tmp_path, environment(tiny_model, demo_parquet, 20), "--engine_type", engine)
@@ -137,7 +133,7 @@ def test_twenty_steps_are_those_of_one_process(hosts, alone, tiny_model, demo_pa
     assert_equal(comparable(run_of(tmp_path)), alone(20, 0, "--engine_type", engine))
 
 
-@everything
+@pytest.mark.faults
 @pytest.mark.parametrize("host", [0, 1])
 def test_a_cut_cable_ends_both_hosts(hosts, tiny_model, demo_parquet, tmp_path, host):
     processes = start(hosts, tmp_path, environment(tiny_model, demo_parquet, 400), "--engine_type", "hf")
@@ -155,7 +151,7 @@ def test_a_cut_cable_ends_both_hosts(hosts, tiny_model, demo_parquet, tmp_path, 
     assert seconds < 60
 
 
-@everything
+@pytest.mark.faults
 def test_the_host_that_the_others_meet_at_dies(hosts, tiny_model, demo_parquet, tmp_path):
     """Node 0, where torchrun's store is; and it dies at the start, before or after the ranks have met."""
     processes = start(hosts, tmp_path, environment(tiny_model, demo_parquet, 400), "--engine_type", "hf")
@@ -174,7 +170,7 @@ def test_the_host_that_the_others_meet_at_dies(hosts, tiny_model, demo_parquet, 
     assert_nothing_is_left(hosts[1])
 
 
-@everything
+@pytest.mark.faults
 def test_an_engine_a_host(hosts, alone, tiny_model, demo_parquet, tmp_path):
     """Two hosts of two processes: data parallel over the hosts, tensor parallel in vLLM and ZeRO-3 over all four."""
     settings = environment(tiny_model, demo_parquet, 10, MLP_WORKER_GPU=2, ENGINE_TP=2)

@@ -196,11 +196,12 @@ def left_behind(request, path):
         request.addfinalizer(lambda: path.unlink(missing_ok=True))
 
 
-@pytest.mark.parametrize(("tensor_parallel", "stage"), [(1, 3), (2, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("tensor_parallel", "stage"),
+    [(1, 3), (2, 2), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)],
+)
 def test_two_processes(tiny_model, demo_parquet, demo_data, tmp_path, request, tensor_parallel, stage):
     """Data parallel 2 and tensor parallel 2, ZeRO 2 and 3; 7 rows and 24 questions are evaluated by both."""
-    if (tensor_parallel, stage) in ((1, 2), (2, 3)) and "ALL_TESTS" not in os.environ:
-        pytest.skip("the other two combinations run by default; make test-all runs these too")
     extra = ("--zero_stage", stage, "--engine_tp_size", tensor_parallel, "--max_samples", 12)
     evaluated = ("--eval_steps", 3, "--max_eval_samples", 7, "--keep_best", "eval/reward", *benchmark_of(demo_data))
     if tensor_parallel > 1:  # as vLLM names it; a run that was killed had left it, and the next could not make its own
