@@ -20,8 +20,9 @@ from aqa.evaluation.while_training import BenchmarkEvaluator
 from aqa.training import gloo_shutdown
 from lightrft.strategy.checkpoint import SaveError
 from lightrft.trainer import evaluation
-from lightrft.trainer.evaluation import BestModel, Evaluation, tag_metrics, tag_sums
+from lightrft.trainer.evaluation import BestModel, Evaluation
 from lightrft.trainer.replay_buffer import Experience
+from lightrft.trainer.step_metrics import tag_metrics, tag_sums
 from lightrft.utils.distributed import ResumableSampler, reduce_by_name
 
 

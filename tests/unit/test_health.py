@@ -6,7 +6,7 @@ from support.training import metrics_of, train
 
 from lightrft.trainer.health import CONSTANT_STEPS, Health
 from lightrft.trainer.replay_buffer import Experience
-from lightrft.trainer.spmd_ppo_trainer import spread_sums, step_metrics
+from lightrft.trainer.step_metrics import spread_sums, step_metrics
 
 WELL = {
     "rollout/logprob_gap_mean": 1e-6,

@@ -1,12 +1,88 @@
-"""GRPO's losses and KL estimators as pure functions of tensors."""
+"""GRPO's loss and what it is made of, as pure functions of tensors.
+
+:func:`grpo_loss` is the loss of a micro-batch; the functions after it are its terms.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ROLLOUT_CORRECTIONS = ("tis", "mis")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the flags choose about the loss; see the functions below for each.
+
+    :param max_response_length: Tokens; the constant divisor of ``seq-mean-token-sum-norm``.
+    :param use_kl_loss: Add the KL to the loss; False: it is only measured (here; it may be part of the reward).
+    """
+
+    eps_clip: float
+    eps_clip_high: float | None
+    use_gspo: bool
+    loss_agg_mode: str
+    max_response_length: int
+    use_kl_loss: bool
+    kl_estimator: str
+    rollout_correction: str
+    rollout_correction_limit: float
+
+
+def grpo_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    engine_log_probs: torch.Tensor,
+    ref_log_probs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    settings: LossSettings,
+    kl_coef: float,
+    tokens_per_micro_batch: float | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The GRPO loss of a micro-batch. All tensors are ``(batch, length)``: responses, padded on the right.
+
+    :param log_probs: Under the policy that is trained; the only input with a gradient.
+    :param old_log_probs: Under the policy that sampled, by the trainer's forward pass.
+    :param engine_log_probs: Under the policy that sampled, by the rollout engine.
+    :param ref_log_probs: Under the reference model; None: no KL.
+    :param advantages: Of each token; a response's are equal unless KL or a discount is part of its reward.
+    :param mask: Bool, True at response tokens.
+    :param kl_coef: Weight of the KL.
+    :param tokens_per_micro_batch: See :func:`aggregate`.
+    :return: Scalar loss, and scalars without gradient: ``policy_loss``, and the sums over tokens ``tokens``,
+        ``clipped``, ``kl`` (with a reference), ``weights`` and ``limited`` (with a rollout correction).
+
+    Source: Shao et al., DeepSeekMath (2024), equation 3; that of each term stands with its function.
+    """
+    s = settings
+    # PPO's clipped surrogate: -min(r A, clip(r, 1 - eps, 1 + eps_high) A), r = exp(log_probs - old_log_probs)
+    losses, clipped = policy_loss_tokens(
+        log_probs, old_log_probs, advantages, s.eps_clip, s.eps_clip_high, mask if s.use_gspo else None
+    )  # (batch, length) each
+    statistics = {"tokens": mask.sum(), "clipped": (clipped & mask).sum()}
+    if s.rollout_correction != "none":  # importance weights for having sampled with the engine's probabilities
+        weights, limited = rollout_weights(
+            old_log_probs, engine_log_probs, mask, s.rollout_correction, s.rollout_correction_limit
+        )  # (batch, length) each
+        losses = losses * weights
+        statistics |= {"weights": (weights * mask).sum(), "limited": limited.sum()}
+
+    def over_tokens(values: torch.Tensor) -> torch.Tensor:  # (batch, length) -> scalar
+        return aggregate(values, mask, s.loss_agg_mode, tokens_per_micro_batch, s.max_response_length)
+
+    loss = over_tokens(losses)
+    statistics["policy_loss"] = loss.detach()
+    if ref_log_probs is not None:
+        kl = kl_tokens(log_probs, ref_log_probs, s.kl_estimator)  # (batch, length)
+        statistics["kl"] = (kl.detach() * mask).sum()
+        if s.use_kl_loss:
+            loss = loss + kl_coef * over_tokens(kl)
+    return loss, statistics
 
 
 def aggregate(

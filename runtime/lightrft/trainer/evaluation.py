@@ -12,10 +12,9 @@ from typing import Any
 
 from lightrft.engines.base import Sampling
 from lightrft.strategy import checkpoint
+from lightrft.trainer.fast_exp_maker import FastExperienceMaker, split_tags
+from lightrft.trainer.step_metrics import reward_sums, tag_metrics, tag_sums
 from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_metrics
-
-from .fast_exp_maker import FastExperienceMaker, split_tags
-from .replay_buffer import Experience
 
 Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
 Evaluator = Callable[[Ask, int], dict[str, float]]
@@ -97,7 +96,7 @@ class Evaluation:
             if not items:
                 continue
             self.maker.score(items)
-            for total, part in ((sums, rollout_sums(items)), (tagged, tag_sums(items))):
+            for total, part in ((sums, reward_sums(items)), (tagged, tag_sums(items))):
                 for name, value in part.items():
                     total[name] += value
         # a rank without rows has no names
@@ -105,51 +104,6 @@ class Evaluation:
         count = sums["responses"]
         metrics = {f"eval/{k.removeprefix('rollout/')}": v / count for k, v in sums.items() if "/" in k}
         return metrics | tag_metrics(tagged, "eval", count)
-
-
-def rollout_sums(items: list[Experience]) -> dict[str, float]:
-    """Sums over responses that the rollout metrics are made of.
-
-    :param items: Scored experiences.
-    """
-    sums = {
-        "responses": float(len(items)),
-        "rollout/reward": sum(item.reward for item in items),
-        "rollout/response_length": float(sum(len(item.response_ids) for item in items)),
-        "rollout/truncated_fraction": float(sum(item.truncated for item in items)),
-    }
-    for name in items[0].reward_metrics:
-        sums[f"rollout/{name}"] = sum(item.reward_metrics[name] for item in items)
-    return sums
-
-
-def tag_sums(items: list[Experience]) -> dict[tuple[str, str], float]:
-    """Sums over the responses of each tag: how many there are, and the parts of their rewards.
-
-    :param items: Scored experiences.
-    :return: By name and tag.
-    """
-    sums: dict[tuple[str, str], float] = defaultdict(float)
-    for item in items:
-        for tag in item.tags:
-            sums["share", tag] += 1
-            for name, value in item.reward_metrics.items():
-                sums[name, tag] += value
-    return dict(sums)
-
-
-def tag_metrics(sums: dict[tuple[str, str], float], prefix: str, responses: float) -> dict[str, float]:
-    """Metrics of each tag: its share of the responses, and means of the parts of their rewards.
-
-    :param sums: From :func:`tag_sums`, over all ranks.
-    :param prefix: ``rollout`` or ``eval``.
-    :param responses: All of them, tagged or not.
-    :return: ``<prefix>/<name>/<tag>``.
-    """
-    return {
-        f"{prefix}/{name}/{tag}": value / (responses if name == "share" else sums["share", tag])
-        for (name, tag), value in sums.items()
-    }
 
 
 class BestModel:

@@ -1,0 +1,164 @@
+"""What a run writes while it trains: checkpoints for resuming, Hugging Face folders, the best model."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lightrft.strategy import checkpoint
+from lightrft.strategy.checkpoint import SaveError
+from lightrft.trainer.evaluation import BestModel
+from lightrft.utils.distributed import gather_objects
+from lightrft.utils.protocols import Actor, Strategy, Tokenizer
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run can be resumed: after the last rollout step whose gradients are all in the weights.
+
+    Rollouts after it, whose gradients have only been accumulated, are done again.
+
+    :param step: Rollout step.
+    :param kl_coef: Weight of the KL after it.
+    :param health: State of :class:`~lightrft.trainer.health.Health` after it.
+    """
+
+    step: int
+    kl_coef: float
+    health: dict[str, Any]
+
+
+class RunSaver:
+    """Writes the run's models and checkpoints, all ranks together, and counts what could not be written.
+
+    :param save_hf_ckpt: Also write Hugging Face folders at ``save_steps``.
+    :param disable_ds_ckpt: Write no checkpoints for resuming.
+    :param warn: Shows a warning.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        actor: Actor,
+        tokenizer: Tokenizer,
+        save_hf_ckpt: bool,
+        disable_ds_ckpt: bool,
+        warn: Callable[[str], None],
+        start: ResumePoint,
+    ) -> None:
+        self.strategy, self.args = strategy, strategy.args
+        self.actor, self.tokenizer = actor, tokenizer
+        self.save_hf_ckpt, self.disable_ds_ckpt = save_hf_ckpt, disable_ds_ckpt
+        self.warn = warn
+        self.point = start
+        self.failed = 0
+        self.best: BestModel | None = None
+
+    def save(self) -> None:
+        """Write a checkpoint and, if asked, a Hugging Face folder.
+
+        :raises SaveError: if that fails, unless ``on_save_error`` is ``warn``.
+        """
+        try:
+            if not self.disable_ds_ckpt:
+                self.save_state()
+            if self.save_hf_ckpt:
+                self._save_folder()
+        except SaveError as error:
+            self._take_failure(error)
+
+    def keep_best(self, metrics: dict[str, float], step: int) -> None:
+        """Keep the model if its evaluation is the best so far, and add ``eval/best`` and ``eval/best_step``.
+
+        :param metrics: The step's; changed in place.
+        :raises SaveError: as :meth:`save`.
+        """
+        if self.best is None:
+            return
+        try:
+            self.best.keep(metrics, step, lambda folder: self.strategy.save_model(self.actor, self.tokenizer, folder))
+        except SaveError as error:
+            self._take_failure(error)
+        if self.best.record is not None:
+            metrics |= {"eval/best": self.best.record["value"], "eval/best_step": float(self.best.record["step"])}
+
+    def _take_failure(self, error: SaveError) -> None:
+        if self.args.on_save_error == "stop":
+            raise error
+        self.failed += 1
+        self.warn(f"step {self.point.step} could not be saved ({error}); what was saved before is as it was")
+
+    def save_before_exit(self) -> str:
+        """Write a checkpoint because the run ends early.
+
+        :return: What to tell the user about it.
+        """
+        step = f"step {self.point.step} is the last one that is done"
+        if self.disable_ds_ckpt:
+            return step
+        try:
+            self.save_state()
+        except SaveError as error:
+            return f"{step}, but could not be saved: {error}"
+        return f"{step} and saved; --load_checkpoint goes on from there"
+
+    def save_state(self) -> None:
+        """Write a checkpoint of the resume point, from which the run goes on exactly."""
+        kind, keys, *rest = np.random.get_state()
+        state = {
+            "consumed_samples": self.point.step * self.args.rollout_batch_size,
+            "kl_coef": self.point.kl_coef,
+            "health": self.point.health,
+            "best": self.best and self.best.record,
+            "rng": gather_objects((random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state())),
+        }
+        tag = f"step_{self.point.step:06d}"
+        self.strategy.save_ckpt(self.actor.model, str(self._checkpoints()), tag, self.args.max_ckpt_num, state)
+
+    def finish_interrupted_save(self) -> None:
+        """Do in a resumed run what is left of a save during which the earlier process was killed."""
+        run = Path(self.args.save_path)
+
+        def tidy() -> None:
+            for left_over in run.glob(f"hf_step_*{checkpoint.PART}"):
+                shutil.rmtree(left_over)
+            checkpoint.clear(str(self._checkpoints()))
+            checkpoint.rotate(str(self._checkpoints()), self.args.max_ckpt_num)
+
+        self.strategy.together(tidy, self.strategy.is_rank_0())
+        due = self.save_hf_ckpt and self.args.save_steps > 0 and self.point.step % self.args.save_steps == 0
+        # only rank 0 looks: with local disks the other hosts never have the folder
+        if any(gather_objects(self.strategy.is_rank_0() and due and not self._hf_folder().exists())):
+            self._save_folder()
+
+    def _save_folder(self) -> None:
+        folder = self._hf_folder()
+        part = folder.with_name(folder.name + checkpoint.PART)
+        self.strategy.save_model(self.actor, self.tokenizer, str(part))
+        self.strategy.together(lambda: checkpoint.replace_folder(part, folder), self.strategy.is_rank_0())
+
+    def _hf_folder(self) -> Path:
+        return Path(self.args.save_path) / f"hf_step_{self.point.step:06d}"
+
+    def _checkpoints(self) -> Path:
+        return Path(self.args.ckpt_path) / "_actor"
+
+
+def restore_random_state(states: list[tuple[Any, Any, torch.Tensor]]) -> None:
+    """Set this rank's random generators as a checkpoint has them, if it is from as many ranks.
+
+    The runtime itself draws from none of them; a user's reward function might.
+    """
+    if len(states) == dist.get_world_size():
+        python, numpy_state, torch_state = states[dist.get_rank()]
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
