@@ -106,9 +106,9 @@ def main() -> None:
 
     report = Report("rewards", __doc__, args.rounds)
     import literal_rule
-    from reward_models_utils import PLAIN_LABEL, reward_fn
 
     from aqa.rewards import matching
+    from aqa.rewards.r1_aqa import PLAIN_LABEL, reward_fn
 
     def literal(samples: list[tuple[str, str, str]]) -> list[tuple[float, ...]]:
         return [literal_rule.reward(literal_rule.response_of(prompt, text), gold) for prompt, text, gold in samples]

@@ -44,9 +44,10 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
     import torch
     import vllm
     from audio_dataset import patch_experience_maker_for_audio, patch_strategy_for_audio
-    from reward_models_utils import reward_fn
 
-    from aqa.patches.targets import BANNED, build_audio_inputs
+    from aqa.patches.experience_maker import BANNED
+    from aqa.patches.strategy import build_audio_inputs
+    from aqa.rewards.r1_aqa import reward_fn
     from lightrft.engines.base import Sampling, stable_seed
     from lightrft.engines.vllm_engine import VLLMEngine
     from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy

@@ -106,7 +106,8 @@ def make_policy(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
     :param model: Is patched.
     """
-    from aqa.patches.targets import Patch, patch_policy
+    from aqa.common.patch import Patch
+    from aqa.patches.actor import patch_policy
 
     patch_policy(Patch(), model)
     return lambda batch: model(**batch)

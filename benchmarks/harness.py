@@ -1,10 +1,15 @@
-"""What the benchmarks share: rounds that take turns, ratios, limits that are judged, and one form of results."""
+"""What the benchmarks share: flags, rounds that take turns, median ratios, limits and the file of results.
+
+Import it first: it puts the example, the runtime and the tests' literal reward rule on the import path.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -14,36 +19,60 @@ from typing import Any, NamedTuple, NoReturn
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "r1_aqa"
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path[1:1] = [str(EXAMPLE), str(ROOT / "runtime"), str(ROOT / "tests")]
 
 
 class Seconds(NamedTuple):
     """What a piece of work took.
 
     :param wall: Seconds on the clock.
-    :param cpu: CPU seconds of this process, all threads: other work on the machine lengthens these less.
+    :param cpu: CPU seconds of this process, all threads; other work on the machine distorts these less.
     """
 
     wall: float
     cpu: float
 
 
-def timed(work: Callable[[], Any]) -> tuple[Seconds, Any]:
-    """Do some work.
+def make_parser(description: str, rounds: int | None = None, demo: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags that most benchmarks have.
 
-    :param work: To do, in this process.
-    :return: What it took, and what it returned.
+    :param description: The script's docstring.
+    :param rounds: Default of ``--rounds``; None leaves the flag out.
+    :param demo: Add ``--demo_dir``; :func:`parse` checks it.
     """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if demo:
+        parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds (default: %(default)s)")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, and refuse a demo folder that has no model.
+
+    :param parser: From :func:`make_parser`.
+    """
+    args = parser.parse_args()
+    if "demo_dir" in args and not (args.demo_dir / "model").is_dir():
+        parser.error(f"--demo_dir: {args.demo_dir}/model is no folder; run make demo first, or name its folder")
+    return args
+
+
+def timed(work: Callable[[], Any]) -> tuple[Seconds, Any]:
+    """Time some work in this process, and return what it returned as well."""
     wall, cpu = time.perf_counter(), time.process_time()
     value = work()
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu), value
 
 
 def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Seconds]]:
-    """Time some ways in turn, so that other load on the machine strikes all alike.
+    """Time several ways in turn, so that other load on the machine slows all of them down alike.
 
     :param ways: Name to work.
-    :param rounds: Rounds that count, after one that warms up.
+    :param rounds: Rounds that count; one more before them warms up.
     """
     found: dict[str, list[Seconds]] = {name: [] for name in ways}
     for round_ in range(rounds + 1):
@@ -55,84 +84,76 @@ def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the ratios of pairs.
-
-    :param above: Figures of one way.
-    :param below: Of another, in the same rounds.
-    """
+    """Median of the ratios ``above / below`` of each round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def forget_peak() -> None:
-    """From now on :func:`peak_bytes` is about what comes."""
+    """Reset the kernel's record of this process's peak memory, which :func:`peak_bytes` reads."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """The most resident bytes that this process has had."""
+    """Peak resident bytes of this process since :func:`forget_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 class Report:
-    """Collects a benchmark's figures, judges its limits and writes ``benchmarks/results/<date>_<name>.json``.
+    """Collects a benchmark's figures, judges their limits and adds them to ``benchmarks/results/<date>.json``.
 
-    :param name: Of the benchmark.
-    :param description: Its docstring: work, baseline, limits.
+    :param name: Key in the file of results.
     :param rounds: Interleaved rounds behind each median.
     :param say: Prints a line.
     """
 
-    def __init__(self, name: str, description: str, rounds: int, say: Callable[[str], Any] = print) -> None:
+    def __init__(self, name: str, rounds: int, say: Callable[[str], Any] = print) -> None:
         self.name, self.rounds, self.say = name, rounds, say
-        self.description = description
-        self.limits: list[dict[str, Any]] = []
+        self.figures: list[dict[str, Any]] = []
         self._started, self._before, self._own = time.time(), psutil.cpu_times(), sum(os.times()[:4])
         RESULTS.mkdir(exist_ok=True)
 
     @property
     def log(self) -> Path:
-        """Where output that nobody reads may go."""
+        """File for the output of libraries."""
         return RESULTS / f"bench_{self.name}.log"
 
     def judge(self, what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
-        """Compare a figure with its limit, and print both.
+        """Print and record a figure, and compare it with its limit if it has one.
 
         :param what: The figure, with its unit.
-        :param value: As measured.
-        :param at_least: Limit, or
-        :param at_most: limit; without either the figure is only recorded.
+        :param value: As measured; NaN misses any limit.
         """
-        limit = at_least if at_least is not None else at_most
-        word = "at least" if at_least is not None else "at most"
-        met = limit is not None and (value >= limit if at_least is not None else value <= limit)  # NaN misses
-        shown = None if limit is None else f"{word} {limit:.4g}"
-        met = None if limit is None else met
-        self.limits.append({"what": what, "value": float(f"{value:.4g}"), "limit": shown, "met": met})
-        verdict = "" if shown is None else f"   limit: {shown}   {'met' if met else 'MISSED'}"
+        limit, met = None, None
+        if at_least is not None:
+            limit, met = f"at least {at_least:.4g}", value >= at_least
+        elif at_most is not None:
+            limit, met = f"at most {at_most:.4g}", value <= at_most
+        self.figures.append({"what": what, "value": float(f"{value:.4g}"), "limit": limit, "met": met})
+        verdict = "" if limit is None else f"   limit: {limit}   {'met' if met else 'MISSED'}"
         self.say(f"{what:<56} {value:9.4g}{verdict}")
 
     def finish(self, **details: Any) -> NoReturn:
-        """Write everything.
+        """Add everything to the day's file; other benchmarks in it stay.
 
-        :param details: Settings and figures of this benchmark.
+        :param details: Settings and further figures of this benchmark.
         :raises SystemExit: with status 1 if a limit is missed, else 0.
         """
         import torch
 
-        used = sum(os.times()[:4]) - self._own  # by this process and by those that it has waited for
-        after = psutil.cpu_times()
-        busy = (sum(after) - after.idle - after.iowait) - (sum(self._before) - self._before.idle - self._before.iowait)
+        used = sum(os.times()[:4]) - self._own  # by this process and by the children that it has waited for
+        after, before, cores = psutil.cpu_times(), self._before, os.cpu_count() or 1
+        busy = (sum(after) - after.idle - after.iowait) - (sum(before) - before.idle - before.iowait)
         seconds = time.time() - self._started
-        cores = os.cpu_count() or 1
-        machine = {"cores": cores, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine["others"] = round(min(max(0.0, busy - used) / (cores * seconds), 1.0), 2)
-        record = {"name": self.name, "date": str(date.today()), "rounds": self.rounds, "seconds": round(seconds)}
-        record |= {"machine": machine, "limits": self.limits, "description": self.description, "details": details}
-        path = RESULTS / f"{date.today()}_{self.name}.json"
+        others = round(min(max(0.0, busy - used) / (cores * seconds), 1.0), 2)
+        machine = {"cores": cores, "threads": torch.get_num_threads(), "torch": torch.__version__, "others": others}
+        path = RESULTS / f"{date.today()}.json"
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        record[self.name] = {"date": str(date.today()), "rounds": self.rounds, "seconds": round(seconds)}
+        record[self.name] |= {"machine": machine, "figures": self.figures, "details": details}
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self.say(
-            f"medians of {self.rounds} rounds, {machine['threads']} threads of {cores} cores, other processes used "
-            f"{machine['others']:.0%} of them; {seconds:.0f} s; {path.relative_to(ROOT)}"
+            f"medians of {self.rounds} rounds, {machine['threads']} threads of {cores} cores, of which other processes "
+            f"used {others:.0%}; {seconds:.0f} s; {path.name}"
         )
-        raise SystemExit(int(any(limit["met"] is False for limit in self.limits)))
+        raise SystemExit(int(any(figure["met"] is False for figure in self.figures)))

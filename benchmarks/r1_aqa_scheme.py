@@ -117,8 +117,9 @@ def compare(model: Any, ref: Any, batch: dict[str, Any], kl_coef: float, n: int)
     :param n: Responses a prompt.
     :return: Largest differences; the gradient's relative to its norm.
     """
+    from aqa.hosts.targets import patch_actor_for_audio
+    from aqa.patches.experience_maker import BANNED
     from aqa.patches.slots import pack_clip
-    from aqa.patches.targets import BANNED, patch_actor_for_audio
     from lightrft.models.actor_al import ActorAL
     from lightrft.models.loss import aggregate, kl_tokens, policy_loss_tokens
     from lightrft.trainer.fast_exp_maker import forward
@@ -180,10 +181,10 @@ def main() -> None:
     args = parser.parse_args()
 
     from audio_dataset import AudioPromptDataset
-    from reward_models_utils import reward_fn
     from torch.utils.data import DataLoader, DistributedSampler
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
+    from aqa.rewards.r1_aqa import reward_fn
     from lightrft.utils import blending_datasets
 
     torch.manual_seed(args.seed)

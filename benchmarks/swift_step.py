@@ -61,13 +61,13 @@ def prepare(out: Path) -> None:
 
     :param out: Folder of ``metrics.jsonl``.
     """
-    from reward_models_utils import avqa_combined_reward_fn
     from swift.callbacks import TrainerCallback, callbacks_map
     from swift.rewards import ORM, orms
     from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
     from swift.template.templates.qwen import Qwen2AudioTemplate
 
     from aqa.patches.slots import audio_token_count
+    from aqa.rewards.r1_aqa import avqa_combined_reward_fn
 
     class Reward(ORM):
         """R1-AQA's reward, by this project's function."""

@@ -92,7 +92,8 @@ def shared_data() -> Path:
 @pytest.fixture
 def problems(tmp_path):
     """``problems(world_size, flag=value, ...)``: what the flags' check says of an otherwise valid run."""
-    from aqa.training.flags import build_parser, find_problems, finish, runtime_problems
+    from aqa.hosts.runtime import RuntimeHost
+    from aqa.training.flags import build_parser, find_problems, finish
     from lightrft.utils import add_arguments
 
     model, data = tmp_path / "model", tmp_path / "data"
@@ -111,7 +112,7 @@ def problems(tmp_path):
                 command.append(f"--{name}={value}")
         args = build_parser(add_arguments).parse_args(command)
         finish(args)
-        return find_problems(args, world_size, local_world_size) + runtime_problems(args)
+        return find_problems(args, world_size, local_world_size) + RuntimeHost().find_problems(args)
 
     return find
 
@@ -121,7 +122,7 @@ def parts(tiny_model) -> tuple:
     """Actor with the audio patch, tokenizer and processor of the tiny model; in a process group of one."""
     import torch
 
-    from aqa.patches.targets import patch_actor_for_audio
+    from aqa.hosts.targets import patch_actor_for_audio
     from lightrft.models.actor_al import ActorAL
     from lightrft.utils.distributed import init_process_group
     from lightrft.utils.processor import get_tokenizer_processor_vl

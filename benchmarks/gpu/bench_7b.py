@@ -62,7 +62,8 @@ def build_model(size: str, device: torch.device, dtype: torch.dtype) -> Any:
     """
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
-    from aqa.patches.targets import Patch, patch_policy
+    from aqa.common.patch import Patch
+    from aqa.patches.actor import patch_policy
 
     (layers, heads, width), (text_layers, text_heads, text_width, intermediate, vocabulary) = SIZES[size]
     audio = {"model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "max_source_positions": 1500}

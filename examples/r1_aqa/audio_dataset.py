@@ -6,7 +6,6 @@ LightRFT's image pipeline carry audio. They live in ``aqa/patches`` and ``aqa/ho
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
 from collections.abc import Sequence
@@ -17,17 +16,14 @@ import numpy as np
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from aqa.audio.decode import SAMPLING_RATE, AudioError, load_audio, probe_all, show
+from aqa.audio.decode import AudioError, probe_all, show
 from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
-from aqa.audio.sandbox import Sandbox, escape_of
+from aqa.audio.reader import AudioReader
+from aqa.common.constants import ASSISTANT_HEADER, SAMPLING_RATE
 from aqa.data.prompts import DataError, check_types, read_columns, render_prompt, tags_of
+from aqa.hosts.targets import patch_actor_for_audio, patch_experience_maker_for_audio, patch_strategy_for_audio
+from aqa.patches.experience_maker import NamedClip
 from aqa.patches.multimodal_processor import AudioMultimodalProcessor
-from aqa.patches.targets import (
-    NamedClip,
-    patch_actor_for_audio,
-    patch_experience_maker_for_audio,
-    patch_strategy_for_audio,
-)
 
 __all__ = [
     "AudioError",
@@ -38,8 +34,6 @@ __all__ = [
     "patch_experience_maker_for_audio",
     "patch_strategy_for_audio",
 ]
-
-RESPONSE_HEADER = "<|im_start|>assistant\n"  # behind it the response begins; see reward_models_utils
 
 
 class AudioPromptDataset(Dataset):
@@ -54,12 +48,11 @@ class AudioPromptDataset(Dataset):
     :param processor: Qwen2-Audio processor.
     :param max_length: Longest prompt in tokens, a clip's placeholder counted as one.
     :param strategy: Its ``args`` name the columns (``input_key``, ``images_key``, ``reference_key``, ``label_key``).
-    :param sandbox: Where to decode, for files that are not trusted; None: in this process.
-    :param audio_root: Folder that no audio may lie outside of, links resolved; None: anywhere.
-    :param decode_all: Decode every file now, not only its header: what cannot be trained on stops the run before its
-        first step. Takes some milliseconds a clip.
-    :param cache_bytes: Most memory for decoded clips, which the next episode then finds.
-    :param tagged: Rows and batches get a fifth member, their tags (:func:`tags_of`); LightRFT's trainer takes four.
+    :param reader: Reads the audio files; None: in this process, from anywhere.
+    :param decode_all: Decode every file now, and not its header alone: a clip that cannot be trained on then stops the
+        run before its first step. Takes some milliseconds a clip.
+    :param cache_bytes: Most memory for decoded clips, so that the next episode need not decode them again.
+    :param tagged: Give rows and batches a fifth member, their tags (:func:`tags_of`); LightRFT's trainer takes four.
     :raises DataError: if a row cannot be trained on; all such rows are counted, the first are named.
     """
 
@@ -71,8 +64,7 @@ class AudioPromptDataset(Dataset):
         max_length: int,
         strategy: Any,
         *,
-        sandbox: Sandbox | None = None,
-        audio_root: str | None = None,
+        reader: AudioReader | None = None,
         decode_all: bool = False,
         cache_bytes: int = 0,
         tagged: bool = False,
@@ -80,11 +72,9 @@ class AudioPromptDataset(Dataset):
         self.tokenizer = tokenizer
         self.processor = processor
         self.max_length = max_length
-        self.audio_root = audio_root
-        load = load_audio if sandbox is None else sandbox.load
-        self.clips = WaveformCache(load, cache_bytes)
-        read_header = None if sandbox is None else sandbox.read_header
-        self.reader = load if decode_all else read_header
+        self.reader = reader or AudioReader()
+        self.clips = WaveformCache(self.reader.load, cache_bytes)
+        self._read = self.reader.load if decode_all else self.reader.read_header
         columns = read_columns(dataset, strategy.args)
         self.audio_paths: list[str | None] = [path or None for path in columns["images_key"]]
         self.references: list[str] = columns["reference_key"]
@@ -113,9 +103,9 @@ class AudioPromptDataset(Dataset):
             placeholders, clips = prompt.count(token), int(self.audio_paths[i] is not None)
             if placeholders != clips:
                 problems.append(f"row {i}: {placeholders} audio placeholders for {clips} clips in {prompt!r}")
-            if prompt.find(RESPONSE_HEADER) + len(RESPONSE_HEADER) != len(prompt):
+            if prompt.find(ASSISTANT_HEADER) + len(ASSISTANT_HEADER) != len(prompt):
                 problems.append(
-                    f"row {i}: the rewards find the response behind the first {RESPONSE_HEADER!r}, which must be the "
+                    f"row {i}: the rewards find the response behind the first {ASSISTANT_HEADER!r}, which must be the "
                     f"prompt's end (a question cannot hold turn markers): {prompt!r}"
                 )
             if length > self.max_length:
@@ -131,17 +121,17 @@ class AudioPromptDataset(Dataset):
         relative = [
             f"{show(path)}: is relative; avqa.py writes absolute paths" for path in paths if not os.path.isabs(path)
         ]
-        if self.audio_root is not None:
-            relative += [problem for path in dict.fromkeys(paths) if (problem := self._confine(path))]
+        if self.reader.folder is not None:
+            relative += probe_all(paths, reader=self.reader.check_inside)
             if relative:
-                return relative  # nothing is opened where something is not allowed to be
-        probe = probe_all if self.reader is None else functools.partial(probe_all, reader=self.reader)
+                return relative  # open no file as long as one of them lies where it must not
         if not (dist.is_initialized() and dist.get_world_size() > 1):
-            return relative + probe(paths)
+            return relative + probe_all(paths, reader=self._read)
         world = dist.get_world_size()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        # every host looks at every file: its disk may be its own
-        found = [(socket.gethostname(), problem) for problem in probe(paths[dist.get_rank() % local :: local])]
+        # every host looks at every file, because hosts may have different disks
+        share = paths[dist.get_rank() % local :: local]
+        found = [(socket.gethostname(), problem) for problem in probe_all(share, reader=self._read)]
         shares: list[list[tuple[str, str]]] = [[] for _ in range(world)]
         dist.all_gather_object(shares, found)
         hosts: dict[str, set[str]] = {}
@@ -149,10 +139,6 @@ class AudioPromptDataset(Dataset):
             hosts.setdefault(problem, set()).add(host)
         where = {p: "" if len(on) == world // local else f" (on {', '.join(sorted(on))})" for p, on in hosts.items()}
         return relative + [problem + where[problem] for problem in hosts]
-
-    def _confine(self, path: str) -> str | None:
-        where = None if self.audio_root is None else escape_of(path, self.audio_root)
-        return where and f"{show(path)}: leads to {show(where)}, outside {self.audio_root} (--confine_audio)"
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -188,8 +174,7 @@ class AudioPromptDataset(Dataset):
         ]
 
     def _decode(self, path: str) -> np.ndarray:
-        if problem := self._confine(path):  # a link may have changed since the check, and since it was decoded
-            raise AudioError(problem)
+        self.reader.check_inside(path)  # also for a clip in memory: a link may have changed since it was decoded
         return self.clips(path)
 
     @staticmethod

@@ -20,55 +20,41 @@ import os
 import signal
 import sys
 import traceback
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aqa.audio.prefetch import PrefetchLoader
-from aqa.hosts.find import describe_host, find_host, on_runtime
+from aqa.hosts.current import current_host, describe_host
+from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
-from aqa.training.flags import build_parser, find_problems, finish, has_split, model_type_of, runtime_problems
+from aqa.training.flags import build_parser, find_problems, finish, has_split
 from aqa.training.run_config import write_config, write_report
 from aqa.training.summary import summary
 
-atexit.register(gloo_shutdown.settle)  # handlers run in reverse order: this one after those of all that trains
+# atexit runs handlers last-registered first, so this one, registered first, runs last
+atexit.register(gloo_shutdown.settle)
 find_host()
-WRONG_USE, CANNOT_SAVE = 2, 5  # exit status
-FIXES: list[str] = []  # version fixes in use, LightRFT only
-if not on_runtime():
-    from aqa.hosts.lightrft import training
-
-    FIXES += training.prepare_import()
+HOST = current_host()
+HOST.prepare_import()
 from lightrft.utils import add_arguments  # noqa: E402
+
+WRONG_USE = 2  # exit status
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train and save, from the flags.
-
-    :param args: Validated flags.
-    """
-    if not on_runtime():
-        training.complete(args)
-        FIXES.extend(training.prepare_classes())
+    """Train and save, from validated flags."""
+    HOST.prepare(args)
     from lightrft.strategy import get_strategy
 
-    strategy = get_strategy(args)  # first of all: the runtime's moves the engines' chatter off the screen
+    strategy = get_strategy(args)  # before all other imports: the runtime redirects what libraries print to its log
 
     from audio_dataset import (
         patch_actor_for_audio,
         patch_experience_maker_for_audio,
         patch_strategy_for_audio,
     )
-    from reward_models_utils import THINK_LABEL, label_doubts
-
-    from aqa.evaluation.checkpoints import NOTES_FILE
-    from aqa.patches.targets import BANNED
-    from aqa.policy.forward import parts_of
-    from aqa.policy.tower_cache import share_tower_outputs
-    from aqa.rewards.named import find_reward
-    from aqa.training.freezing import freeze, trainable
-    from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
-    from lightrft.utils import get_tokenizer_processor_vl
+    from reward_models_utils import find_reward
 
     reward_fn = find_reward(args.reward)
     strategy.print(banner(args, strategy))
@@ -76,96 +62,142 @@ def train(args: argparse.Namespace) -> None:
         problem = write_config(args, build_parser(add_arguments), describe_host(), describe_devices(strategy))
         if problem:
             strategy.print(problem)
-    terminal = find_terminal()
-    show_status = terminal.status if terminal else lambda text: None
 
     # ---- models
-    show_status("loading the models ...")
+    HOST.status("loading the models ...")
+    actor, initial_model = load_models(args, strategy)
+
+    # ---- data
+    HOST.status("checking the data ...")
+    data = load_data(args, strategy, actor)
+
+    # ---- optimizer
+    max_steps = count_steps(args, strategy, len(data.prompts))
+    (actor, optimizer, scheduler), _, _, initial_model = strategy.prepare_models_and_optimizers(
+        actor, None, [], initial_model, args, max_steps
+    )
+    if args.fsdp and initial_model is not None:
+        strategy.offload_model(initial_model)
+    states = resume(args, strategy, actor, optimizer, scheduler) if args.load_checkpoint else None
+
+    # ---- rollout engine, and audio in place of images
+    HOST.status(f"starting {args.engine_type} ...")
+    patch_strategy_for_audio(strategy, data.processor, model_notes(data.asked_to_think))
+    strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
+    strategy.report_memory("with models and engine")
+    models = [model for model in (actor, initial_model) if model is not None]
+    for model in models:
+        patch_actor_for_audio(model)
+    HOST.share_tower(args, strategy, models)
+    if args.lora_rank > 0 and args.init_kl_coef > 0:
+        initial_model = HOST.without_adapters(actor)
+    trainer = make_trainer(args, strategy, data, reward_fn, actor, initial_model, optimizer, scheduler)
+    patch_experience_maker_for_audio(trainer.experience_maker, data.processor, data.tokenizer, args.prompt_max_len)
+    HOST.complete_trainer(trainer, data.prompts, data.evaluators, states)
+
+    # ---- train and save
+    trainer.fit(
+        args,
+        prompts_dataloader=data.prompts,
+        pretrain_dataloader=None,
+        eval_dataloader=data.evaluation,
+        consumed_samples=states["consumed_samples"] if states else 0,
+        num_update_steps_per_episodes=max_steps // args.num_episodes,
+    )
+    strategy.save_model(actor, data.tokenizer, args.save_path)
+    if strategy.is_rank_0():
+        HOST.say(summary(args.save_path))
+        if args.report:
+            HOST.say(write_report(Path(args.save_path)))
+
+
+# ------------------------------------------------------------------------------------------------------ models, trainer
+def load_models(args: argparse.Namespace, strategy: Any) -> tuple[Any, Any]:
+    """Actor, and the reference model that KL is measured to.
+
+    :return: Reference model None without KL, and with LoRA, where the actor without its adapters is the reference.
+    :raises SystemExit: if ``--pretrain`` cannot be loaded.
+    """
+    from aqa.training.freezing import freeze, trainable
+
     with strategy.init_model_context():
-        actor = load_actor(args, None if args.fsdp else strategy.get_ds_train_config(is_actor=True))
+        actor = HOST.load_actor(args, None if args.fsdp else strategy.get_ds_train_config(is_actor=True))
         initial_model = None
         if args.init_kl_coef > 0 and args.lora_rank == 0:
-            initial_model = load_actor(args, None if args.fsdp else strategy.get_ds_eval_config(offload=False))
+            initial_model = HOST.load_actor(args, None if args.fsdp else strategy.get_ds_eval_config(offload=False))
     if args.freeze_prefix:
         strategy.print(freeze(actor.model, args.freeze_prefix))
     if args.lora_rank > 0:
         strategy.print(f"LoRA of rank {args.lora_rank}: {trainable(actor.model)}")
     if args.gradient_checkpointing:
         actor.gradient_checkpointing_enable({"use_reentrant": False})
+    return actor, initial_model
 
-    # ---- data
-    show_status("checking the data ...")
-    tokenizer, processor = get_tokenizer_processor_vl(args.pretrain, actor.model, "left")
-    source = (args.prompt_data, args.prompt_split, args.max_samples)
-    dataset = load_prompts(args, strategy, tokenizer, processor, *source, training=True)
-    per_rank = args.rollout_batch_size // strategy.world_size
-    if len(dataset) < args.rollout_batch_size:
-        raise SystemExit(f"{len(dataset)} rows are fewer than --rollout_batch_size {args.rollout_batch_size}")
-    for doubt in label_doubts(dataset.prompts, dataset.labels):
-        strategy.print(f"WARNING: {doubt}")
-    shuffle = args.prompt_data_probs_end is None  # else the order is the curriculum
-    prompts_dataloader = PrefetchLoader(
-        strategy.setup_dataloader(dataset, per_rank, False, shuffle, collate_fn=dataset.collate_fn, drop_last=True)
-    )
-    asked_to_think = sum(label == THINK_LABEL for label in dataset.labels) / len(dataset)
-    at_once = per_rank * args.n_samples_per_prompt if on_runtime() else per_rank  # of one answer each
-    eval_dataloader = make_eval_dataloader(args, strategy, tokenizer, processor, at_once)
-    evaluators = make_evaluators(args, strategy, processor, asked_to_think == 1)
-    choose_metric(args, eval_dataloader, evaluators)
 
-    # ---- optimizer
-    rollouts = len(prompts_dataloader) * args.num_episodes
+def count_steps(args: argparse.Namespace, strategy: Any, batches: int) -> int:
+    """Optimizer steps of the run.
+
+    :param batches: Rollout batches of an episode.
+    :raises SystemExit: if there would be none.
+    """
+    rollouts = batches * args.num_episodes
     responses = args.rollout_batch_size * args.n_samples_per_prompt
-    max_steps = rollouts * responses * args.max_epochs // args.train_batch_size
-    if max_steps == 0:
+    steps, left_over = divmod(rollouts * responses * args.max_epochs, args.train_batch_size)
+    if steps == 0:
         raise SystemExit(
             f"{rollouts} rollouts of {responses} responses never fill --train_batch_size {args.train_batch_size}: "
             f"no optimizer step would be made; use --train_batch_size {responses} or more data"
         )
-    left_over = rollouts * responses * args.max_epochs % args.train_batch_size
     if left_over:
         strategy.print(f"note: the last {left_over} responses do not fill an optimizer step and are not trained on")
-    (actor, actor_optim, actor_scheduler), _, _, initial_model = strategy.prepare_models_and_optimizers(
-        actor, None, [], initial_model, args, max_steps
-    )
-    if args.fsdp and initial_model is not None:
-        strategy.offload_model(initial_model)
-    consumed_samples = 0
-    if args.load_checkpoint:
-        folder = os.path.join(args.ckpt_path, "_actor")
-        path, states = strategy.load_ckpt(actor.model, folder, optimizer=actor_optim, scheduler=actor_scheduler)
-        consumed_samples = states["consumed_samples"]
-        strategy.print(f"resumed {path}: {consumed_samples} prompts were already used")
+    return steps
 
-    # ---- rollout engine and audio
-    show_status(f"starting {args.engine_type} ...")
-    patch_strategy_for_audio(strategy, processor, {NOTES_FILE: json.dumps({"asked_to_think": asked_to_think}) + "\n"})
-    strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
-    strategy.report_memory("with models and engine")
-    models = [model for model in (actor, initial_model) if model is not None]
-    for model in models:
-        patch_actor_for_audio(model)
-    if on_runtime() and args.zero_stage < 3 and not args.fsdp:
-        modules = [strategy.unwrap_model(model.model) for model in models]
-        if not any(p.requires_grad for p in parts_of(modules[0]).tower.parameters()):
-            share_tower_outputs(*modules)
-    if args.lora_rank > 0 and args.init_kl_coef > 0:
-        from lightrft.models.lora import WithoutAdapters
 
-        initial_model = WithoutAdapters(actor)
-    audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
-    trainer = SPMDPPOTrainerVL(
-        strategy,
-        actor,
-        None,
-        [],
-        initial_model,
-        None,
-        actor_optim,
-        None,
-        actor_scheduler,
-        None,
-        tokenizer=tokenizer,
+def resume(args: argparse.Namespace, strategy: Any, actor: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Load the newest checkpoint.
+
+    :return: What it remembers beside the weights; ``consumed_samples`` is the number of prompts already used.
+    """
+    folder = os.path.join(args.ckpt_path, "_actor")
+    path, states = strategy.load_ckpt(actor.model, folder, optimizer=optimizer, scheduler=scheduler)
+    strategy.print(f"resumed {path}: {states['consumed_samples']} prompts were already used")
+    return states
+
+
+def model_notes(asked_to_think: float) -> dict[str, str]:
+    """What a saved model's folder tells the evaluation: the share of training prompts that ask for thinking."""
+    from aqa.evaluation.checkpoints import NOTES_FILE
+
+    return {NOTES_FILE: json.dumps({"asked_to_think": asked_to_think}) + "\n"}
+
+
+def make_trainer(
+    args: argparse.Namespace,
+    strategy: Any,
+    data: Data,
+    reward_fn: Any,
+    actor: Any,
+    initial_model: Any,
+    optimizer: Any,
+    scheduler: Any,
+) -> Any:
+    """LightRFT's trainer. There is no critic and no reward model: advantages come from groups, rewards from rules."""
+    from aqa.patches.experience_maker import BANNED
+    from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
+
+    audio_token_id = data.tokenizer.convert_tokens_to_ids(data.processor.audio_token)
+    return SPMDPPOTrainerVL(
+        strategy=strategy,
+        actor=actor,
+        critic=None,
+        reward_model=[],
+        initial_model=initial_model,
+        ema_model=None,
+        actor_optim=optimizer,
+        critic_optim=None,
+        actor_scheduler=scheduler,
+        critic_scheduler=None,
+        tokenizer=data.tokenizer,
         reward_fn=reward_fn,
         reward_fn_label_map={},
         max_epochs=args.max_epochs,
@@ -180,66 +212,55 @@ def train(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         top_p=args.top_p,
         logit_bias={audio_token_id: BANNED},
-        **({} if on_runtime() else training.trainer_arguments(args, processor)),
+        **HOST.trainer_arguments(args, data.processor),
     )
-    patch_experience_maker_for_audio(trainer.experience_maker, processor, tokenizer, args.prompt_max_len)
-    if not on_runtime():
-        training.patch_trainer(trainer, prompts_dataloader)
-    else:
-        trainer.evaluators = evaluators
-        if args.load_checkpoint:
-            trainer.restore(states)
-
-    # ---- train and save
-    trainer.fit(
-        args,
-        prompts_dataloader=prompts_dataloader,
-        pretrain_dataloader=None,
-        eval_dataloader=eval_dataloader,
-        consumed_samples=consumed_samples,
-        num_update_steps_per_episodes=max_steps // args.num_episodes,
-    )
-    strategy.save_model(actor, tokenizer, args.save_path)
-    if strategy.is_rank_0():
-        say = partial(terminal.print, needed=True) if terminal else strategy.print
-        say(summary(args.save_path))
-        if args.report:
-            say(write_report(Path(args.save_path)))
 
 
-def find_terminal() -> Any:
-    """The runtime's console; None inside LightRFT."""
-    if not on_runtime():
-        return None
-    from lightrft.utils.console import console
+# ----------------------------------------------------------------------------------------------------------------- data
+@dataclass
+class Data:
+    """What a run trains and is evaluated on.
 
-    return console
-
-
-def load_actor(args: argparse.Namespace, ds_config: dict[str, Any] | None) -> Any:
-    """Actor or reference model from ``--pretrain``.
-
-    :param args: Flags.
-    :param ds_config: DeepSpeed configuration; None under FSDP2.
-    :raises SystemExit: if it cannot be loaded.
+    :param prompts: This rank's training batches.
+    :param evaluation: This rank's batches of evaluation prompts, scored by the reward; None: none.
+    :param evaluators: Benchmark files that are evaluated.
+    :param asked_to_think: Share of training prompts that ask for the thinking process.
     """
-    if not on_runtime():
-        return training.load_actor(args, ds_config)
-    from lightrft.models.actor_al import ActorAL
 
-    try:
-        return ActorAL(
-            args.pretrain,
-            use_flash_attention_2=args.flash_attn,
-            bf16=args.bf16,
-            ds_config=ds_config,
-            lora_rank=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            target_modules=args.target_modules,
-            load_in_4bit=args.load_in_4bit,
-        )
-    except (OSError, ValueError) as error:  # no such model, of another kind, not whole, or not fit for a flag
-        raise SystemExit(f"--pretrain {args.pretrain}: {error}") from error
+    tokenizer: Any
+    processor: Any
+    prompts: PrefetchLoader
+    evaluation: PrefetchLoader | None
+    evaluators: list[Any]
+    asked_to_think: float
+
+
+def load_data(args: argparse.Namespace, strategy: Any, actor: Any) -> Data:
+    """Read and check all data.
+
+    :raises SystemExit: if there are too few rows, or ``--keep_best`` names nothing that is evaluated.
+    :raises DataError: naming the rows that cannot be trained on.
+    """
+    from reward_models_utils import THINK_LABEL, label_doubts
+
+    from lightrft.utils import get_tokenizer_processor_vl
+
+    tokenizer, processor = get_tokenizer_processor_vl(args.pretrain, actor.model, "left")
+    source = (args.prompt_data, args.prompt_split, args.max_samples)
+    dataset = load_prompts(args, strategy, tokenizer, processor, *source, training=True)
+    if len(dataset) < args.rollout_batch_size:
+        raise SystemExit(f"{len(dataset)} rows are fewer than --rollout_batch_size {args.rollout_batch_size}")
+    for doubt in label_doubts(dataset.prompts, dataset.labels):
+        strategy.print(f"WARNING: {doubt}")
+    per_rank = args.rollout_batch_size // strategy.world_size
+    shuffle = args.prompt_data_probs_end is None  # else the order is the curriculum
+    loader = strategy.setup_dataloader(dataset, per_rank, False, shuffle, collate_fn=dataset.collate_fn, drop_last=True)
+    asked_to_think = sum(label == THINK_LABEL for label in dataset.labels) / len(dataset)
+    eval_batch = HOST.eval_batch_size(per_rank, args.n_samples_per_prompt)
+    evaluation = make_eval_dataloader(args, strategy, tokenizer, processor, eval_batch)
+    evaluators = make_evaluators(args, strategy, processor, asked_to_think == 1)
+    choose_metric(args, evaluation, evaluators)
+    return Data(tokenizer, processor, PrefetchLoader(loader), evaluation, evaluators, asked_to_think)
 
 
 def load_prompts(
@@ -267,7 +288,7 @@ def load_prompts(
     from audio_dataset import AudioPromptDataset
     from datasets import concatenate_datasets
 
-    from aqa.audio.sandbox import Sandbox
+    from aqa.audio.reader import AudioReader
     from aqa.data import mixing
 
     needed = (args.input_key, args.images_key, args.reference_key, args.label_key)
@@ -289,11 +310,10 @@ def load_prompts(
         processor,
         args.prompt_max_len,
         strategy,
-        sandbox=Sandbox() if args.sandbox_audio else None,
-        audio_root=args.confine_audio,
+        reader=AudioReader(args.sandbox_audio, args.confine_audio),
         decode_all=args.decode_audio,
         cache_bytes=args.audio_cache_mib * 2**20,
-        tagged=on_runtime(),
+        tagged=HOST.row_tags,
     )
 
 
@@ -369,6 +389,7 @@ def choose_metric(args: argparse.Namespace, eval_dataloader: Any, evaluators: li
         raise SystemExit(f"--keep_best {args.keep_best}: no such metric here; there are {', '.join(known)}")
 
 
+# ---------------------------------------------------------------------------------------------------- terminal and ends
 def describe_devices(strategy: Any) -> str:
     """How many processes, and what each computes on.
 
@@ -396,7 +417,7 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
     return "\n".join(
         (
             f"host      {describe_host()}",
-            *([f"fixes     {', '.join(FIXES)}"] if FIXES else []),
+            *([f"fixes     {', '.join(HOST.fixes)}"] if HOST.fixes else []),
             f"versions  torch {torch.__version__}, transformers {transformers.__version__}, "
             f"deepspeed {deepspeed.__version__}",
             f"devices   {describe_devices(strategy)}; {sharding}, {'bf16' if args.bf16 else 'fp32'}; "
@@ -411,33 +432,25 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
     )
 
 
-def _host_problems(args: argparse.Namespace) -> list[str]:
-    if on_runtime():
-        return runtime_problems(args)
-    problems = training.find_problems(args)
-    if args.pretrain and model_type_of(args.pretrain) not in (None, "qwen2_audio"):
-        problems.append(f"--pretrain {args.pretrain}: inside LightRFT qwen2_audio alone; unset LIGHTRFT_HOME")
-    return problems
-
-
 def main() -> None:
     """Parse, validate, train."""
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # the launch script has torchrun ignore it, and so would we
-    parser = build_parser(add_arguments)
-    args = parser.parse_args()
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_DFL
+    )  # torchrun ignores it for the launch script, and ranks inherit that
+    args = build_parser(add_arguments).parse_args()
     finish(args)
     if args.plan:
         from aqa.training import planner
 
-        raise SystemExit(planner.run(args, _host_problems(args)))
+        raise SystemExit(planner.run(args, HOST.find_problems(args)))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     problems = find_problems(args, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-    problems += _host_problems(args)
+    problems += HOST.find_problems(args)
     if problems:
         text = "\n  - ".join([f"{len(problems)} problems with this configuration:", *problems])
-        if speaks_for_host():
+        if HOST.speaks_for_node():
             print(text, file=sys.stderr, flush=True)
-        tell_others(SystemExit(text))
+        HOST.leave(SystemExit(text))
         raise SystemExit(WRONG_USE)
     try:
         train(args)
@@ -445,77 +458,36 @@ def main() -> None:
         status = exit_status(error)
         if status is not None:
             report_error(error, args.debug)
-        if tell_others(error, may_follow=status is None and isinstance(error, Exception)):
+        if HOST.leave(error, may_follow=status is None and isinstance(error, Exception)):
             raise SystemExit(1) from None
         if status is None:
             raise
         raise SystemExit(status) from None
-    tell_others()
-
-
-def speaks_for_host() -> bool:
-    """Whether this rank shows what all ranks of its host may have to say: the first that fails, inside LightRFT the
-    first of all."""
-    peers = find_peers()
-    return os.environ.get("LOCAL_RANK", "0") == "0" if peers is None else peers.first_to_speak()
-
-
-def tell_others(error: BaseException | None = None, may_follow: bool = False) -> bool:
-    """Tell the other ranks how this one ends, so that they end, too; LightRFT's would wait for it.
-
-    :param error: What ended it; None if all is well.
-    :param may_follow: The error may be what another rank's loss has led to.
-    :return: Whether it was, and was named.
-    """
-    peers = find_peers()
-    return peers is not None and peers.leave(error, may_follow)
-
-
-def find_peers() -> Any:
-    """The runtime's module for ranks that end, connected; None if this rank is alone, or inside LightRFT."""
-    if not on_runtime() or os.environ.get("WORLD_SIZE", "1") == "1":
-        return None
-
-    from lightrft.utils import rank_watch
-
-    rank_watch.join()  # a wrong flag is found before anything else is done
-    return rank_watch
+    HOST.leave()
 
 
 def exit_status(error: BaseException) -> int | None:
-    """The exit status of an error whose message says all; None for any other, which needs its traceback.
-
-    :param error: What ended the run.
-    """
+    """The exit status of an error whose message says all; None for any other, which needs its traceback."""
     if isinstance(error, SystemExit):
         return WRONG_USE if isinstance(error.code, str) else None
     from audio_dataset import AudioError, DataError
 
-    if on_runtime():
-        from lightrft.strategy.checkpoint import SaveError
-
-        if isinstance(error, SaveError):
-            return CANNOT_SAVE
-    return WRONG_USE if isinstance(error, (DataError, AudioError)) else None
+    return WRONG_USE if isinstance(error, (DataError, AudioError)) else HOST.exit_status(error)
 
 
 def report_error(error: BaseException, debug: bool) -> None:
-    """Show an error's message on the terminal: once, if all ranks have it, else with the rank that has it.
+    """Show an error's message on the terminal: once a node if all ranks have it, else on the rank that has it.
 
-    :param error: What ended the run.
     :param debug: Show its traceback, too.
     """
     from audio_dataset import AudioError
 
-    rank = int(os.environ.get("RANK", "0"))
-    alone = isinstance(error, AudioError)  # a file that could be opened at the start, on the rank that needs it
-    if not (alone or speaks_for_host()):
+    alone = isinstance(error, AudioError)  # the file could be opened at the start; only the rank that needs it fails
+    if not (alone or HOST.speaks_for_node()):
         return
-    where = f" (rank {rank})" if alone and int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    terminal = find_terminal()
-    stream = terminal.stream if terminal and terminal.log_file else sys.stderr  # there stderr goes to the log file
-    if terminal:
-        terminal.status("")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    where = f" (rank {os.environ.get('RANK', '0')})" if alone and several else ""
+    stream = HOST.error_stream()
     if debug:
         traceback.print_exception(error, file=stream)
     print(f"train_colocate.py: error{where}: {error}", file=stream, flush=True)

@@ -218,8 +218,8 @@ import types
 sys.path.insert(0, sys.argv[1])
 from aqa.hosts.locate import find_host
 find_host()
-from aqa.hosts.lightrft import training
-training.prepare_import()
+from aqa.hosts.current import current_host
+current_host().prepare_import()
 from aqa.hosts.lightrft import fixes
 from aqa.common.patch import *
 from aqa.hosts.targets import *

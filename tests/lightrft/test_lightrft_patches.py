@@ -25,8 +25,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Qwen2AudioForConditionalGeneration
 
 from aqa.common.patch import Patch
-from aqa.hosts.lightrft import audio, fixes, training
+from aqa.hosts.lightrft import audio, fixes, recorder
 from aqa.hosts.lightrft.audio import EngineOutput, checkpoint_name, find_actor, patch_actor
+from aqa.hosts.lightrft.host import LightRFTHost, complete_flags
 from aqa.hosts.targets import patch_actor_for_audio
 from aqa.patches.strategy import build_audio_inputs
 from lightrft.models.actor_al import ActorAL
@@ -349,7 +350,7 @@ def make_trainer(tmp_path):
 
 def test_metrics_of_a_step_are_the_responses_means(tmp_path, capsys, process_group):
     trainer = make_trainer(tmp_path)
-    with training.patch_trainer(trainer, SimpleNamespace(seconds_waited=0.25)):
+    with LightRFTHost().complete_trainer(trainer, SimpleNamespace(seconds_waited=0.25), [], None):
         for step in (1, 2):
             trainer.evaluate_now = step == 2
             trainer.experience_maker.make_experience_list()
@@ -377,7 +378,7 @@ def test_log_probs_that_are_not_finite_stop_the_run(tmp_path, process_group):
     trainer = make_trainer(tmp_path)
     experiences = trainer.experience_maker._make_experience_list_by_model([])
     experiences[0].action_log_probs[0, 0] = float("nan")
-    with training.patch_trainer(trainer, None), pytest.raises(FloatingPointError, match="not finite"):
+    with LightRFTHost().complete_trainer(trainer, None, [], None), pytest.raises(FloatingPointError, match="not finite"):
         trainer.experience_maker.make_experience_list()
 
 
@@ -385,14 +386,15 @@ def test_prints_of_whole_batches_are_cut(tmp_path):
     printed = []
     strategy = SimpleNamespace(print=lambda *messages: printed.extend(messages))
     with Patch() as patch:
-        training._shorten_prints(patch, strategy)
+        recorder.shorten_prints(patch, strategy)
         strategy.print("short", "x" * 5000)
     assert printed[0] == "short"
-    assert printed[1] == "x" * training.LONGEST_LINE + " ... (5000 characters)"
+    assert printed[1] == "x" * recorder.LONGEST_LINE + " ... (5000 characters)"
 
 
 # --------------------------------------------------------------------------------------------------- flags and versions
 GOOD = {
+    "pretrain": None,
     "engine_type": "vllm",
     "packing_samples": False,
     "sp_size": 1,
@@ -438,14 +440,14 @@ GOOD = {
     ],
 )
 def test_what_lightrft_cannot_do_is_refused(change, message):
-    problems = training.find_problems(argparse.Namespace(**GOOD | change))
+    problems = LightRFTHost().find_problems(argparse.Namespace(**GOOD | change))
     assert len(problems) == (message is not None)
     assert message is None or message in problems[0]
 
 
 def test_settings_that_lightrft_reads_are_there_and_given_ones_stay():
     args = argparse.Namespace(zpg=4)
-    training.complete(args)
+    complete_flags(args)
     assert args.zpg == 4 and args.text_only is False and args.remote_rm_url is None
 
 

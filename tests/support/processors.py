@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from audio_dataset import RESPONSE_HEADER, AudioPromptDataset
+from audio_dataset import AudioPromptDataset
 
 
 class TextProcessor:
@@ -18,7 +18,7 @@ class TextProcessor:
             content = message["content"]
             texts = content if isinstance(content, str) else "".join(p.get("text", self.audio_token) for p in content)
             parts.append(f"<|im_start|>{message['role']}\n{texts}<|im_end|>\n")
-        return "".join(parts) + RESPONSE_HEADER
+        return "".join(parts) + ASSISTANT_HEADER
 
     def tokenizer(self, texts, **_) -> dict:
         return {"input_ids": [text.encode("utf-8").split() for text in texts]}

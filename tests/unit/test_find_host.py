@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import lightrft
-from aqa.hosts.find import check_host, describe_host
+from aqa.hosts.current import describe_host
+from aqa.hosts.locate import check_host
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +23,7 @@ def ask(code: str, *folders: Path) -> subprocess.CompletedProcess:
         sys.executable,
         "-S",
         "-c",
-        f"from aqa.hosts.find import *\n{code}",
+        f"from aqa.hosts.current import *\nfrom aqa.hosts.locate import *\n{code}",
     ]  # -S: not the one of an installed package
     return subprocess.run(command, env=environment, cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
 
@@ -81,8 +82,8 @@ def test_the_check_imports_nothing_heavy():
 def test_the_version_of_a_checkout_is_read_from_its_project_file(tmp_path):
     make_package(tmp_path, "", trainer=True)
     (tmp_path / "pyproject.toml").write_text("[project]\nversion = '0.1.1'\n", encoding="utf-8")
-    done = ask("check_host()\nprint(describe_host(), on_runtime())", tmp_path)
-    assert done.stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'} False", done.stderr
+    done = ask("check_host()\nprint(describe_host())", tmp_path)
+    assert done.stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'}", done.stderr
 
 
 FIND = "find_host()\nprint(describe_host())"
@@ -111,6 +112,6 @@ def test_copied_into_a_checkout_that_checkout(tmp_path, monkeypatch):
     make_package(tmp_path, "__version__ = '0.1.1'", trainer=True)
     shutil.copytree(ROOT / "examples" / "r1_aqa", tmp_path / "examples" / "r1_aqa")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "examples" / "r1_aqa")}
-    command = [sys.executable, "-S", "-c", f"from aqa.hosts.find import *\n{FIND}"]
+    command = [sys.executable, "-S", "-c", f"from aqa.hosts.current import *\nfrom aqa.hosts.locate import *\n{FIND}"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'}", done.stderr

@@ -9,17 +9,11 @@ from audio_dataset import AudioMultimodalProcessor
 from transformers import AutoProcessor
 
 import lightrft
+from aqa.common.patch import Patch, PatchError
+from aqa.hosts.targets import patch_actor_for_audio, patch_experience_maker_for_audio, patch_strategy_for_audio
+from aqa.patches.experience_maker import check_audio, count_audio
 from aqa.patches.slots import pack_clip
-from aqa.patches.targets import (
-    Patch,
-    PatchError,
-    build_audio_inputs,
-    check_audio,
-    count_audio,
-    patch_actor_for_audio,
-    patch_experience_maker_for_audio,
-    patch_strategy_for_audio,
-)
+from aqa.patches.strategy import build_audio_inputs
 from lightrft.engines.base import RolloutOutput, Sampling, stable_seed
 from lightrft.models.actor_al import ActorAL
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
@@ -457,7 +451,7 @@ def test_a_reward_that_is_not_finite_is_refused(processor):
 def test_every_public_patch_is_exported_by_the_dataset_module():
     import audio_dataset
 
-    from aqa.patches import targets as targets_module
+    from aqa.hosts import targets as targets_module
 
     for name in ("patch_strategy_for_audio", "patch_experience_maker_for_audio", "patch_actor_for_audio"):
         assert getattr(audio_dataset, name) is getattr(targets_module, name)

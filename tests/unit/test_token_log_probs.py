@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from aqa.patches.targets import Patch
+from aqa.common.patch import Patch
 from aqa.policy import token_log_probs as module
 from aqa.policy.token_log_probs import patch_head, token_log_probs
 

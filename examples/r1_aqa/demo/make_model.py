@@ -43,7 +43,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aqa.data.rows import AvqaError, parse_records, read_records
-from aqa.hosts.find import find_host
+from aqa.hosts.locate import find_host
 from aqa.policy.forward import parts_of
 from demo.sounds import SAMPLING_RATE
 from demo.warm_start import PROMPT, draw_warm_start_example, warm_start

@@ -19,7 +19,8 @@ from typing import Any, TextIO
 
 from aqa.evaluation.checkpoints import Model
 from aqa.evaluation.items import EvalError
-from aqa.hosts.find import describe_host, find_host, on_runtime
+from aqa.hosts.current import current_host, describe_host
+from aqa.hosts.locate import find_host
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 VLLM_WINDOW = 512  # requests that vLLM holds at once: always enough to fill its batch, and bounded memory
@@ -34,7 +35,7 @@ class Job:
     :param audio: The recording.
     :param samples: Its length at 16 kHz.
     :param silent: Ask with silence of that length instead.
-    :param sandbox: An :class:`aqa.audio.sandbox.Sandbox` to decode in; None: in this process.
+    :param reader: Decodes the recording (:class:`aqa.audio.reader.AudioReader`); None: without a sandbox.
     """
 
     index: int
@@ -42,7 +43,7 @@ class Job:
     audio: Path
     samples: int
     silent: bool = False
-    sandbox: Any = None
+    reader: Any = None
 
     def load(self) -> Any:
         """The waveform ``(samples,)`` float32 at 16 kHz.
@@ -51,13 +52,14 @@ class Job:
         """
         import numpy as np
 
-        from aqa.audio.decode import AudioError, load_audio
+        from aqa.audio.decode import AudioError
+        from aqa.audio.reader import AudioReader
 
         if self.silent:
             return np.zeros(self.samples, dtype=np.float32)
         try:
             # digital silence is a question like any other, and was reported when the run started
-            return (self.sandbox.load if self.sandbox else load_audio)(self.audio, silence_ok=True)
+            return (self.reader or AudioReader()).load(self.audio, silence_ok=True)
         except AudioError as error:
             raise EvalError(f"the audio was usable when the run started: {error}") from error
 
@@ -113,11 +115,10 @@ def family_of(model: Model) -> Any:
     if kind != "qwen2_5_omni":
         raise EvalError(f"{model.path}: is a {kind} model; this example knows qwen2_audio and qwen2_5_omni")
     find_host()
-    if not on_runtime():
+    spec = current_host().model_spec(kind)
+    if spec is None:
         raise EvalError(f"{model.path}: qwen2_5_omni needs this repository's runtime, not {describe_host()}")
-    from lightrft.utils.model_specs import Qwen2_5Omni
-
-    return Qwen2_5Omni
+    return spec
 
 
 def render(processor: Any, prompt: str) -> str:
@@ -443,7 +444,7 @@ class VLLMEngine:
         :return: Item index and response, as they come.
         """
         from aqa.audio.decode import SAMPLING_RATE
-        from aqa.patches.targets import build_audio_inputs
+        from aqa.patches.strategy import build_audio_inputs
 
         left = [job for job in jobs if job.index not in finished]
         asked: dict[str, Job] = {}

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_FRAMES = 3000  # frames the audio tower takes: 30 s at a hop of 10 ms
+from aqa.common.constants import MAX_FRAMES, MIN_FRAMES
+
 GUARD_ROWS = 2  # rows after the valid frames that the two convolutions still see
-MIN_FRAMES = 3  # below this the tower's two poolings leave no audio token
 
 
 def audio_token_count(frames: int) -> int:

@@ -17,7 +17,7 @@ def patch_head(patch: Any, head: nn.Module) -> None:
     They are made inside the head's forward, because the hooks of ZeRO-3 and FSDP2 have its weight there, once,
     however many chunks a rank needs.
 
-    :param patch: Takes the replacement (``aqa.patches.targets.Patch``).
+    :param patch: Takes the replacement (``aqa.common.patch.Patch``).
     :param head: ``lm_head``; left alone unless it is a plain linear layer without bias.
     """
     if type(head).forward is nn.Linear.forward and head.bias is None:

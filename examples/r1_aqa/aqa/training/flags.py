@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from aqa.hosts.find import not_installed
+from aqa.common.model_type import model_type_of
+from aqa.hosts.locate import not_installed
 
 ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
 REFUSED_ESTIMATORS = {"gae": "needs a critic, and none is trained here", "cpgd": "needs a loss that is not in here"}
@@ -373,26 +373,6 @@ def find_problems(
     return problems + (_path_problems(args) if paths else [])
 
 
-def runtime_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags that only this repository's runtime has, or takes in another way than LightRFT.
-
-    :param args: Finished flags.
-    :return: As :func:`find_problems`.
-    """
-    rules = (
-        (args.engine_type == "sglang", "--engine_type sglang: only LightRFT runs it (LIGHTRFT_HOME); use vllm or hf"),
-        (args.sync_bucket_mb < 1, f"--sync_bucket_mb {args.sync_bucket_mb}: must be 1 or more"),
-        (args.fsdp and args.adam_offload, "--adam_offload is DeepSpeed's: with --fsdp use --fsdp_cpu_offload"),
-        (args.fsdp and args.param_offload, "--param_offload is ZeRO-3's: with --fsdp use --fsdp_cpu_offload"),
-        (args.fsdp_cpu_offload and not args.fsdp, "--fsdp_cpu_offload: add --fsdp, or use --adam_offload"),
-        (
-            args.param_offload and not args.fsdp and args.zero_stage != 3,
-            f"--param_offload with --zero_stage {args.zero_stage}: only ZeRO-3 shards parameters; use --zero_stage 3",
-        ),
-    )
-    return [problem for wrong, problem in rules if wrong]
-
-
 def _four_bit_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     if args.lora_rank == 0:
@@ -559,18 +539,6 @@ def _source_problems(flag: str, sources: str, split: str) -> list[str]:
         elif not has_split(source, split):
             problems.append(f"--{flag} {source}: holds no {split}.parquet (--{flag.split('_')[0]}_split)")
     return problems
-
-
-def model_type_of(pretrain: str) -> str | None:
-    """What kind of model a folder holds; None for a hub name, and where ``config.json`` does not say.
-
-    :param pretrain: Folder or hub name.
-    """
-    try:
-        config = json.loads((Path(pretrain) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def has_split(source: str, split: str) -> bool:

@@ -1,9 +1,8 @@
 """The audio patches for LightRFT's own classes, where they differ from those for this project's runtime.
 
-The public ``patch_*_for_audio`` functions call the ``patch_*`` functions here when the host is
-LightRFT itself. Everything is patched on the instance that is in use, and undone with the
-:class:`~aqa.patches.targets.Patch` that it was put into. Written for commit 49e62cb; ``aqa/hosts/lightrft/contract.py`` lists what is
-relied on.
+``patch_*_for_audio`` (``hosts/targets.py``) call the ``patch_*`` functions here when the host is LightRFT itself.
+Everything is patched on the instance that is in use, and undone with the :class:`~aqa.common.patch.Patch` that it was
+put into. Written for commit 49e62cb; ``contract.py`` lists what is relied on.
 """
 
 from __future__ import annotations
@@ -22,12 +21,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from aqa.common.constants import MAX_AUDIO_TOKENS
+from aqa.common.patch import Patch, is_patched
 from aqa.hosts.lightrft.fixes import at_least
-from aqa.patches.slots import MAX_FRAMES, audio_token_count, unpack_clips
-from aqa.patches.targets import Patch, is_marked, mark, patch_policy, write_processor
+from aqa.patches.actor import patch_policy
+from aqa.patches.slots import audio_token_count, unpack_clips
+from aqa.patches.strategy import write_processor
 
 _MARKED = re.compile(re.escape("<|audio_bos|>") + r"(<\|AUDIO\|>)" + re.escape("<|audio_eos|>"))
-MAX_AUDIO_TOKENS = audio_token_count(MAX_FRAMES)  # what the one placeholder of a 30 s clip becomes
 
 
 class EngineOutput(dict):
@@ -60,10 +61,9 @@ def patch_actor(patch: Patch, actor: Any) -> None:
     :param actor: Actor or reference model, as prepared by the strategy.
     """
     actor = find_actor(actor)
-    if is_marked(actor, "forward"):
+    if not patch.wrap(actor, "forward", lambda original: functools.partial(audio_forward, actor)):
         return
     patch_policy(patch, getattr(actor.model, "module", actor.model))  # within DeepSpeed's engine
-    patch.replace(actor, "forward", mark(functools.partial(audio_forward, actor), actor.forward))
     original = actor.process_sequences
 
     @functools.wraps(original)
@@ -134,7 +134,7 @@ def patch_strategy(patch: Patch, strategy: Any, processor: Any, files: dict[str,
     :param processor: Saved with the model; None leaves saving as it is.
     :param files: Saved with it, too: name to text.
     """
-    if is_marked(strategy, "engine_generate_local"):
+    if is_patched(strategy, "engine_generate_local"):
         return
     vllm_utils = importlib.import_module("lightrft.strategy.vllm_utils")
     make_engine = vllm_utils.get_vllm_engine
@@ -151,8 +151,7 @@ def patch_strategy(patch: Patch, strategy: Any, processor: Any, files: dict[str,
         return make_engine(*positional, **kwargs)
 
     patch.replace(vllm_utils, "get_vllm_engine", get_vllm_engine)
-    generate = functools.partial(generate_with_audio, strategy)
-    patch.replace(strategy, "engine_generate_local", mark(generate, strategy.engine_generate_local))
+    patch.wrap(strategy, "engine_generate_local", lambda original: functools.partial(generate_with_audio, strategy))
     patch.replace(strategy, "gather_and_generate", _with_checked_prompts(strategy.gather_and_generate))
     _patch_weight_sync(patch, strategy)
     if processor is not None:
@@ -318,7 +317,7 @@ def _patch_save(patch: Patch, strategy: Any, processor: Any, files: dict[str, st
             write_processor(processor, files, output_dir)
         dist.barrier()
 
-    patch.replace(strategy, "save_model", mark(save_model, strategy.save_model))
+    patch.wrap(strategy, "save_model", lambda original: save_model)
 
 
 def _gather_fsdp(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -370,7 +369,7 @@ def patch_experience_maker(patch: Patch, exp_maker: Any, logit_bias: dict[int, f
     :param logit_bias: Bias on token ids, for the engine and, so that log-probs are those of the distribution sampled
         from, for actor and reference model; likewise the temperature.
     """
-    if is_marked(exp_maker, "_build_unpacked_sample"):
+    if is_patched(exp_maker, "_build_unpacked_sample"):
         return
     patch.replace(exp_maker.strategy, "logit_bias", logit_bias)
     for model in filter(None, (exp_maker.actor, exp_maker.initial_model)):
@@ -382,16 +381,18 @@ def patch_experience_maker(patch: Patch, exp_maker: Any, logit_bias: dict[int, f
         """There are no image tokens; :func:`audio_forward` checks the audio tokens."""
 
     patch.replace(exp_maker, "_fix_qwen_vl_image_tokens", _fix_qwen_vl_image_tokens)
-    original = exp_maker._build_unpacked_sample
 
-    @functools.wraps(original)
-    def _build_unpacked_sample(outputs: list[EngineOutput], **kwargs: Any) -> tuple[Any, Any, Any]:
-        sample, *indices = original(outputs=outputs, **kwargs)
-        sample.engine_log_probs = [output.output_log_probs for output in outputs]
-        sample.truncated = [output.truncated for output in outputs]
-        return sample, *indices
+    def make(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def _build_unpacked_sample(outputs: list[EngineOutput], **kwargs: Any) -> tuple[Any, Any, Any]:
+            sample, *indices = original(outputs=outputs, **kwargs)
+            sample.engine_log_probs = [output.output_log_probs for output in outputs]
+            sample.truncated = [output.truncated for output in outputs]
+            return sample, *indices
 
-    patch.replace(exp_maker, "_build_unpacked_sample", mark(_build_unpacked_sample, original))
+        return _build_unpacked_sample
+
+    patch.wrap(exp_maker, "_build_unpacked_sample", make)
 
 
 # --------------------------------------------------------------------------------------------------------- trajectories

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from aqa.patches.targets import Patch, is_marked, mark
+from aqa.common.patch import Patch
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Fix:
     :param mends: What fails without it.
     :param until: When it can be deleted.
     :param needed: Whether this machine's versions need it.
-    :param apply: Puts it into a :class:`~aqa.patches.targets.Patch`.
+    :param apply: Puts it into a :class:`~aqa.common.patch.Patch`.
     :param before_import: It must be in place before LightRFT is imported.
     """
 
@@ -89,50 +89,50 @@ def _alias_vision2seq(patch: Patch) -> None:
 
 def _find_parts_of_the_model(patch: Patch) -> None:
     module = importlib.import_module("lightrft.models.actor_al")
-    original = module.ActorAL.__init__
-    if is_marked(module.ActorAL, "__init__"):
-        return
 
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        inner = self.model.model  # the tower moved one level down, where LightRFT does not look for it
-        if not hasattr(inner, "audio_tower"):
-            return
-        tower = inner.audio_tower
-        if not isinstance(tower.embed_positions, module._AudioEmbedPositions):
-            # FSDP2 would shard the table, and the tower adds it to whole tensors
-            tower.embed_positions = module._AudioEmbedPositions(tower.embed_positions)
-        for part in (self.model, inner, tower):
-            part._no_split_modules = sorted(part._no_split_modules)  # was a list, and LightRFT appends to it
+    def make(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            inner = self.model.model  # the tower moved one level down, where LightRFT does not look for it
+            if not hasattr(inner, "audio_tower"):
+                return
+            tower = inner.audio_tower
+            if not isinstance(tower.embed_positions, module._AudioEmbedPositions):
+                # FSDP2 would shard the table, and the tower adds it to whole tensors
+                tower.embed_positions = module._AudioEmbedPositions(tower.embed_positions)
+            for part in (self.model, inner, tower):
+                part._no_split_modules = sorted(part._no_split_modules)  # was a list, and LightRFT appends to it
 
-    patch.replace(module.ActorAL, "__init__", mark(__init__, original))
+        return __init__
+
+    patch.wrap(module.ActorAL, "__init__", make)
 
 
 # ---------------------------------------------------------------------------------------------------------------- vLLM
 def _drop_truncate_prompt_tokens(patch: Patch) -> None:
     maker = importlib.import_module("lightrft.trainer.fast_exp_maker").FastExperienceMaker
-    original = maker.generate_samples
-    if is_marked(maker, "generate_samples"):
-        return
 
-    @functools.wraps(original)
-    def generate_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.strategy.config.engine_type != "vllm":
-            return original(self, *args, **kwargs)
-        import vllm
+    def make(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def generate_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.strategy.config.engine_type != "vllm":
+                return original(self, *args, **kwargs)
+            import vllm
 
-        real = vllm.SamplingParams
+            real = vllm.SamplingParams
 
-        def sampling_params(**arguments: Any) -> Any:
-            arguments.pop("truncate_prompt_tokens", None)  # prompts were checked when the data was loaded
-            return real(**arguments)
+            def sampling_params(**arguments: Any) -> Any:
+                arguments.pop("truncate_prompt_tokens", None)  # prompts were checked when the data was loaded
+                return real(**arguments)
 
-        with Patch() as during_the_call:
-            during_the_call.replace(vllm, "SamplingParams", sampling_params)
-            return original(self, *args, **kwargs)
+            with Patch() as during_the_call:
+                during_the_call.replace(vllm, "SamplingParams", sampling_params)
+                return original(self, *args, **kwargs)
 
-    patch.replace(maker, "generate_samples", mark(generate_samples, original))
+        return generate_samples
+
+    patch.wrap(maker, "generate_samples", make)
 
 
 # ------------------------------------------------------------------------------------------------ LightRFT's own faults

@@ -1,4 +1,4 @@
-"""Which LightRFT runs this example, and whether it can.
+"""Find the LightRFT that runs this example, and check that it can.
 
 There are two hosts: this repository's own runtime (``runtime/lightrft``), and LightRFT itself. The first of these is
 taken: the checkout that ``LIGHTRFT_HOME`` names; the runtime beside the example; the checkout that the example was
@@ -63,13 +63,6 @@ def not_installed(*packages: str) -> list[str]:
     return [f"{', '.join(missing)}: not installed for {sys.executable}; {remedy}"]
 
 
-def on_runtime() -> bool:
-    """Whether the host is this repository's runtime, and not LightRFT itself."""
-    import lightrft
-
-    return getattr(lightrft, "HOST", None) == "runtime"
-
-
 def host_folder() -> Path:
     """The package's folder."""
     import lightrft
@@ -89,9 +82,3 @@ def host_version() -> str:
         if found:
             return found
     return "unknown version"
-
-
-def describe_host() -> str:
-    """Name, version and path of the LightRFT in use."""
-    name = "this repository's runtime" if on_runtime() else "LightRFT"
-    return f"{name} {host_version()}, {host_folder()}"

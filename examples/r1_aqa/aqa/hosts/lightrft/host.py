@@ -1,0 +1,228 @@
+"""LightRFT itself as a host: what it cannot do, what its trainer wants to know, and what this example adds around it.
+
+What imports torch or LightRFT is imported inside the methods: the flags are checked before anything heavy is imported,
+and :meth:`LightRFTHost.prepare_import` decides whether LightRFT can be imported at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from aqa.common.model_type import model_type_of
+from aqa.common.patch import Patch
+from aqa.hosts.lightrft import fixes
+from aqa.hosts.lightrft.contract import check_contract
+from aqa.hosts.locate import host_folder
+
+# What LightRFT's examples have flags for and this one has not: the values that change nothing.
+NEUTRAL = {
+    "aux_loss_coef": 0.0,
+    "critic_learning_rate": 0.0,
+    "critic_pretrain": None,
+    "freezing_actor_steps": -1,
+    "grad_accum_dtype": None,
+    "high_entropy_token_ratio": 0.0,
+    "local_rank": -1,
+    "logging_steps": 1,
+    "mark_high_entropy_tokens": False,
+    "max_ckpt_mem": 100_000_000,
+    "overlap_comm": False,
+    "pretrain_data": None,
+    "remote_rm_url": None,
+    "reward_running_norm": False,
+    "text_only": False,
+    "trajectory_analysis": False,
+    "use_cpg_loss": False,
+    "zpg": 1,
+}
+
+
+def complete_flags(args: argparse.Namespace) -> None:
+    """Give LightRFT the settings that it reads and this example has no flag for; those that are there stay."""
+    for name, value in NEUTRAL.items():
+        if not hasattr(args, name):
+            setattr(args, name, value)
+
+
+class LightRFTHost:
+    """See :class:`aqa.hosts.base.Host`."""
+
+    name = "LightRFT"
+    row_tags = False  # its trainer takes four members
+
+    def __init__(self) -> None:
+        self.fixes: list[str] = []
+
+    def prepare_import(self) -> None:
+        """Check LightRFT's surface, and make it importable.
+
+        :raises SystemExit: if LightRFT is not as expected; lists every difference.
+        """
+        check_contract(host_folder())
+        if "RANK" not in os.environ:  # LightRFT wants torchrun's variables, also for one process
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+            os.environ["MASTER_PORT"] = port
+        self.fixes += fixes.patch_for_import()[1]
+
+    def find_problems(self, args: argparse.Namespace) -> list[str]:
+        """See the class."""
+        problems = []
+        if args.engine_type == "hf":
+            problems.append(
+                "--engine_type hf: LightRFT rolls out with vllm or sglang; hf is this repository's runtime's"
+            )
+        if args.packing_samples:
+            problems.append("--packing_samples: LightRFT packs text only, the audio would be lost; drop it")
+        if args.sp_size > 1:
+            problems.append(f"--sp_size {args.sp_size}: sequence parallelism would cut through the clips; use 1")
+        if args.loss_agg_mode != "seq-mean-token-mean":
+            problems.append(f"--loss_agg_mode {args.loss_agg_mode}: LightRFT ignores it; use seq-mean-token-mean")
+        problems += [
+            f"--{flag} {getattr(args, flag)}: LightRFT has no such thing; drop it"
+            for flag, neutral in (("eps_clip_high", None), ("use_gspo", False), ("rollout_correction", "none"))
+            if getattr(args, flag) != neutral
+        ]
+        if args.lora_rank > 0:
+            problems.append(f"--lora_rank {args.lora_rank}: LightRFT would send the engine adapters unmerged; drop it")
+        if args.advantage_estimator == "dr_grpo":
+            problems.append("--advantage_estimator dr_grpo: LightRFT has no such thing; use group_norm")
+        if args.dynamic_sampling:
+            problems.append("--dynamic_sampling: LightRFT only drops groups of rewards 0 or 1, not those of 2; drop it")
+        problems += [
+            f"--{flag}: only this repository's runtime evaluates so; drop it, and use eval_mmau.py afterwards"
+            for flag in ("eval_benchmark", "keep_best")
+            if getattr(args, flag) is not None
+        ]
+        if args.fused_linear_logprob:
+            problems.append("--fused_linear_logprob: only LightRFT's text models know it; drop it")
+        if args.on_anomaly != "warn":
+            problems.append(f"--on_anomaly {args.on_anomaly}: inside LightRFT a sign is warned of only; drop it")
+        if args.fsdp and not args.bf16:
+            problems.append("--fsdp trains in bfloat16 whatever the flag says: add --bf16")
+        if args.fsdp and args.max_norm == 0:
+            problems.append("--fsdp with --max_norm 0: LightRFT would clip every gradient to zero; use --max_norm 1")
+        if args.pretrain and model_type_of(args.pretrain) not in (None, "qwen2_audio"):
+            problems.append(f"--pretrain {args.pretrain}: inside LightRFT qwen2_audio alone; unset LIGHTRFT_HOME")
+        return problems
+
+    def prepare(self, args: argparse.Namespace) -> None:
+        """See the class."""
+        complete_flags(args)
+        try:
+            self.fixes += fixes.patch_for_versions()[1]
+        except ModuleNotFoundError as error:
+            raise SystemExit(
+                f"LightRFT cannot be imported from {host_folder()}: {error}. Install what its README asks for into "
+                "this environment (it imports easydict even where nothing uses it), or unset LIGHTRFT_HOME"
+            ) from error
+
+    def load_actor(self, args: argparse.Namespace, ds_config: dict[str, Any] | None) -> Any:
+        """LightRFT's ``ActorAL``; a checkpoint of another dtype than asked for is refused, too."""
+        import torch
+
+        from lightrft.models.actor_al import ActorAL
+
+        actor = ActorAL(args.pretrain, use_flash_attention_2=args.flash_attn, bf16=args.bf16, ds_config=ds_config)
+        wanted = torch.bfloat16 if args.bf16 else torch.float32
+        wrong = {p.dtype for p in actor.model.parameters()} - {wanted}
+        if wrong:
+            raise SystemExit(
+                f"{args.pretrain} is stored in {wrong.pop()}, which LightRFT keeps: use --bf16, or --no-bf16 with "
+                "a checkpoint in float32"
+            )
+        for name, parameter in actor.model.named_parameters():
+            if "embed_positions" in name.split("."):  # sinusoids do not train; transformers 5 forgets that on loading
+                parameter.requires_grad_(False)
+        return actor
+
+    def model_spec(self, model_type: str) -> Any:
+        """None: LightRFT knows Qwen2-Audio only."""
+        return None
+
+    def eval_batch_size(self, prompts: int, samples: int) -> int:
+        """LightRFT samples as many responses in evaluation as in training."""
+        return prompts
+
+    def trainer_arguments(self, args: argparse.Namespace, processor: Any) -> dict[str, Any]:
+        """See the class."""
+        return {
+            "processor": processor,
+            "prompt_max_len": args.prompt_max_len,
+            "micro_rollout_batch_size": args.micro_rollout_batch_size,
+            "gamma": args.gamma,
+        }
+
+    def without_adapters(self, actor: Any) -> Any:
+        """Never called: :meth:`find_problems` refuses LoRA."""
+        raise NotImplementedError("LightRFT would send the engine adapters unmerged")
+
+    def share_tower(self, args: argparse.Namespace, strategy: Any, models: Sequence[Any]) -> None:
+        """Left out: LightRFT's strategies keep no list of unwrapped models."""
+
+    def complete_trainer(
+        self, trainer: Any, prompts_dataloader: Any, evaluators: Sequence[Any], states: dict[str, Any] | None
+    ) -> Patch:
+        """Metrics in ``metrics.jsonl``, a line a step, a warning where engine and trainer differ, clips beside saved
+        trajectories, checkpoints that resume with their optimizer, and prints without waveforms."""
+        from aqa.hosts.lightrft import audio
+        from aqa.hosts.lightrft.recorder import Recorder, shorten_prints
+
+        patch, strategy = Patch(), trainer.strategy
+        shorten_prints(patch, strategy)
+        Recorder(trainer, prompts_dataloader).watch(patch)
+        if trainer.trajectory_saver is not None:
+            audio.patch_trajectory_saver(patch, trainer.trajectory_saver)
+        if strategy.args.fsdp:
+            audio.resume_with_optimizer(patch, strategy, trainer.actor_optim, trainer.actor_scheduler)
+        return patch
+
+    def patch_strategy(self, patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
+        """See the class."""
+        from aqa.hosts.lightrft import audio
+
+        audio.patch_strategy(patch, strategy, processor, files)
+
+    def patch_experience_maker(self, patch: Patch, exp_maker: Any, audio_token_id: int) -> None:
+        """See the class."""
+        from aqa.hosts.lightrft import audio
+        from aqa.patches.experience_maker import BANNED
+
+        audio.patch_experience_maker(patch, exp_maker, {audio_token_id: BANNED})
+
+    def patch_actor(self, patch: Patch, actor: Any) -> None:
+        """See the class."""
+        from aqa.hosts.lightrft import audio
+
+        audio.patch_actor(patch, actor)
+
+    def status(self, text: str) -> None:
+        """Nothing: LightRFT prints what it does."""
+
+    def say(self, text: str) -> None:
+        """See the class."""
+        if os.environ.get("RANK", "0") == "0":
+            print(text, flush=True)
+
+    def error_stream(self) -> TextIO:
+        """See the class."""
+        return sys.stderr
+
+    def speaks_for_node(self) -> bool:
+        """The first rank of the node."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def leave(self, error: BaseException | None = None, may_follow: bool = False) -> bool:
+        """False: LightRFT's ranks wait for a lost one until their collectives time out."""
+        return False
+
+    def exit_status(self, error: BaseException) -> int | None:
+        """None: LightRFT has no error of its own whose message says all."""
+        return None

@@ -1,0 +1,59 @@
+"""The three patches that make LightRFT's image slots carry audio, one for each object.
+
+Call them in the order strategy, actor (and reference model), experience maker. Each checks that what it replaces is
+there and takes the expected arguments, does nothing where it has been applied already, and returns a
+:class:`~aqa.common.patch.Patch` that undoes it, by ``undo()`` or at the end of a ``with`` block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aqa.common.patch import Patch
+from aqa.hosts.current import current_host
+from aqa.patches.experience_maker import take_audio
+from aqa.patches.strategy import send_audio
+
+
+def patch_strategy_for_audio(strategy: Any, processor: Any = None, files: dict[str, str] | None = None) -> Patch:
+    """Make a strategy send audio to the engine, and save the processor with the model.
+
+    :param strategy: LightRFT strategy.
+    :param processor: If given, every folder that ``save_model`` writes also gets its files, which transformers and
+        vLLM need to load an audio model.
+    :param files: Further files for these folders: name to text.
+    :raises PatchError: if ``_build_multimodal_inputs`` or ``save_model`` are not as expected.
+    """
+    patch = Patch()
+    send_audio(patch, strategy)
+    current_host().patch_strategy(patch, strategy, processor, files)
+    return patch
+
+
+def patch_experience_maker_for_audio(exp_maker: Any, processor: Any, tokenizer: Any, prompt_max_len: int) -> Patch:
+    """Make an experience maker take ``(waveform, rate)`` where it expects images.
+
+    :param exp_maker: LightRFT's ``FastExperienceMaker``.
+    :param processor: Qwen2-Audio processor.
+    :param prompt_max_len: Longest prompt in tokens, a clip's placeholder counted as one.
+    :raises PatchError: if a symbol is not as expected.
+    """
+    patch = Patch()
+    take_audio(patch, exp_maker, processor, tokenizer, prompt_max_len)
+    audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
+    current_host().patch_experience_maker(patch, exp_maker, audio_token_id)
+    return patch
+
+
+def patch_actor_for_audio(actor: Any) -> Patch:
+    """Make an actor read the image slot as packed clips, with the exact mask, each different clip encoded once.
+
+    The runtime's actor has an extension point for it. LightRFT's has none; there the whole forward is replaced
+    (``aqa.hosts.lightrft.audio.audio_forward``).
+
+    :param actor: Actor or reference model, as prepared by the strategy.
+    :raises PatchError: if the runtime's actor has no such extension point.
+    """
+    patch = Patch()
+    current_host().patch_actor(patch, actor)
+    return patch

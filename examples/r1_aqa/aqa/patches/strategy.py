@@ -1,0 +1,78 @@
+"""Patches of a strategy: the engine's requests carry audio, and a saved model's folder has its processor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aqa.common.patch import Patch
+
+
+def send_audio(patch: Patch, strategy: Any) -> None:
+    """Put clips into the engine's requests. LightRFT puts the slot's content under "image"; here it is audio.
+
+    Patched on the instance, where ``gather_and_generate`` looks it up. Needed until LightRFT builds audio requests.
+    """
+    parameters = ("all_prompts", "all_images", "images_num", "all_videos", "videos_num")
+    make = lambda original: functools.partial(build_audio_inputs)  # noqa: E731
+    patch.wrap(strategy, "_build_multimodal_inputs", make, parameters)
+
+
+def build_audio_inputs(
+    all_prompts: Sequence[str],
+    all_images: Sequence[Any] | None,
+    images_num: Sequence[int] | None = None,
+    all_videos: Sequence[Any] | None = None,
+    videos_num: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Engine requests of prompts with audio.
+
+    :param all_prompts: Prompt texts, one unexpanded placeholder a clip.
+    :param all_images: One ``(waveform, rate)`` or None a prompt.
+    :param images_num: Clips a prompt; checked against ``all_images``.
+    :param all_videos: Unused.
+    :param videos_num: Unused.
+    :return: ``{"prompt": text}``, with ``"multi_modal_data": {"audio": [(waveform, rate)]}`` where there is a clip.
+    :raises ValueError: if the counts do not fit.
+    """
+    audio = list(all_images) if all_images is not None else [None] * len(all_prompts)
+    if len(audio) != len(all_prompts):
+        raise ValueError(f"{len(all_prompts)} prompts but {len(audio)} audio entries")
+    requests = []
+    for i, (prompt, clip) in enumerate(zip(all_prompts, audio, strict=True)):
+        if images_num is not None and images_num[i] != int(clip is not None):
+            raise ValueError(
+                f"prompt {i} should have {images_num[i]} clips and has {int(clip is not None)}: {prompt!r}"
+            )
+        request: dict[str, Any] = {"prompt": prompt}
+        if clip is not None:
+            request["multi_modal_data"] = {"audio": [clip]}
+        requests.append(request)
+    return requests
+
+
+def save_processor(patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
+    """Let ``save_model`` write the processor's files, too: without them an audio model cannot be loaded again.
+
+    :param files: Further files for the folder: name to text.
+    """
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def save_model(model: Any, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
+            original(model, tokenizer, output_dir, **kwargs)
+            if strategy.is_rank_0():
+                write_processor(processor, files, output_dir)
+
+        return save_model
+
+    patch.wrap(strategy, "save_model", make, ("model", "tokenizer", "output_dir"))
+
+
+def write_processor(processor: Any, files: dict[str, str] | None, output_dir: str) -> None:
+    """Write the processor's files, and further ones, into a model's folder."""
+    processor.save_pretrained(output_dir)
+    for name, text in (files or {}).items():
+        (Path(output_dir) / name).write_text(text, encoding="utf-8")
