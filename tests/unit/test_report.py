@@ -12,7 +12,6 @@ import sys
 
 import numpy as np
 import pytest
-import report
 import soundfile
 from audio_dataset import AudioPromptDataset
 from conftest import EXAMPLE, ROOT, run_script
@@ -20,7 +19,7 @@ from PIL import Image
 from support.report_run import HOSTILE, PROMPT, make_result, make_run
 from transformers import WhisperFeatureExtractor
 
-from aqa.report import audio, metrics, run_data
+from aqa.report import audio, metrics, page, run_data
 from aqa.training import run_config
 
 
@@ -112,19 +111,19 @@ def test_every_beginning_of_the_order_is_spread():
 
 def test_rollouts_are_sampled_within_the_limits(tmp_path):
     folder = make_run(tmp_path / "run", rollouts=True)
-    whole = report.sample_rollouts(folder, 30, 80)
+    whole = page.sample_rollouts(folder, 30, 80)
     assert [(g["step"], g["number"]) for g in whole["groups"]] == [(s, n) for s in (1, 15, 30) for n in (0, 1)]
     assert len(whole["clips"]) == 5
     assert "does not exist" in whole["groups"][-1]["silent"] and whole["groups"][-1]["clip"] is None
     for group in whole["groups"][:-1]:
         assert f'"{group["step"]}" <b>{group["number"]}' in whole["clips"][group["clip"]]["name"]
-    assert [g["step"] for g in report.sample_rollouts(folder, 30, 2)["groups"]] == [1, 1]
-    room = report.json_size(whole["groups"][:2] + whole["groups"][-2:] + whole["clips"][:2] + whole["clips"][-1:])
-    less = report.sample_rollouts(folder, 30, 80, room)
+    assert [g["step"] for g in page.sample_rollouts(folder, 30, 2)["groups"]] == [1, 1]
+    room = page.json_size(whole["groups"][:2] + whole["groups"][-2:] + whole["clips"][:2] + whole["clips"][-1:])
+    less = page.sample_rollouts(folder, 30, 80, room)
     assert [g["step"] for g in less["groups"]] == [1, 1, 30, 30]
     (folder / "trajectories" / "step_000015.jsonl").write_text('{"prompt": 1}')
     (folder / "trajectories" / "step_000030.jsonl").open("a").write('{"prom')  # killed while writing
-    rest = report.sample_rollouts(folder, 30, 80)
+    rest = page.sample_rollouts(folder, 30, 80)
     assert [g["step"] for g in rest["groups"]] == [1, 1, 30, 30]
     assert rest["note"] == "4 groups of 2 steps; the run saved 3 steps, of which 1 cannot be read (15)"
 
@@ -162,7 +161,7 @@ def test_evaluations_are_compared_with_the_first(tmp_path):
     paths = [make_result(tmp_path / f"{name}.json", right) for name, right in (("before", 10), ("after", 30))]
     other = tmp_path / "other.json"
     other.write_text(json.dumps([{**row, "id": f"z{row['id']}"} for row in json.loads(paths[0].read_text())]))
-    found = report.evaluations([*paths, other])
+    found = page.evaluations([*paths, other])
     assert [s["accuracy"] for s in found["scores"]] == [0.25, 0.75, 0.25]
     after, apart = found["comparisons"]
     name, overall = after["rows"][0]
@@ -173,12 +172,12 @@ def test_evaluations_are_compared_with_the_first(tmp_path):
 
 
 def test_embedded_json_has_nothing_that_ends_a_script():
-    text = report.embed({"texts": HOSTILE})
+    text = page.embed({"texts": HOSTILE})
     assert not set(text) & set("<>&") and text.isascii()
     assert json.loads(text) == {"texts": HOSTILE}
     with pytest.raises(ValueError, match="JSON"):
-        report.embed(float("nan"))
-    assert report.visible("a\u202eb\x00") == "a[U+202E]b[U+0000]"
+        page.embed(float("nan"))
+    assert page.visible("a\u202eb\x00") == "a[U+202E]b[U+0000]"
 
 
 def test_config_holds_flags_and_versions_and_no_environment(tmp_path, monkeypatch):
@@ -208,7 +207,7 @@ def test_a_report_that_fails_is_a_warning(tmp_path):
 
 def test_the_document_shows_the_table():
     document = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert metrics.table() in document
+    assert metrics.table() in document, "python examples/r1_aqa/aqa/report/metrics.py prints the new one"
 
 
 def test_trajectories_name_the_clip(tmp_path):

@@ -21,11 +21,10 @@ IMAGE_SIZE = (480, 96)  # pixels, at most
 
 
 def encode_clip(path: Path) -> dict[str, Any]:
-    """A clip as the page holds it.
+    """A clip as the page holds it: what the model heard of the file, mono, 16 kHz and at most 30 s.
 
-    :param path: An audio file; what the model heard of it is encoded: mono, 16 kHz, 30 s at most.
-    :return: name, seconds, mp3 (base64), mel (WebP, base64), peaks (lowest and highest of each column, -100 to 100),
-        heard: where its energy lies, in words.
+    :return: name, seconds, mp3 (base64), mel (WebP, base64), peaks (lowest and highest sample of each column, -100 to
+        100), heard (where in frequency its energy lies, in words).
     :raises AudioError: if it does not decode.
     """
     wave = load_audio(path, silence_ok=True)
@@ -41,9 +40,9 @@ def encode_clip(path: Path) -> dict[str, Any]:
 
 
 def to_mp3(wave: np.ndarray) -> str:
-    """Base64 of an MP3 file: the one compressed format that every browser plays, also from a file.
+    """Base64 of an MP3: the only compressed format that every browser plays from a local page.
 
-    :param wave: Samples ``(samples,)`` at 16 kHz.
+    :param wave: ``(samples,)`` at 16 kHz.
     """
     buffer = io.BytesIO()
     form = {"format": "MP3", "subtype": "MPEG_LAYER_III", "bitrate_mode": "VARIABLE", "compression_level": 0.6}
@@ -52,11 +51,7 @@ def to_mp3(wave: np.ndarray) -> str:
 
 
 def outline(wave: np.ndarray) -> list[int]:
-    """Lowest and highest sample of each column, relative to the loudest, in per cent.
-
-    :param wave: Samples ``(samples,)``.
-    :return: low, high, low, high, ...
-    """
+    """Lowest and highest sample of each column, in per cent of the loudest: low, high, low, high, ..."""
     columns = np.array_split(wave, min(COLUMNS, len(wave)))
     loudest = max(float(np.abs(wave).max()), 1e-4)
     pairs = [(column.min(), column.max()) for column in columns]
@@ -66,8 +61,8 @@ def outline(wave: np.ndarray) -> list[int]:
 def log_mel(wave: np.ndarray) -> np.ndarray:
     """The log-mel spectrogram of Whisper's and Qwen2-Audio's feature extractor, without the padding to 30 s.
 
-    :param wave: Samples ``(samples,)`` at 16 kHz.
-    :return: ``(128, frames)`` float32, 10 ms a frame; 2 apart are 80 dB.
+    :param wave: ``(samples,)`` at 16 kHz.
+    :return: ``(128, frames)`` float32, 10 ms a frame; a difference of 2 is 80 dB.
     """
     filters = mel_filter_bank(1 + N_FFT // 2, N_MELS, 0.0, SAMPLING_RATE / 2, SAMPLING_RATE, "slaney", "slaney")
     window = window_function(N_FFT, "hann")
@@ -76,10 +71,7 @@ def log_mel(wave: np.ndarray) -> np.ndarray:
 
 
 def to_image(mel: np.ndarray) -> str:
-    """Base64 of a WebP image of a spectrogram, low frequencies below.
-
-    :param mel: ``(128, frames)``.
-    """
+    """Base64 of a WebP image of a spectrogram ``(128, frames)``, with low frequencies at the bottom."""
     shade = (mel - mel.min()) / max(float(np.ptp(mel)), 1e-6)
     image = Image.fromarray(colormaps["magma"](shade[::-1], bytes=True)[..., :3])
     size = (min(IMAGE_SIZE[0], max(image.width, 120)), IMAGE_SIZE[1])
@@ -89,10 +81,7 @@ def to_image(mel: np.ndarray) -> str:
 
 
 def describe(wave: np.ndarray) -> str:
-    """Where in frequency a clip's energy lies, for who cannot see the spectrogram.
-
-    :param wave: Samples ``(samples,)`` at 16 kHz.
-    """
+    """Where in frequency a clip's energy lies, for readers who cannot see the spectrogram."""
     energy = np.cumsum(np.abs(np.fft.rfft(wave)) ** 2)
     if energy[-1] == 0:
         return "silence"

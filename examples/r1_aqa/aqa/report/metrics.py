@@ -1,6 +1,6 @@
-"""Every metric that a run writes: unit, meaning, and what to do when its curve looks wrong. docs/metrics.md shows it.
+"""Every metric that a run writes: unit, meaning, and what to do when its curve looks wrong.
 
-``python examples/r1_aqa/aqa/report/metrics.py`` prints the table; the test of the document compares the two.
+``python examples/r1_aqa/aqa/report/metrics.py`` prints the table, which a test compares with docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -10,18 +10,12 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """One metric.
+    """One metric."""
 
-    :param title: Short name, for a curve.
-    :param unit: Of its values; empty for a plain number.
-    :param meaning: What it is.
-    :param advice: What to do when its curve looks wrong.
-    """
-
-    title: str
-    unit: str
+    title: str  # short name, over its curve
+    unit: str  # empty for a plain number
     meaning: str
-    advice: str
+    advice: str  # what to do when its curve looks wrong
 
 
 METRICS = {
@@ -234,7 +228,7 @@ METRICS = {
     ),
     "eval/best_step": Metric("Step of the best", "step", "when that was; its model is in best/", "As eval/best."),
 }
-# names that depend on the data; each part in <> stands for any text
+# metrics whose names depend on the data; a part in <> stands for any text
 PATTERNS = {
     "rollout/share/<kind>/<value>": Metric(
         "Share of a kind",
@@ -258,10 +252,7 @@ PATTERNS = {
 
 
 def known(name: str) -> bool:
-    """Whether the table has a metric, by its name or by a pattern.
-
-    :param name: As a run writes it.
-    """
+    """Whether the table has a metric of that name, or a pattern for it."""
     patterns = (re.sub(r"<[a-z]+>", "[^/]+", pattern) for pattern in PATTERNS)
     return name in METRICS or any(re.fullmatch(pattern, name) for pattern in patterns)
 
@@ -275,10 +266,7 @@ def table() -> str:
 
 
 def escape(text: str) -> str:
-    """A text for a cell of a Markdown table.
-
-    :param text: One line.
-    """
+    """A line of text for a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 

@@ -12,18 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aqa.common.constants import ASSISTANT_HEADER
 from aqa.training.run_config import read_config
 
 LONGEST_TEXT = 4_000  # characters of a response or prompt that are shown
-TURN_OPEN, TURN_CLOSE = "<|im_start|>assistant\n", "<|im_end|>"
+TURN_CLOSE = "<|im_end|>"
 # the sentences of aqa/data/rows.py around the choices; the last ones are the template's
 _QUESTION = re.compile(
     r"(?P<question>.*) ?Please choose the answer from the following options: (?P<choices>\[.*\])\. Output the .*",
     re.DOTALL,
 )
-_USER_TURN = re.compile(r"<\|im_start\|>user\n(?P<turn>.*)<\|im_end\|>\n<\|im_start\|>assistant\n$", re.DOTALL)
+_USER_TURN = re.compile(r"<\|im_start\|>user\n(?P<turn>.*)<\|im_end\|>\n" + re.escape(ASSISTANT_HEADER) + "$", re.DOTALL)
 _AUDIO_LINE = re.compile(r"Audio \d+: <\|audio_bos\|>(?:<\|AUDIO\|>)+<\|audio_eos\|>\n")
+# fields of a record that are no further components of the reward
 _KNOWN = {"step", "group", "audio_path", "prompt", "response", "reference", "label", "reward", "advantage", "truncated"}
+_KNOWN |= {"accuracy_reward", "format_reward", "rule_reward"}
 
 
 class ReportError(ValueError):
@@ -32,51 +35,38 @@ class ReportError(ValueError):
 
 @dataclass
 class Run:
-    """A run's metrics.
-
-    :param folder: Where it is.
-    :param name: How the report calls it.
-    :param steps: Step numbers, rising.
-    :param metrics: Name to one value a step; None where a step has none.
-    :param config: From ``run_config.json``, if it is there.
-    :param unread: Lines of ``metrics.jsonl`` that are no records.
-    """
+    """A run's metrics and settings."""
 
     folder: Path
-    name: str
-    steps: list[int]
-    metrics: dict[str, list[float | None]]
-    config: dict[str, Any] | None
-    unread: int
+    name: str  # as the report shows it
+    steps: list[int]  # rising
+    metrics: dict[str, list[float | None]]  # one value a step; None where a step has none
+    config: dict[str, Any] | None  # of run_config.json, if it is there
+    unread: int  # lines of metrics.jsonl that are no records
+
+    def values(self, name: str) -> list[float]:
+        """A metric's values, without the steps that have none."""
+        return [value for value in self.metrics.get(name, []) if value is not None]
 
 
 @dataclass
 class Group:
-    """The responses to one prompt in one step.
-
-    :param step: Rollout step.
-    :param number: Among the step's groups.
-    :param question: The question's text; the whole prompt if it is not of R1-AQA's form.
-    :param choices: The options, or None.
-    :param gold: The right answer; empty if it was not recorded.
-    :param audio: The clip's file, or None.
-    :param responses: text, reward, advantage, right, form, truncated, parts: the other components of the reward.
-    """
+    """The responses to one prompt in one step."""
 
     step: int
-    number: int
-    question: str
+    number: int  # among the step's groups
+    question: str  # the whole prompt if it is not of R1-AQA's form
     choices: list[str] | None
-    gold: str
+    gold: str  # the right answer; empty if it was not recorded
     audio: Path | None
+    # text, reward, advantage, right, form, truncated, and parts: the other components of the reward
     responses: list[dict[str, Any]] = field(default_factory=list)
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 def read_run(folder: Path) -> Run:
-    """Read ``metrics.jsonl`` and ``run_config.json``.
+    """Read ``metrics.jsonl`` and ``run_config.json`` of a run's folder.
 
-    :param folder: The run's folder.
     :raises ReportError: if there is no step to show.
     """
     path = folder / "metrics.jsonl"
@@ -106,11 +96,7 @@ def _number(value: Any) -> float | None:
 
 
 def write_csv(run: Run, path: Path) -> None:
-    """The metrics as a table, a row a step; empty where a step has no value.
-
-    :param run: A run.
-    :param path: File to write.
-    """
+    """Write the metrics as a table, a row a step; a cell is empty where a step has no value."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *run.metrics])
@@ -121,8 +107,7 @@ def write_csv(run: Run, path: Path) -> None:
 def saved_steps(folder: Path, last: int) -> dict[int, Path]:
     """Files of trajectories by step.
 
-    :param folder: The run's folder.
-    :param last: Last step of the run; later files are an older run's.
+    :param last: Last step of the run; files of later steps are left over from an older run.
     """
     pattern = re.compile(r"(?:trajectories_)?step_(\d+)\.jsonl?")
     found = {}
@@ -136,8 +121,7 @@ def saved_steps(folder: Path, last: int) -> dict[int, Path]:
 def read_groups(path: Path, step: int) -> list[Group]:
     """The groups of one step.
 
-    :param path: A file of trajectories: the runtime's JSON Lines, or LightRFT's JSON.
-    :param step: Its step.
+    :param path: The step's file of trajectories: the runtime's JSON Lines, or LightRFT's JSON.
     :raises ReportError: if it cannot be read.
     """
     try:
@@ -156,25 +140,24 @@ def _record(line: str) -> dict[str, Any] | None:
     try:
         return json.loads(line)
     except ValueError:
-        return None  # the end of a file that a killed run was writing
+        return None  # a run was killed while it wrote this line
 
 
 def from_lightrft(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A record of LightRFT's trajectory saver in the runtime's form.
 
-    It holds no right answer where the replay buffer has none, and then accuracy and format of the whole micro-batch,
-    of which the response's own cannot be told: such values are left out.
+    LightRFT may record accuracy and format of a whole micro-batch. Which value belongs to the response is then unknown,
+    so such values are left out. The right answer is missing where its replay buffer does not hold it.
 
-    :param record: Its record.
-    :param folder: Where it lies, beside the folder of its clips.
+    :param folder: The record's folder, to which its clips' paths are relative.
     """
-    prompt, _, response = record["full_sequence"].rpartition(TURN_OPEN)
+    prompt, _, response = record["full_sequence"].rpartition(ASSISTANT_HEADER)
     info = record.get("info") or {}
     advantages = [value for value in _flat(record.get("advantages")) if value]
     clips = record.get("image_paths") or []
     parts = {name: list(_flat(value)) for name, value in (info.get("reward_metrics") or {}).items()}
     return {
-        "prompt": re.sub(r"^(?:<\|endoftext\|>|<\|PAD_TOKEN\|>|<pad>)+", "", prompt) + TURN_OPEN,
+        "prompt": re.sub(r"^(?:<\|endoftext\|>|<\|PAD_TOKEN\|>|<pad>)+", "", prompt) + ASSISTANT_HEADER,
         "response": response.partition(TURN_CLOSE)[0],
         "reference": record.get("reference"),
         "reward": next(iter(_flat(info.get("reward"))), None),
@@ -194,18 +177,12 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def make_group(step: int, number: int, records: list[dict[str, Any]]) -> Group:
-    """A group of its records.
-
-    :param step: Rollout step.
-    :param number: Of the group.
-    :param records: At least one, of one prompt.
-    """
+    """A group, made of the records of its responses; there is at least one."""
     question, choices = split_prompt(records[0]["prompt"])
     audio = records[0].get("audio_path")
     group = Group(step, number, question, choices, str(records[0]["reference"] or ""), Path(audio) if audio else None)
     for record in records:
         accuracy, form = record.get("accuracy_reward"), record.get("format_reward")
-        parts = {k: v for k, v in record.items() if k not in _KNOWN and isinstance(v, (int, float))}
         group.responses.append(
             {
                 "text": shorten(record["response"].removesuffix(TURN_CLOSE)),
@@ -214,20 +191,14 @@ def make_group(step: int, number: int, records: list[dict[str, Any]]) -> Group:
                 "right": None if accuracy is None else accuracy > 0,
                 "form": None if form is None else form > 0,
                 "truncated": bool(record.get("truncated")),
-                "parts": {
-                    k: v for k, v in parts.items() if k not in ("accuracy_reward", "format_reward", "rule_reward")
-                },
+                "parts": {k: v for k, v in record.items() if k not in _KNOWN and isinstance(v, (int, float))},
             }
         )
     return group
 
 
 def split_prompt(prompt: str) -> tuple[str, list[str] | None]:
-    """The question and the options of a rendered prompt.
-
-    :param prompt: With the template's turns.
-    :return: Both, if it is of R1-AQA's form; else the user's turn, and None.
-    """
+    """The question and the options of a rendered prompt; if it is not of R1-AQA's form, the user's turn and None."""
     found = _USER_TURN.search(prompt)
     turn = _AUDIO_LINE.sub("", found["turn"]) if found else prompt
     parts = _QUESTION.fullmatch(turn) if len(turn) <= 4 * LONGEST_TEXT else None
@@ -242,18 +213,12 @@ def split_prompt(prompt: str) -> tuple[str, list[str] | None]:
 
 
 def shorten(text: str) -> str:
-    """A text that is not too long for a page.
-
-    :param text: Any text.
-    """
+    """A text, cut where it would be too long for the page."""
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text):,} characters)"
 
 
 def spread(count: int) -> list[int]:
-    """0 to ``count - 1``, in an order of which every beginning is spread over the whole: both ends, then middles.
-
-    :param count: How many.
-    """
+    """0 to ``count - 1``: both ends, then middles, so that the first k are spread over the whole for every k."""
     order = list(dict.fromkeys([0, count - 1])) if count else []
     gaps = [(0, count - 1)]
     while gaps:
