@@ -31,6 +31,7 @@ ROOT = EXAMPLE.parents[1]
 OK, WARNING, MISSING = "ok", "warning", "missing"
 SECONDS = 60  # for one program; importing vllm takes 5 s on an idle machine
 MIN_DISK, MIN_MEMORY = 5, 4  # GB: the environment (3) and a demo; a demo's training with its vLLM
+MANUAL = f"see Prerequisites in {EXAMPLE / 'README.md'}"  # for an example that was copied into LightRFT
 FOR_GPU = "pip install -r requirements/gpu.txt, in an environment of its own"
 
 TORCH = """
@@ -139,6 +140,8 @@ def check_packages(installed: dict[str, str], errors: dict[str, str], on_gpu: bo
     pins = tested_versions(*files, *["lightrft.txt"] * bool(os.environ.get("LIGHTRFT_HOME")))
 
     def remedy(*names: str) -> str:
+        if not pins:
+            return MANUAL
         if for_gpu:
             return FOR_GPU
         if len(names) > 3 or len(pins.keys() - installed.keys()) > len(pins) / 2:

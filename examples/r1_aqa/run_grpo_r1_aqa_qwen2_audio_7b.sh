@@ -52,8 +52,8 @@ if [ -z "$PATH_TO_YOUR_AVQA_DATASET" ]; then
 fi
 
 if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
-    echo "$PYTHON has no torch: set PYTHON=.venv/bin/python (make setup makes it), or on a GPU first" \
-        "pip install -r requirements/gpu.txt" >&2
+    echo "$PYTHON has no torch: set PYTHON to the interpreter of the environment that has it" \
+        "(PYTHON=.venv/bin/python); $here/README.md, Prerequisites, says how to make one" >&2
     exit 2
 fi
 

@@ -1,6 +1,6 @@
 """Two processes give one process's metrics, for each way to shard, each layout of the engine, and each engine.
 
-The ordinary suite takes a sample, `make test-all` all of them (8 minutes). docs/combinations.md shows the result.
+The ordinary suite takes a sample, `make test-all` all of them (8 minutes).
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from support.training import metrics_of, moved, train
 
-TABLE = ROOT / "docs" / "combinations.md"
 SHARDING = {
     "ZeRO-0": ("--zero_stage", 0),
     "ZeRO-2": ("--zero_stage", 2),
@@ -67,10 +65,3 @@ def test_two_processes_give_the_metrics_of_one(alone, tiny_model, demo_parquet, 
     assert largest_difference(records, metrics_of(alone(layout.split(",")[0]))) < BOUND
     _, same = moved(tiny_model, tmp_path)
     assert {name for name in same if "k_proj.bias" not in name} == {"audio_tower.embed_positions.weight"}
-
-
-def test_the_document_lists_these_cases():
-    text = TABLE.read_text(encoding="utf-8")
-    assert f"| sharding | {' | '.join(LAYOUTS)} |" in text
-    for sharding in SHARDING:
-        assert f"| {sharding} | " + " | ".join(f"within {BOUND:.0e}" for _ in LAYOUTS) + " |" in text

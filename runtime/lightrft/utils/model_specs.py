@@ -189,6 +189,6 @@ def family_of(model: Any) -> type[Qwen2Audio]:
         known = ", ".join(FAMILIES)
         raise ValueError(
             f"{model if isinstance(model, str) else type(model).__name__}: model_type {kind!r} is none of "
-            f"{known}; docs/porting.md says what another model needs"
+            f"{known}; CONTRIBUTING.md says what another model needs"
         )
     return FAMILIES[kind]

@@ -4,7 +4,7 @@ R1-AQA takes the text between the first pair of answer tags on one line, or the 
 then compares words, so that "(B)" is wrong however sure the model was, and one word too many of another choice too.
 Here the tags are found in whatever shape a model writes them, and what is in them is given as the choice's own text
 *where it names exactly one choice*: by its text, or by its letter. Anything else is handed on as it stands, for the
-official rule to judge; nothing is guessed from likeness. Pure functions; ``tests/test_eval_answers.py`` has the table.
+official rule to judge; nothing is guessed from likeness. Pure functions; ``tests/unit/test_eval_answers.py`` has the table.
 """
 
 from __future__ import annotations

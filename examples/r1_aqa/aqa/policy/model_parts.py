@@ -1,6 +1,6 @@
 """The models that the patches know, by ``config.model_type``: where their parts are, and how their towers take clips.
 
-What is the same for all of them is in ``policy.forward``; ``docs/porting.md`` says what another one needs.
+What is the same for all of them is in ``policy.forward``.
 """
 
 from __future__ import annotations
@@ -122,7 +122,6 @@ def family_of(module: Any) -> type[Qwen2Audio] | type[Qwen2_5OmniThinker]:
     if kind not in FAMILIES:
         known = ", ".join(name for name in FAMILIES if not name.endswith("_encoder"))
         raise ValueError(
-            f"a {type(module).__name__} (model_type {kind!r}) is none of {known}; docs/porting.md says what another "
-            "model needs"
+            f"a {type(module).__name__} (model_type {kind!r}) is none of {known}: add its parts to {__name__}"
         )
     return FAMILIES[kind]

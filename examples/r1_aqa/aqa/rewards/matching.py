@@ -69,7 +69,7 @@ _WORKER_FILE = os.path.abspath(__file__)  # resolved on import: the host may cha
 # What math_verify can extract (0.7.0 to 0.9.0, default configuration) holds one of: a `$` environment, `\(` or `\[`,
 # ` [...] `, `\frac{`, `\boxed{`, or a number that stands at the start of the text or after white space or `=`, with at
 # most `**`, a currency sign, `-`, `(` and `.` before its first digit. This pattern matches wherever one of these can;
-# tests/test_rewards.py compares it with the installed math_verify.
+# tests/unit/test_rewards.py compares it with the installed math_verify.
 _MATH_CANDIDATE = re.compile(r"\$|\\(?:[(\[]|frac\{|boxed\{)|\s\[|(?:^|[\s=])[^\w\s]{0,6}\d")
 # An exponent of 10 million or more, as digits or as a power of its own (8^8 is the least such), and in LaTeX the
 # factorial of a number of more than 6 digits: sympy computes these in full.

@@ -446,7 +446,7 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     if not args.pretrain:
         problems.append(
-            "--pretrain is missing: the folder of a Qwen2-Audio or Qwen2.5-Omni (make demo builds a tiny one)"
+            "--pretrain is missing: the folder of a Qwen2-Audio or Qwen2.5-Omni (demo/run_demo.py builds a tiny one)"
         )
     elif Path(args.pretrain).is_dir():
         if not (Path(args.pretrain) / "config.json").is_file():
@@ -455,10 +455,7 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--pretrain {args.pretrain}: holds no processor ({' or '.join(PROCESSOR_FILES)})")
         kind = model_type_of(args.pretrain)
         if kind is not None and kind not in MODEL_TYPES:
-            problems.append(
-                f"--pretrain {args.pretrain}: is a {kind} model; known are {' and '.join(MODEL_TYPES)} "
-                "(docs/porting.md says what another one needs)"
-            )
+            problems.append(f"--pretrain {args.pretrain}: is a {kind} model; known are {' and '.join(MODEL_TYPES)}")
         if kind == "qwen2_5_omni" and args.load_in_4bit:
             problems.append("--load_in_4bit: a qwen2_5_omni model is not packed here; drop it")
     elif args.pretrain.startswith((".", "/", "~")) or args.pretrain.count("/") != 1:
