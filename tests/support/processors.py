@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 from audio_dataset import AudioPromptDataset
 
+from aqa.common.constants import ASSISTANT_HEADER
+
 
 class TextProcessor:
     """What the dataset needs of a processor; as strict about its input as a real tokenizer."""

@@ -1,4 +1,4 @@
-"""Bad audio: each file of a corpus made here is decoded to the right waveform, or refused with its name and the reason."""
+"""Bad audio: each file of a corpus is decoded to the right waveform, or refused with its name and the reason."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from support.processors import make_dataset, training_row
 from aqa.audio import decode
 from aqa.audio.decode import AudioError, load_audio, probe_all, read_header
 from aqa.audio.probe import probe_clip
+from aqa.audio.reader import AudioReader
 from aqa.audio.sandbox import Sandbox, escape_of
 from aqa.evaluation.items import Item
 from aqa.patches import slots
@@ -277,6 +278,13 @@ def sandbox():
     with_limits.close()
 
 
+@pytest.fixture(scope="module")
+def reader():
+    with_limits = AudioReader(sandboxed=True)
+    yield with_limits
+    with_limits.close()
+
+
 def dataset_of(path: str, **kwargs):
     return make_dataset({name: [value] for name, value in training_row(path).items()}, **kwargs)
 
@@ -296,13 +304,13 @@ def outcome(load: Callable[[str], np.ndarray], path: str) -> np.ndarray | str:
         assert time.monotonic() - start < SECONDS
 
 
-def evaluated(path: str, sandbox: Sandbox) -> tuple:
+def evaluated(path: str, reader: AudioReader) -> tuple:
     """(lengths, unusable, silent) as eval_mmau.py finds them for one item."""
-    return eval_mmau.check_audio([Item(0, "item 0", {}, "?", Path(path))], sandbox)
+    return eval_mmau.check_audio([Item(0, "item 0", {}, "?", Path(path))], reader)
 
 
 @pytest.mark.parametrize("title", GOOD)
-def test_a_sound_file_is_decoded_right(tmp_path, sandbox, title):
+def test_a_sound_file_is_decoded_right(tmp_path, reader, title):
     case = GOOD[title]
     path = put(case.content, tmp_path / case.name)
     result = outcome(load_audio, path)
@@ -312,29 +320,29 @@ def test_a_sound_file_is_decoded_right(tmp_path, sandbox, title):
     assert abs(len(result) - len(expected)) <= (1 if case.edge else 0)
     inner = slice(case.edge, min(len(result), len(expected)) - case.edge)
     np.testing.assert_allclose(result[inner], expected[inner], rtol=0, atol=case.atol)
-    np.testing.assert_array_equal(outcome(sandbox.load, path), result)
+    np.testing.assert_array_equal(outcome(reader.load, path), result)
     assert probe_all([path]) == probe_all([path], reader=load_audio) == []
-    assert evaluated(path, sandbox) == ({0: len(result)}, {}, [])
+    assert evaluated(path, reader) == ({0: len(result)}, {}, [])
     assert probe_clip(path, decode=True).kind is None
-    np.testing.assert_array_equal(dataset_of(path, sandbox=sandbox)[0][1][0], result)
+    np.testing.assert_array_equal(dataset_of(path, reader=reader)[0][1][0], result)
 
 
 @pytest.mark.parametrize("title", BAD)
-def test_a_bad_file_is_named_with_the_reason(tmp_path, sandbox, title):
+def test_a_bad_file_is_named_with_the_reason(tmp_path, reader, title):
     content, error, *name = BAD[title]
     path = put(content, tmp_path / (name[0] if name else "clip.wav"))
     result = outcome(load_audio, path)
     named = path if path.isprintable() else ascii(path)
     assert isinstance(result, str)
     assert result.startswith(f"{named}: ") and "\n" not in result and error in result
-    assert outcome(sandbox.load, path) == result
+    assert outcome(reader.load, path) == result
     assert probe_all([path], reader=load_audio) == [result]
     header = probe_all([path])
     assert len(header) == (title in SHOWN_BY_THE_HEADER) and all(text.startswith(f"{named}: ") for text in header)
-    clip = probe_clip(path, decode=True, sandbox=sandbox)
+    clip = probe_clip(path, decode=True, reader=reader)
     assert clip.kind == ("audio_missing" if title in ("missing", "name that is too long") else "audio_unreadable")
     assert named in clip.reason
-    lengths, unusable, silent = evaluated(path, sandbox)
+    lengths, unusable, silent = evaluated(path, reader)
     if title in SILENT:
         assert (list(lengths), unusable, silent) == ([0], {}, [0])  # asked, and reported
     else:
@@ -548,8 +556,8 @@ def test_training_refuses_what_lies_outside_its_folder(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(decode.soundfile, "info", lambda path: pytest.fail(f"{path} was opened"))
             with pytest.raises(DataError, match=rf"leads to .*/secret\.wav, outside {root} \(--confine_audio\)"):
-                dataset_of(str(tmp_path / name), audio_root=root)
-    dataset = dataset_of(str(clip), audio_root=root)
+                dataset_of(str(tmp_path / name), reader=AudioReader(folder=root))
+    dataset = dataset_of(str(clip), reader=AudioReader(folder=root))
     assert len(dataset[0][1][0]) == RATE // 2
     clip.unlink()
     clip.symlink_to("../secret.wav")  # after the check

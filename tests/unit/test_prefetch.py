@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from aqa.audio.decode import SAMPLING_RATE as RATE
 from aqa.audio.decode import AudioError, load_audio
 from aqa.audio.prefetch import DECODE_THREADS, PrefetchLoader, WaveformCache
+from aqa.audio.reader import AudioReader
 from lightrft.trainer.spmd_ppo_trainer import timed
 from lightrft.utils.distributed import ResumableSampler
 
@@ -176,11 +177,11 @@ def test_a_batch_is_decoded_in_parallel_in_order_and_each_file_once(tmp_path, mo
     together = threading.Barrier(DECODE_THREADS)
     load = Counting()
 
-    def load_together(path: str) -> np.ndarray:
+    def load_together(path: str, silence_ok: bool) -> np.ndarray:
         together.wait(SECONDS)  # breaks unless so many decode at the same time
         return load(path)
 
-    monkeypatch.setattr("audio_dataset.load_audio", load_together)
+    monkeypatch.setattr("aqa.audio.reader.load_audio", load_together)
     dataset = make_rows(paths + paths[:1], cache_bytes=10 * MEBIBYTE)
     order = [len(paths), 0, *range(len(paths) - 1, 0, -1)]  # the first two ask for the same file
     for _ in range(2):  # the second time from memory
@@ -199,7 +200,7 @@ def test_a_kept_clip_is_refused_where_its_link_leads_out(tmp_path):
     root.mkdir()
     write(tmp_path / "secret.wav", 1)
     (root / "link.wav").symlink_to(write(root / "clip.wav", 2))
-    dataset = make_rows([str(root / "link.wav")], audio_root=str(root), cache_bytes=MEBIBYTE)
+    dataset = make_rows([str(root / "link.wav")], reader=AudioReader(folder=str(root)), cache_bytes=MEBIBYTE)
     assert len(dataset[0][1][0]) == RATE
     (root / "link.wav").unlink()
     (root / "link.wav").symlink_to(tmp_path / "secret.wav")

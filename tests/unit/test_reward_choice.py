@@ -1,12 +1,16 @@
 """Rewards by name. R1-AQA's own rule is tested in test_rewards."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from reward_models_utils import reward_fn
+from conftest import EXAMPLE, ROOT
 
 from aqa.rewards.named import NAMED, find_reward
+from aqa.rewards.r1_aqa import reward_fn
 from aqa.training.flags import REWARDS
 
 HEADER = "<|im_start|>assistant\n"
@@ -50,6 +54,27 @@ def test_what_r1_aqa_counts_is_measured_whatever_is_paid():
 def test_r1_aqas_is_the_default_and_the_names_are_those_of_the_flag():
     assert find_reward("r1_aqa") is reward_fn
     assert {"r1_aqa", *NAMED} == set(REWARDS)
+
+
+@pytest.mark.parametrize("module", ["rewards", "report", "planner", "doctor", "statistics", "package.report"])
+def test_a_module_of_ones_own_may_have_any_name(tmp_path, module):
+    """In a process of its own, started as train_colocate.py is: the example's folder is the first on sys.path."""
+    path = (tmp_path / module.replace(".", "/")).with_suffix(".py")
+    path.parent.mkdir(exist_ok=True)
+    (path.parent / "__init__.py").touch()
+    path.write_text("import sibling\n\ndef pay(response, reference, think):\n    return sibling.PAY\n")
+    (tmp_path / "sibling.py").write_text("from doctor import PAY\n" if module != "doctor" else "PAY = 7\n")
+    (tmp_path / "doctor.py").open("a").write("PAY = 7\n")  # named as a script of the example
+    program = (
+        "import sys; from aqa.rewards.named import find_reward\n"
+        f"print(find_reward('{module}:pay')([], None, ['x'], ['y'], {{}})[0].item())\n"
+        "import report, statistics; print(report.main.__module__, statistics.mean([3]), sys.path[0])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLE), str(ROOT / "runtime")])}
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["7.0", f"report 3 {EXAMPLE}"]
 
 
 def test_a_function_of_ones_own(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from typing import BinaryIO
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # where the package aqa is
 
 from aqa.audio.probe import Clip, probe_clip, probe_clips
-from aqa.audio.sandbox import Sandbox, escape_of
+from aqa.audio.sandbox import escape_of
 from aqa.data.parquet import build_report, build_table, integers, write_files
 from aqa.data.rows import (
     AvqaError,
@@ -344,11 +344,12 @@ def convert(args: argparse.Namespace) -> None:
         rows, paths = map(list, zip(*kept, strict=True))
     clips = {}
     if not args.no_check_audio:
-        sandbox = Sandbox() if args.sandbox_audio else None
-        probe = functools.partial(probe_clip, decode=args.decode_audio, sandbox=sandbox)
+        from aqa.audio.reader import AudioReader
+
+        reader = AudioReader(args.sandbox_audio)
+        probe = functools.partial(probe_clip, decode=args.decode_audio, reader=reader)
         clips = probe_clips(paths, args.num_workers, probe)
-        if sandbox is not None:
-            sandbox.close()
+        reader.close()
     silent = audio_problems(rows, paths, clips)
     if silent:
         fate = "left out" if args.skip_bad else "KEPT: training will stop at them unless the audio is there by then"

@@ -1,6 +1,6 @@
 """Decode audio files the way Qwen2-Audio wants them: mono float32 at 16 kHz, 30 s at most.
 
-Every file ends in its waveform or in an :class:`AudioError` that names it; docs/bad_input.md lists what is refused.
+Every file ends in its waveform or in an :class:`AudioError` that names it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-SAMPLING_RATE = 16_000  # Hz
-HOP_LENGTH = 160  # samples a mel frame
-MAX_FRAMES, MIN_FRAMES = 3000, 3  # those of patches.slots, which needs torch; avqa.py and the sandbox do without
+from aqa.common.constants import HOP_LENGTH, MAX_FRAMES, MIN_FRAMES, SAMPLING_RATE
+
 MAX_SECONDS = MAX_FRAMES * HOP_LENGTH / SAMPLING_RATE
 MIN_SAMPLES = (MIN_FRAMES - 1) * HOP_LENGTH + 1  # shorter clips leave no audio token
 MIN_RATE, MAX_RATE, MAX_CHANNELS = 1_000, 768_000, 64  # beyond these it is the header that is wrong

@@ -2,7 +2,7 @@
 
 The worker is a bare interpreter without torch; it lives as long as its owner and is started again when it dies. It
 bounds what a hostile or broken file can cost (memory, time, a crash); it runs as the same user, so that it is no wall
-against a decoder that is taken over. Overhead: 0.3 s once a process, 0.2 ms a clip of 10 s (docs/bad_input.md).
+against a decoder that is taken over. Overhead: 0.3 s once a process, 0.2 ms a clip of 10 s.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from aqa.common.constants import HOP_LENGTH, MAX_FRAMES
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -32,7 +34,7 @@ REQUEST, REPLY = struct.Struct("<cI"), struct.Struct("<cI")  # kind, bytes that 
 HEADER = struct.Struct("<qi")  # frames, rate
 LOAD, LOAD_SILENCE, READ_HEADER = b"L", b"S", b"H"
 READY, DONE, FAILED = b"R", b"D", b"F"
-LARGEST_REPLY = 4 * 16_000 * 30  # bytes of 30 s of float32
+LARGEST_REPLY = 4 * MAX_FRAMES * HOP_LENGTH  # bytes of 30 s of float32
 
 
 class Sandbox:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import DynamicCache
 
+from aqa.common.constants import MAX_FRAMES
 from aqa.policy.model_parts import Parts, family_of
 from aqa.policy.token_log_probs import token_log_probs
 
@@ -178,7 +179,7 @@ def _audio_of_rows(
         if dist.is_initialized() and dist.get_world_size() > 1:
             # this rank's micro-batch has no audio, another's may: ZeRO needs all ranks to run the same modules
             device = parts_of(model).head.weight.device
-            silence = torch.zeros(1, model.config.audio_config.num_mel_bins, 3000, device=device)
+            silence = torch.zeros(1, model.config.audio_config.num_mel_bins, MAX_FRAMES, device=device)
             packed, tokens = encode_clips(model, silence, torch.tensor([8], device=device))
             return packed, [torch.arange(int(tokens[0]), device=device)], [() for _ in placeholders]
         return packed, [], [() for _ in placeholders]

@@ -22,7 +22,9 @@ _QUESTION = re.compile(
     r"(?P<question>.*) ?Please choose the answer from the following options: (?P<choices>\[.*\])\. Output the .*",
     re.DOTALL,
 )
-_USER_TURN = re.compile(r"<\|im_start\|>user\n(?P<turn>.*)<\|im_end\|>\n" + re.escape(ASSISTANT_HEADER) + "$", re.DOTALL)
+_USER_TURN = re.compile(
+    r"<\|im_start\|>user\n(?P<turn>.*)<\|im_end\|>\n" + re.escape(ASSISTANT_HEADER) + "$", re.DOTALL
+)
 _AUDIO_LINE = re.compile(r"Audio \d+: <\|audio_bos\|>(?:<\|AUDIO\|>)+<\|audio_eos\|>\n")
 # fields of a record that are no further components of the reward
 _KNOWN = {"step", "group", "audio_path", "prompt", "response", "reference", "label", "reward", "advantage", "truncated"}

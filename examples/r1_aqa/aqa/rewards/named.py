@@ -1,16 +1,21 @@
 """Rewards by name: R1-AQA's, some others, and a user's own ``module:function``.
 
 A reward is a function ``(response, reference, think) -> number``: the response's text without special tokens, the gold
-answer, and whether the thinking process was asked for. Accuracy and format by R1-AQA's rule are measured beside it
-whatever it pays for, so that runs with different rewards can be compared.
+answer, and whether the thinking process was asked for. Accuracy and format by R1-AQA's rule are measured as well,
+whatever the reward, so that runs with different rewards can be compared.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +24,17 @@ from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, texts_equal
 from aqa.rewards.r1_aqa import avqa_combined_reward_fn, format_reward_fn, reward_fn, score_batch
 
 Reward = Callable[[str, str, bool], float]
-BRIEF_WORDS = 64  # that cost nothing
-LONGEST_WORD = 20  # characters; a longer one counts as several, so that leaving out spaces saves nothing
-LONGEST_COST = 0.5
+BRIEF_WORDS = 64  # words allowed before the length penalty starts
+LONGEST_WORD = 20  # characters; a longer word counts as several, so that leaving out spaces does not pay
+LONGEST_COST = 0.5  # the most that length can cost
+
+EXAMPLE = str(Path(__file__).resolve().parents[2])
+USER = "user_reward"  # a package that is made for the user's module, so that it takes nobody else's name
 
 
 def exact(response: str, reference: str, think: bool) -> float:
-    """Format, and accuracy as text alone: ``math_verify`` takes "about 2 cats" for "some 2 dogs".
+    """Format, and accuracy by comparing text alone, because ``math_verify`` takes "about 2 cats" for "some 2 dogs".
 
-    :param response: Response text.
-    :param reference: Gold answer.
-    :param think: Ask for the think form.
     :return: 0.0, 1.0 or 2.0.
     """
     wrapped = f"{ANSWER_OPEN}{reference.replace(ANSWER_OPEN, '').replace(ANSWER_CLOSE, '')}{ANSWER_CLOSE}"
@@ -37,11 +42,8 @@ def exact(response: str, reference: str, think: bool) -> float:
 
 
 def graded_format(response: str, reference: str, think: bool) -> float:
-    """Accuracy, and format in degrees: 1 for the whole form, else half the share of its tags that occur just once.
+    """Accuracy, and format in degrees: 1 for the whole form, else half the share of its tags that occur exactly once.
 
-    :param response: Response text.
-    :param reference: Gold answer.
-    :param think: Ask for the think form.
     :return: 0.0 to 2.0.
     """
     _, accuracy, form = avqa_combined_reward_fn(response, reference, think)
@@ -50,11 +52,8 @@ def graded_format(response: str, reference: str, think: bool) -> float:
 
 
 def length_aware(response: str, reference: str, think: bool) -> float:
-    """R1-AQA's reward, less up to 0.5 for words beyond the first 64: all of it at twice as many.
+    """R1-AQA's reward minus a penalty for length, which rises linearly from 0 at 64 words to 0.5 at 128.
 
-    :param response: Response text.
-    :param reference: Gold answer.
-    :param think: Ask for the think form.
     :return: -0.5 to 2.0.
     """
     total, _, _ = avqa_combined_reward_fn(response, reference, think)
@@ -69,9 +68,9 @@ NAMED: dict[str, Reward] = {"exact": exact, "graded_format": graded_format, "len
 def find_reward(name: str) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """The reward function for LightRFT's trainer.
 
-    :param name: ``r1_aqa``, one of :data:`NAMED`, or ``module:function`` with a module that Python finds, in the
-        current folder, too.
-    :return: With the signature of :func:`reward_models_utils.reward_fn`.
+    :param name: ``r1_aqa``, one of :data:`NAMED`, or ``module:function``; the module is looked for in the folder that
+        the run was started in, then on ``PYTHONPATH``.
+    :return: A function with the signature of :func:`aqa.rewards.r1_aqa.reward_fn`.
     :raises SystemExit: if there is no such function.
     """
     if name == "r1_aqa":
@@ -80,9 +79,9 @@ def find_reward(name: str) -> Callable[..., tuple[torch.Tensor, dict[str, torch.
 
 
 def score_batch_with(reward: Reward) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """A batch function of a reward of one response.
+    """Make a function that scores a batch from a reward that scores one response.
 
-    :param reward: See the module's text.
+    :param reward: As the module's docstring describes it.
     """
 
     def score(response: str, reference: str, think: bool) -> tuple[float, float, float]:
@@ -106,12 +105,42 @@ def score_batch_with(reward: Reward) -> Callable[..., tuple[torch.Tensor, dict[s
 
 def _import(name: str) -> Any:
     module, _, function = name.partition(":")
-    if "" not in sys.path:
-        sys.path.append("")  # the current folder, after all else
     try:
-        found = getattr(importlib.import_module(module), function)
+        found = getattr(_import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise SystemExit(f"--reward {name}: {error}; it must be module:function, the module on PYTHONPATH") from error
+        raise SystemExit(
+            f"--reward {name}: {error}; it must be module:function, the module in {os.getcwd()} or on PYTHONPATH"
+        ) from error
     if not callable(found):
         raise SystemExit(f"--reward {name}: is {found!r:.80}, no function of (response, reference, think)")
     return found
+
+
+def _import_module(module: str) -> types.ModuleType:
+    """Import a user's module: from the current folder, else as Python does.
+
+    One in the current folder becomes a member of the package :data:`USER`. It is then found whatever other module has
+    its name (report.py of this example, one of the standard library), and nobody else gets it for that other module.
+    """
+    here = os.getcwd()
+    spec = PathFinder.find_spec(module.partition(".")[0], [here])
+    if spec is not None and spec.origin is not None:  # a folder without __init__.py ranks last, as Python ranks it
+        package = types.ModuleType(USER)
+        package.__path__ = [here]
+        sys.modules[USER] = package
+        module = f"{USER}.{module}"
+    if here not in sys.path:
+        sys.path.append(here)  # for what the user's module imports from its own folder
+    with _example_ranks_last():
+        return importlib.import_module(module)
+
+
+@contextmanager
+def _example_ranks_last() -> Iterator[None]:
+    """Search the example's folder, which is the first of ``sys.path`` because the script is in it, after all others."""
+    before = list(sys.path)
+    sys.path[:] = [*(path for path in before if path != EXAMPLE), EXAMPLE]
+    try:
+        yield
+    finally:
+        sys.path[:] = before

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
+from aqa.common.constants import ASSISTANT_HEADER
 from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, answers_agree
 
 logger = logging.getLogger(__name__)
 
-ASSISTANT_HEADER = "<|im_start|>assistant\n"
 _TURN_MARKER = re.compile(r"<\|(?:im_end|endoftext|im_start)\|>")
 
 PLAIN_LABEL = "avqa_rule"

