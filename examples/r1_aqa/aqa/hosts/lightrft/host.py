@@ -17,7 +17,6 @@ from aqa.common.model_type import model_type_of
 from aqa.common.patch import Patch
 from aqa.hosts.lightrft import fixes
 from aqa.hosts.lightrft.contract import check_contract
-from aqa.hosts.locate import host_folder
 
 # What LightRFT's examples have flags for and this one has not: the values that change nothing.
 NEUTRAL = {
@@ -59,11 +58,10 @@ class LightRFTHost:
         self.fixes: list[str] = []
 
     def prepare_import(self) -> None:
-        """Check LightRFT's surface, and make it importable.
+        """Make LightRFT importable, and check what the flags are made of; :meth:`prepare` checks the rest.
 
         :raises SystemExit: if LightRFT is not as expected; lists every difference.
         """
-        check_contract(host_folder())
         if "RANK" not in os.environ:  # LightRFT wants torchrun's variables, also for one process
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -71,6 +69,7 @@ class LightRFTHost:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ["MASTER_PORT"] = port
         self.fixes += fixes.patch_for_import()[1]
+        check_contract("lightrft.utils")
 
     def find_problems(self, args: argparse.Namespace) -> list[str]:
         """See the class."""
@@ -116,13 +115,8 @@ class LightRFTHost:
     def prepare(self, args: argparse.Namespace) -> None:
         """See the class."""
         complete_flags(args)
-        try:
-            self.fixes += fixes.patch_for_versions()[1]
-        except ModuleNotFoundError as error:
-            raise SystemExit(
-                f"LightRFT cannot be imported from {host_folder()}: {error}. Install what its README asks for into "
-                "this environment (it imports easydict even where nothing uses it), or unset LIGHTRFT_HOME"
-            ) from error
+        check_contract()
+        self.fixes += fixes.patch_for_versions()[1]
 
     def load_actor(self, args: argparse.Namespace, ds_config: dict[str, Any] | None) -> Any:
         """LightRFT's ``ActorAL``; a checkpoint of another dtype than asked for is refused, too."""
