@@ -52,7 +52,7 @@ def fate(tmp_path: Path, lost: int, deed: Callable[[], int], others: Callable[[]
                 rank_watch.GRACE = 0.5
                 rank_watch.join()
                 if rank == lost:
-                    rank_watch._mine.complete.wait()
+                    rank_watch._watch.complete.wait()
                     time.sleep(0.3)
                 os._exit(deed() if rank == lost else others())
             finally:
@@ -92,13 +92,13 @@ def follow() -> int:
 
 def follow_what_comes() -> int:
     rank_watch.GRACE = 60.0
-    rank_watch._mine._lost.wait(60)
+    rank_watch._watch._learned.wait(60)
     return follow()
 
 
 def done_later() -> int:
     time.sleep(2.5)
-    return 2 if rank_watch.leave() or rank_watch._mine.loss else 0
+    return 2 if rank_watch.leave() or rank_watch._watch.lost else 0
 
 
 @pytest.mark.parametrize("lost", [0, 2])
@@ -145,9 +145,9 @@ def test_one_rank_of_a_host_speaks_for_it(tmp_path, monkeypatch):
 def test_a_stranger_is_shown_the_door(monkeypatch):
     """Rank 0 listens to all the network: who does not know the secret counts for nothing."""
     monkeypatch.setattr(rank_watch.dist, "rendezvous", lambda *_, **__: iter([(rank_watch.dist.HashStore(), 0, 2)]))
-    hub = rank_watch.Peers(0, 2)
+    hub = rank_watch.RankWatch(0, 2)
     hub.connect()
-    port, secret, _ = rank_watch.json.loads(hub.store.get("lightrft/peers"))
+    port, secret, _ = rank_watch.json.loads(hub.store.get("lightrft/rank_watch"))
     for words in (b'["guess", 1, "evil"]\n', b"GET / HTTP/1.1\r\n\r\n", b"x" * 5000, b"[1, 2, 3]\n", b"null\n"):
         with socket.create_connection(("127.0.0.1", port), 5) as stranger:
             stranger.settimeout(5)
@@ -160,7 +160,7 @@ def test_a_stranger_is_shown_the_door(monkeypatch):
             time.sleep(0.1)
         assert hub.complete.wait(5)
     time.sleep(0.2)
-    assert hub.loss is None
+    assert hub.lost is None
 
 
 def test_a_digest_shows_any_difference():

@@ -1,15 +1,18 @@
-"""The end of one rank ends all, soon, and they say which it was, where and why.
+"""When one rank ends, all ranks end soon, and they print which rank it was, on which host and why.
 
-Collectives do not do that by themselves: when a host falls silent, gloo and NCCL wait for many minutes, and when a
-process dies they name an address at best. Here every rank holds a TCP connection to rank 0 and a thread that waits for
-what happens to it:
+Collectives do not provide this: when a host falls silent, gloo and NCCL wait for many minutes, and when a process dies
+they name a network address at best. So every rank keeps a TCP connection to rank 0, and a thread watches it. There are
+three ways to notice that a rank is lost:
 
-- an error is told before its rank ends;
-- the kernel of a process that is killed closes its connection at once;
-- a host without power or network no longer answers the keep-alive probes of the other's kernel.
+- it fails: it sends its error before it ends;
+- its process is killed: its kernel closes the connection at once;
+- its host loses power or network: the host no longer answers the keep-alive probes of the other kernel.
 
-It is kernels that answer the probes, so a process that only takes long is not taken for a dead one. Rank 0 passes on
-what it learns. A rank that learns of a loss has a few seconds to end by itself; then it is ended.
+Kernels answer these probes, so a process that is merely slow does not count as lost. Rank 0 forwards what it learns to
+all ranks. A rank that learns of a lost rank has :data:`GRACE` seconds to end by itself; then its watcher ends it.
+
+Messages are JSON lines. The first one of a connection is ``[secret, rank, host]``; then come ``[rank, host, cause,
+reported]`` for each lost rank, and ``null`` as the goodbye of a rank that ends as planned.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -34,44 +37,42 @@ from lightrft.utils.console import console
 
 SILENCE = 30  # seconds without an answer after which a host counts as lost
 PROBE_EVERY = 5  # seconds
-JOIN_SECONDS = 300  # for all ranks to come; torchrun starts them together, but they read Python's files first
-GRACE = 5.0  # seconds that a rank has to end by itself
+JOIN_SECONDS = 300  # for all ranks to connect; torchrun starts them together, but importing takes some of them longer
+GRACE = 5.0  # seconds
 CAUSE_LENGTH = 2000  # characters
 SILENT = f"no answer for {SILENCE} s; its host is down, or the network is"
 GONE = "its process ended without a word (killed? out of memory?); its own host may show more"
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A rank that is no longer there.
+class LostRank:
+    """A rank that has ended before the run did.
 
-    :param rank: Which.
-    :param host: Where it ran.
-    :param cause: Why.
-    :param told: It has said so itself, also on its own host's terminal.
+    :param cause: Why, in words.
+    :param reported: It sent the cause itself and has printed it on its own host's terminal.
     """
 
     rank: int
     host: str
     cause: str
-    told: bool = False
+    reported: bool = False
 
 
 @dataclass
-class _Line:
-    """A connection, and who is at its other end."""
+class _Connection:
+    """A connection to another rank."""
 
     socket: socket.socket
-    rank: int = -1  # not known yet
+    rank: int = -1  # unknown until its greeting arrives
     host: str = "an unknown host"
     received: bytes = b""
 
-    def send(self, message: list | None) -> None:
-        with contextlib.suppress(OSError):  # who is not there any more need not know
+    def send(self, message: tuple | list | None) -> None:
+        with contextlib.suppress(OSError):  # the other rank has ended
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self) -> list[list | None]:
-        """Messages that are there.
+        """The complete messages that have arrived.
 
         :raises OSError: if the connection broke.
         :raises EOFError: if the other end closed it.
@@ -84,72 +85,71 @@ class _Line:
 
 
 @dataclass
-class Peers:
-    """This rank's connections, and what it has learned. Made by :func:`join`.
-
-    :param rank: This rank.
-    :param world: Ranks of the run.
-    """
+class RankWatch:
+    """This rank's connections, and the first lost rank that it has learned of. Made by :func:`join`."""
 
     rank: int
     world: int
     store: dist.Store | None = None
-    loss: Loss | None = None
-    complete: threading.Event = field(default_factory=threading.Event)  # all connections stand
-    _lost: threading.Event = field(default_factory=threading.Event)
-    _lines: dict[int, _Line] = field(default_factory=dict)  # by rank
-    left: bool = False  # or about to
-    _said: threading.Lock = field(default_factory=threading.Lock)
+    lost: LostRank | None = None
+    complete: threading.Event = field(default_factory=threading.Event)  # all ranks are connected
+    leaving: bool = False  # this rank ends by itself
+    _learned: threading.Event = field(default_factory=threading.Event)  # lost is set
+    _connections: dict[int, _Connection] = field(default_factory=dict)  # by rank
+    _printed: threading.Lock = field(default_factory=threading.Lock)  # taken by the thread that prints
 
     # ------------------------------------------------------------ connecting
     def connect(self) -> None:
-        """Open the connections; rank 0 waits for them in its thread.
+        """Connect to rank 0; rank 0 itself waits for the others in its thread.
 
-        :raises SystemExit: if rank 0 is not there, or torchrun's store.
+        :raises SystemExit: if torchrun's store or rank 0 cannot be reached.
         """
         host = socket.gethostname()
-        # torchrun's store has just been there, on all hosts
-        there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        # with an agent's store torchrun has just used it on every host, so it answers at once or not at all
+        reached = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
-            patience = timedelta(seconds=SILENCE if there else JOIN_SECONDS)
-            self.store = store = next(dist.rendezvous("env://", timeout=patience))[0]
+            timeout = timedelta(seconds=SILENCE if reached else JOIN_SECONDS)
+            self.store = store = next(dist.rendezvous("env://", timeout=timeout))[0]
             store.set_timeout(timedelta(seconds=JOIN_SECONDS))
             if self.rank == 0:
-                everywhere = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-                server = socket.create_server(("", 0), backlog=self.world, **everywhere)
+                dual = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+                server = socket.create_server(("", 0), backlog=self.world, **dual)
                 secret = secrets.token_hex(16)
-                store.set("lightrft/peers", json.dumps([server.getsockname()[1], secret, host]))
-                self._run(self._gather, server, secret)
+                store.set("lightrft/rank_watch", json.dumps([server.getsockname()[1], secret, host]))
+                self._start_thread(self._accept, server, secret)
                 return
-            port, secret, hub = json.loads(store.get("lightrft/peers"))
-            line = _Line(socket.create_connection((os.environ["MASTER_ADDR"], port), JOIN_SECONDS), 0, hub)
-        except (OSError, RuntimeError) as error:  # the store's errors are torch's DistError, a RuntimeError
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise SystemExit(f"rank {self.rank} on {host} and the others do not meet at {where}: {error}") from None
-        watch_kernel(line.socket)
-        line.send([secret, self.rank, host])
-        self._lines[0] = line
+            port, secret, host_of_0 = json.loads(store.get("lightrft/rank_watch"))
+            to_0 = socket.create_connection((os.environ["MASTER_ADDR"], port), JOIN_SECONDS)
+        except (OSError, RuntimeError) as error:  # the store raises torch's DistError, a RuntimeError
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise SystemExit(f"rank {self.rank} on {host} and the others do not meet at {address}: {error}") from None
+        keep_alive(to_0)
+        self._connections[0] = _Connection(to_0, 0, host_of_0)
+        self._connections[0].send([secret, self.rank, host])
         self.complete.set()
-        self._run(self._watch)
+        selector = selectors.DefaultSelector()
+        selector.register(to_0, selectors.EVENT_READ, self._connections[0])
+        self._start_thread(self._watch, selector)
 
-    def _run(self, target: object, *args: object) -> None:
-        threading.Thread(target=target, args=args, name="peers", daemon=True).start()
+    @staticmethod
+    def _start_thread(target: object, *args: object) -> None:
+        threading.Thread(target=target, args=args, name="rank_watch", daemon=True).start()
 
-    def _gather(self, server: socket.socket, secret: str) -> None:
-        """Rank 0: take the others' connections, then watch all of them."""
+    def _accept(self, server: socket.socket, secret: str) -> None:
+        """At rank 0: accept the connections of the other ranks, then watch all of them."""
         deadline = time.monotonic() + JOIN_SECONDS
         with selectors.DefaultSelector() as selector, server:
             selector.register(server, selectors.EVENT_READ)
-            while len(self._lines) < self.world - 1:
+            while len(self._connections) < self.world - 1:
                 if time.monotonic() > deadline:
-                    missing = sorted(set(range(1, self.world)) - self._lines.keys())
+                    missing = sorted(set(range(1, self.world)) - self._connections.keys())
                     cause = f"it has not come within {JOIN_SECONDS} s; missing are {', '.join(map(str, missing))}"
-                    return self._learn(Loss(missing[0], "an unknown host", cause))
+                    return self._learn(LostRank(missing[0], "an unknown host", cause))
                 for key, _ in selector.select(1.0):
                     if key.fileobj is server:
-                        connection, _ = server.accept()
-                        watch_kernel(connection)
-                        selector.register(connection, selectors.EVENT_READ, _Line(connection))
+                        accepted, _ = server.accept()
+                        keep_alive(accepted)
+                        selector.register(accepted, selectors.EVENT_READ, _Connection(accepted))
                     elif key.data.rank < 0:
                         self._greet(selector, key.data, secret)
                     else:
@@ -158,180 +158,170 @@ class Peers:
             selector.unregister(server)
             self._watch(selector)
 
-    def _greet(self, selector: selectors.BaseSelector, line: _Line, secret: str) -> None:
+    def _greet(self, selector: selectors.BaseSelector, connection: _Connection, secret: str) -> None:
+        """Read a connection's first message; close the connection if it does not hold the secret."""
         try:
-            messages = list(line.read())
-            if not messages and len(line.received) < CAUSE_LENGTH:
-                return  # not all of it is there yet
-            secret_of_it, rank, host = messages[0]
-            if not secrets.compare_digest(secret_of_it, secret):
+            messages = list(connection.read())
+            if not messages and len(connection.received) < CAUSE_LENGTH:
+                return  # the rest is still on its way
+            received, rank, host = messages[0]
+            if not secrets.compare_digest(received, secret):
                 raise ValueError
-        except (OSError, EOFError, ValueError, TypeError, IndexError):  # not one of ours
-            selector.unregister(line.socket)
-            line.socket.close()
+        except (OSError, EOFError, ValueError, TypeError, IndexError):  # not a rank of this run
+            selector.unregister(connection.socket)
+            connection.socket.close()
             return
-        line.rank, line.host = rank, host
-        self._lines[line.rank] = line
-        self._handle(selector, line, messages[1:])
+        connection.rank, connection.host = rank, host
+        self._connections[rank] = connection
+        self._handle(selector, connection, messages[1:])
 
     # ------------------------------------------------------------ watching
-    def _watch(self, selector: selectors.BaseSelector | None = None) -> None:
-        """Wait for what happens to the connections.
-
-        :param selector: With the connections; made for this rank's only one if not given.
-        """
-        selector = selector or selectors.DefaultSelector()
-        if self.rank:
-            selector.register(self._lines[0].socket, selectors.EVENT_READ, self._lines[0])
+    def _watch(self, selector: selectors.BaseSelector) -> None:
+        """Handle what arrives, until every connection has ended."""
         while selector.get_map():
             for key, _ in selector.select():
                 self._read(selector, key.data)
 
-    def _read(self, selector: selectors.BaseSelector, line: _Line) -> None:
+    def _read(self, selector: selectors.BaseSelector, connection: _Connection) -> None:
         try:
-            self._handle(selector, line, line.read())
+            self._handle(selector, connection, connection.read())
         except (EOFError, ConnectionResetError, BrokenPipeError):
-            selector.unregister(line.socket)
-            self._learn(Loss(line.rank, line.host, GONE))
-        except OSError:  # timed out, no route
-            selector.unregister(line.socket)
-            self._learn(Loss(line.rank, line.host, SILENT))
+            selector.unregister(connection.socket)
+            self._learn(LostRank(connection.rank, connection.host, GONE))
+        except OSError:  # timed out, or no route
+            selector.unregister(connection.socket)
+            self._learn(LostRank(connection.rank, connection.host, SILENT))
 
-    def _handle(self, selector: selectors.BaseSelector, line: _Line, messages: list[list | None]) -> None:
+    def _handle(self, selector: selectors.BaseSelector, connection: _Connection, messages: list[list | None]) -> None:
         for message in messages:
-            if message is None or message[0] == line.rank:  # what comes after its last word is no news
-                selector.unregister(line.socket)
-                if message is not None:
-                    self._learn(Loss(*message))
+            if message is not None:
+                self._learn(LostRank(*message))
+            if message is None or message[0] == connection.rank:  # ignore anything after a rank's own last message
+                selector.unregister(connection.socket)
                 return
-            self._learn(Loss(*message))
 
-    def _learn(self, loss: Loss) -> None:
-        if self.loss is not None or self.left:
+    def _learn(self, lost: LostRank) -> None:
+        if self.lost is not None or self.leaving:
             return
         if self.rank == 0:
-            self._tell(loss)
-        self.loss = loss
-        self._lost.set()
-        self._run(self._end)
+            self._send_to_all(lost)
+        self.lost = lost
+        self._learned.set()
+        self._start_thread(self._end_after_grace)
 
-    def _tell(self, loss: Loss) -> None:
-        for line in self._lines.values():
-            line.send([loss.rank, loss.host, loss.cause, loss.told])
+    def _send_to_all(self, lost: LostRank) -> None:
+        for connection in self._connections.values():
+            connection.send(astuple(lost))
 
-    def _end(self) -> None:
+    def _end_after_grace(self) -> None:
         time.sleep(GRACE)
-        if not self.left:
-            self.say()
+        if not self.leaving:
+            self.print_lost()
             os._exit(1)
 
     # ------------------------------------------------------------ leaving
-    def say(self) -> None:
-        """Print the loss: one rank a host does, and not where it has been printed already."""
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        loss, node = self.loss, self.rank // local
-        here = loss.rank // local == node
-        speaker = node * local + (loss.rank == node * local)  # the host's first rank that is left
-        if not self._said.acquire(blocking=False) or self.rank != speaker or (here and loss.told):
+    def print_lost(self) -> None:
+        """Print the lost rank once on each host, but not on its own host if it has printed the cause itself."""
+        ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        lost, node = self.lost, self.rank // ranks_per_host
+        on_this_host = lost.rank // ranks_per_host == node
+        first_left = node * ranks_per_host + (lost.rank == node * ranks_per_host)  # first rank of the host that is left
+        if not self._printed.acquire(blocking=False) or self.rank != first_left or (on_this_host and lost.reported):
             return
         console.fail(
-            f"rank {loss.rank} on {loss.host} {'failed' if loss.told else 'is lost'}: {loss.cause}\n"
+            f"rank {lost.rank} on {lost.host} {'failed' if lost.reported else 'is lost'}: {lost.cause}\n"
             f"This run ends, also on {socket.gethostname()}. Started again on all hosts, it goes on from its newest "
             "checkpoint with --load_checkpoint (RESUME=1)."
         )
 
     def leave(self, cause: str | None, may_follow: bool) -> bool:
-        """Tell the others, the last thing that this rank does.
+        """See the module's :func:`leave`.
 
         :param cause: Of a failure; None if all is well or all ranks end for the same reason.
-        :param may_follow: The failure may be what another rank's loss has led to: that one is then named instead.
-        :return: Whether it was.
         """
-        if may_follow and self._lost.wait(2.0):
-            self.left = True
-            self.say()
+        if may_follow and self._learned.wait(2.0):
+            self.leaving = True
+            self.print_lost()
             return True
-        self.left = True
-        if self.rank == 0 and cause is not None:
-            self.complete.wait(JOIN_SECONDS)  # those that come late shall hear of it, too
+        self.leaving = True
         if cause is None:
-            for line in self._lines.values():
-                line.send(None)
-        else:
-            self._tell(Loss(self.rank, socket.gethostname(), cause[:CAUSE_LENGTH], told=True))
+            for connection in self._connections.values():
+                connection.send(None)
+            return False
+        if self.rank == 0:
+            self.complete.wait(JOIN_SECONDS)  # ranks that connect late must learn of the failure, too
+        self._send_to_all(LostRank(self.rank, socket.gethostname(), cause[:CAUSE_LENGTH], reported=True))
         return False
 
 
-_mine: Peers | None = None
+_watch: RankWatch | None = None
 _tried = False
 
 
-def watch_kernel(connection: socket.socket) -> None:
-    """Let the kernel find out when the host at the other end is no longer there.
-
-    :param connection: A read of it then fails, :data:`SILENCE` seconds after the last answer.
-    """
+def keep_alive(connection: socket.socket) -> None:
+    """Let the kernel probe the other host: :data:`SILENCE` seconds after its last answer, reading fails."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    probes = SILENCE // PROBE_EVERY - 1
     for option, value in (
         (socket.TCP_KEEPIDLE, PROBE_EVERY),
         (socket.TCP_KEEPINTVL, PROBE_EVERY),
-        (socket.TCP_KEEPCNT, probes),
-        (socket.TCP_USER_TIMEOUT, SILENCE * 1000),  # for what was sent and is not acknowledged
+        (socket.TCP_KEEPCNT, SILENCE // PROBE_EVERY - 1),
+        (socket.TCP_USER_TIMEOUT, SILENCE * 1000),  # milliseconds, for data that was sent and is not acknowledged
     ):
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def join() -> None:
-    """Connect with the other ranks, if there are any. Called first of all, so that nothing goes unnoticed; tries once.
+    """Connect with the other ranks, if there are any; only the first call does something.
 
-    :raises SystemExit: if rank 0 is not there, or torchrun's store.
+    Call it before anything that can fail, so that no failure goes unnoticed.
+
+    :raises SystemExit: if torchrun's store or rank 0 cannot be reached.
     """
-    global _mine, _tried
+    global _watch, _tried
     if not _tried and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _tried = True
-        peers = Peers(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        peers.connect()
-        _mine = peers
+        watch = RankWatch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        watch.connect()
+        _watch = watch
         atexit.register(leave)
 
 
 def own_address() -> str | None:
-    """This host's address on the network that leads to the other hosts; None if there is but one host.
+    """This host's address on the network that leads to the other hosts, once all ranks have connected.
 
-    Waits until all ranks have come.
+    None if all ranks are on one host.
     """
-    if _mine is None or _mine.world == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+    if _watch is None or _watch.world == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         return None
-    _mine.complete.wait()  # or this process is ended
-    other = max(_mine._lines)  # of rank 0: on the last host, not on its own
-    return _mine._lines[other].socket.getsockname()[0].removeprefix("::ffff:")
+    _watch.complete.wait()  # if a rank never connects, the watcher ends this process
+    highest = max(_watch._connections)  # at rank 0 this one leads to the last host, not to its own
+    return _watch._connections[highest].socket.getsockname()[0].removeprefix("::ffff:")
 
 
 def first_to_speak() -> bool:
-    """Whether no other rank of this host has asked before: what all have to say is said once."""
-    if _mine is None:
+    """True for the first rank of each host that asks: it prints errors that all its host's ranks have in common."""
+    if _watch is None:
         return True
-    node = _mine.rank // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return _mine.store.compare_set(f"lightrft/spoken/{node}", "", str(_mine.rank)).decode() == str(_mine.rank)
+    node = _watch.rank // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _watch.store.compare_set(f"lightrft/spoken/{node}", "", str(_watch.rank)).decode() == str(_watch.rank)
 
 
 def leave(error: BaseException | None = None, may_follow: bool = False) -> bool:
-    """Tell the other ranks how this one ends, the last thing that it does.
+    """Tell the other ranks how this one ends; the last thing that it does.
 
-    :param error: What ended it; an exit status alone is one that all ranks have agreed on.
-    :param may_follow: The error may be what another rank's loss has led to: that one is then named on the terminal
-        instead, and the error goes to standard error, which is the log file.
-    :return: Whether it was.
+    :param error: What ended it. A SystemExit with a number is one that all ranks have agreed on, and no failure.
+    :param may_follow: The error may only be the consequence of a lost rank, such as a collective that failed. If so,
+        the lost rank is named on the terminal, and the error goes to standard error, which is the log file.
+    :return: Whether it was such a consequence.
     """
-    if _mine is None or _mine.left:
+    if _watch is None or _watch.leaving:
         return False
     cause = None
     if error is not None and not (isinstance(error, SystemExit) and isinstance(error.code, int | None)):
         kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
         cause = f"{kind}{error}"
-    followed = _mine.leave(cause, may_follow)
+    followed = _watch.leave(cause, may_follow)
     if followed:
         traceback.print_exception(error, file=sys.stderr)
     return followed
