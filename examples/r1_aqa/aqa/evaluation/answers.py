@@ -1,10 +1,10 @@
-"""From a response to the prediction that is scored: find the answer, and name the choice that it means.
+"""Find the prediction in a response: the answer between its tags, and the choice that it means.
 
 R1-AQA takes the text between the first pair of answer tags on one line, or the whole response. The benchmarks' rule
-then compares words, so that "(B)" is wrong however sure the model was, and one word too many of another choice too.
-Here the tags are found in whatever shape a model writes them, and what is in them is given as the choice's own text
-*where it names exactly one choice*: by its text, or by its letter. Anything else is handed on as it stands, for the
-official rule to judge; nothing is guessed from likeness. Pure functions; ``tests/unit/test_eval_answers.py`` has the table.
+then compares words: "(B)" is wrong, and so is an answer with one word of another choice. Here the tags may have any
+shape that models write, and an answer that names exactly one choice, by its text or by its letter, becomes that
+choice's own text. Any other answer stays as it is, for the official rule to judge; similarity is never used to guess.
+Tested by the table in ``tests/unit/test_eval_answers.py``.
 """
 
 from __future__ import annotations
@@ -52,32 +52,22 @@ _WRAPPERS = (
 _BULLET = re.compile(r"^(?:[-*>•]|#{1,4})\s+")
 _END = ".,;:!?。"
 
-# No answer needs more. Without these bounds a megabyte of "- - - ..." or "answer is answer is ..." takes hours.
+# No real answer needs more. Without these limits a megabyte of "- - - ..." or "answer is answer is ..." takes hours.
 _MOST_LAYERS = 16
 _MOST_LINES = 500
 
 
 class Answer(NamedTuple):
-    """What a response says.
+    """What a response says."""
 
-    :param text: The prediction: a choice's own text, else the answer as the model wrote it, stripped.
-    :param tagged: Whether it was found by answer tags, be they incomplete.
-    :param is_choice: Whether it names one choice.
-    """
-
-    text: str
-    tagged: bool
-    is_choice: bool
+    text: str  # the prediction: a choice's own text, else the answer as the model wrote it, stripped
+    tagged: bool  # it was found by answer tags, complete or not
+    is_choice: bool  # it names one choice
 
 
 def extract_answer(response: str, choices: Sequence[str]) -> Answer:
-    """Find the prediction in a response.
-
-    :param response: Decoded response without special tokens.
-    :param choices: The question's choices.
-    :return: The prediction; its text is empty only if the response says nothing.
-    """
-    # thinking may quote the tags; but an answer only there is better than none
+    """Find the prediction in a response without special tokens; its text is empty only if the response is."""
+    # The thinking may quote the tags, so it is searched last; an answer there is better than none.
     parts = (_THINK_TAG.sub(" ", _THINK_END.split(response)[-1]), _THINK_TAG.sub(" ", response))
     for text in parts:
         tagged = find_tagged(text)
@@ -93,14 +83,11 @@ def extract_answer(response: str, choices: Sequence[str]) -> Answer:
 
 
 def find_tagged(text: str) -> str | None:
-    """The text that answer tags mark.
+    """The stripped text that answer tags mark, or None if they mark none.
 
-    The first complete pair with something in it counts, as R1-AQA's first pair does; of nested openings the innermost
-    begins it. Without one: text between two openings (a closing tag without its slash), text after an opening (cut
-    off by the token limit), text before a closing.
-
-    :param text: Response, or its part after the thinking.
-    :return: The stripped text, or None where no tag marks any.
+    The first complete pair with text in it counts, as R1-AQA's first pair does; of nested opening tags the innermost
+    counts. Without a pair: the text between two opening tags (a closing tag without its slash), after an opening tag
+    (the token limit cut the response), or before a closing tag.
     """
     start, end = None, 0
     between, before = None, None
@@ -122,12 +109,7 @@ def find_tagged(text: str) -> str | None:
 
 
 def find_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The one choice that a text names.
-
-    :param text: Answer, stripped.
-    :param choices: The question's choices.
-    :return: The choice's own text; None if the text names none, or lines of it name different ones.
-    """
+    """The choice that a stripped answer names, in its own spelling; None if it names none, or several."""
     choice = _match(text, choices)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if choice is not None or len(lines) < 2:
@@ -142,13 +124,13 @@ def find_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _match(text: str, choices: Sequence[str]) -> str | None:
-    """The choice that a text names as a whole, by text before letter."""
-    by_text = {_normal(choice): choice for choice in reversed(choices)}  # of equal ones the first
+    """The choice that a text names as a whole, by its text or else by its letter."""
+    by_text = {_normal(choice): choice for choice in reversed(choices)}  # the first of equal choices
     forms = list(_peelings(text))
     for form in forms:
         if _normal(form) in by_text:
             return by_text[_normal(form)]
-    # Where letters are answers (keys, chords), a letter that is no choice is a wrong answer and not the name of one.
+    # Where letters are choices (keys, chords), another letter is a wrong answer and not the label of a choice.
     letters_are_answers = any(len(choice.strip()) == 1 and choice.strip().isalpha() for choice in choices)
     for form in forms:
         label = _LABEL.match(form)
@@ -156,20 +138,20 @@ def _match(text: str, choices: Sequence[str]) -> str | None:
             continue
         rest = form[label.end() :]
         for part in _peelings(rest):
-            if _normal(part) in by_text:  # the prompt has no letters, so a text that contradicts its letter counts
+            if _normal(part) in by_text:  # the prompt shows no letters, so the text outranks a letter it contradicts
                 return by_text[_normal(part)]
         letter = (label[1] or label[2] or label[3]).upper()
         index = ord(letter[0]) - ord("A")
         if letter.isdigit() or letters_are_answers or index >= len(choices):
             continue
-        # with a text behind it, a letter counts if that text says the same and names no other choice
+        # a letter followed by text counts only if the text means the same choice
         if not rest or ("\n" not in rest and is_right(rest, choices[index], choices)):
             return choices[index]
     return None
 
 
 def _peelings(text: str) -> Iterator[str]:
-    """The text, then the text with one wrapping after another taken off: marks, punctuation, "the answer is"."""
+    """The text, then the text with one wrapping after another removed: marks, punctuation, "the answer is"."""
     previous = None
     for _ in range(_MOST_LAYERS):
         if not text or text == previous:
@@ -189,7 +171,7 @@ def _peel(text: str) -> str:
 
 
 def _peel_marks(text: str) -> str:
-    """One layer of markdown, quotes or brackets less."""
+    """Remove one layer of markdown, quotes or brackets."""
     for left, right in _WRAPPERS:
         inner = text[len(left) : len(text) - len(right)]
         if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right) and left not in inner:
@@ -198,5 +180,5 @@ def _peel_marks(text: str) -> str:
 
 
 def _normal(text: str) -> str:
-    """What two spellings of one choice have in common."""
+    """A text without differences of case, spacing and apostrophes."""
     return " ".join(text.replace("\u2019", "'").casefold().split())

@@ -20,21 +20,15 @@ _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 @dataclass(frozen=True)
 class Model:
-    """A model that can be loaded.
+    """A model that can be loaded."""
 
-    :param path: Folder or hub name of the weights; of an adapter, its base model.
-    :param processor: Where tokenizer and feature extractor are.
-    :param adapter: Folder of a LoRA adapter to put on it.
-    :param note: What the user should know about the choice.
-    """
-
-    path: str
-    processor: str
-    adapter: str | None = None
-    note: str | None = None
+    path: str  # folder or hub name of the weights; of an adapter, its base model
+    processor: str  # folder or hub name of tokenizer and feature extractor
+    adapter: str | None = None  # folder of a LoRA adapter on it
+    note: str | None = None  # what the user should know about the choice
 
     def identity(self) -> list[str]:
-        """What tells two models apart: path, and size and time of every weight file."""
+        """Path, and size and time of every weight file: these differ between two models."""
         parts = []
         for place in filter(None, (self.path, self.adapter)):
             parts.append(place)
@@ -44,13 +38,12 @@ class Model:
 
 
 def asked_to_think(model: Model) -> float | None:
-    """The share of a model's training rows that asked for the thinking process.
+    """The share (0 to 1) of a model's training rows that asked for the thinking process.
 
-    :param model: Resolved model.
-    :return: 0 to 1; None where nothing is known: start models, and other programs'.
+    :return: None for start models and models of other programs, which do not say.
     """
     trained = Path(model.adapter or model.path)
-    for folder in (trained, trained.parent) if model.adapter else (trained,):  # a run has its adapter in a folder of it
+    for folder in (trained, trained.parent) if model.adapter else (trained,):  # a run's adapter is in a subfolder
         if (folder / NOTES_FILE).is_file():
             return _read_json(folder / NOTES_FILE).get("asked_to_think")
     return None
@@ -110,10 +103,7 @@ def resolve_model(model_path: str, base_model: str | None = None) -> Model:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What a folder lacks to be loaded, all shards of the weights included.
-
-    :param folder: The folder.
-    """
+    """The files, shards of the weights included, without which a folder cannot be loaded."""
     lacking = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
         lacking.append("*.safetensors")

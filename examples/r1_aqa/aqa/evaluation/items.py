@@ -1,4 +1,4 @@
-"""Benchmark files: questions in, results out. Reading, checking and writing; nothing here needs a model."""
+"""Read and check a benchmark's questions, write its result files; nothing here needs a model."""
 
 from __future__ import annotations
 
@@ -11,32 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from aqa.audio.sandbox import escape_of
-from aqa.data.rows import AvqaError, read_records, render_prompt, show_value
+from aqa.common.files import write_atomically
+from aqa.data.prompts import render_prompt
+from aqa.data.rows import AvqaError, read_records, show_value
 
 SHOWN_PROBLEMS = 20
 MAX_DEPTH = 50  # of a row; Python's json reads deeper ones than it writes
 
 
 class EvalError(ValueError):
-    """Something that the user can put right; the message names the place, the value and the remedy."""
+    """A mistake that the user can correct; the message names the place, the value and the remedy."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a benchmark's files look like.
+    """The format of a benchmark's files."""
 
-    :param name: As in ``--benchmark``.
-    :param title: As printed.
-    :param audio_key: Where a question names its recording.
-    :param prediction_keys: Where a result holds the prediction; the official script reads the first.
-    :param breakdowns: Fields by which accuracies are broken down; the first is the benchmark's main one.
-    """
-
-    name: str
-    title: str
-    audio_key: str
-    prediction_keys: tuple[str, ...]
-    breakdowns: tuple[str, ...]
+    name: str  # as in --benchmark
+    title: str  # as printed
+    audio_key: str  # field with the path of a question's recording
+    prediction_keys: tuple[str, ...]  # fields with the prediction; the official script reads the first
+    breakdowns: tuple[str, ...]  # fields by which accuracies are broken down, the main one first
 
 
 MMAU = Benchmark(
@@ -48,26 +43,18 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in (MMAU, MMAR)}
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
+    """One question."""
 
-    :param index: Its place in the file, from 0.
-    :param label: How messages name it.
-    :param row: All its fields.
-    :param prompt: What the model is asked, as in training.
-    :param audio: Its recording.
-    """
-
-    index: int
-    label: str
-    row: dict[str, Any]
-    prompt: str
+    index: int  # its place in the file, from 0
+    label: str  # its name in messages
+    row: dict[str, Any]  # all its fields
+    prompt: str  # the text of the user's turn, as in training
     audio: Path
 
 
 def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[str, Any]]]:
     """Read a benchmark or result file: a JSON array or JSON lines, told apart by content.
 
-    :param path: The file.
     :param wanted: ``mmau``, ``mmar``, or ``auto``: by the field that names the recording.
     :return: The benchmark and the file's rows.
     :raises EvalError: if the file is missing, malformed, empty, or of neither benchmark.
@@ -107,10 +94,7 @@ def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[st
 
 
 def is_deep(value: Any) -> bool:
-    """Whether a value is nested deeper than :data:`MAX_DEPTH`.
-
-    :param value: Any JSON value.
-    """
+    """Whether a JSON value is nested deeper than :data:`MAX_DEPTH`."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -129,11 +113,9 @@ def make_items(
 ) -> list[Item]:
     """Check every question and render its prompt.
 
-    :param rows: The file's rows.
-    :param benchmark: Their benchmark.
     :param audio_dir: Folder of the recordings.
     :param think: Ask for the thinking process.
-    :param confine: Refuse recordings that lie outside the folder, links and ``..`` resolved.
+    :param confine: Refuse recordings outside the folder, links and ``..`` resolved.
     :raises EvalError: naming all rows that cannot be asked, or not be scored.
     """
     has_answers = any(row.get("answer") for row in rows)
@@ -165,19 +147,13 @@ def make_items(
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """A row's id, for messages.
-
-    :param row: The row.
-    """
+    """A row's id, for messages."""
     identity = row.get("id", "none")
     return identity if isinstance(identity, str) and identity.isprintable() and identity else show_value(identity)
 
 
 def fits_utf8(text: str) -> bool:
-    """Whether UTF-8 can hold a text; a JSON escape can make halves of surrogate pairs, which it cannot.
-
-    :param text: The text.
-    """
+    """Whether a text can be encoded in UTF-8, which halves of surrogate pairs (from JSON escapes) cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -186,11 +162,10 @@ def fits_utf8(text: str) -> bool:
 
 
 def find_audio(name: str, audio_dir: Path) -> Path:
-    """Where a recording lies: at its relative path below the folder, else by its file name in the folder itself.
+    """The path of a recording: its relative path below the folder, else its file name in the folder itself.
 
     :param name: As the question names it, such as ``./test-mini-audios/ID.wav``.
-    :param audio_dir: The folder.
-    :return: The path; if there is no such file either way, the first that was tried.
+    :return: If neither file exists, the first of the two paths.
     """
     relative = audio_dir / name
     by_name = audio_dir / Path(name).name
@@ -203,10 +178,8 @@ def result_rows(
 ) -> list[dict[str, Any]]:
     """Rows of the result file: all fields of the question, the prediction under every key in use, the raw response.
 
-    :param items: Questions.
-    :param answers: For each its prediction and its raw response.
-    :param benchmark: Their benchmark.
-    :param silent_audio: Mark the rows: the model heard silence.
+    :param answers: Prediction and raw response of each item.
+    :param silent_audio: Mark the rows, because the model heard silence.
     """
     mark = {"silent_audio": True} if silent_audio else {}
     return [
@@ -218,42 +191,27 @@ def result_rows(
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a result file in one piece: JSON lines for ``.jsonl``, else a JSON array.
 
-    Pure ASCII, because the official scripts open it in whatever encoding the machine prefers.
-
-    :param rows: Result rows.
-    :param path: Where to.
+    Pure ASCII, because the official scripts open it in the encoding of the machine's locale.
     """
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(row) + "\n" for row in rows)
     else:
         text = json.dumps(rows, indent=2) + "\n"
-    write_whole(text, path)
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write a file so that it is there completely or not at all.
-
-    :param text: Its content.
-    :param path: Where to; the folder exists.
-    """
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text)
 
 
 class PartialFile:
     """Finished responses of a run that has not ended: JSON lines, appended and flushed as they come.
 
-    The first line says what makes a response what it is (model, data, prompt, engine). A line that a kill cut in two
-    is dropped; its item is asked again.
+    The first line holds what the responses depend on (model, data, prompt, engine), so that a run with other settings
+    does not continue them. A last line that a kill has cut is dropped, and its item is asked again.
 
-    :param path: Beside the result file.
-    :param identity: What the responses depend on, each value a text, number or list of texts.
+    :param identity: What the responses depend on; its values are texts, numbers or lists of texts.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
-        self.identity = json.loads(json.dumps(identity))  # as it will come back
+        self.identity = json.loads(json.dumps(identity))  # as load() will read it
 
     def load(self) -> dict[int, str]:
         """Read what an earlier run finished, and cut off a torn last line.
@@ -289,10 +247,7 @@ class PartialFile:
         return isinstance(line, dict) and isinstance(line.get("index"), int) and isinstance(line.get("raw_output"), str)
 
     def append(self, responses: Iterable[tuple[int, str]]) -> None:
-        """Add finished responses.
-
-        :param responses: Item index and raw response.
-        """
+        """Add finished responses: item index and raw response."""
         new = not self.path.exists() or self.path.stat().st_size == 0
         lines = [{"index": index, "raw_output": raw} for index, raw in responses]
         with self.path.open("ab") as file:
@@ -304,18 +259,11 @@ class PartialFile:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file.
-
-    :param path: The file.
-    """
+    """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def several(title: str, lines: Sequence[str]) -> str:
-    """A message about many things that shows the first of them.
-
-    :param title: What they are.
-    :param lines: One each.
-    """
+    """A message with a title and the first of many lines."""
     more = [f"... and {len(lines) - SHOWN_PROBLEMS} more"] if len(lines) > SHOWN_PROBLEMS else []
     return "\n  ".join([f"{title}:", *lines[:SHOWN_PROBLEMS], *more])

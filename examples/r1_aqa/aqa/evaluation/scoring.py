@@ -22,20 +22,12 @@ Z95 = 1.959963984540054  # standard normal quantile at 97.5 %
 
 # ------------------------------------------------------------------------------------------------------------- the rule
 def words(text: str) -> set[str]:
-    """The words that count.
-
-    :param text: Any text.
-    """
+    """The words that the rule compares."""
     return set(re.findall(r"\w+", text.lower()))
 
 
 def is_right(prediction: str, answer: str, choices: Sequence[str]) -> bool:
-    """The official rule.
-
-    :param prediction: What the model chose.
-    :param answer: The right choice's text.
-    :param choices: All choices.
-    """
+    """The official rule: whether a prediction means the answer, the right choice's text."""
     said, wanted = words(prediction), words(answer)
     forbidden = set().union(*map(words, choices)) - wanted
     return bool(said) and wanted <= said and not said & forbidden
@@ -43,27 +35,18 @@ def is_right(prediction: str, answer: str, choices: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """A result file, judged.
-
-    :param benchmark: Which benchmark.
-    :param key: The key that the predictions were read from.
-    :param rows: The rows that have a prediction.
-    :param right: For each of them whether it is right.
-    :param left_out: How many rows have no prediction key.
-    """
+    """A result file, judged."""
 
     benchmark: Benchmark
-    key: str
-    rows: list[dict[str, Any]]
-    right: list[bool]
-    left_out: int
+    key: str  # the field that the predictions were read from
+    rows: list[dict[str, Any]]  # the rows that have a prediction
+    right: list[bool]  # for each of them
+    left_out: int  # rows without a prediction key
 
 
 def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
     """Judge every row of a result file as the official script does.
 
-    :param rows: Result rows.
-    :param benchmark: Their benchmark.
     :raises EvalError: if no row has a prediction, or a row lacks what the rule needs.
     """
     key = next((key for key in benchmark.prediction_keys if any(key in row for row in rows)), None)
@@ -89,25 +72,21 @@ def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
 
 # --------------------------------------------------------------------------------------------------------------- scores
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): good for few items too, and never outside 0 to 1.
+    """Lower and upper bound (fractions) of a proportion's 95 % interval (Wilson 1927).
 
-    :param correct: Successes.
-    :param total: Trials, at least 1.
-    :return: Lower and upper bound, fractions.
+    It also holds for few items, and never leaves 0 to 1.
+
+    :param total: At least 1.
     """
     share, z2 = correct / total, Z95**2 / total
     middle = share + z2 / 2
     half = Z95 * math.sqrt((share * (1 - share) + z2 / 4) / total)
     low, high = (middle - half) / (1 + z2), (middle + half) / (1 + z2)
-    return (0.0 if correct == 0 else low), (1.0 if correct == total else high)  # exact there, but for rounding
+    return (0.0 if correct == 0 else low), (1.0 if correct == total else high)  # otherwise rounding leaves 1e-17
 
 
 def tally(right: Sequence[bool]) -> dict[str, Any]:
-    """Accuracy of a group.
-
-    :param right: Verdicts, at least one.
-    :return: accuracy (fraction), correct, total, interval_95 (fractions).
-    """
+    """Accuracy of at least one verdict: accuracy (fraction), correct, total, interval_95 (fractions)."""
     correct, total = sum(right), len(right)
     return {
         "accuracy": correct / total,
@@ -120,7 +99,6 @@ def tally(right: Sequence[bool]) -> dict[str, Any]:
 def score(verdicts: Verdicts) -> dict[str, Any]:
     """Accuracy overall and by the benchmark's breakdowns.
 
-    :param verdicts: A judged result file.
     :return: What :func:`tally` says of all rows; under ``by`` the same for each value of each breakdown.
     """
     by = {
@@ -138,11 +116,7 @@ def score(verdicts: Verdicts) -> dict[str, Any]:
 
 
 def group(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Hashable | None]) -> dict[str, list[int]]:
-    """Places of the rows by a value of theirs, the values in order; rows without one are in no group.
-
-    :param rows: Rows.
-    :param key: The value.
-    """
+    """Indices of the rows by the value of ``key``, in the order of the values; rows without a value are left out."""
     places: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         value = key(row)
@@ -152,11 +126,7 @@ def group(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Hashab
 
 
 def score_table(scores: dict[str, Any], title: str) -> str:
-    """A score as a table.
-
-    :param scores: From :func:`score`.
-    :param title: First line.
-    """
+    """The output of :func:`score` as a table below a title."""
     groups = [("overall", scores)]
     for field, values in scores["by"].items():
         groups += [(field, None), *((f"  {value}", entry) for value, entry in values.items())]
@@ -182,20 +152,15 @@ def score_table(scores: dict[str, Any], title: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A fraction in per cent with two decimals, as the official scripts print it.
-
-    :param share: Fraction.
-    """
+    """A fraction in per cent with two decimals, as the official scripts print it."""
     return f"{share * 100:.2f} %"
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value of McNemar's test: could the items that only one of two got right be a fair coin's?
+    """Two-sided exact p-value of McNemar's test: is one model better on the items that only one of two got right?
 
-    :param only_first: Items that only the first got right.
-    :param only_second: Items that only the second got right.
-    :return: 0 to 1; 1 if there are no such items.
+    Under the null hypothesis each such item is a fair coin's toss. 1 if there are no such items.
     """
     n, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(n, k) for k in range(fewer + 1))
@@ -205,8 +170,8 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
 def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     """Two results of the same items against each other.
 
-    :param first: Verdicts of the first, at least one.
-    :param second: Verdicts of the second, in the same order.
+    :param first: At least one verdict.
+    :param second: Verdicts of the same items, in the same order.
     :return: total, both accuracies, difference (second less first) with its 95 % interval (Wald, paired), the items
         that only one got right, and McNemar's exact p-value.
     """
@@ -229,8 +194,6 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
 def compare(first: Verdicts, second: Verdicts) -> dict[str, Any]:
     """Compare two result files on the items that both have.
 
-    :param first: The one to compare with.
-    :param second: The other.
     :return: What :func:`paired` says of all shared items, and under ``by`` of each group of the main breakdown.
     :raises EvalError: if an id occurs twice, no item is shared, or the files are of different benchmarks.
     """
@@ -274,10 +237,9 @@ def _places_by_id(verdicts: Verdicts) -> dict[str, int]:
 
 
 def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
-    """A comparison as a table of 80 columns.
+    """The output of :func:`compare` as a table of 80 columns.
 
-    :param comparison: From :func:`compare`.
-    :param names: What to call the two.
+    :param names: Of the two files.
     """
     groups = [("overall", comparison)]
     for field, values in comparison["by"].items():
@@ -312,9 +274,8 @@ def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def judge_file(path: Path, benchmark: str = "auto") -> Verdicts:
-    """Read and judge a result file.
+    """Read and judge a result file of either benchmark, ours or another program's.
 
-    :param path: A result file of either benchmark, ours or another program's.
     :param benchmark: ``mmau``, ``mmar`` or ``auto``.
     :raises EvalError: if it cannot be read or scored; the message names it.
     """
@@ -326,8 +287,5 @@ def judge_file(path: Path, benchmark: str = "auto") -> Verdicts:
 
 
 def to_json(value: dict[str, Any]) -> str:
-    """As written beside result files.
-
-    :param value: Scores or comparisons.
-    """
+    """Scores or comparisons as text of a JSON file."""
     return json.dumps(value, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""MMAU or MMAR while training: the same questions, answers and official rule as ``eval_mmau.py`` after it."""
+"""Evaluate on MMAU or MMAR during training, with the prompts, answer extraction and rule of ``eval_mmau.py``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from aqa.audio.decode import SAMPLING_RATE, load_audio, probe_all
+from aqa.audio.decode import SAMPLING_RATE, probe_all
 from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
-from aqa.audio.sandbox import Sandbox
+from aqa.audio.reader import AudioReader
 from aqa.evaluation.answers import extract_answer
 from aqa.evaluation.checkpoints import Model
 from aqa.evaluation.engines import decode, end_tokens, render
@@ -25,32 +25,23 @@ Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
 class BenchmarkEvaluator:
     """An evaluator for the trainer: see ``lightrft.trainer.evaluation.Evaluation``.
 
-    Questions and recordings are checked when it is made. Each rank asks its share; every evaluation leaves a result
-    file in ``<save_path>/eval/``, which ``eval_mmau.py score`` and ``compare`` read.
+    Creating it checks questions and recordings. Each rank asks its share of the questions. Every evaluation writes a
+    result file into ``<save_path>/eval/``, which ``eval_mmau.py score`` and ``compare`` read.
 
     :param path: MMAU's .json or MMAR's .jsonl, with answers.
     :param audio_dir: Folder of the recordings.
     :param think: Ask for the thinking process before the answer.
-    :param processor: Qwen2-Audio processor.
-    :param args: The run's arguments.
-    :param strategy: Strategy.
     :raises SystemExit: naming the questions that cannot be asked.
     """
 
     def __init__(
-        self,
-        path: Path,
-        audio_dir: Path,
-        think: bool,
-        processor: Any,
-        args: Namespace,
-        strategy: Any,
+        self, path: Path, audio_dir: Path, think: bool, processor: Any, args: Namespace, strategy: Any
     ) -> None:
         self.path = path
         self.processor = processor
         self.strategy = strategy
         self.folder = Path(args.save_path) / "eval"
-        self.sandbox = Sandbox() if args.sandbox_audio else None
+        self.reader = AudioReader(args.sandbox_audio)
         self.batch_size = args.rollout_batch_size * args.n_samples_per_prompt // strategy.world_size
         try:
             self.benchmark, rows = read_rows(path)
@@ -59,8 +50,8 @@ class BenchmarkEvaluator:
             self._check(args)
         except EvalError as error:
             raise SystemExit(f"--eval_benchmark: {error}") from error
-        load = self.sandbox.load if self.sandbox else load_audio  # digital silence is a question like any other
-        self.clips = WaveformCache(functools.partial(load, silence_ok=True), args.audio_cache_mib * 2**20)
+        load = functools.partial(self.reader.load, silence_ok=True)  # digital silence is asked like any clip
+        self.clips = WaveformCache(load, args.audio_cache_mib * 2**20)
         self.ends = set(end_tokens(processor, Model(args.pretrain, args.pretrain)))
 
     def _check(self, args: Namespace) -> None:
@@ -74,7 +65,7 @@ class BenchmarkEvaluator:
         ]
         rank, world = self.strategy.rank, self.strategy.world_size
         share = [str(item.audio) for item in self.items[rank::world]]
-        for found in gather_objects(probe_all(share, reader=self.sandbox and self.sandbox.read_header)):
+        for found in gather_objects(probe_all(share, reader=self.reader.read_header)):
             problems += found
         if problems:
             raise EvalError(several(f"{self.path}: {len(problems)} problems", problems))
@@ -85,14 +76,15 @@ class BenchmarkEvaluator:
         return f"eval/{self.path.stem}/accuracy"
 
     def __call__(self, ask: Ask, step: int) -> dict[str, float]:
-        """Ask all questions and score the answers. Collective.
+        """Ask all questions and score the answers. All ranks must call it.
 
-        :param ask: Greedy answers of the engine to this rank's prompts.
+        :param ask: Gives the engine's greedy answers, as token ids, to this rank's prompts and clips.
         :param step: Rollout step, for the result file's name.
         :return: ``eval/<file>/accuracy``, and the accuracy of each value of the benchmark's main breakdown.
         """
         rank, world = self.strategy.rank, self.strategy.world_size
-        rounds = -(-len(self.items) // world)  # of all ranks: one whose share is shorter asks others' questions, too
+        # All ranks must ask equally often, so a rank whose share is shorter repeats questions of other ranks.
+        rounds = -(-len(self.items) // world)
         mine = [i % len(self.items) for i in range(rank, rounds * world, world)]
         answers: dict[int, str] = {}
         for start in range(0, rounds, self.batch_size):
@@ -115,10 +107,7 @@ class BenchmarkEvaluator:
         return {self.metric: scores["accuracy"]} | by_value
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """An answer up to the first token that ends it, as ``eval_mmau.py`` generates it.
-
-        :param token_ids: Generated tokens.
-        """
+        """The text of generated tokens up to the first that ends an answer, as ``eval_mmau.py`` generates it."""
         end = next((i for i, token in enumerate(token_ids) if token in self.ends), len(token_ids))
         return decode(self.processor, token_ids[:end])
 
