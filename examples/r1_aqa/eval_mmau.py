@@ -189,8 +189,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
     :raises EvalError: for anything that the user can put right: before a model is loaded, but for the model's faults.
     """
-    from aqa.audio.reader import AudioReader
-
     out = Path(args.out_file)
     benchmark, rows = read_rows(Path(args.data_file), args.benchmark)
     if benchmark is MMAU and out.suffix != ".json":
@@ -207,6 +205,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.overwrite:
         partial.remove()
     done = partial.load()
+    from aqa.audio.reader import AudioReader
+
     reader = AudioReader(args.sandbox_audio)
     lengths, bad, silent = check_audio(items, reader)
     report_audio(items, bad, silent, skip_bad=args.skip_bad_audio)
