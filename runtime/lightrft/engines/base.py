@@ -16,7 +16,6 @@ class Sampling:
 
     :param n: Responses a prompt.
     :param temperature: 0 is greedy.
-    :param top_p: Nucleus mass.
     :param top_k: Candidates; -1 for all.
     :param max_tokens: Longest response, in tokens.
     :param logit_bias: Added to the logits of these token ids; -100 forbids a token.
@@ -32,10 +31,7 @@ class Sampling:
     seed: int | None = None
 
     def with_seed(self, seed: int) -> Sampling:
-        """A copy with another seed.
-
-        :param seed: See the class.
-        """
+        """A copy with another seed."""
         return replace(self, seed=seed)
 
 

@@ -24,7 +24,6 @@ from .base import RolloutOutput, Sampling
 class HFEngine:
     """Samples from the actor itself, so that its weights are always the trainer's.
 
-    :param processor: The model's processor.
     :param policy: Returns a context manager that yields the unwrapped policy, with its parameters gathered.
     :param batch_size: Sequences generated at once.
     """
@@ -56,8 +55,6 @@ class HFEngine:
     ) -> list[RolloutOutput]:
         """Responses of some rows; tower and prompt are computed once a prompt, not once a row.
 
-        :param model: Policy.
-        :param prompts: See :meth:`generate`.
         :param rows: Number of the prompt, how to sample, number of the sample.
         """
         tokenizer = self.processor.tokenizer

@@ -25,7 +25,6 @@ class VLLMEngine:
     :param dtype: Weight type of the rollouts.
     :param max_model_len: Longest sequence, audio tokens included.
     :param audios_per_prompt: Most clips in one prompt.
-    :param tensor_parallel_size: Ranks an engine.
     :param memory_utilization: Fraction of the GPU's memory for weights and KV cache (unused on the CPU).
     :param enable_sleep: Let :meth:`sleep` free the GPU (does not exist on the CPU).
     :param seed: Seed of requests that carry none.
@@ -167,7 +166,6 @@ def _load(
     has repacked, as it does on the CPU, keep nothing to write to: these go through its layer-wise reload, which
     restores, fills and repacks one after the other.
 
-    :param worker: vLLM's worker.
     :param weights: As for :meth:`VLLMEngine.load_weights`.
     :param before: Checksums of vLLM's parameters after the last time.
     :return: Names that were sent, and the new checksums.
@@ -224,10 +222,7 @@ def _load(
 
 
 def vllm_options(family: type[Qwen2Audio]) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM`` that a model family needs.
-
-    :param family: From :func:`~lightrft.utils.model_specs.family_of`.
-    """
+    """Arguments of ``vllm.LLM`` that a model family needs."""
     if family is not Qwen2_5Omni:
         return {}
     from .vllm_omni import ARCHITECTURE, register  # imports vLLM, which takes seconds

@@ -43,10 +43,7 @@ class ProcessingInfo(Qwen2AudioProcessingInfo):
         return self.ctx.get_hf_config(Qwen2_5OmniConfig).thinker_config
 
     def get_hf_processor(self, **kwargs: object) -> OmniAudioProcessor:
-        """Tokenizer and feature extractor.
-
-        :param kwargs: Of vLLM.
-        """
+        """Tokenizer and feature extractor."""
         return self.ctx.get_hf_processor(OmniAudioProcessor, **kwargs)
 
 
@@ -54,19 +51,11 @@ class ProcessingInfo(Qwen2AudioProcessingInfo):
     Qwen2AudioMultiModalProcessor, info=ProcessingInfo, dummy_inputs=Qwen2AudioDummyInputsBuilder
 )
 class Qwen2_5OmniAudioThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
-    """The model, as vLLM wants models.
-
-    :param vllm_config: vLLM's configuration.
-    :param prefix: Of the parameters' names.
-    """
+    """The model, as vLLM wants models."""
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """What stands for a clip in a chat.
-
-        :param modality: ``audio``.
-        :param i: Number of the clip.
-        """
+        """What stands for a clip in a chat."""
         return "<|audio_bos|><|AUDIO|><|audio_eos|>" if modality == "audio" else None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -128,7 +117,6 @@ class Qwen2_5OmniAudioThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take a checkpoint's weights; those of parts that neither hear nor read are passed over.
 
-        :param weights: Name and tensor.
         :return: Names of the parameters that were loaded.
         """
         return AutoWeightsLoader(self).load_weights(weights, mapper=NOT_HERE)

@@ -19,8 +19,6 @@ from .four_bit import four_bit_config, prepare
 def load_model(pretrain: str, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint of one of the families; parts that text and sound do not pass are frozen.
 
-    :param pretrain: Folder or hub name.
-    :param kwargs: For ``from_pretrained``.
     :raises ValueError: if it is of no family, if the checkpoint lacks a parameter of the model, or holds one that the
         model has not: such a model would train, from random weights.
     """
@@ -43,8 +41,6 @@ class ActorAL(nn.Module):
     :param bf16: Weights in bfloat16; otherwise float32.
     :param ds_config: DeepSpeed configuration; with ZeRO-3 the weights are partitioned while loading.
     :param lora_rank: Rank of LoRA adapters, which then train alone; 0: none.
-    :param lora_alpha: See :func:`lightrft.models.lora.add_adapters`.
-    :param target_modules: See there.
     :param load_in_4bit: Keep the language model's linear layers at 4 bits a weight; adapters alone can then train.
     :raises ValueError: if that is asked for without adapters, or with ZeRO-3; if the model is of a family that gets no
         adapters, or :func:`load_model` refuses it.

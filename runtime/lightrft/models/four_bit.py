@@ -40,8 +40,6 @@ def prepare(model: nn.Module) -> None:
     On CPUs with AVX512-BF16 bitsandbytes (0.50.2) packs a layer's weight in another way the first time that it is
     evaluated, for good, and what it computes from such a weight has no gradient: switched off. And its state dicts hold
     the scales of a weight, which it does not read again: they must be those that the model has from its checkpoint.
-
-    :param model: With 4-bit layers.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -23,7 +23,6 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
 
     :param model: The transformers model, for its configurations.
     :param weights: Checkpoint name to tensor in CPU memory.
-    :param tokenizer: Tokenizer to save.
     :param output_dir: Made if needed.
     """
     folder, aside = Path(output_dir), Path(output_dir) / f"model{PART}"
@@ -51,7 +50,6 @@ def write_state(state: dict[str, Any], path: Path) -> None:
     """Write a rank's state.
 
     :param state: Tensors and plain values.
-    :param path: File.
     :raises OSError: if that fails.
     """
     try:
@@ -63,10 +61,7 @@ def write_state(state: dict[str, Any], path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_state` wrote, into CPU memory. Runs no code from the file.
-
-    :param path: File.
-    """
+    """Read what :func:`write_state` wrote, into CPU memory. Runs no code from the file."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -74,7 +69,6 @@ def begin(save_dir: str, name: str) -> None:
     """Clear away what interrupted saves have left, and make the folder of a new checkpoint.
 
     :param save_dir: Folder of the checkpoints; made if needed.
-    :param name: Of the new one.
     """
     clear(save_dir)
     (Path(save_dir) / name).mkdir(parents=True)
@@ -93,9 +87,6 @@ def commit(save_dir: str, tag: str) -> None:
     """Make a written checkpoint the newest one: a list of its files, everything on disk, then its name.
 
     Killed at any moment, it either has its name and is whole, or has none and is not looked at.
-
-    :param save_dir: Folder of the checkpoints.
-    :param tag: Name of the checkpoint.
     """
     folder = Path(save_dir) / (tag + PART)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -145,7 +136,6 @@ def _remove(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint.
 
-    :param folder: Its folder.
     :return: A few words, or None if it is whole.
     """
     try:
@@ -164,7 +154,6 @@ def damage(folder: Path) -> str | None:
 def newest(save_dir: str) -> tuple[str | None, list[str]]:
     """The newest whole checkpoint.
 
-    :param save_dir: Folder of the checkpoints.
     :return: Its name, None if there is none; and a line for each newer one that is damaged.
     """
     damaged = []
@@ -185,7 +174,6 @@ def rotate(save_dir: str, keep: int) -> None:
     """Delete the oldest checkpoints. The newest whole one stays, whatever came after it.
 
     :param save_dir: Folder with one sub-folder a checkpoint.
-    :param keep: How many stay.
     """
     safe, _ = newest(save_dir)
     for folder in _checkpoints(save_dir)[:-keep]:

@@ -25,8 +25,6 @@ class StepGuard:
     """Stands before the optimizer. Where gradients must not be used, its step changes neither weights nor moments.
 
     DeepSpeed skips some steps by itself, applies others with a norm of -1 (ZeRO-2 in bfloat16), and tells neither.
-
-    :param engine: DeepSpeed engine.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -84,27 +82,15 @@ class Storage(TorchCheckpointEngine):
             self.failure = str(error).splitlines()[0]
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """As the base class.
-
-        :param path: Folder.
-        :param exist_ok: Whether it may be there already.
-        """
+        """As the base class."""
         self._attempt(super().makedirs, path, exist_ok)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """As the base class.
-
-        :param state_dict: What to write.
-        :param path: File.
-        """
+        """As the base class."""
         self._attempt(super().save, state_dict, path)
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
-        """As the base class, without running code from the file.
-
-        :param path: File.
-        :param map_location: As for :func:`torch.load`.
-        """
+        """As the base class, without running code from the file."""
         known = [argparse.Namespace]
         for name in KNOWN:
             module, _, attribute = name.rpartition(".")

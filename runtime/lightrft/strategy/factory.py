@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 def get_strategy(args: Any) -> StrategyBase:
     """Set up the console, the process group, and DeepSpeed or FSDP2.
 
-    :param args: The run's arguments.
     :return: The strategy.
     :raises SystemExit: if the ranks were given different arguments, or do not share the folder of checkpoints.
     """

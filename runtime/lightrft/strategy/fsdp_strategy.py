@@ -32,8 +32,6 @@ class FSDPEngine(nn.Module):
     The optimizer works on this rank's shards as plain tensors: its state is an ordinary one.
 
     :param module: Sharded transformers model.
-    :param strategy: Makes optimizer and schedule.
-    :param max_steps: Optimizer steps of the run.
     """
 
     def __init__(self, module: nn.Module, strategy: StrategyBase, max_steps: int) -> None:
@@ -57,10 +55,7 @@ class FSDPEngine(nn.Module):
         return (self.micro_steps + 1) % self.accumulation == 0
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add to the gradients, which are averaged over micro-batches and ranks.
-
-        :param loss: Of a micro-batch.
-        """
+        """Add to the gradients, which are averaged over micro-batches and ranks."""
         (loss / self.accumulation).backward()
 
     def step(self, discard: bool = False) -> float:

@@ -48,20 +48,14 @@ class StrategyBase(ABC):
     # ------------------------------------------------------------ small things
     @staticmethod
     def set_seed(seed: int) -> None:
-        """Seed Python, NumPy and torch.
-
-        :param seed: The same on every rank.
-        """
+        """Seed Python, NumPy and torch."""
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
 
     @staticmethod
     def print(*parts: object) -> None:
-        """Print on rank 0.
-
-        :param parts: As for :func:`print`.
-        """
+        """Print on rank 0."""
         console.print(*parts)
 
     def is_rank_0(self) -> bool:
@@ -69,10 +63,7 @@ class StrategyBase(ABC):
         return self.rank == 0
 
     def report_memory(self, prefix: str) -> None:
-        """Print the accelerator memory in use; nothing on the CPU.
-
-        :param prefix: Put before the figures.
-        """
+        """Print the accelerator memory in use; nothing on the CPU."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
             self.print(f"memory    {prefix}: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use")
@@ -103,8 +94,6 @@ class StrategyBase(ABC):
         :param actor: The trained model.
         :param critic: None: group-relative methods have none.
         :param reward_models: Rewards are rules; returned as they are.
-        :param initial_model: The frozen reference model, or None without KL.
-        :param args: The run's arguments.
         :param max_steps: Optimizer steps of the run, for the learning-rate schedule.
         :return: As LightRFT: (actor, optimizer, scheduler), (critic, ...), reward models, reference model.
         """
@@ -117,8 +106,6 @@ class StrategyBase(ABC):
     def prepare_training(self, model: nn.Module, max_steps: int) -> tuple[Any, Any, Any]:
         """Shard the trained model.
 
-        :param model: transformers model.
-        :param max_steps: Optimizer steps of the run.
         :return: Its engine, which has ``backward``, ``is_gradient_accumulation_boundary`` and ``step``; optimizer;
             scheduler.
         """
@@ -127,7 +114,6 @@ class StrategyBase(ABC):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Put a model that is only read where it runs.
 
-        :param model: An actor used as reference model.
         :return: The same object, frozen.
         """
 
@@ -135,29 +121,20 @@ class StrategyBase(ABC):
     def step_guard(self, engine: Any) -> Any:
         """What makes the optimizer's steps: its ``step(discard)`` returns the gradient's norm, ``applied`` says whether
         the last one was made; see :class:`~lightrft.strategy.deepspeed_hooks.StepGuard`.
-
-        :param engine: From :meth:`prepare_training`.
         """
 
     @abstractmethod
     def offload_model(self, model: nn.Module) -> None:
-        """Move a read-only model to CPU memory, where it is whole on every rank.
-
-        :param model: From :meth:`prepare_model`.
-        """
+        """Move a read-only model to CPU memory, where it is whole on every rank."""
 
     @abstractmethod
     def reload_model(self, model: nn.Module) -> None:
-        """Undo :meth:`offload_model`.
-
-        :param model: From :meth:`prepare_model`.
-        """
+        """Undo :meth:`offload_model`."""
 
     def optimizer_and_schedule(self, parameters: Iterable[tuple[str, nn.Parameter]], max_steps: int) -> tuple[Any, Any]:
         """AdamW, and warm-up and a cosine to a tenth of the learning rate.
 
         :param parameters: Names and parameters that train.
-        :param max_steps: Optimizer steps of the run.
         """
         args, decay, no_decay = self.args, [], []
         for name, parameter in parameters:
@@ -191,11 +168,9 @@ class StrategyBase(ABC):
     ) -> DataLoader:
         """A loader of this rank's share of the data.
 
-        :param dataset: Map-style.
         :param batch_size: Rows a batch on this rank.
         :param pin_memory: Page-lock host memory.
         :param shuffle: Reshuffle each epoch, by the run's seed.
-        :param collate_fn: Makes a batch of rows.
         :param drop_last: Leave out an incomplete last batch.
         """
         sampler = ResumableSampler(
@@ -209,9 +184,7 @@ class StrategyBase(ABC):
     def setup_inference_engine(self, args: Any, engine_type: str = "vllm", actor: nn.Module | None = None) -> Any:
         """Start the rollout engine and give it the actor's weights.
 
-        :param args: The run's arguments.
         :param engine_type: ``vllm`` or ``hf``.
-        :param actor: Prepared actor.
         :return: The engine.
         :raises ValueError: if the engine is not one of this runtime's.
         """
@@ -301,11 +274,8 @@ class StrategyBase(ABC):
         :param sampling_params: One a prompt.
         :param all_prompt_token_ids: Token ids of text-only prompts.
         :param all_prompts: Prompt texts of multimodal prompts.
-        :param all_images: What the image slot carries, one entry a prompt.
         :param sleep_engine: Free the engine's memory afterwards.
         :param images_num: Clips a prompt.
-        :param all_videos: Unused.
-        :param videos_num: Unused.
         :return: This rank's responses: all samples of its first prompt, then of the second, and so on.
         """
         self.inference_engine.wake_up()
@@ -338,7 +308,6 @@ class StrategyBase(ABC):
 
         The engine has read the frozen ones itself, from ``--pretrain``; a resumed run's are its checkpoint's.
 
-        :param actor: Prepared actor.
         :raises RuntimeError: if the engine's weights are not the new ones afterwards.
         """
         self.inference_engine.wake_up()
@@ -397,7 +366,6 @@ class StrategyBase(ABC):
         """Write a Hugging Face folder that transformers and vLLM load, and LoRA's adapter alone into ``adapter`` in it.
 
         :param model: Prepared actor.
-        :param tokenizer: Saved beside the weights.
         :param output_dir: Folder; existing files are replaced one by one, each atomically.
         :raises SaveError: if it could not be written.
         """
@@ -424,9 +392,6 @@ class StrategyBase(ABC):
     ) -> None:
         """Write a checkpoint for resuming, aside and then renamed; delete the oldest beyond ``max_num``.
 
-        :param model: Engine of the trained model.
-        :param save_dir: Folder of the checkpoints.
-        :param tag: Name of this one.
         :param max_num: Checkpoints to keep.
         :param client_state: Stored with it and returned by :meth:`load_ckpt`: tensors and plain values.
         :raises SaveError: if it could not be written, on any rank; the earlier ones are as they were.
@@ -451,18 +416,12 @@ class StrategyBase(ABC):
     def write_ckpt(self, engine: Any, save_dir: str, tag: str, client_state: dict[str, Any]) -> None:
         """Write this rank's part of a checkpoint.
 
-        :param engine: Of the trained model.
-        :param save_dir: Folder of the checkpoints.
-        :param tag: Name of this one, whose folder exists.
-        :param client_state: Stored with it.
         :raises OSError: if that fails.
         """
 
     def load_ckpt(self, model: Any, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
         """Load the newest whole checkpoint.
 
-        :param model: Engine of the trained model.
-        :param load_dir: Folder of the checkpoints.
         :return: Path and client state.
         :raises SystemExit: if there is none that fits.
         """
@@ -477,9 +436,6 @@ class StrategyBase(ABC):
     def read_ckpt(self, engine: Any, load_dir: str, tag: str) -> dict[str, Any]:
         """Load this rank's part of a checkpoint.
 
-        :param engine: Of the trained model.
-        :param load_dir: Folder of the checkpoints.
-        :param tag: Name of the checkpoint.
         :return: Client state.
         :raises SystemExit: if it does not fit.
         """
@@ -489,7 +445,6 @@ class StrategyBase(ABC):
         """Do something with files that fails on all ranks if it fails on one. Collective.
 
         :param action: To do.
-        :param mine: Whether this rank does it.
         :raises SaveError: naming the ranks and what went wrong.
         """
         failure = None
@@ -512,8 +467,5 @@ def exempt_from_decay(name: str) -> bool:
 
 
 def is_usable(norm: float | torch.Tensor) -> bool:
-    """Whether a gradient's norm is one; DeepSpeed says -1 where it found NaN or infinity.
-
-    :param norm: The norm.
-    """
+    """Whether a gradient's norm is one; DeepSpeed says -1 where it found NaN or infinity."""
     return bool(math.isfinite(norm) and norm >= 0)

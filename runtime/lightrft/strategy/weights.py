@@ -29,12 +29,7 @@ class Piece(NamedTuple):
 
 
 def pieces_of(module: nn.Module, with_adapters: bool, trained_only: bool = False) -> Iterator[Piece]:
-    """The weights of a model.
-
-    :param module: transformers model.
-    :param with_adapters: It has LoRA adapters.
-    :param trained_only: Leave out layers that are frozen.
-    """
+    """The weights of a model."""
     parameters, adapted, family = dict(module.named_parameters()), {}, family_of(module)
     if with_adapters:
         from lightrft.models.lora import adapted_layers
@@ -55,8 +50,6 @@ def buckets(pieces: Iterable[Piece], limit: int, size_of: Callable[[nn.Parameter
     Who loads a bucket holds its last weight until it gets the next bucket's first one: that weight counts in both, so
     that what is gathered at any time is at most ``limit``, or two neighbours if they alone are more.
 
-    :param pieces: Weights.
-    :param limit: Bytes.
     :param size_of: Bytes of a whole parameter.
     """
     bucket: list[Piece] = []

@@ -16,7 +16,6 @@ def shape_rewards(rewards: torch.Tensor, estimator: str, n_samples: int) -> torc
     :param estimator: ``group_norm`` (minus mean, over standard deviation: GRPO), ``dr_grpo`` and
         ``reinforce_baseline`` (minus mean; only the second is whitened later), ``rloo`` (minus the mean of the others),
         ``reinforce++`` and ``reinforce`` (unchanged).
-    :param n_samples: Responses a prompt.
     :return: ``(prompts * n_samples,)``.
     :raises ValueError: if the estimator is unknown.
 
@@ -42,7 +41,6 @@ def overlong_penalty(lengths: torch.Tensor, max_length: int, buffer: int, factor
     """What responses lose that come near the token limit: nothing up to the buffer, ``factor`` at its end.
 
     :param lengths: Response tokens ``(responses,)``.
-    :param max_length: Token limit.
     :param buffer: Tokens before it over which the penalty grows.
     :param factor: The whole penalty.
     :return: ``(responses,)`` float32, 0 or less.
@@ -57,7 +55,6 @@ def discounted_returns(token_rewards: torch.Tensor, gamma: float) -> torch.Tenso
     """Sum of the rewards from each token on.
 
     :param token_rewards: Rewards of one response's tokens ``(length,)``.
-    :param gamma: Discount a token.
     :return: ``(length,)``.
     """
     if gamma == 1.0:
@@ -76,10 +73,7 @@ def token_advantages(
     """Advantages of one response's tokens: the shaped reward at its last token, minus KL at each, summed to the end.
 
     :param shaped_reward: From :func:`shape_rewards`.
-    :param length: Response tokens.
     :param kl: Per-token KL estimates ``(length,)`` when KL is part of the reward; None when it is a loss.
-    :param kl_coef: Weight of the KL.
-    :param gamma: Discount a token.
     :return: ``(length,)`` float32.
     """
     rewards = torch.zeros(length)
@@ -92,9 +86,6 @@ def token_advantages(
 def whiten(sum_: float, sum_of_squares: float, count: float) -> tuple[float, float]:
     """Mean and inverse standard deviation from sums over all tokens of all ranks.
 
-    :param sum_: Sum of the advantages.
-    :param sum_of_squares: Sum of their squares.
-    :param count: Number of tokens.
     :return: Mean, and the factor that makes the variance 1.
     """
     mean = sum_ / count
@@ -118,11 +109,7 @@ class KLController:
         self.horizon = horizon
 
     def update(self, kl: float, n_samples: int) -> None:
-        """Take the KL of a step into account.
-
-        :param kl: Measured KL.
-        :param n_samples: Responses it was measured on.
-        """
+        """Take the KL of a step into account."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * n_samples / self.horizon

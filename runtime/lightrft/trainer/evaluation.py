@@ -47,8 +47,6 @@ class Evaluation:
     def due(self, step: int, total: int, every: int) -> bool:
         """Whether to evaluate after a step: every so many, and after the last.
 
-        :param step: Rollout step, from 1.
-        :param total: Steps of the run.
         :param every: ``eval_steps``; -1: never.
         """
         something = self.dataloader is not None or bool(self.evaluators)
@@ -57,7 +55,6 @@ class Evaluation:
     def __call__(self, step: int) -> dict[str, float]:
         """Evaluate. Collective.
 
-        :param step: Rollout step.
         :return: ``eval/*`` metrics and ``time/eval`` in seconds, the same on every rank.
         """
         started = time.perf_counter()
@@ -112,7 +109,6 @@ class BestModel:
     What the folder says outranks what a checkpoint remembers: it is written before it. A killed run leaves the old
     folder or the new one, whole.
 
-    :param strategy: Strategy.
     :param folder: Where to; a new run moves an earlier run's aside (``.old``).
     :param metric: What is compared; more is better.
     :param resumed: This run goes on with an earlier one.
@@ -155,7 +151,6 @@ class BestModel:
         """Keep the model if it is better than the best so far; of equal ones the first stays.
 
         :param metrics: Of an evaluation.
-        :param step: Rollout step.
         :param save: Writes the model into a folder, on all ranks together.
         :raises KeyError: if the evaluation does not have the metric.
         :raises SaveError: if it could not be written; the best so far is then as it was.

@@ -42,12 +42,7 @@ class FastExperienceMaker:
 
     :param actor: Policy.
     :param initial_model: Reference model, or None.
-    :param tokenizer: Tokenizer.
-    :param strategy: Strategy with a running engine.
-    :param kl_ctl: KL coefficient.
     :param reward_fn: LightRFT's signature, see :meth:`score`.
-    :param reward_fn_label_map: Handed to it.
-    :param sampling: How to sample in training.
     :param needs_old_log_probs: The update is not on-policy, or KL is part of the reward.
     """
 
@@ -92,7 +87,6 @@ class FastExperienceMaker:
 
         :param all_prompts: Rendered prompts.
         :param all_images: What the image slot carries, one entry a prompt; None for text.
-        :param all_references: Gold answers.
         :param all_labels: Reward rules.
         :param step: Rollout step, which the sampling seeds depend on.
         :param all_tags: What each prompt is counted under, beside all others.
@@ -127,14 +121,8 @@ class FastExperienceMaker:
     ) -> list[Experience]:
         """Sample responses, one engine request a prompt.
 
-        :param all_prompts: See :meth:`make_experience_list`, as the next three.
-        :param all_images: See there.
-        :param all_references: See there.
-        :param all_labels: See there.
         :param sampling: How to sample; each prompt gets a seed of (run seed, step, position in the global batch).
-        :param step: Rollout step.
         :param attempt: Number of the rollout within the step, which the seeds depend on, too.
-        :param all_tags: See :meth:`make_experience_list`.
         :return: Experiences without rewards.
         :raises RuntimeError: if the engine saw other prompt tokens than the trainer will.
         """
@@ -197,7 +185,6 @@ class FastExperienceMaker:
         replace needs, since an engine may span ranks. After ``dynamic_sampling_rounds`` what is left stays as it is.
 
         :param items: Scored experiences, a group's next to each other.
-        :param step: Rollout step.
         :return: As many, group by group; each carries whether it is a replacement in its reward metrics.
 
         Source: Yu et al., DAPO (2025), section 3.2.
@@ -268,7 +255,6 @@ class FastExperienceMaker:
         """Log-probs of the responses under a model that hears the audio.
 
         :param model: Actor or reference model.
-        :param items: Experiences.
         :return: ``(response length,)`` each, in CPU memory.
         """
         size = self.strategy.args.micro_rollout_batch_size
@@ -281,10 +267,7 @@ class FastExperienceMaker:
         return out
 
     def add_log_probs(self, items: list[Experience]) -> None:
-        """Set old and reference log-probs, where they are needed.
-
-        :param items: Changed in place.
-        """
+        """Set old and reference log-probs, where they are needed."""
         if self.needs_old_log_probs:
             for item, values in zip(items, self.log_probs(self.actor, items), strict=True):
                 item.old_log_probs = values
@@ -316,18 +299,12 @@ class FastExperienceMaker:
 
 
 def split_tags(batch: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Sequence[str]] | None]:
-    """Prompts, images, references and labels of a batch, and its tags, if it has that fifth member.
-
-    :param batch: From the prompts' loader.
-    """
+    """Prompts, images, references and labels of a batch, and its tags, if it has that fifth member."""
     return batch[:4], batch[4] if len(batch) > 4 else None
 
 
 def has_spread(group: Sequence[Experience]) -> bool:
-    """Whether the rewards of a group differ.
-
-    :param group: Scored experiences of a prompt.
-    """
+    """Whether the rewards of a group differ."""
     rewards = [item.reward for item in group]
     return min(rewards) < max(rewards)
 
@@ -335,8 +312,6 @@ def has_spread(group: Sequence[Experience]) -> bool:
 def forward(model: Any, batch: Any) -> torch.Tensor:
     """Call an actor with the inputs that its modality takes.
 
-    :param model: Actor.
-    :param batch: :class:`~lightrft.trainer.replay_buffer.MicroBatch`.
     :return: Log-probs ``(batch, response width)``.
     """
     candidates = {"audio_values": batch.audio_values, "image_grid_thw": batch.image_grid_thw}

@@ -21,7 +21,6 @@ class Health:
 
     :param dtype: Of the weights; decides how far engine and trainer may be apart.
     :param action: At a sign: ``warn``, ``stop``, or ``skip`` the optimizer step.
-    :param warn: Shows a warning.
     """
 
     def __init__(self, dtype: torch.dtype, action: str, warn: Callable[[str], None]) -> None:
@@ -37,10 +36,7 @@ class Health:
         return {"counts": dict(self.counts), "skipped": self.skipped, "constant": self._constant}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was written.
-
-        :param state: From :meth:`state`.
-        """
+        """Go on where a checkpoint was written."""
         self.counts, self.skipped = dict(state["counts"]), state["skipped"]
         self._constant = tuple(state["constant"])
 
@@ -48,7 +44,6 @@ class Health:
         """Look at a step that is done.
 
         :param metrics: The step's, the same on every rank.
-        :param step: Rollout step, from 1.
         :return: ``health/anomalies``, signs so far, and ``health/skipped_steps``, optimizer steps left out so far; and
             the sign that the run shall stop at, if any.
         """
@@ -71,7 +66,6 @@ class Health:
     def signs(self, metrics: dict[str, float]) -> dict[str, str]:
         """What is wrong with a step.
 
-        :param metrics: The step's.
         :return: Kind to what it means.
         """
         signs = {}

@@ -19,12 +19,10 @@ class Experience:
     :param engine_log_probs: The engine's log-probs of them ``(response length,)`` float32.
     :param truncated: The response hit the token limit.
     :param clips: Rows of each clip of the prompt, ``(rows, n_mels)``; the responses of a group share the tensors.
-    :param reference: Gold answer.
     :param label: Reward rule.
     :param tags: What it is counted under beside all others, such as its data set.
     :param source: What trajectories record of the prompt beside its text, such as the audio's file.
     :param response: Decoded response, for trajectories.
-    :param reward: Total reward.
     :param reward_metrics: Its parts.
     :param old_log_probs: Under the policy that sampled; None where the update is on-policy.
     :param ref_log_probs: Under the reference model; None without KL.
@@ -71,7 +69,6 @@ def make_micro_batch(items: Sequence[Experience], pad_token_id: int, device: tor
     """Pad experiences to one width.
 
     :param items: At least one.
-    :param pad_token_id: Fills the padding.
     :param device: Where token tensors go; clips stay where they are until the actor has unpacked them.
     """
     prompt_width = max(len(item.prompt_ids) for item in items)
@@ -98,8 +95,6 @@ def pad_tokens(values: Sequence[torch.Tensor], width: int, device: torch.device)
     """Per-token values of responses as one matrix.
 
     :param values: ``(response length,)`` each.
-    :param width: Response width of the micro-batch.
-    :param device: Where to.
     :return: ``(batch, width)`` float32, 0 at padding.
     """
     out = torch.zeros(len(values), width)

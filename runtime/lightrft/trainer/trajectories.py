@@ -16,8 +16,6 @@ def records(items: list[Experience], step: int, n_samples: int, count: int) -> l
     """What is recorded of a step's first responses, in whole groups.
 
     :param items: Scored experiences with advantages, a group's next to each other.
-    :param step: Rollout step.
-    :param n_samples: Responses a group.
     :param count: Responses to record, rounded up to whole groups.
     """
     return [
@@ -41,8 +39,6 @@ def records(items: list[Experience], step: int, n_samples: int, count: int) -> l
 def save(run: Path, step: int, samples: list[dict[str, Any]]) -> None:
     """Write a step's samples as JSON Lines.
 
-    :param run: The run's folder.
-    :param step: Rollout step.
     :param samples: From :func:`records`.
     """
     folder = run / FOLDER
@@ -53,10 +49,7 @@ def save(run: Path, step: int, samples: list[dict[str, Any]]) -> None:
 
 
 def set_aside(run: Path) -> None:
-    """Keep an older run's samples as ``trajectories.old``, as its metrics are kept as ``metrics.jsonl.old``.
-
-    :param run: The folder of the run that begins.
-    """
+    """Keep an older run's samples as ``trajectories.old``, as its metrics are kept as ``metrics.jsonl.old``."""
     folder = run / FOLDER
     if folder.exists():
         old = folder.with_name(FOLDER + ".old")

@@ -16,11 +16,7 @@ _ESCAPE = re.compile(r"\x1b\[[0-9]*m")
 
 
 def paint(text: str, style: str) -> str:
-    """Text in a style, which :class:`Console` takes out again wherever it is not for a terminal.
-
-    :param text: The text.
-    :param style: One of :data:`STYLES`.
-    """
+    """Text in a style, which :class:`Console` takes out again wherever it is not for a terminal."""
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m"
 
 
@@ -62,7 +58,6 @@ class Console:
     def print(self, *parts: object, needed: bool = False) -> None:
         """Print a line, on rank 0, on the terminal and in the log file.
 
-        :param parts: As for :func:`print`.
         :param needed: Show it with ``--quiet``, too.
         """
         if self.rank != 0:
@@ -73,17 +68,11 @@ class Console:
             self._write(sys.stdout, *parts)
 
     def warn(self, message: str) -> None:
-        """Print a warning, whatever the rank.
-
-        :param message: One line.
-        """
+        """Print a warning, whatever the rank."""
         self._write(self.stream, paint(f"WARNING (rank {self.rank}):", "yellow"), message)
 
     def fail(self, message: str) -> None:
-        """Say why the run ends, whatever the rank, on the terminal and in the log file.
-
-        :param message: Some lines.
-        """
+        """Say why the run ends, whatever the rank, on the terminal and in the log file."""
         self._write(self.stream, paint("ERROR:", "red"), message)
         if self.log_file is not None:
             self._write(sys.stdout, f"ERROR: {message}")

@@ -30,7 +30,6 @@ def find_split(source: str, split: str) -> Path | None:
     """The file that holds a split.
 
     :param source: A file (any split is that file), or a folder with ``<split>.parquet`` (or .json, .jsonl, .csv).
-    :param split: Name of the split.
     :return: Its path, or None where a folder has no such split.
     :raises FileNotFoundError: if the source does not exist.
     """
@@ -58,12 +57,9 @@ def blending_datasets(
     :param datasets: Files or folders, separated by commas.
     :param probabilities: Share of each, separated by commas.
     :param strategy: Prints what is read, if given.
-    :param seed: Of the mixing.
     :param max_count: Most rows taken from each source.
     :param return_eval: Also return the evaluation split.
     :param stopping_strategy: When mixing ends, as in ``datasets.interleave_datasets``.
-    :param train_split: Name of the training split.
-    :param eval_split: Name of the evaluation split.
     :return: The training rows, or training and evaluation rows.
     :raises FileNotFoundError: if a source or split is missing.
     :raises ValueError: if there are not as many probabilities as sources.

@@ -35,7 +35,6 @@ def init_process_group(device: torch.device, timeout: timedelta = timedelta(minu
     """Join the process group that torchrun describes, or make one of a single process.
 
     :param device: Decides the backend: nccl on a GPU, gloo on the CPU.
-    :param timeout: After which a collective gives up.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -59,7 +58,6 @@ def init_process_group(device: torch.device, timeout: timedelta = timedelta(minu
 def interface_of(address: str) -> str:
     """The network interface that has an address.
 
-    :param address: Of this host.
     :raises LookupError: if none has it.
     """
     for name, addresses in psutil.net_if_addrs().items():
@@ -87,7 +85,6 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     """Every rank's value, in rank order.
 
     :param value: Picklable.
-    :param group: Default: all ranks.
     """
     if dist.get_world_size(group) == 1:
         return [value]
@@ -100,7 +97,6 @@ def check_same(values: dict[str, str], remedy: str) -> None:
     """Stop all ranks if they do not have the same values. Collective.
 
     :param values: By name; the names too must be the same.
-    :param remedy: What to do about it.
     :raises SystemExit: naming the values and who has them.
     """
     differences = []
@@ -122,7 +118,6 @@ def _few(names: list[str]) -> str:
 def check_same_run(args: Any) -> None:
     """Stop all ranks if they were given different arguments, or do not share the folder of checkpoints. Collective.
 
-    :param args: The run's arguments.
     :raises SystemExit: naming what differs.
     """
     if dist.get_world_size() == 1:
@@ -167,10 +162,7 @@ def check_shared(folder: Path) -> None:
 
 
 def digest(rows: Iterable[Any]) -> str:
-    """A few letters that differ if rows do.
-
-    :param rows: Plain values.
-    """
+    """A few letters that differ if rows do."""
     state = hashlib.blake2b(digest_size=6)
     for row in rows:
         state.update(repr(row).encode("utf-8", "surrogatepass"))
@@ -182,7 +174,6 @@ def reduce_metrics(sums: dict[str, float], maxima: dict[str, float], device: tor
 
     :param sums: Same keys on every rank.
     :param maxima: Same keys on every rank.
-    :param device: Where the reduction runs.
     """
     for values, op in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
         if values and dist.get_world_size() > 1:
@@ -195,7 +186,6 @@ def reduce_by_name(sums: dict[Any, float], device: torch.device) -> dict[Any, fl
     """Add up over all ranks what some of them may not have. Collective.
 
     :param sums: By names that can be sorted; a name that a rank lacks counts as 0 there.
-    :param device: Where the reduction runs.
     :return: All names of all ranks, sorted.
     """
     names = sorted(set().union(*gather_objects(list(sums))))

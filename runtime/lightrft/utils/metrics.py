@@ -19,7 +19,6 @@ class MetricsWriter:
     A resumed run goes on in the same ``metrics.jsonl`` and the same wandb run; records of steps that it will do again
     are taken out. A new run in an old folder keeps the old file as ``metrics.jsonl.old``.
 
-    :param folder: Of the run.
     :param args: The run's arguments: ``use_wandb``, ``wandb_*``, ``use_tensorboard``. ``WANDB_MODE`` makes wandb
         offline or disabled.
     :param done: Steps that are already done.
@@ -64,7 +63,6 @@ class MetricsWriter:
     def write(self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]] = ()) -> None:
         """Write the metrics of a step, and every ``wandb_table_steps`` steps its samples as a table to wandb.
 
-        :param step: Rollout step, from 1.
         :param metrics: Name to value; a NaN becomes null in the file.
         :param samples: Responses with what they were asked and earned; ``audio_path`` names the clip, if there is one.
         """
@@ -124,11 +122,7 @@ def rollout_table(samples: Sequence[dict[str, Any]]) -> Any:
 
 
 def keep_steps(path: Path, last: int) -> None:
-    """Drop the records of later steps, and a last line that was being written when the process was killed.
-
-    :param path: ``metrics.jsonl``.
-    :param last: Last step to keep.
-    """
+    """Drop the records of later steps, and a last line that was being written when the process was killed."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

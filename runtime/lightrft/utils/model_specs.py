@@ -39,18 +39,12 @@ class Qwen2Audio:
 
     @staticmethod
     def checkpoint_name(name: str) -> str:
-        """Name of a parameter in a checkpoint, which is also what the engine loads.
-
-        :param name: Name in the live module.
-        """
+        """Name of a parameter in a checkpoint, which is also what the engine loads."""
         return checkpoint_name(name)
 
     @staticmethod
     def checkpoint_config(config: dict[str, Any]) -> dict[str, Any]:
-        """Content of a checkpoint's ``config.json``.
-
-        :param config: Configuration of the live model.
-        """
+        """Content of a checkpoint's ``config.json``."""
         # our class is the same model with another forward; others shall load it under its own name
         return config | {"architectures": [Qwen2AudioForConditionalGeneration.__name__]}
 
@@ -58,10 +52,7 @@ class Qwen2Audio:
     def prefill(model: Any, inputs: dict[str, Any], positions: torch.Tensor, cache: DynamicCache) -> None:
         """Pass prompts through the model, so that ``generate`` goes on behind them.
 
-        :param model: The live model.
-        :param inputs: From the processor.
         :param positions: Of the tokens ``(prompts, length)``.
-        :param cache: Takes keys and values.
         """
         model.model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
 
@@ -71,10 +62,6 @@ class OmniAudioProcessor(Qwen2AudioProcessor):
 
     The whole one cannot be made without torchvision, for pictures and videos that never come. Its feature extractor
     pads every clip to 300 s; clips have 30 s at most here, and the valid frames are the same.
-
-    :param feature_extractor: Whisper's.
-    :param tokenizer: Tokenizer.
-    :param chat_template: Jinja template.
     """
 
     FILES = (
@@ -95,21 +82,13 @@ class OmniAudioProcessor(Qwen2AudioProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> OmniAudioProcessor:
-        """Load.
-
-        :param pretrained_model_name_or_path: Folder or hub name.
-        :param kwargs: For transformers.
-        """
+        """Load."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         processor.source = str(pretrained_model_name_or_path)
         return processor
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the tokenizer, and copy the whole processor's own files, so that the folder is Qwen2.5-Omni's again.
-
-        :param save_directory: Folder.
-        :param kwargs: For the tokenizer.
-        """
+        """Write the tokenizer, and copy the whole processor's own files, so that the folder is Qwen2.5-Omni's again."""
         self.tokenizer.save_pretrained(save_directory, **kwargs)
         for name in self.FILES:
             path = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)

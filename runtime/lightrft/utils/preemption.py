@@ -15,10 +15,7 @@ SAME_CTRL_C = 1.0  # seconds; torchrun passes a Ctrl-C on that the terminal has 
 
 
 class StopError(Exception):
-    """The run was asked to end.
-
-    :param number: The signal's.
-    """
+    """The run was asked to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

@@ -17,7 +17,6 @@ def get_tokenizer_processor_vl(
     :param pretrain: Checkpoint folder or hub name.
     :param model: Model whose configuration learns the padding token, if the tokenizer had none.
     :param padding_side: ``left`` or ``right``.
-    :param use_fast: Use the Rust tokenizer.
     :return: Tokenizer and processor.
     """
     processor = family_of(pretrain).processor_class.from_pretrained(pretrain, use_fast=use_fast)

@@ -15,7 +15,6 @@ BAR = "{desc} {bar}| {n_fmt}/{total_fmt}  {elapsed} < {remaining}"
 class Progress:
     """A bar at the bottom of the terminal; nothing where there is no terminal, or ``--quiet``.
 
-    :param total: Steps of the run.
     :param done: Steps that are done already.
     :param shown: Whether this process has the terminal.
     """
@@ -28,10 +27,7 @@ class Progress:
         console.bar = self._bar if shown else None
 
     def phase(self, name: str) -> None:
-        """Say what the step is at.
-
-        :param name: At most nine characters.
-        """
+        """Say what the step is at."""
         self._bar.set_description_str(f"{name:<{PHASE_WIDTH}}")
 
     def step(self, *lines: str) -> None:
@@ -50,12 +46,7 @@ class Progress:
 
 
 def step_lines(step: int, total: int, metrics: dict[str, float]) -> list[str]:
-    """The lines of a step: its own; with ``--verbose`` one of its phases; one of its evaluation if there was one.
-
-    :param step: Rollout step, from 1.
-    :param total: Steps of the run.
-    :param metrics: The step's.
-    """
+    """The lines of a step: its own; with ``--verbose`` one of its phases; one of its evaluation if there was one."""
     m = metrics
     lines = [
         f"step {step:>{len(str(total))}}/{total}  reward {fit(m['rollout/reward'], 3)}  "
@@ -83,8 +74,6 @@ def step_lines(step: int, total: int, metrics: dict[str, float]) -> list[str]:
 def fit(value: float, decimals: int, width: int = 5) -> str:
     """A number with as many decimals as the width has room for.
 
-    :param value: The number.
-    :param decimals: Most decimals.
     :param width: Most characters; a number that has more before its point keeps those.
     """
     for digits in range(decimals, -1, -1):

@@ -25,18 +25,12 @@ def checkpoint_name(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Name of the parameter that an adapted layer's parameter belongs to; any other name stays.
-
-    :param name: Parameter name, live.
-    """
+    """Name of the parameter that an adapted layer's parameter belongs to; any other name stays."""
     return _ADAPTED.sub("", name)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter is an adapter's.
-
-    :param name: Parameter name, live.
-    """
+    """Whether a parameter is an adapter's."""
     return ".lora_" in name
 
 
