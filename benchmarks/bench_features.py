@@ -5,28 +5,21 @@
 
 Work: 16 clips of 10 s x 8 samples. Baseline: the Hugging Face extractor for each of the 128 samples, padded to 30 s.
 Limits: at least 10 times faster than it, at most 1.2 times the extractor's one pass over the 16 clips, at most an
-eighth of its memory. Ours is measured as the runtime calls it (a clip's rows once, shared by its samples) and as
-LightRFT does: rows once a sample, because it cuts a micro-batch's rows out of one tensor. Those rows alone are a third
-of what the baseline keeps for clips of 10 s, so that the limits are the runtime's. Rounds are interleaved; the
-figures are medians of the rounds' ratios. Memory is what a process of its own needs on top, at its highest. Ends with
-status 1 beyond a limit. Written to ``benchmarks/results/<date>_features.json``.
+eighth of its peak memory, which a process of its own measures. Ours is called as the runtime does (a clip's rows once,
+shared by its samples) and as LightRFT does: rows once a sample, because LightRFT cuts a micro-batch's rows out of one
+tensor. With clips of 10 s those rows alone are a third of what the baseline keeps, so the limits hold for the runtime.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import ROOT, Report, forget_peak, peak_bytes, ratio, take_turns
-
-sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
+from harness import Report, forget_peak, make_parser, parse, peak_bytes, ratio, take_turns
 
 CLIPS, SAMPLES, SECONDS = 16, 8, 10
 BASE, ONE_PASS, OURS, LIGHTRFT = "once a sample", "one pass", "ours, runtime", "ours, LightRFT"
@@ -42,13 +35,13 @@ def make_ways(path: str, clips: int = CLIPS) -> dict[str, Callable[[], Any]]:
     from transformers import AutoProcessor
 
     from aqa.audio.decode import SAMPLING_RATE
-    from aqa.data.prompts import render_prompt
+    from aqa.data.prompts import render_chat
 
     processor = AutoProcessor.from_pretrained(path)
     ours = AudioMultimodalProcessor(processor.tokenizer, processor, 512)
     waves = np.random.default_rng(0).uniform(-0.5, 0.5, (clips, SECONDS * SAMPLING_RATE)).astype(np.float32)
     content = [{"type": "audio", "audio_url": "a.wav"}, {"type": "text", "text": "What is it?"}]
-    prompts = [render_prompt(processor, [{"role": "user", "content": content}])] * clips
+    prompts = [render_chat(processor, [{"role": "user", "content": content}])] * clips
     audio = [(wave, SAMPLING_RATE) for wave in waves]
 
     def extract(times: int) -> list[Any]:
@@ -88,13 +81,10 @@ def memory_of(path: str, name: str) -> int:
 
 def main() -> None:
     """Measure, judge, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
-    args = parser.parse_args()
+    args = parse(make_parser(__doc__, rounds=5))
     import torch
 
-    report = Report("features", __doc__, args.rounds)
+    report = Report("features", args.rounds)
     model = str(args.demo_dir / "model")
     ways = make_ways(model)
     rows = ways[OURS]().unflatten(0, (CLIPS, -1))

@@ -20,7 +20,8 @@ from aqa.audio.decode import AudioError, probe_all, show
 from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
 from aqa.audio.reader import AudioReader
 from aqa.common.constants import ASSISTANT_HEADER, SAMPLING_RATE
-from aqa.data.prompts import DataError, check_types, read_columns, render_prompt, tags_of
+from aqa.data.columns import DataError, check_types, read_columns, tags_of
+from aqa.data.prompts import render_chat
 from aqa.hosts.targets import patch_actor_for_audio, patch_experience_maker_for_audio, patch_strategy_for_audio
 from aqa.patches.experience_maker import NamedClip
 from aqa.patches.multimodal_processor import AudioMultimodalProcessor
@@ -83,7 +84,7 @@ class AudioPromptDataset(Dataset):
         self.prompts: list[str] = []
         problems = check_types(columns)
         if not problems:
-            self.prompts = [render_prompt(processor, messages) for messages in columns["input_key"]]
+            self.prompts = [render_chat(processor, messages) for messages in columns["input_key"]]
             problems = self._check_texts() + self._check_files(strategy)
         if problems:
             shown = "\n".join(f"  {p}" for p in problems[:20])

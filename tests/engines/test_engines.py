@@ -10,7 +10,7 @@ import torch
 from support.rollouts import QUESTION, gaps, perturbed, prompt_of, rollout
 
 from aqa.audio.decode import SAMPLING_RATE, load_audio
-from aqa.data.prompts import render_prompt
+from aqa.data.prompts import render_chat
 from aqa.hosts.targets import patch_experience_maker_for_audio
 from aqa.patches.strategy import build_audio_inputs
 from aqa.rewards.r1_aqa import reward_fn
@@ -221,7 +221,7 @@ def maker(vllm_engine, parts):
 
 def test_rows_without_audio_may_be_mixed_in(maker, parts, noises):
     processor = parts[2]
-    text = render_prompt(processor, [{"role": "user", "content": "Which of ['beep', 'bell'] is loud?"}])
+    text = render_chat(processor, [{"role": "user", "content": "Which of ['beep', 'bell'] is loud?"}])
     prompts = [prompt_of(processor), text, prompt_of(processor)]
     items = maker.make_experience_list(prompts, [noises[1], None, noises[2]], ["bell"] * 3, ["avqa_rule"] * 3, step=1)
     assert [len(item.clips) for item in items] == [1] * 4 + [0] * 4 + [1] * 4

@@ -20,7 +20,7 @@ import torch
 from conftest import EXAMPLE, run_script
 from safetensors.torch import load_file, save_file
 
-from aqa.data.rows import render_prompt
+from aqa.data.prompts import render_chat, render_prompt
 from aqa.evaluation import engines
 from aqa.evaluation.checkpoints import Model, resolve_model
 from aqa.evaluation.items import (
@@ -298,7 +298,6 @@ def plain_answers(model: Path, rows: list[dict], audio_dir: Path) -> list[str]:
     from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForConditionalGeneration
 
     from aqa.audio.decode import load_audio
-    from aqa.data.prompts import render_prompt as render_chat
 
     processor = AutoProcessor.from_pretrained(model)
     network = Qwen2AudioForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()

@@ -7,7 +7,7 @@ import torch
 from audio_dataset import AudioMultimodalProcessor
 
 from aqa.audio.decode import SAMPLING_RATE
-from aqa.data.prompts import render_prompt
+from aqa.data.prompts import render_chat
 from aqa.patches.strategy import build_audio_inputs
 from lightrft.engines.base import Sampling
 from lightrft.trainer.fast_exp_maker import forward
@@ -19,7 +19,7 @@ SECONDS = (0.1, 0.7, 3.3, 29.999, 30.0, 40.0)  # below one block, typical, and a
 
 def prompt_of(processor, question=QUESTION):
     content = [{"type": "audio", "audio_url": "x.wav"}, {"type": "text", "text": question}]
-    return render_prompt(processor, [{"role": "user", "content": content}])
+    return render_chat(processor, [{"role": "user", "content": content}])
 
 
 def rollout(engine, parts, clips, prompts, **sampling):

@@ -12,7 +12,7 @@ import torch
 from audio_dataset import AudioError, AudioMultimodalProcessor, AudioPromptDataset, DataError
 from transformers import AutoProcessor, Qwen2AudioProcessor, WhisperFeatureExtractor
 
-from aqa.data.prompts import render_prompt
+from aqa.data.prompts import render_chat
 from aqa.patches.slots import audio_token_count
 from lightrft.utils import blending_datasets
 
@@ -66,7 +66,7 @@ def test_parquet_gives_every_part_every_key_and_the_question_survives(processor,
     rows = through_parquet(tmp_path, [make_row(clip_path, "Which animal barks?")])
     text_part = rows[0]["prompt"][0]["content"][1]
     assert text_part["audio_url"] is None  # the trap: the key is there
-    prompt = render_prompt(processor, rows[0]["prompt"])
+    prompt = render_chat(processor, rows[0]["prompt"])
     assert prompt.count("<|AUDIO|>") == 1
     assert prompt.count("Which animal barks?") == 1
     assert prompt.endswith("<|im_start|>assistant\n")
@@ -82,7 +82,7 @@ def test_rendering_changes_nothing_else(processor):
         {"role": "user", "content": [{"type": "audio", "audio_url": "a.wav"}, {"type": "text", "text": "What?"}]},
     ]
     expected = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert render_prompt(processor, messages) == expected
+    assert render_chat(processor, messages) == expected
     assert "Listen." in expected
 
 
@@ -168,7 +168,7 @@ def test_no_rows_are_refused(processor):
 
 def test_a_prompt_of_exactly_the_limit_is_taken(processor, tmp_path, clip_path):
     rows = through_parquet(tmp_path, [make_row(clip_path)])
-    length = len(processor.tokenizer(render_prompt(processor, rows[0]["prompt"]))["input_ids"])
+    length = len(processor.tokenizer(render_chat(processor, rows[0]["prompt"]))["input_ids"])
     assert len(make_dataset(processor, rows, max_length=length)) == 1
     with pytest.raises(DataError, match=f"{length} prompt tokens, more than --prompt_max_len {length - 1}"):
         make_dataset(processor, rows, max_length=length - 1)
@@ -261,7 +261,7 @@ def test_an_extractor_of_another_rate_is_refused(processor):
 
 # ------------------------------------------------------------------------------------------------------------- batching
 def prompt_of(processor, audio: bool, question: str = "What is it?") -> str:
-    return render_prompt(processor, make_row("a.wav" if audio else None, question)["prompt"])
+    return render_chat(processor, make_row("a.wav" if audio else None, question)["prompt"])
 
 
 def process(audio_processor, prompts, audio, n=1, references=None, images_num=None):

@@ -300,7 +300,7 @@ def test_failed_write_leaves_the_old_files(run, monkeypatch, capsys):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(avqa, "dump_json", disk_full)  # the last of the files to be written
+    monkeypatch.setattr("aqa.data.prepare_avqa.dump_json", disk_full)  # the last of the files to be written
     assert run(rows[:5], "--no_check_audio") == 2
     assert {path.name: path.read_bytes() for path in run.out.iterdir()} == before
     assert "No space left on device" in capsys.readouterr().err

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from aqa.data.columns import MOST_TAGS, tags_of
 from aqa.data.mixing import SOURCE_COLUMN, describe_mix, drifting_order, mix, mix_drifting, read_sources
-from aqa.data.prompts import MOST_TAGS, tags_of
 
 STRATEGY = SimpleNamespace(world_size=1, print=lambda *_: None)
 

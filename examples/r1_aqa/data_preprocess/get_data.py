@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""
-Make what avqa.py and eval_mmau.py read out of what you have downloaded. Nothing is downloaded here.
+"""Make what avqa.py and eval_mmau.py read out of what you have downloaded. Nothing is downloaded here.
 
 AVQA, for training
   1. The questions, train_qa.json and val_qa.json: from AVQA's site, mn.cs.tsinghua.edu.cn/avqa, section Downloads
@@ -31,21 +30,21 @@ import shutil
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(_HERE.parent))  # where the package aqa is
+sys.path.insert(0, str(_HERE.parent))  # the folder of the package aqa
 
+from aqa.common.console import progress, say, say_problems  # noqa: E402
+from aqa.common.files import write_files  # noqa: E402
 from aqa.data.extract_audio import ExtractError, extract_all, index_media, missing_tools  # noqa: E402
-from aqa.data.parquet import write_files  # noqa: E402
 from aqa.data.rows import AvqaError, parse_records, read_records  # noqa: E402
 from aqa.data.unpack_audio import UnpackError, is_safe, unpack  # noqa: E402
 
-SHOWN = 20  # problems on the screen; all are in the report
 CLIP_BYTES = 320_000  # 10 s of 16 kHz, 16 bit
 EXIT_STATUS = (
     "exit status: 0 done, though clips may be missing (the report lists them); 2 wrong use, wrong data or a file that "
@@ -59,11 +58,9 @@ class DataError(ValueError):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """
-    Read the flags.
+    """Read the flags.
 
     :param argv: Arguments, those of the process if None.
-    :return: The settings.
     :raises DataError: naming every setting that cannot be used.
     """
     kind: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_STATUS}
@@ -99,12 +96,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
-    """
-    What is wrong with the settings.
-
-    :param args: Parsed flags.
-    :return: One message a setting, with value and remedy.
-    """
+    """One message for each setting that cannot be used, with value and remedy."""
     problems = []
     for path in args.questions if args.command == "avqa" else [args.questions]:
         if not path.is_file():
@@ -126,21 +118,11 @@ def find_problems(args: argparse.Namespace) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------------------- AVQA
 def get_avqa(args: argparse.Namespace) -> None:
-    """
-    Sound for every usable row, a report, the next command.
+    """Make the sound of every usable row, write a report, print the next command.
 
-    :param args: Settings.
     :raises DataError: if there is nothing to be had.
     """
-    rows_of: Counter[str] = Counter()  # rows a clip
-    unusable = 0
-    for path in args.questions:
-        rows, bad = parse_records(read_records(path.read_bytes(), str(path)), enable_think=False)
-        if not rows:
-            raise DataError(f"{path}: no usable row among {len(bad)}; is this a file of AVQA's questions?")
-        say(f"{path}: {len(rows)} rows" + (f"; {len(bad)} more cannot be used, avqa.py says why" if bad else ""))
-        rows_of.update(os.path.basename(row.audio_name) for row in rows)
-        unusable += len(bad)
+    rows_of, unusable = count_rows(args.questions)
     media, others = index_media(args.media)
     found = sum(name in media for name in rows_of)
     say(f"{args.media}: files of {found} of the {len(rows_of)} clips asked for")
@@ -158,20 +140,19 @@ def get_avqa(args: argparse.Namespace) -> None:
             outcomes = extract_all(rows_of, media, audios, args.num_workers, advance)
         problems = [outcome for outcome in outcomes if outcome.kind is not None]
         lost = sum(rows_of[outcome.name] for outcome in problems)
-        kinds = dict(Counter(outcome.kind for outcome in problems).most_common())
         report = {
             "rows": {"usable": rows_of.total(), "unusable": unusable, "with_audio": rows_of.total() - lost},
             "clips": {
                 "asked_for": len(rows_of),
                 "there": len(rows_of) - len(problems),
                 "there_before": sum(outcome.skipped for outcome in outcomes),
-                **kinds,
+                **dict(Counter(outcome.kind for outcome in problems).most_common()),
             },
             "files_of_other_names": others,
             "problems": [{"rows": rows_of[problem.name], **problem._asdict()} for problem in problems],
         }
         write_report(args.out_dir, report)
-    show_problems("clips are not there", [(o.name, f"{o.kind}: {o.reason}", o.source) for o in problems], kinds)
+    show_problems("clips are not there", [(o.name, o.kind, o.reason, o.source) for o in problems])
     say(
         f"{len(rows_of) - len(problems)} of {len(rows_of)} clips are in {audios}, for {rows_of.total() - lost} of "
         f"{rows_of.total()} rows ({1 - lost / rows_of.total():.1%}); all else is in {args.out_dir / 'report.json'}"
@@ -185,15 +166,30 @@ def get_avqa(args: argparse.Namespace) -> None:
         show_next("data_preprocess/avqa.py", *source, *skip, "--local_save_dir", target)
 
 
+def count_rows(questions: Sequence[Path]) -> tuple[Counter[str], int]:
+    """Read the files of questions.
+
+    :return: Usable rows by the file name of their clip, and the number of unusable rows.
+    :raises DataError: if a file has no usable row.
+    """
+    rows_of: Counter[str] = Counter()
+    unusable = 0
+    for path in questions:
+        rows, bad = parse_records(read_records(path.read_bytes(), str(path)), enable_think=False)
+        if not rows:
+            raise DataError(f"{path}: no usable row among {len(bad)}; is this a file of AVQA's questions?")
+        say(f"{path}: {len(rows)} rows" + (f"; {len(bad)} more cannot be used, avqa.py says why" if bad else ""))
+        rows_of.update(os.path.basename(row.audio_name) for row in rows)
+        unusable += len(bad)
+    return rows_of, unusable
+
+
 # ----------------------------------------------------------------------------------------------------------------- MMAU
 def get_mmau(args: argparse.Namespace) -> None:
-    """
-    The recordings of all questions, checked, a report, the next command.
+    """Unpack and check the recordings of all questions, write a report, print the next command.
 
-    :param args: Settings.
     :raises DataError: if a question names no usable path, or no recording is there.
     """
-    from aqa.audio.decode import AudioError, load_audio
     from aqa.evaluation.items import read_rows
 
     benchmark, rows = read_rows(args.questions)
@@ -206,33 +202,15 @@ def get_mmau(args: argparse.Namespace) -> None:
             with progress("unpacking", len(names)) as advance:
                 unpacked, others = unpack(args.archive, names, args.out_dir, advance)
             say(f"{args.archive}: {unpacked} recordings unpacked, {others} other entries passed over")
-
-        def check(name: str) -> tuple[str, str] | None:
-            path = args.out_dir / name
-            try:
-                load_audio(path, silence_ok=True)
-            except AudioError as error:
-                return ("broken" if path.exists() else "missing"), str(error)
-            return None
-
-        with ThreadPoolExecutor(8) as pool, progress("checking", len(names)) as advance:
-            problems = {}
-            for name, problem in zip(names, pool.map(check, names), strict=True):
-                if problem is not None:
-                    problems[name] = problem
-                advance()
+        problems = check_recordings(names, args.out_dir)
         kinds = dict(Counter(kind for kind, _ in problems.values()))
-        write_report(
-            args.out_dir,
-            {
-                "questions": len(rows),
-                "recordings": {"asked_for": len(names), "there": len(names) - len(problems), **kinds},
-                "problems": [{"name": n, "kind": kind, "reason": why} for n, (kind, why) in problems.items()],
-            },
-        )
-    show_problems(
-        "recordings are not there", [(n, f"{kind}: {why}", None) for n, (kind, why) in problems.items()], kinds
-    )
+        report = {
+            "questions": len(rows),
+            "recordings": {"asked_for": len(names), "there": len(names) - len(problems), **kinds},
+            "problems": [{"name": n, "kind": kind, "reason": why} for n, (kind, why) in problems.items()],
+        }
+        write_report(args.out_dir, report)
+    show_problems("recordings are not there", [(n, kind, why, None) for n, (kind, why) in problems.items()])
     say(f"{len(names) - len(problems)} of {len(names)} recordings are in {args.out_dir}")
     if len(problems) == len(names):
         raise DataError("no recording is there; --archive unpacks them, --help says where to download it")
@@ -242,75 +220,53 @@ def get_mmau(args: argparse.Namespace) -> None:
     show_next("eval_mmau.py", "--model_path", "YOUR_MODEL", *source, *skip, *out, "--engine", "vllm")
 
 
+def check_recordings(names: Sequence[str], folder: Path) -> dict[str, tuple[str, str]]:
+    """Decode all recordings.
+
+    :return: For each that is missing or broken, which of the two it is, and why.
+    """
+    from aqa.audio.decode import AudioError, load_audio
+
+    def check(name: str) -> tuple[str, str] | None:
+        path = folder / name
+        try:
+            load_audio(path, silence_ok=True)
+        except AudioError as error:
+            return ("broken" if path.exists() else "missing"), str(error)
+        return None
+
+    problems = {}
+    with ThreadPoolExecutor(8) as pool, progress("checking", len(names)) as advance:
+        for name, problem in zip(names, pool.map(check, names), strict=True):
+            if problem is not None:
+                problems[name] = problem
+            advance()
+    return problems
+
+
 # --------------------------------------------------------------------------------------------------------------- output
-def say(text: str) -> None:
-    """
-    Print a line for the person who watches.
-
-    :param text: The line. It goes to stderr, whose error handler prints any file name, whatever the locale.
-    """
-    print(text, file=sys.stderr, flush=True)
-
-
-def show_problems(what: str, problems: Sequence[tuple[str, str, str | None]], kinds: dict[str, int]) -> None:
-    """
-    The first problems.
-
-    :param what: What they have in common.
-    :param problems: Name, reason and file of each.
-    :param kinds: How many of each kind.
-    """
-    if not problems:
-        return
-    say(f"WARNING: {len(problems)} {what}: {', '.join(f'{kind} {n}' for kind, n in kinds.items())}")
-    for name, reason, source in problems[:SHOWN]:
-        say(f"  {name}: {reason}" + (f" ({source})" if source else ""))
-    if len(problems) > SHOWN:
-        say(f"  ... and {len(problems) - SHOWN} more")
+def show_problems(what: str, problems: Sequence[tuple[str, str, str, str | None]]) -> None:
+    """Warn of problems, if there are any: name, kind, reason and source of each."""
+    if problems:
+        lines = [f"{name}: {kind}: {why}" + (f" ({source})" if source else "") for name, kind, why, source in problems]
+        say_problems(f"{len(problems)} {what}", [kind for _, kind, _, _ in problems], lines)
 
 
 def show_next(script: str, *arguments: object) -> None:
-    """
-    The command that goes on from here.
-
-    :param script: Below examples/r1_aqa.
-    :param arguments: Its arguments.
-    """
+    """Print the command that goes on from here, a script below examples/r1_aqa."""
     path = os.path.relpath(_HERE.parent / script)
     say(f"next:\n  {shlex.join(['python', path, *map(str, arguments)])}")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """
-    Replace ``report.json`` in one piece.
-
-    :param folder: Where.
-    :param report: Its content.
-    """
+    """Replace ``report.json`` in one piece."""
     text = json.dumps(report, indent=1).encode("ascii")
-    write_files(str(folder), {"report.json": lambda file: file.write(text)}, obsolete=[])
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], object]]:
-    """
-    A bar on stderr: redrawn often on a terminal, every half minute in a file.
-
-    :param what: Its name.
-    :param total: Its length.
-    :return: Advances it by one.
-    """
-    from tqdm import tqdm
-
-    often = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(desc=what, total=total, unit="file", mininterval=often, maxinterval=2 * often) as bar:
-        yield bar.update
+    write_files(str(folder), {"report.json": lambda file: file.write(text)})
 
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """
-    Keep a second run out of a folder while one works in it.
+    """Keep a second run out of a folder while one works in it.
 
     :param folder: Made if missing.
     :raises DataError: if another run has it.
@@ -325,8 +281,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Run a command.
+    """Run a command.
 
     :param argv: Arguments, those of the process if None.
     :return: Exit status.

@@ -8,3 +8,7 @@ MAX_AUDIO_TOKENS = 750  # of a clip: each of the tower's two poolings halves the
 
 # The chat template ends a prompt with this, and the response begins behind it.
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
+
+# Values of the column that names the reward rule of a row.
+PLAIN_LABEL = "avqa_rule"
+THINK_LABEL = "avqa_think_rule"

@@ -1,8 +1,7 @@
-"""
-Sound out of videos: ffmpeg in parallel, one clip a process, 16 kHz mono 16-bit WAV.
+"""Sound out of videos: ffmpeg in parallel, one clip a process, 16 kHz mono 16-bit WAV.
 
-A clip is written aside and renamed only when training's own decoder has read it, so that whatever has its name is
-whole: a run that was interrupted or killed goes on where it was.
+A clip is written to a draft, which is renamed only after training's own decoder has read it. A file with the clip's
+name is therefore whole, and a run that was interrupted or killed goes on where it was.
 """
 
 import json
@@ -21,7 +20,7 @@ from aqa.data.rows import RowError, wav_name_of_video
 SECONDS = 120.0  # a clip of 10 s takes a tenth of a second; the rest is for a slow network file system
 SLACK = 0.5  # s by which sound may be shorter than its container says
 SLACK_SHARE = 0.05  # the same as a share of its length
-MIN_FREE = 64 * 2**20  # bytes; below that, a failure is the disk's and not the clip's
+MIN_FREE = 64 * 2**20  # bytes; with less room than this, a failure is blamed on the disk and not on the clip
 TOOLS = ("ffmpeg", "ffprobe")
 VIDEO = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".ts", ".3gp", ".wmv")
 SOUND = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus")
@@ -32,13 +31,11 @@ class ExtractError(RuntimeError):
 
 
 class Outcome(NamedTuple):
-    """
-    What became of one clip: ``kind`` is None if it is there.
+    """What became of one clip; ``kind`` is None if it is there.
 
     :param name: File name of the clip's WAV.
     :param kind: ``missing``, ``no_audio_stream``, ``broken``, ``cut_short``, ``timeout`` or ``unusable`` (silence, too
         short, not finite: training refuses it).
-    :param reason: In words.
     :param source: The file that it was to come from.
     :param skipped: Whether it was there before.
     """
@@ -51,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 class ClipError(ValueError):
-    """One clip cannot be had from one file."""
+    """One file does not give its clip."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -64,13 +61,12 @@ def missing_tools() -> list[str]:
 
 
 def index_media(folder: Path) -> tuple[dict[str, list[Path]], int]:
-    """
-    Find the files of all clips below a folder.
+    """Find the files of all clips below a folder.
 
     :param folder: Videos or sounds named ``<youtube id>_<second>.<suffix>``, with or without zeros before the second,
         in any subfolders.
-    :return: Files by the name of the clip's WAV, several in the order of their paths; and how many files have other
-        names.
+    :return: Files by the name of the clip's WAV, several in the order of their paths; and the number of files with
+        other names.
     """
     found: dict[str, list[Path]] = {}
     others = 0
@@ -96,15 +92,13 @@ def extract_all(
     workers: int,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Outcome]:
-    """
-    Make every clip that is not there yet.
+    """Make every clip that is not there yet.
 
     :param names: File names of the WAVs.
     :param media: From :func:`index_media`.
-    :param folder: Where they go.
     :param workers: ffmpeg processes at a time.
     :param advance: Called after each clip.
-    :return: One outcome a name, in order.
+    :return: One outcome for each name, in order.
     :raises ExtractError: if the disk is full or ffmpeg cannot be started.
     """
     token = os.urandom(4).hex()  # an ffmpeg that outlived a killed run may still write to that run's drafts
@@ -124,14 +118,10 @@ def extract_all(
 
 
 def extract(name: str, sources: list[Path], folder: Path, token: str) -> Outcome:
-    """
-    Make one clip, from the first of its files that holds it.
+    """Make one clip, from the first of its files that holds it.
 
-    :param name: File name of the WAV.
     :param sources: Files to try, in order.
-    :param folder: Where it goes.
     :param token: Part of the draft's name.
-    :return: What became of it.
     :raises ExtractError: if the disk is full or ffmpeg cannot be started.
     """
     target, draft = folder / name, folder / f".{name}.{token}.part"
@@ -155,10 +145,9 @@ def extract(name: str, sources: list[Path], folder: Path, token: str) -> Outcome
 
 
 def is_whole(path: Path) -> bool:
-    """
-    Whether a WAV is there in full. Renaming alone does not say so: after a power cut a file may have lost its end.
+    """Whether a WAV that :func:`convert` may have written is there in full.
 
-    :param path: A file that :func:`convert` may have written.
+    That it has its name is not enough: after a power cut a file may lack its end.
     """
     try:
         with path.open("rb") as file:
@@ -174,12 +163,11 @@ def is_whole(path: Path) -> bool:
 
 
 def convert(source: Path, draft: Path) -> None:
-    """
-    Decode the first audio stream of a file, 30 s at most, which is what the model hears.
+    """Decode the first audio stream of a file, 30 s at most, which is what the model hears.
 
     :param source: Video or sound.
     :param draft: Where the WAV goes.
-    :raises ClipError: if there is no sound to be had from it.
+    :raises ClipError: if the file gives no sound that can be used.
     :raises ExtractError: if the disk is full or ffmpeg cannot be started.
     """
     from aqa.audio.decode import MAX_SECONDS, SAMPLING_RATE, AudioError, load_audio
@@ -208,10 +196,8 @@ def convert(source: Path, draft: Path) -> None:
 
 
 def probe_seconds(source: Path) -> float:
-    """
-    How long the sound of a file should be.
+    """How long the sound of a file should be.
 
-    :param source: Video or sound.
     :return: Seconds by the audio stream, or by the container where the stream does not say; 0 if neither does.
     :raises ClipError: if the file cannot be read, or has no audio stream.
     """
@@ -234,10 +220,8 @@ def probe_seconds(source: Path) -> float:
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
-    """
-    Run ffmpeg or ffprobe, in a process group of its own: a Ctrl-C on the terminal is ours to handle.
+    """Run ffmpeg or ffprobe, in a process group of its own, because a Ctrl-C on the terminal is ours to handle.
 
-    :param command: Program and arguments.
     :raises ClipError: if it takes longer than :data:`SECONDS`.
     :raises ExtractError: if it cannot be started.
     """
@@ -252,13 +236,9 @@ def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
 
 
 def how_it_ended(done: subprocess.CompletedProcess[bytes]) -> str:
-    """
-    A failed process in a line.
-
-    :param done: What is left of it.
-    """
+    """Describe a failed process in a line."""
     lines = done.stderr.decode("utf-8", "replace").splitlines()
-    # "[mov,mp4 @ 0x5581] moov atom not found", "file:/path: Invalid data": who says it is no news
+    # leave out who says it, as in "[mov,mp4 @ 0x5581] moov atom not found" and "file:/path: Invalid data"
     said = "; ".join(re.sub(r"^(\[.*? @ \w+\]|file:.*:(?= )) *", "", line.strip()) for line in lines[-2:])
     said = "".join(character if character.isprintable() else "?" for character in said)[:200]
     status = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"

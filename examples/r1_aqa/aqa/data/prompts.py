@@ -1,30 +1,35 @@
-"""Rows of a data set as prompts: the chat template, the checks of columns, and the tags that metrics are counted under."""
+"""The prompt: R1-AQA's wording of a question, and the chat that the model reads. Change the wording here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aqa.data.mixing import SOURCE_COLUMN
-
-TAG_COLUMNS = {SOURCE_COLUMN: "source", "dataset_name": "dataset", "question_type": "question_type"}
-MOST_TAGS = 32  # of a kind; each makes several metrics
-
-
-class DataError(ValueError):
-    """Rows that cannot be trained on; the message names them."""
+# R1-AQA's own sentences: results can be compared with theirs only while these stay as they are.
+OPTIONS_SENTENCE = "Please choose the answer from the following options: {choices}."
+ANSWER_SENTENCE = "Output the final answer in <answer> </answer>."
+THINK_SENTENCE = "Output the thinking process in <think> </think> and final answer in <answer> </answer>."
 
 
-def render_prompt(processor: Any, messages: list[dict[str, Any]]) -> str:
-    """Apply the chat template to a message list that may come from parquet.
+def render_prompt(question: str, choices: list, enable_think: bool) -> str:
+    """Word a question as R1-AQA does: it is asked about the audio, and the options are printed as a Python list.
 
-    Parquet gives all content parts the same keys, so the text part comes back with ``audio_url: None``, and
-    Qwen2-Audio's template takes every part that *has* the key for an audio: the question would be lost. Keys without a
-    value are dropped first.
+    :param question: AVQA's question, which speaks of a video.
+    :param choices: As they stand in the JSON: numbers unquoted, null as None.
+    :param enable_think: Ask for ``<think>`` before the answer.
+    """
+    options = OPTIONS_SENTENCE.format(choices=choices)
+    return f"{question.replace('video', 'audio')} {options} {THINK_SENTENCE if enable_think else ANSWER_SENTENCE}"
+
+
+def render_chat(processor: Any, messages: list[dict[str, Any]]) -> str:
+    """Apply the chat template to messages that may come from parquet.
+
+    Parquet gives all parts of a message the same keys, so the text part comes back with ``audio_url: None``.
+    Qwen2-Audio's template takes every part that *has* the key for an audio, and would lose the question. Keys without
+    a value are therefore dropped first.
 
     :param processor: Qwen2-Audio processor.
-    :param messages: Chat messages.
-    :return: Prompt text that ends where the answer begins.
+    :return: The text up to where the response begins.
     """
     clean = []
     for message in messages:
@@ -33,89 +38,3 @@ def render_prompt(processor: Any, messages: list[dict[str, Any]]) -> str:
             content = [{k: v for k, v in part.items() if v is not None} for part in content]
         clean.append({"role": message["role"], "content": content})
     return processor.apply_chat_template(clean, tokenize=False, add_generation_prompt=True)
-
-
-def read_columns(dataset: Any, args: Any) -> dict[str, list]:
-    """The four columns of the data, by the flag that names them.
-
-    :param dataset: ``datasets.Dataset`` or any mapping of columns.
-    :param args: ``input_key``, ``images_key``, ``reference_key``, ``label_key``.
-    :raises DataError: naming flag and column if one is missing.
-    """
-    columns = {}
-    there = getattr(dataset, "column_names", None) or list(dataset)
-    names = {
-        "input_key": args.input_key,
-        "images_key": args.images_key,
-        "reference_key": args.reference_key,
-        "label_key": args.label_key,
-    }
-    for flag, name in names.items():
-        if name not in there:
-            raise DataError(
-                f"the training data has no column {name!r}, which --{flag} names; its columns are "
-                f"{', '.join(map(str, there))}. Name the right one, or make the data with data_preprocess/avqa.py"
-            )
-        columns[flag] = list(dataset[name])
-    return columns
-
-
-def tags_of(dataset: Any, labels: Sequence[str]) -> list[tuple[str, ...]]:
-    """What each row is counted under in the metrics: its source, data set, question type and label.
-
-    A column with one value only says nothing and is left out, and so is one with more than :data:`MOST_TAGS`.
-
-    :param dataset: ``datasets.Dataset`` or any mapping of columns.
-    :param labels: Reward rule of each row.
-    :return: ``kind/value``, any number of them a row.
-    """
-    there = getattr(dataset, "column_names", None) or list(dataset)
-    columns = {kind: list(dataset[name]) for name, kind in TAG_COLUMNS.items() if name in there} | {"label": labels}
-    tags: list[tuple[str, ...]] = [()] * len(labels)
-    for kind, values in columns.items():
-        if 2 <= len(set(filter(None, values))) <= MOST_TAGS:
-            tags = [(*row, f"{kind}/{value}") if value else row for row, value in zip(tags, values, strict=True)]
-    return tags
-
-
-def check_types(columns: dict[str, list]) -> list[str]:
-    """Rows whose values are not of the kind that is expected.
-
-    :param columns: From :func:`read_columns`.
-    :return: One entry a bad value, with row, flag and value.
-    """
-    problems = []
-    for i, (messages, path, reference, label) in enumerate(zip(*columns.values(), strict=True)):
-        if wrong := _wrong_messages(messages):
-            problems.append(f"row {i}: --input_key: {wrong}")
-        if path is not None and not _is_text(path):
-            problems.append(f"row {i}: --images_key: {path!r:.80} is no path of an audio file")
-        if isinstance(reference, str) and not _is_text(reference):
-            problems.append(f"row {i}: --reference_key: {reference!r:.80} cannot be stored as UTF-8")
-        if label is not None and not _is_text(label):
-            problems.append(f"row {i}: --label_key: {label!r:.80} is no text")
-    return problems
-
-
-def _is_text(value: Any) -> bool:
-    # str.isascii is quick; half a surrogate pair, which tokenizers refuse, is the only text that UTF-8 does not hold
-    return isinstance(value, str) and (value.isascii() or value == value.encode("utf-8", "ignore").decode("utf-8"))
-
-
-def _wrong_messages(messages: Any) -> str | None:
-    if not isinstance(messages, (list, tuple)) or not messages:
-        return f"{messages!r:.80} is no list of chat messages"
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) or not _is_text(message["role"]):
-            return f"{message!r:.80} is no chat message with role and content"
-        content = message["content"]
-        if _is_text(content):
-            continue
-        if not isinstance(content, (list, tuple)) or not content:
-            return f"content is {content!r:.80}, expected text or a list of parts"
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            key = {"text": "text", "audio": "audio_url"}.get(kind) if isinstance(kind, str) else None
-            if key is None or not _is_text(part.get(key)):
-                return f"{part!r:.80} is no part of type text, with text, or audio, with audio_url"
-    return None

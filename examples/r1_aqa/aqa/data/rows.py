@@ -1,7 +1,6 @@
-"""
-From the bytes of an AVQA file to checked rows, and from rows to a split. Pure functions: nothing here touches a disk.
+"""From the bytes of an AVQA file to checked rows, and from rows to a split. Nothing here touches a disk.
 
-Two layouts are understood, and told apart by the first character of the file:
+Two layouts are understood, told apart by the first character of the file:
 
 - R1-AQA's JSON lines: one object a line, with ``dataset_name`` and ``audio_path``;
 - the raw AVQA file: one JSON array, whose rows name a video and no audio file.
@@ -16,13 +15,10 @@ import reprlib
 from collections import Counter
 from typing import NamedTuple
 
+from aqa.data.prompts import render_prompt
+
 DEFAULT_DATASET_NAME = "AVQA"
 REQUIRED_FIELDS = ("id", "question_text", "multi_choice", "answer")
-
-# The wording is R1-AQA's recipe: the model is compared with theirs on exactly these sentences.
-OPTIONS_SENTENCE = "Please choose the answer from the following options: {choices}."
-ANSWER_SENTENCE = "Output the final answer in <answer> </answer>."
-THINK_SENTENCE = "Output the thinking process in <think> </think> and final answer in <answer> </answer>."
 
 _ABSENT = (None, "")
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -39,13 +35,10 @@ class AvqaError(ValueError):
 
 
 class RowError(ValueError):
-    """
-    One row cannot be used.
+    """One row cannot be used.
 
-    :param kind: Short name of the reason, the key under which rows are counted.
-    :type kind: str
+    :param kind: Short name of the reason, under which such rows are counted.
     :param reason: The offending value and what is wrong with it.
-    :type reason: str
     """
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -63,18 +56,13 @@ class Record(NamedTuple):
 
 
 class _Ambiguous(dict):
-    """A JSON object in which a key occurs twice: Python would silently take the last value."""
+    """A JSON object in which a key occurs twice; Python by itself would silently take the last value."""
 
     twice: str
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    """
-    :param pairs: Keys and values of a JSON object.
-    :type pairs: list[tuple[str, object]]
-    :return: The object, marked if a key occurs twice.
-    :rtype: dict
-    """
+    """Make a JSON object, marked if a key occurs twice."""
     value = dict(pairs)
     if len(value) == len(pairs):
         return value
@@ -84,14 +72,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _record(line: int, value: object) -> Record:
-    """
-    :param line: Where the row begins, from 1.
-    :type line: int
-    :param value: The row.
-    :type value: object
-    :return: The record, malformed if a key occurs twice.
-    :rtype: Record
-    """
+    """Make a record, malformed if a key occurs twice in it."""
     if isinstance(value, _Ambiguous):
         return Record(line, None, f"the key {show_value(value.twice)} occurs twice; which value is meant?")
     return Record(line, value)
@@ -124,16 +105,12 @@ class Problem(NamedTuple):
 
 
 def read_records(data: bytes, source: str) -> list[Record]:
-    """
-    Cut a file into rows, each with its line number. Blank lines are no rows.
+    """Cut a file into rows, each with its line number. Blank lines are no rows.
 
     :param data: The file, UTF-8 with or without a byte-order mark.
-    :type data: bytes
     :param source: Name of the file, for messages.
-    :type source: str
     :return: The rows in file order; a malformed line is a record with an ``error``.
-    :rtype: list[Record]
-    :raises AvqaError: for UTF-16, and for a JSON array that is broken: where its rows begin cannot be known then.
+    :raises AvqaError: for UTF-16, and for a broken JSON array, because nobody knows where its further rows begin.
     """
     if data.startswith(_UTF16_BOMS):
         raise AvqaError(f"{source}: the file is UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8")
@@ -146,12 +123,7 @@ def read_records(data: bytes, source: str) -> list[Record]:
 
 
 def _read_lines(data: bytes) -> list[Record]:
-    """
-    :param data: JSON lines.
-    :type data: bytes
-    :return: One record for each line that is not blank.
-    :rtype: list[Record]
-    """
+    """Read JSON lines: one record for each line that is not blank."""
     records = []
     # bytes.splitlines cuts at \n, \r\n and \r only; str.splitlines would also cut at U+2028 inside a question.
     for number, raw in enumerate(data.splitlines(), start=1):
@@ -169,15 +141,9 @@ def _read_lines(data: bytes) -> list[Record]:
 
 
 def _read_array(data: bytes, source: str) -> list[Record] | None:
-    """
-    Read a JSON array row by row, so that every row knows its line.
+    """Read a JSON array row by row, so that every row knows its line.
 
-    :param data: A file whose first character is ``[``.
-    :type data: bytes
-    :param source: Name of the file, for messages.
-    :type source: str
     :return: The rows, or None where the array ends on the first line and more follows: these are JSON lines.
-    :rtype: list[Record] | None
     :raises AvqaError: where the array is not well-formed.
     """
     try:
@@ -220,18 +186,7 @@ def _read_array(data: bytes, source: str) -> list[Record] | None:
 
 
 def _broken_array(source: str, line: int, rows: int, what: str) -> str:
-    """
-    :param source: Name of the file.
-    :type source: str
-    :param line: Where the array breaks, from 1.
-    :type line: int
-    :param rows: How many whole rows precede.
-    :type rows: int
-    :param what: What was found there.
-    :type what: str
-    :return: The message, with the remedy.
-    :rtype: str
-    """
+    """The message about an array that breaks in a line, after so many whole rows, with the remedy."""
     return (
         f"{source}, line {line}: {what}, after {rows} whole rows. The file begins with '[', so it is read as one JSON "
         f"array. Download it again or repair it there; JSON lines must hold one object a line and no '[' line."
@@ -239,15 +194,10 @@ def _broken_array(source: str, line: int, rows: int, what: str) -> str:
 
 
 def parse_records(records: list[Record], enable_think: bool) -> tuple[list[Row], list[Problem]]:
-    """
-    Check every row; each record ends up in exactly one of the two lists.
+    """Check every row; each record ends up in exactly one of the two lists.
 
-    :param records: The file's rows.
-    :type records: list[Record]
     :param enable_think: Ask for ``<think>`` in the prompt.
-    :type enable_think: bool
     :return: The usable rows and the problems of the others, both in file order.
-    :rtype: tuple[list[Row], list[Problem]]
     """
     rows: list[Row] = []
     problems: list[Problem] = []
@@ -267,17 +217,10 @@ def parse_records(records: list[Record], enable_think: bool) -> tuple[list[Row],
 
 
 def parse_record(record: Record, index: int, enable_think: bool) -> Row:
-    """
-    Check one row and render its prompt.
+    """Check one row and word its prompt.
 
-    :param record: The row as it stands in the file.
-    :type record: Record
     :param index: Its number in the file, from 0.
-    :type index: int
     :param enable_think: Ask for ``<think>`` in the prompt.
-    :type enable_think: bool
-    :return: The usable row.
-    :rtype: Row
     :raises RowError: where a field is missing or has a value that cannot be used.
     """
     value = record.value
@@ -322,31 +265,10 @@ def parse_record(record: Record, index: int, enable_think: bool) -> Row:
     return row
 
 
-def render_prompt(question: str, choices: list, enable_think: bool) -> str:
-    """
-    R1-AQA's prompt: the question is asked of the audio, the options are printed as a Python list.
-
-    :param question: AVQA's question, which speaks of a video.
-    :type question: str
-    :param choices: The choices as they stand in the JSON: numbers unquoted, null as None.
-    :type choices: list
-    :param enable_think: Ask for ``<think>`` before the answer.
-    :type enable_think: bool
-    :return: The prompt.
-    :rtype: str
-    """
-    options = OPTIONS_SENTENCE.format(choices=choices)
-    return f"{question.replace('video', 'audio')} {options} {THINK_SENTENCE if enable_think else ANSWER_SENTENCE}"
-
-
 def wav_name_of_video(video_name: str) -> str:
-    """
-    Name of the audio file of a raw AVQA row: ``-HG3Omg_89c_000030`` becomes ``-HG3Omg_89c_30.wav``.
+    """Name of the audio file of a raw AVQA row: ``-HG3Omg_89c_000030`` becomes ``-HG3Omg_89c_30.wav``.
 
     :param video_name: YouTube id, ``_``, start in seconds (zero padded).
-    :type video_name: str
-    :return: The file name.
-    :rtype: str
     :raises RowError: for any other form.
     """
     match = _VIDEO_NAME.fullmatch(video_name) if isinstance(video_name, str) else None
@@ -358,20 +280,14 @@ def wav_name_of_video(video_name: str) -> str:
 
 
 def split_by_clip(clips: list[str], val_ratio: float, seed: int) -> tuple[list[int], list[int]]:
-    """
-    Choose the validation rows clip by clip, so that no clip is heard in both parts.
+    """Choose the validation rows clip by clip, so that no clip is heard in both parts.
 
     Clips are ranked by a hash of seed and file name, which depends neither on the order of the rows nor on where the
-    audio lies; then taken while they fit. The validation part never exceeds ``round(rows * val_ratio)`` rows.
+    audio lies, and taken while they fit. The validation part never exceeds ``round(rows * val_ratio)`` rows.
 
-    :param clips: The audio file of every row (rows).
-    :type clips: list[str]
+    :param clips: The audio file of every row.
     :param val_ratio: Wanted share of validation rows, 0 <= val_ratio < 1; 0 leaves them all in training.
-    :type val_ratio: float
-    :param seed: Another seed, another choice.
-    :type seed: int
     :return: Row numbers of the training and of the validation part, both ascending.
-    :rtype: tuple[list[int], list[int]]
     :raises AvqaError: if either part would be empty.
     """
     if val_ratio == 0:
@@ -402,12 +318,9 @@ def split_by_clip(clips: list[str], val_ratio: float, seed: int) -> tuple[list[i
 
 
 def _check_choices(choices: object) -> list:
-    """
-    :param choices: The row's ``multi_choice``.
-    :type choices: object
-    :return: The same list.
-    :rtype: list
-    :raises RowError: unless it is a list of text, finite numbers, booleans or null, with at least one member.
+    """The choices, if they are a list of text, finite numbers, booleans or null with at least one member.
+
+    :raises RowError: otherwise.
     """
     if not isinstance(choices, list):
         raise RowError("bad_choice", f"multi_choice is {show_value(choices)}, expected a list")
@@ -424,15 +337,10 @@ def _check_choices(choices: object) -> list:
 
 
 def _check_answer(answer: object, choices: int) -> int:
-    """
-    :param answer: The row's ``answer``.
-    :type answer: object
-    :param choices: How many choices there are.
-    :type choices: int
-    :return: The number of the right choice, from 0.
-    :rtype: int
-    :raises RowError: unless it is a whole number within the choices. Text is refused although it may look like a
-        number: with numbers for choices it could as well be the answer itself.
+    """The number of the right choice, from 0.
+
+    :raises RowError: unless it is a whole number within the choices. Text is refused even if it looks like a number:
+        where the choices are numbers, it could as well be the answer itself.
     """
     # A table that once held a gap gives 1.0 for 1. bool is an int to Python, but no index to anybody.
     index = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
@@ -446,11 +354,8 @@ def _check_answer(answer: object, choices: int) -> int:
 
 
 def _check_id(identity: object) -> int | str:
-    """
-    :param identity: The row's ``id``.
-    :type identity: object
-    :return: The id, whole numbers as int.
-    :rtype: int | str
+    """The id, whole numbers as int.
+
     :raises RowError: unless it is a whole number or text.
     """
     if isinstance(identity, float) and identity.is_integer():
@@ -461,13 +366,8 @@ def _check_id(identity: object) -> int | str:
 
 
 def _check_name(field: str, name: object) -> str:
-    """
-    :param field: ``dataset_name``, which raw AVQA has not, or ``question_type``, which other data need not have.
-    :type field: str
-    :param name: Its value in the row.
-    :type name: object
-    :return: The name, empty where there is none.
-    :rtype: str
+    """``dataset_name``, which raw AVQA lacks, or ``question_type``, which other data may lack; empty if there is none.
+
     :raises RowError: if it is not text.
     """
     if name is not None and not isinstance(name, str):
@@ -476,11 +376,8 @@ def _check_name(field: str, name: object) -> str:
 
 
 def _check_audio_path(path: object) -> str:
-    """
-    :param path: The row's ``audio_path``.
-    :type path: object
-    :return: The same path.
-    :rtype: str
+    """The path as it is.
+
     :raises RowError: if it cannot be the path of a file.
     """
     if not isinstance(path, str) or "\0" in path or path.rpartition("/")[2] in ("", ".", ".."):
@@ -489,21 +386,11 @@ def _check_audio_path(path: object) -> str:
 
 
 def _id_of(value: object) -> int | str | None:
-    """
-    :param value: A row, good or bad.
-    :type value: object
-    :return: Its id if it has one that can be printed.
-    :rtype: int | str | None
-    """
+    """The id of a row, good or bad, if it has one that can be printed."""
     identity = value.get("id") if isinstance(value, dict) else None
     return identity if isinstance(identity, (int, str)) else None
 
 
 def show_value(value: object) -> str:
-    """
-    :param value: Any JSON value.
-    :type value: object
-    :return: Its shortened repr, in which nothing unprintable is left as it is.
-    :rtype: str
-    """
+    """A shortened repr of a JSON value, in which nothing unprintable is left as it is."""
     return _REPR.repr(value)

@@ -1,5 +1,4 @@
-"""
-Recordings out of a benchmark's archive (tar, also compressed, or zip), which is not trusted.
+"""Recordings out of a benchmark's archive (tar, also compressed, or zip), which is not trusted.
 
 Only the recordings that the questions name are taken, and each goes to the path that its *question* gives: no name in
 the archive ever becomes a path, so that none can lead out of the folder. Links, devices and folders are passed over.
@@ -27,12 +26,11 @@ class UnpackError(RuntimeError):
 
 
 class Member(NamedTuple):
-    """
-    A file in an archive.
+    """A file in an archive.
 
-    :param name: As it stands there.
+    :param name: Its name there.
     :param size: Bytes, as the archive says.
-    :param open: Gives its content; None for what is no plain file.
+    :param open: Opens its content; None for what is no plain file.
     """
 
     name: str
@@ -41,11 +39,7 @@ class Member(NamedTuple):
 
 
 def is_safe(name: str) -> bool:
-    """
-    Whether a recording's name, as a question gives it, is a path below a folder.
-
-    :param name: Such as ``./test-mini-audios/ID.wav``.
-    """
+    """Whether a recording's name, as a question gives it (``./test-mini-audios/ID.wav``), is a path below a folder."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and bool(path.name) and "\\" not in name
 
@@ -53,14 +47,11 @@ def is_safe(name: str) -> bool:
 def unpack(
     archive: Path, wanted: Iterable[str], folder: Path, advance: Callable[[], object] = lambda: None
 ) -> tuple[int, int]:
-    """
-    Take the wanted recordings that are not there yet.
+    """Take the wanted recordings that are not there yet.
 
-    :param archive: The archive.
-    :param wanted: Names by the questions, each safe.
-    :param folder: Where they go.
+    :param wanted: Names as the questions give them, each safe.
     :param advance: Called for each recording found.
-    :return: How many were unpacked, and how many files of the archive nobody asked for or are no plain files.
+    :return: How many were unpacked; and how many of the archive's entries no question names, or are no plain files.
     :raises UnpackError: if the archive is no archive, damaged, or larger than the limits.
     :raises OSError: if a file cannot be read or written.
     """
@@ -100,11 +91,8 @@ def unpack(
 
 
 def write(member: Member, target: Path, token: str) -> None:
-    """
-    Write a recording aside, then under its name.
+    """Write a recording to a draft, then rename it.
 
-    :param member: Its file in the archive.
-    :param target: Where it goes.
     :param token: Part of the draft's name.
     :raises UnpackError: if it is longer than the archive says.
     :raises EOFError: if it is shorter.
@@ -127,11 +115,7 @@ def write(member: Member, target: Path, token: str) -> None:
 
 
 def members_of(archive: Path) -> Iterator[Member]:
-    """
-    The files of an archive, one after the other; each is to be read before the next.
-
-    :param archive: tar, tar.gz, tar.bz2, tar.xz or zip.
-    """
+    """The files of an archive (tar, tar.gz, tar.bz2, tar.xz or zip), one by one; each is to be read before the next."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             for info in file.infolist():

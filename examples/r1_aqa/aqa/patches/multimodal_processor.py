@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from aqa.audio.decode import HOP_LENGTH, MAX_SECONDS, SAMPLING_RATE
-from aqa.data.prompts import DataError
+from aqa.data.columns import DataError
 from aqa.patches.slots import GUARD_ROWS, MAX_FRAMES, audio_token_count, grid_of, pack_clip
 
 Waveform = tuple[np.ndarray, int]  # samples and rate in Hz

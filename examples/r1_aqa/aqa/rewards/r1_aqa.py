@@ -21,15 +21,12 @@ from typing import Any
 
 import torch
 
-from aqa.common.constants import ASSISTANT_HEADER
+from aqa.common.constants import ASSISTANT_HEADER, PLAIN_LABEL, THINK_LABEL
 from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, answers_agree
 
 logger = logging.getLogger(__name__)
 
 _TURN_MARKER = re.compile(r"<\|(?:im_end|endoftext|im_start)\|>")
-
-PLAIN_LABEL = "avqa_rule"
-THINK_LABEL = "avqa_think_rule"
 
 _THINK_OPEN = "<think>"
 _THINK_TO_ANSWER = re.compile(rf"</think>\s*{ANSWER_OPEN}")

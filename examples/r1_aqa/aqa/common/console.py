@@ -1,0 +1,43 @@
+"""What a command tells the person who watches it."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+SHOWN_PROBLEMS = 20  # on the screen; the report holds all
+
+
+def say(text: str) -> None:
+    """Print a line to stderr, whose error handler prints any file name in any locale."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def say_problems(headline: str, kinds: Iterable[str], lines: Sequence[str]) -> None:
+    """Warn of problems, and show the first of them.
+
+    :param headline: What they have in common.
+    :param kinds: The kind of each, to be counted.
+    :param lines: A line about each.
+    """
+    counts = ", ".join(f"{kind} {n}" for kind, n in Counter(kinds).most_common())
+    say(f"WARNING: {headline}: {counts}")
+    for line in lines[:SHOWN_PROBLEMS]:
+        say(f"  {line}")
+    if len(lines) > SHOWN_PROBLEMS:
+        say(f"  ... and {len(lines) - SHOWN_PROBLEMS} more")
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[], object]]:
+    """Show a bar on stderr, redrawn often on a terminal and every half minute in a file.
+
+    :return: A function that advances it by one.
+    """
+    from tqdm import tqdm
+
+    often = 0.1 if sys.stderr.isatty() else 30.0
+    with tqdm(desc=what, total=total, unit="file", mininterval=often, maxinterval=2 * often) as bar:
+        yield bar.update

@@ -1,0 +1,306 @@
+"""The work of ``data_preprocess/avqa.py``: read rows, find and probe their audio, split, write parquet and a report.
+
+pyarrow and soundfile are imported when they are needed: ``--help`` and ``--no_check_audio`` do without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import BinaryIO
+
+from aqa.audio.probe import Clip, probe_clip, probe_clips
+from aqa.audio.sandbox import escape_of
+from aqa.common.console import say, say_problems
+from aqa.common.constants import PLAIN_LABEL, THINK_LABEL
+from aqa.common.files import write_files
+from aqa.data.parquet import build_table, integers
+from aqa.data.rows import AvqaError, Problem, Row, parse_records, read_records, show_value, split_by_clip
+
+TRAIN_FILE, VALIDATION_FILE, REPORT_FILE = "train.parquet", "validation.parquet", "report.json"
+QUESTIONS_FILE = "validation.json"
+REMEDY_NO_ROW = "see R1-AQA's README for the fields of a row: id, question_text, multi_choice, answer, audio_path"
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Read, check, split, write, report.
+
+    :param args: The flags of ``avqa.py``, checked.
+    :raises AvqaError: if nothing is to be written; the save folder is then as before.
+    :raises OSError: if a file cannot be read or written.
+    """
+    check_packages(args)
+    rows, paths, bad, read = read_rows(args)
+    clips = probe(args, paths)
+    unheard = audio_problems(rows, paths, clips)
+    if unheard:
+        fate = "left out" if args.skip_bad else "KEPT: training will stop at them unless the audio is there by then"
+        say_rows(f"the audio of {len(unheard)} rows is missing or unreadable; they are {fate}", unheard)
+        say(f"  Looked in --audio_dir {args.audio_dir}; --skip_bad leaves such rows out.")
+    if args.strict and (bad or unheard):
+        raise AvqaError(
+            f"--strict: {len(bad)} unusable rows, {len(unheard)} rows without audio. Repair them, or drop --strict"
+        )
+    if args.skip_bad:
+        none_left = f"--skip_bad: none of the {len(rows)} rows has readable audio; check --audio_dir"
+        rows, paths = without(unheard, rows, paths, none_left)
+    write(args, rows, paths, clips, bad, unheard, read)
+
+
+def check_packages(args: argparse.Namespace) -> None:
+    """Import what the run will need later: better missed now than after half an hour of probing.
+
+    :raises AvqaError: with the command that installs it.
+    """
+    audio = [] if args.no_check_audio else ["soundfile", "numpy", "tqdm", *(["soxr"] if args.decode_audio else [])]
+    for module in ["pyarrow", *audio]:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            hint = "" if module == "pyarrow" else ", or leave the audio unchecked with --no_check_audio"
+            raise AvqaError(f"{module} cannot be imported ({error}). Install it: pip install {module}{hint}") from error
+
+
+def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str], list[Problem], int]:
+    """The usable rows, the audio file of each, the problems of the other rows, and how many rows were read.
+
+    :raises AvqaError: if no row is usable.
+    """
+    with open(args.input_jsonl, "rb") as file:
+        records = read_records(file.read(), args.input_jsonl)
+    rows, bad = parse_records(records, args.enable_think)
+    if bad:
+        say_rows(f"{len(bad)} of {len(records)} rows of {args.input_jsonl} cannot be used and are left out", bad)
+    if not rows:
+        raise AvqaError(f"{args.input_jsonl}: no usable row among {len(records)}; {REMEDY_NO_ROW}")
+    resolve = make_resolver(args.audio_dir)
+    paths = [resolve(row.audio_name) for row in rows]
+    if args.confine_audio and (outside := confinement_problems(rows, paths, args.audio_dir)):
+        say_rows(f"{len(outside)} rows lead out of --audio_dir and are left out (--confine_audio)", outside)
+        bad = sorted([*bad, *outside], key=lambda problem: problem.index)
+        none_left = f"--confine_audio: no row is left; is --audio_dir {args.audio_dir} the right folder?"
+        rows, paths = without(outside, rows, paths, none_left)
+    return rows, paths, bad, len(records)
+
+
+def make_resolver(audio_dir: str) -> Callable[[str], str]:
+    """Make the function from a row's audio name to an absolute path.
+
+    It leaves absolute names as they are. Others become ``audio_dir/<relative path>`` where that file exists, else
+    ``audio_dir/<file name>``.
+    """
+    root = os.path.abspath(audio_dir)
+
+    # Asked once a folder and not once a file: 38,000 questions to a network file system take minutes.
+    @functools.cache
+    def existing_folder(relative: str) -> str | None:
+        folder = os.path.normpath(os.path.join(root, relative))
+        return folder if folder != root and os.path.isdir(folder) else None
+
+    def resolve(name: str) -> str:
+        if os.path.isabs(name):
+            return name
+        relative, file_name = os.path.split(name)
+        folder = existing_folder(relative) if relative else None
+        if folder is not None and os.path.isfile(path := os.path.join(folder, file_name)):
+            return path
+        return os.path.join(root, file_name)
+
+    return resolve
+
+
+def confinement_problems(rows: list[Row], paths: list[str], folder: str) -> list[Problem]:
+    """One problem for each row whose audio lies outside the folder, links resolved."""
+    problems = []
+    for row, path in zip(rows, paths, strict=True):
+        if where := escape_of(path, folder):
+            reason = f"audio_path {show_value(row.audio_name)} leads to {where}, outside --audio_dir {folder}"
+            problems.append(Problem(row.line, row.index, row.id, "audio_outside", reason))
+    return problems
+
+
+def probe(args: argparse.Namespace, paths: list[str]) -> dict[str, Clip]:
+    """What is known of the audio files, by path; empty with ``--no_check_audio``."""
+    if args.no_check_audio:
+        return {}
+    from aqa.audio.reader import AudioReader
+
+    reader = AudioReader(args.sandbox_audio)
+    clips = probe_clips(paths, args.num_workers, functools.partial(probe_clip, decode=args.decode_audio, reader=reader))
+    reader.close()
+    return clips
+
+
+def audio_problems(rows: list[Row], paths: list[str], clips: dict[str, Clip]) -> list[Problem]:
+    """One problem for each row whose audio is missing or unreadable."""
+    problems = []
+    for row, path in zip(rows, paths, strict=True):
+        clip = clips.get(path)
+        if clip is not None and clip.kind is not None:
+            problems.append(Problem(row.line, row.index, row.id, clip.kind, clip.reason))
+    return problems
+
+
+def without(problems: list[Problem], rows: list[Row], paths: list[str], none_left: str) -> tuple[list[Row], list[str]]:
+    """Rows and paths without the rows that have a problem.
+
+    :raises AvqaError: with the message ``none_left`` if no row is left.
+    """
+    bad = {problem.index for problem in problems}
+    kept = [(row, path) for row, path in zip(rows, paths, strict=True) if row.index not in bad]
+    if not kept:
+        raise AvqaError(none_left)
+    rows, paths = map(list, zip(*kept, strict=True))
+    return rows, paths
+
+
+def write(
+    args: argparse.Namespace,
+    rows: list[Row],
+    paths: list[str],
+    clips: dict[str, Clip],
+    bad: list[Problem],
+    unheard: list[Problem],
+    read: int,
+) -> None:
+    """Split the rows and write all files, or none.
+
+    :param bad: Problems of the rows left out because they cannot be used.
+    :param unheard: Problems of the rows whose audio is missing or unreadable.
+    :param read: Rows in the input.
+    """
+    import pyarrow.parquet as pq
+
+    train, validation = split_by_clip(paths, args.val_ratio, args.seed)
+    table = build_table(rows, paths, THINK_LABEL if args.enable_think else PLAIN_LABEL)
+    parts = {"train": [paths[i] for i in train], "validation": [paths[i] for i in validation]}
+    report = build_report(vars(args), read, bad, unheard, parts, clips)
+    tables = {TRAIN_FILE: table}
+    if validation:
+        tables = {TRAIN_FILE: table.take(integers(train, "q")), VALIDATION_FILE: table.take(integers(validation, "q"))}
+    writers = {name: functools.partial(pq.write_table, part) for name, part in tables.items()}
+    writers[REPORT_FILE] = functools.partial(dump_json, report)
+    if validation:
+        held_out = [questions_of(rows[i], paths[i]) for i in validation]
+        writers[QUESTIONS_FILE] = functools.partial(dump_json, held_out)
+    # The old validation.parquet is always removed first. A run that is killed between two files then leaves one file
+    # too few, which is noticed, and never an old and a new part that share a clip, which is not.
+    stale = os.path.lexists(os.path.join(args.local_save_dir, VALIDATION_FILE))
+    write_files(args.local_save_dir, writers, obsolete=[VALIDATION_FILE, QUESTIONS_FILE])
+    say_summary(args.local_save_dir, report, removed=stale and not validation)
+
+
+def build_report(
+    settings: dict,
+    read: int,
+    bad: list[Problem],
+    unheard: list[Problem],
+    parts: dict[str, list[str]],
+    clips: dict[str, Clip],
+) -> dict:
+    """Count what was read, written and left out.
+
+    Every row read is written, bad, or left out for its audio. Hours and durations (seconds) are those of the readable
+    files that the written rows refer to, each file once; null where no file was looked at.
+
+    :param settings: The settings of the run, by flag.
+    :param read: Rows in the input, blank lines not counted.
+    :param bad: Problems of the rows left out because they cannot be used.
+    :param unheard: Problems of the rows whose audio is missing or unreadable.
+    :param parts: The audio file of every row written, by part (``train``, ``validation``).
+    :param clips: What is known of the files, by path; empty where they were not looked at.
+    """
+    checked = not settings["no_check_audio"]
+    kinds = Counter(problem.kind for problem in unheard)
+    return {
+        "settings": settings,
+        "rows": {
+            "read": read,
+            "written": sum(map(len, parts.values())),
+            **{part: len(paths) for part, paths in parts.items()},
+            "bad": len(bad),
+            "bad_by_reason": dict(Counter(problem.kind for problem in bad).most_common()),
+            "left_out_for_audio": len(unheard) if settings["skip_bad"] else 0,
+            "audio_missing": kinds["audio_missing"] if checked else None,
+            "audio_unreadable": kinds["audio_unreadable"] if checked else None,
+        },
+        "clips": count_clips(parts, clips, checked),
+        "problems": [problem._asdict() for problem in sorted([*bad, *unheard], key=lambda problem: problem.index)],
+    }
+
+
+def count_clips(parts: dict[str, list[str]], clips: dict[str, Clip], checked: bool) -> dict:
+    """The part of the report about the files; parameters as for :func:`build_report`."""
+    used = {path for paths in parts.values() for path in paths}
+    kinds = Counter(clip.kind for clip in clips.values())
+    heard = [clip for path, clip in clips.items() if path in used and clip.kind is None]
+    seconds = sorted(clip.seconds for clip in heard)
+    rates = Counter(clip.sampling_rate for clip in heard)
+    train, validation = ({os.path.normpath(path) for path in parts[part]} for part in ("train", "validation"))
+    return {
+        "checked": checked,
+        "train": len(train),
+        "validation": len(validation),
+        "in_both_parts": len(train & validation),
+        "missing": kinds["audio_missing"] if checked else None,
+        "unreadable": kinds["audio_unreadable"] if checked else None,
+        "readable": len(heard) if checked else None,
+        "hours": round(sum(seconds) / 3600, 6) if checked else None,
+        "seconds_min": seconds[0] if seconds else None,
+        "seconds_median": (seconds[(len(seconds) - 1) // 2] + seconds[len(seconds) // 2]) / 2 if seconds else None,
+        "seconds_max": seconds[-1] if seconds else None,
+        "sampling_rates": {str(rate): number for rate, number in sorted(rates.items())},
+    }
+
+
+def questions_of(row: Row, path: str) -> dict:
+    """A held-out row as one of MMAU's questions, which ``eval_mmau.py`` reads."""
+    return {
+        "id": str(row.id),
+        "audio_id": path,
+        "question": row.question,
+        "choices": row.choices,
+        "answer": row.gold,
+        "dataset": row.dataset_name,
+        "task": row.question_type or row.dataset_name,
+    }
+
+
+def dump_json(value: dict | list, file: BinaryIO) -> None:
+    """Write JSON in pure ASCII."""
+    file.write(json.dumps(value, indent=1, allow_nan=False).encode("ascii"))
+
+
+def say_rows(headline: str, problems: list[Problem]) -> None:
+    """Warn of rows with problems."""
+    lines = [f"line {problem.line}: {problem.kind}: {problem.reason}" for problem in problems]
+    say_problems(headline, [problem.kind for problem in problems], lines)
+
+
+def say_summary(folder: str, report: dict, removed: bool) -> None:
+    """Tell what was written.
+
+    :param removed: Whether an earlier run's validation.parquet was removed without replacement.
+    """
+    rows, clips = report["rows"], report["clips"]
+    say(f"read {rows['read']} rows, wrote {rows['written']} to {folder}:")
+    say(f"  {TRAIN_FILE}: {rows['train']} rows on {clips['train']} clips")
+    if rows["validation"]:
+        shared = f"{clips['in_both_parts']} clips in both"
+        say(f"  {VALIDATION_FILE}: {rows['validation']} rows on {clips['validation']} clips, {shared}")
+        say(f"  {QUESTIONS_FILE}: the same rows for eval_mmau.py --data_file")
+    elif removed:
+        say(f"  {VALIDATION_FILE} of an earlier run was removed, since --val_ratio is 0")
+    if clips["readable"]:
+        low, median, high = (clips[f"seconds_{name}"] for name in ("min", "median", "max"))
+        rates = ", ".join(f"{rate} Hz: {number}" for rate, number in clips["sampling_rates"].items())
+        lengths = f"{low:.2f} to {high:.2f} s (median {median:.2f} s)"
+        say(f"  audio: {clips['readable']} files, {clips['hours']:.2f} h, {lengths}; {rates}")
+    elif not clips["checked"]:
+        say("  audio: not checked (--no_check_audio)")
+    say(f"  {REPORT_FILE}: all counts and {len(report['problems'])} problems")
