@@ -14,49 +14,64 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EXAMPLE, ROOT, child_environment
-from packaging.version import Version
 from safetensors.torch import load_file
 from support.training import METRICS, SMALL
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from aqa.report.metrics import METRICS as METRIC_TABLE
 
-LAUNCHER = ROOT / "tests" / "lightrft_launcher.py"
 NOT_MEASURED = {"train/clip_fraction"}  # by LightRFT's trainer
 DEEPSPEED = ("--zero_stage", 2)
 FSDP = ("--fsdp", "--bf16")
 
 
 @pytest.fixture(scope="session")
-def home() -> Path:
-    """The LightRFT checkout."""
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the LightRFT checkout into whose examples this example alone was copied, with the launcher beside it.
+
+    No other file of this repository can be reached from there.
+    """
     if "LIGHTRFT_HOME" not in os.environ:
         pytest.skip("LIGHTRFT_HOME is not set: the folder of a LightRFT checkout (commit 49e62cb)")
     for package in ("peft", "easydict"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"LightRFT needs {package}: make test-lightrft installs it")
-    return Path(os.environ["LIGHTRFT_HOME"]).resolve()
+    folder = tmp_path_factory.mktemp("drop_in") / "LightRFT"
+    ignored = shutil.ignore_patterns("__pycache__", ".git", "r1_aqa")  # LightRFT has an example of this name, too
+    shutil.copytree(os.environ["LIGHTRFT_HOME"], folder, ignore=ignored)
+    shutil.copytree(EXAMPLE, folder / "examples" / "r1_aqa", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder.parent / "launcher").mkdir()
+    shutil.copy(ROOT / "tests" / "lightrft_launcher.py", launcher_of(folder))
+    return folder
 
 
-def launch(script: Path, *args: object, hooks=(), processes=1, check=True, home=None) -> subprocess.CompletedProcess:
-    """Run a script by the launcher, under torchrun for several processes."""
-    env = child_environment()
-    if home is not None:
-        env["LIGHTRFT_HOME"] = str(home)
+def launcher_of(checkout: Path) -> Path:
+    return checkout.parent / "launcher" / "lightrft_launcher.py"
+
+
+def outside_environment() -> dict[str, str]:
+    """The environment of somebody who has the checkout only."""
+    ours = ("LIGHTRFT_HOME", "PYTHONPATH")
+    return {name: value for name, value in child_environment().items() if name not in ours}
+
+
+def launch(checkout: Path, script: Path, *args: object, hooks=(), processes=1, check=True, home=None):
+    """Run a script by the launcher, under torchrun for several processes; ``home`` sets LIGHTRFT_HOME."""
+    env = outside_environment() | ({"LIGHTRFT_HOME": str(home)} if home else {})
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     flags = [flag for hook in hooks for flag in ("--hook", str(hook))]
-    command += [str(LAUNCHER), *flags, str(script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=ROOT)
+    command += [str(launcher_of(checkout)), *flags, str(script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=checkout)
     if check and done.returncode != 0:
         pytest.fail(f"{script.name} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
     return done
 
 
-def train(model: Path, data: Path, out: Path, *extra: object, **kwargs) -> subprocess.CompletedProcess:
+def train(checkout: Path, model: Path, data: Path, out: Path, *extra: object, **kwargs) -> subprocess.CompletedProcess:
     arguments = ["--pretrain", model, "--prompt_data", data, "--save_path", out, *SMALL, *extra]
-    return launch(EXAMPLE / "train_colocate.py", *arguments, **kwargs)
+    return launch(checkout, checkout / "examples" / "r1_aqa" / "train_colocate.py", *arguments, **kwargs)
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -71,15 +86,17 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def run(request, home, tiny_model, demo_parquet, tmp_path_factory):
+def run(request, checkout, tiny_model, demo_parquet, tmp_path_factory):
     """Three steps with everything switched on."""
     out = tmp_path_factory.mktemp("lightrft") / "run"
     flags = ("--max_samples", 12, "--save_steps", 2, "--save_hf_ckpt", "--save_trajectories", "--eval_steps", 2)
-    done = train(tiny_model, demo_parquet, out, *flags, "--max_eval_samples", 8, "--report", *CASES[request.param])
+    done = train(
+        checkout, tiny_model, demo_parquet, out, *flags, "--max_eval_samples", 8, "--report", *CASES[request.param]
+    )
     return request.param, out, done
 
 
-def test_engine_and_trainer_agree_in_every_step(run):
+def test_engine_and_trainer_agree_in_every_step(checkout, run):
     kind, out, done = run
     metrics = metrics_of(out)
     assert [m["step"] for m in metrics] == [1, 2, 3]
@@ -90,7 +107,7 @@ def test_engine_and_trainer_agree_in_every_step(run):
         assert 0.5 < m["rollout/format_reward"] <= 1 and 0 < m["rollout/accuracy_reward"] < 1
     assert metrics[0]["train/kl"] == pytest.approx(0, abs=1e-4)  # the reference model hears the same
     assert "eval/accuracy_reward" in metrics[1] and "eval/accuracy_reward" not in metrics[0]
-    assert "host      LightRFT 0.1.1" in done.stdout and "step 3/3  reward" in done.stdout
+    assert f"host      LightRFT 0.1.1, {checkout}" in done.stdout and "step 3/3  reward" in done.stdout
 
 
 def test_every_parameter_moves_and_the_folder_is_whole(run, tiny_model):
@@ -123,12 +140,12 @@ def test_trajectories_can_be_listened_to(run):
     assert '"mp3":"' in (out / "report.html").read_text()
 
 
-def test_a_second_start_continues_after_the_checkpoint(run, tiny_model, demo_parquet, tmp_path):
+def test_a_second_start_continues_after_the_checkpoint(checkout, run, tiny_model, demo_parquet, tmp_path):
     kind, out, _ = run
     copy = tmp_path / "run"
     shutil.copytree(out, copy)
     (copy / "metrics.jsonl").unlink()
-    done = train(tiny_model, demo_parquet, copy, "--max_samples", 12, "--load_checkpoint", *CASES[kind])
+    done = train(checkout, tiny_model, demo_parquet, copy, "--max_samples", 12, "--load_checkpoint", *CASES[kind])
     assert "8 prompts were already used" in done.stdout
     [resumed] = metrics_of(copy)
     [uninterrupted] = [m for m in metrics_of(out) if m["step"] == 3]
@@ -166,19 +183,19 @@ def _(module):
     ("hooks", "expected"), [([PERFECT], 2.0), ([PERFECT, WHOLE_QUERY], 0.0)], ids=["ours", "naive"]
 )
 def test_a_perfect_answer_earns_two_and_nothing_where_the_whole_query_is_scored(
-    home, tiny_model, demo_parquet, tmp_path, hooks, expected
+    checkout, tiny_model, demo_parquet, tmp_path, hooks, expected
 ):
     files = []
     for number, hook in enumerate(hooks):
         files.append(tmp_path / f"hook{number}.py")
         files[-1].write_text(hook)
     out = tmp_path / "run"
-    train(tiny_model, demo_parquet, out, *DEEPSPEED, "--max_samples", 4, hooks=files)
+    train(checkout, tiny_model, demo_parquet, out, *DEEPSPEED, "--max_samples", 4, hooks=files)
     assert [m["rollout/reward"] for m in metrics_of(out)] == [expected]
 
 
 # -------------------------------------------------------------------------------------------------------- other batches
-def test_text_and_audio_in_one_batch(home, tiny_model, demo_parquet, tmp_path):
+def test_text_and_audio_in_one_batch(checkout, tiny_model, demo_parquet, tmp_path):
     import pandas
 
     rows = pandas.read_parquet(demo_parquet / "train.parquet")
@@ -188,7 +205,7 @@ def test_text_and_audio_in_one_batch(home, tiny_model, demo_parquet, tmp_path):
     (tmp_path / "data").mkdir()
     rows.to_parquet(tmp_path / "data" / "train.parquet")
     out = tmp_path / "run"
-    train(tiny_model, tmp_path / "data", out, *DEEPSPEED, "--max_samples", 8)
+    train(checkout, tiny_model, tmp_path / "data", out, *DEEPSPEED, "--max_samples", 8)
     assert len(metrics_of(out)) == 2
     assert all(m["rollout/logprob_gap_max"] < 1e-3 for m in metrics_of(out))
 
@@ -201,9 +218,9 @@ def test_text_and_audio_in_one_batch(home, tiny_model, demo_parquet, tmp_path):
         pytest.param(("--zero_stage", 3, "--no-bf16"), id="ZeRO-3 DP 2"),
     ],
 )
-def test_two_processes(home, tiny_model, demo_parquet, tmp_path, flags):
+def test_two_processes(checkout, tiny_model, demo_parquet, tmp_path, flags):
     out = tmp_path / "run"
-    train(tiny_model, demo_parquet, out, *flags, "--max_samples", 8, processes=2)
+    train(checkout, tiny_model, demo_parquet, out, *flags, "--max_samples", 8, processes=2)
     metrics = metrics_of(out)
     assert len(metrics) == 2
     assert all(m["rollout/logprob_gap_mean"] < (1e-2 if "--bf16" in flags else 1e-4) for m in metrics)
@@ -263,45 +280,45 @@ print("all given back")
 """
 
 
-def test_lightrfts_own_functions_come_back(home, tiny_model, tmp_path):
+def test_lightrfts_own_functions_come_back(checkout, tiny_model, tmp_path):
     script = tmp_path / "identity.py"
     script.write_text(IDENTITY)
-    assert "all given back" in launch(script, EXAMPLE, tiny_model).stdout
+    assert "all given back" in launch(checkout, script, checkout / "examples" / "r1_aqa", tiny_model).stdout
 
 
-def test_a_changed_checkout_is_refused_at_the_start(home, tiny_model, demo_parquet, tmp_path):
-    shutil.copytree(home / "lightrft", tmp_path / "lightrft")
+CHANGES = (
+    ("def update_engine_weights(", "def push_weights("),
+    (
+        "all_videos=all_videos,\n                videos_num",
+        "all_audios=None,\n                videos_num",
+    ),  # pull request 58
+)
+
+
+def test_a_changed_checkout_is_refused_at_the_start(checkout, tiny_model, demo_parquet, tmp_path):
+    """By one message; the checkout is the one that LIGHTRFT_HOME names."""
+    shutil.copytree(checkout / "lightrft", tmp_path / "lightrft")
     changed = tmp_path / "lightrft" / "strategy" / "strategy_base.py"
-    changed.write_text(changed.read_text().replace("def update_engine_weights(", "def push_weights("))
-    done = train(tiny_model, demo_parquet, tmp_path / "run", *DEEPSPEED, home=tmp_path, check=False)
-    assert done.returncode == 1
-    assert "lightrft.strategy.strategy_base.StrategyBase.update_engine_weights" in done.stderr
-    assert "Traceback" not in done.stderr
+    source = changed.read_text()
+    for old, new in CHANGES:
+        assert old in source
+        source = source.replace(old, new)
+    changed.write_text(source)
+    done = train(checkout, tiny_model, demo_parquet, tmp_path / "run", *DEEPSPEED, home=tmp_path, check=False)
+    assert done.returncode == 2
+    owner = "lightrft.strategy.strategy_base.StrategyBase"
+    for line in (f"{owner}.update_engine_weights: expected (actor, /); found nothing", "the keyword all_audios, which"):
+        assert line in done.stderr
+    assert "in 2 places" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_package_that_lightrft_lacks_is_named(home, tiny_model, demo_parquet, tmp_path):
+def test_a_package_that_lightrft_lacks_is_named(checkout, tiny_model, demo_parquet, tmp_path):
     hook = tmp_path / "hook.py"
     hook.write_text("import sys\n\nsys.modules['easydict'] = None\n")
-    done = train(tiny_model, demo_parquet, tmp_path / "run", *DEEPSPEED, hooks=[hook], home=home, check=False)
+    done = train(checkout, tiny_model, demo_parquet, tmp_path / "run", *DEEPSPEED, hooks=[hook], check=False)
     assert done.returncode == 2
-    assert "easydict" in done.stderr and "requirements/lightrft.txt" in done.stderr
+    assert "easydict" in done.stderr and "requirements.txt" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_copied_into_the_checkout(home, tiny_model, demo_parquet, tmp_path):
-    """LightRFT/examples/r1_aqa, without LIGHTRFT_HOME."""
-    (tmp_path / "lightrft").symlink_to(home / "lightrft")
-    shutil.copy(home / "pyproject.toml", tmp_path)
-    shutil.copytree(EXAMPLE, tmp_path / "examples" / "r1_aqa")
-    arguments = ["--pretrain", tiny_model, "--prompt_data", demo_parquet, "--save_path", tmp_path / "run", *SMALL]
-    environment = os.environ.pop("LIGHTRFT_HOME")
-    try:
-        script = tmp_path / "examples" / "r1_aqa" / "train_colocate.py"
-        done = launch(script, *arguments, *DEEPSPEED, "--max_samples", 4)
-    finally:
-        os.environ["LIGHTRFT_HOME"] = environment
-    assert f"host      LightRFT 0.1.1, {tmp_path}" in done.stdout
-    assert len(metrics_of(tmp_path / "run")) == 1
 
 
 WRAPPER = """#!/usr/bin/env bash
@@ -315,15 +332,15 @@ exec "$REAL_PYTHON" "${arguments[@]}"
 """
 
 
-def test_the_launch_script(home, tiny_model, demo_parquet, tmp_path):
-    """As in the manual's dry run, on the checkout that LIGHTRFT_HOME names."""
+def test_the_launch_script(checkout, tiny_model, demo_parquet, tmp_path):
+    """As in the manual's dry run."""
     python = tmp_path / "python"
     python.write_text(WRAPPER)
     python.chmod(0o755)
     settings = {
         "PYTHON": python,
         "REAL_PYTHON": sys.executable,
-        "LAUNCHER": LAUNCHER,
+        "LAUNCHER": launcher_of(checkout),
         "PATH_TO_YOUR_BASE_MODEL": tiny_model,
         "PATH_TO_YOUR_AVQA_DATASET": demo_parquet,
         "EPISODE": 1,
@@ -336,9 +353,9 @@ def test_the_launch_script(home, tiny_model, demo_parquet, tmp_path):
         "GENERATE_MAX_LEN": 16,
         "MAX_SAMPLES": 16,
     }
-    env = child_environment()
+    env = outside_environment()
     env |= {name: str(value) for name, value in settings.items()}
-    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
+    script = str(checkout / "examples" / "r1_aqa" / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
     done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "host      LightRFT 0.1.1" in done.stdout
@@ -346,13 +363,13 @@ def test_the_launch_script(home, tiny_model, demo_parquet, tmp_path):
     assert len(metrics.read_text().splitlines()) == 4
 
 
-def test_the_manuals_command_says_what_it_would_start(home, demo_parquet, tmp_path):
+def test_the_manuals_command_says_what_it_would_start(checkout, demo_parquet, tmp_path):
     """The block that names the checkout, with ``--plan``."""
     manual = (EXAMPLE / "README.md").read_text(encoding="utf-8")
     command = re.search(r"^LIGHTRFT_HOME=\S+ bash \S+$", manual, re.M).group(0)
-    (tmp_path / "LightRFT").symlink_to(home)
+    (tmp_path / "LightRFT").symlink_to(checkout)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    env = child_environment() | {"PYTHON": sys.executable, "PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet)}
+    env = outside_environment() | {"PYTHON": sys.executable, "PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet)}
     done = subprocess.run(
         ["bash", "-c", f"{command} --plan"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )
@@ -360,18 +377,9 @@ def test_the_manuals_command_says_what_it_would_start(home, demo_parquet, tmp_pa
     assert "GPUs       8 x 80 GiB" in done.stdout and "It fits" in done.stdout
 
 
-def test_what_the_manual_says_of_lightrft_stands_there(home):
-    """Weights of its example's reward, the oldest SGLang it takes, and that each of the manual's versions will do."""
+def test_the_manual_knows_the_weights_of_lightrfts_own_reward(checkout):
     manual = " ".join((EXAMPLE / "README.md").read_text(encoding="utf-8").split())
     weights = re.search(r"weigh them ([\d.]+) and ([\d.]+)\.", manual).groups()
-    example = (home / "examples" / "gsm8k_geo3k" / "reward_models_utils.py").read_text(encoding="utf-8")
+    example = (checkout / "examples" / "gsm8k_geo3k" / "reward_models_utils.py").read_text(encoding="utf-8")
     (default,) = set(re.findall(r"format_weight: float = ([\d.]+)", example))
     assert list(map(float, weights)) == [1 - float(default), float(default)]
-    required = (home / "requirements.txt").read_text(encoding="utf-8")
-    oldest = dict(re.findall(r"(?m)^([\w-]+)>=(\S+)$", required))
-    assert re.search(r"fits SGLang (\S+),", manual).group(1) == oldest["sglang"]
-    columns = re.findall(r"\| transformers (\S+), vLLM \S+, DeepSpeed \S+, torch (\S+)", manual)
-    assert len(columns) == 2
-    for versions in columns:
-        for package, version in zip(("transformers", "torch"), versions, strict=True):
-            assert Version(version) >= Version(oldest[package])
