@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,23 +25,8 @@ from support.training import SMALL, comparable, end, metrics_of
 
 from lightrft.strategy.checkpoint import damage, newest, rotate
 
-FLAGS = [
-    *SMALL,
-    "--max_samples",
-    "20",
-    "--save_steps",
-    "2",
-    "--max_ckpt_num",
-    "1",
-    "--kl_target",
-    "0.05",
-    "--save_hf_ckpt",
-    "--eval_steps",
-    "3",
-    "--max_eval_samples",
-    "8",
-    "--keep_best",
-]
+FLAGS = [*SMALL, *shlex.split("--max_samples 20 --save_steps 2 --max_ckpt_num 1 --kl_target 0.05 --save_hf_ckpt")]
+FLAGS += shlex.split("--eval_steps 3 --max_eval_samples 8 --keep_best")
 SAVING = {
     point
     for point, (module, *_) in POINTS.items()

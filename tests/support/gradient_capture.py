@@ -11,18 +11,20 @@ from pathlib import Path
 
 import torch
 
-LEARNING_RATE = 1.0  # an update is then the gradient itself
-
 
 def vowels(response: str, reference: str, think: bool) -> float:
     """A reward with many values, so that the responses of a group seldom all earn the same."""
     return sum(letter in "aeiou" for letter in response) % 5 / 3
 
 
-def plain_sgd(strategy, parameters, max_steps):
-    """In place of ``StrategyBase.optimizer_and_schedule``."""
-    optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=LEARNING_RATE)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+def plain_sgd(rate: float):
+    """What takes the place of ``StrategyBase.optimizer_and_schedule``."""
+
+    def optimizer_and_schedule(strategy, parameters, max_steps):
+        optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=rate)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    return optimizer_and_schedule
 
 
 def record_updates(trainer_class, path: Path) -> None:
@@ -50,12 +52,12 @@ def record_updates(trainer_class, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    records, script = Path(sys.argv[1]), Path(sys.argv[2]).resolve()
+    rate, records, script = float(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]).resolve()
     sys.path[:0] = [str(script.parent), str(script.parents[2] / "runtime")]
-    sys.argv = sys.argv[2:]
+    sys.argv = sys.argv[3:]
     from lightrft.strategy.strategy_base import StrategyBase
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
 
-    StrategyBase.optimizer_and_schedule = plain_sgd
+    StrategyBase.optimizer_and_schedule = plain_sgd(rate)
     record_updates(SPMDPPOTrainerVL, records)
     runpy.run_path(str(script), run_name="__main__")

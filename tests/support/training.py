@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,47 +14,15 @@ import torch
 from conftest import EXAMPLE, run_script
 from safetensors.torch import load_file
 
-METRICS = [
-    "rollout/reward",
-    "rollout/accuracy_reward",
-    "rollout/format_reward",
-    "rollout/response_length",
-    "rollout/truncated_fraction",
-    "rollout/logprob_gap_mean",
-    "rollout/logprob_gap_max",
-    "train/policy_loss",
-    "train/kl",
-    "train/clip_fraction",
-    "train/grad_norm",
-    "train/lr",
-    "time/data",
-    "time/rollout",
-    "time/logprobs",
-    "time/train",
-    "time/sync",
-    "time/step",
-    "samples_per_second",
-]
-SMALL = [
-    "--rollout_batch_size",
-    "4",
-    "--n_samples_per_prompt",
-    "4",
-    "--train_batch_size",
-    "16",
-    "--micro_train_batch_size",
-    "8",
-    "--micro_rollout_batch_size",
-    "8",
-    "--generate_max_len",
-    "12",
-    "--actor_learning_rate",
-    "1e-3",
-    "--lr_warmup_ratio",
-    "0",
-    "--use_kl_loss",
-    "--no-report",
-]
+METRICS = [f"time/{part}" for part in ("data", "rollout", "logprobs", "train", "sync", "step")] + ["samples_per_second"]
+METRICS += [f"rollout/{name}" for name in ("reward", "accuracy_reward", "format_reward", "response_length")]
+METRICS += [f"rollout/{name}" for name in ("truncated_fraction", "logprob_gap_mean", "logprob_gap_max")]
+METRICS += [f"train/{name}" for name in ("policy_loss", "kl", "clip_fraction", "grad_norm", "lr")]
+SMALL = shlex.split("""
+    --rollout_batch_size 4 --n_samples_per_prompt 4 --train_batch_size 16 --micro_train_batch_size 8
+    --micro_rollout_batch_size 8 --generate_max_len 12 --actor_learning_rate 1e-3 --lr_warmup_ratio 0 --use_kl_loss
+    --no-report
+""")
 # what a strategy of the runtime reads of the flags
 FLAGS = {
     "engine_tp_size": 1,

@@ -1,6 +1,6 @@
 """Rewards and answer extraction on hostile responses: total, bounded, not to be cheated, and R1-AQA's to the letter.
 
-``FAULTS=1`` scores 100,000 hostile and 50,000 ordinary responses; without it a sample. ``-s`` shows the figures.
+The default run scores a sample, ``make test-faults`` 100,000 hostile and 50,000 ordinary responses.
 
 What "a hack" is. A response says one thing: the stripped text of its first one-line ``<answer>``, or of its whole
 turn. A response cheats if it earns more than that text earns when it is said plainly. With a reference that holds
@@ -36,13 +36,7 @@ from aqa.rewards import matching
 from aqa.rewards import r1_aqa as rewards
 from aqa.rewards.matching import MathChecker, is_endless, may_hold_math
 
-FULL = bool(os.environ.get("FAULTS"))
-HOSTILE_COUNT = 100_000 if FULL else 2_000
-MEGABYTE_COUNT = 300 if FULL else 10  # of the hostile ones, this many are a megabyte long
-ORDINARY_COUNT = 50_000 if FULL else 3_000
 MEGABYTE = 1 << 20
-# p99 of wall time, in seconds. Of a sample the slowest 20 are mostly a new worker's first steps, on a shared machine.
-P99_LIMIT = 0.050 if FULL else 0.150
 
 END, PAD = "<|im_end|>", "<|endoftext|>"
 HEADER = "<|im_start|>assistant\n"
@@ -88,46 +82,16 @@ SPECIAL = [
     *["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>", "<|0.00|>", "<s>", "</s>", "[INST]"],
     *["<|im_end", "<|im_end|", "im_end|>", "<|IM_END|>", "<|im_end |>", "<||im_end|>", "<|im_<|im_end|>end|>"],
 ]
-INVISIBLE = [
-    "\u200b",
-    "\u200c",
-    "\u200d",
-    "\u2060",
-    "\ufeff",
-    "\u00ad",
-    "\u202e",
-    "\u202d",
-    "\u2066",
-    "\u2069",
-    "\u180e",
-]
+INVISIBLE = list("\u200b\u200c\u200d\u2060\ufeff\u00ad\u202e\u202d\u2066\u2069\u180e")
 CONTROLS = [*map(chr, range(32)), "\x7f", "\x85", "\x9b", "\u2028", "\u2029", "\ufffe", "\uffff"]
-ODD = [
-    "\ud800",
-    "\udfff",
-    "\ud83d",
-    "👩‍👩‍👧‍👦",
-    "e\u0301" * 9,
-    "a" + "\u0335" * 60,
-    "𝐝𝐨𝐠",
-    "ﷺ",
-    "٣",
-    "½",
-    "４",
-    "İ",
-    "ß",
-    "\U0010ffff",
-]
+ODD = [*"\ud800\udfff\ud83d٣½４İß\U0010ffff", "👩‍👩‍👧‍👦", "e\u0301" * 9, "a" + "\u0335" * 60, "𝐝𝐨𝐠", "ﷺ"]
 WRAPPED = [
     *["**{}**", "`{}`", "```\n{}\n```", '"{}"', "['{}']", '{{"answer": "{}"}}', "\\boxed{{{}}}", "\\text{{{}}}"],
     *["answer: {}", "<b>{}</b>", "<answer value='{}'/>", "[answer]{}[/answer]", "<ans>{}</ans>", "<!--{}-->", "${}$"],
     *["The answer is {}.", "{}\n\n", "\t{}", "({})", "<answer>({})</answer>", "<answer>**{}**</answer>", "\\({}\\)"],
     *[
-        "<answer>\n{}\n</answer>",
-        "<![CDATA[{}]]>",
-        "＜answer＞{}＜/answer＞",
-        "<answer>{}</answer",
-        "<answer>{}<answer>",
+        *["<answer>\n{}\n</answer>", "<![CDATA[{}]]>", "＜answer＞{}＜/answer＞", "<answer>{}</answer"],
+        *["<answer>{}<answer>"],
     ],
 ]
 
@@ -180,20 +144,12 @@ def huge_numbers(rng, choices, gold, wrong):
     nines = "9" * rng.randint(1, 12)
     shapes = [
         *[
-            "{0}**{0}**{0}**{0}",
-            "$10^{{10^{{10^{{{0}}}}}}}$",
-            "${0}!$",
-            "${0}!!!!$",
-            "= {0}^{0}",
-            "$2^{{{0}}}$",
-            "= 1e{0}",
+            *["{0}**{0}**{0}**{0}", "$10^{{10^{{10^{{{0}}}}}}}$", "${0}!$", "${0}!!!!$", "= {0}^{0}", "$2^{{{0}}}$"],
+            *["= 1e{0}"],
         ],
         *[
-            "$\\binom{{{0}}}{{{1}}}$",
-            "$\\sqrt[{0}]{{{0}}}$",
-            "it is -{0}**-{0}",
-            "$(({0}!)!)!$",
-            "$\\frac{{{0}!}}{{2}}$",
+            *["$\\binom{{{0}}}{{{1}}}$", "$\\sqrt[{0}]{{{0}}}$", "it is -{0}**-{0}", "$(({0}!)!)!$"],
+            *["$\\frac{{{0}!}}{{2}}$"],
         ],
     ]
     said = rng.choice(shapes).format(nines, rng.randint(2, 99_999))
@@ -214,18 +170,8 @@ def deep_nesting(rng, choices, gold, wrong):
 def backtracking_bait(rng, choices, gold, wrong):
     units = [
         *[
-            "<answer>",
-            "<answer>\n",
-            "</think><answer>",
-            "</think> ",
-            "$ ",
-            "$",
-            "$$",
-            "\\boxed{",
-            " [",
-            "1 ",
-            "( ",
-            "= =",
+            *["<answer>", "<answer>\n", "</think><answer>", "</think> ", "$ ", "$", "$$", "\\boxed{", " [", "1 "],
+            *["( ", "= ="],
         ],
         *["\\(", "answer: ", "final answer is ", "<", "< ", "- ", "answer is ", "**", " " * 50, "\n", "1,", ". ", "| "],
     ]
@@ -287,11 +233,8 @@ def many_answers(rng, choices, gold, wrong):
     one, two = rng.sample([gold, wrong], 2)
     shapes = [
         *[
-            f"<answer>{joined}</answer>",
-            joined,
-            str(choices),
-            f"<answer>{choices}</answer>",
-            f"<answer>\n{joined}</answer>",
+            *[f"<answer>{joined}</answer>", joined, str(choices), f"<answer>{choices}</answer>"],
+            *[f"<answer>\n{joined}</answer>"],
         ],
         *[f"<answer>{one}</answer> no: <answer>{two}</answer>", f"<answer>{one}\n{two}</answer>", f"{one} {two}"],
         *[f"<think><answer>{one}</answer></think><answer>{two}</answer>", f"{one}<answer>{two}</answer>"],
@@ -396,73 +339,51 @@ def hacks(sample: Sample, got: tuple[float, float, float]) -> list[str]:
     return broken
 
 
-def figures(name: str, seconds: list[float]) -> str:
-    ordered = sorted(seconds)
-    at = [ordered[int(share * (len(ordered) - 1))] * 1000 for share in (0.5, 0.99, 0.999, 1.0)]
-    shares = f"p50 {at[0]:.3f} ms, p99 {at[1]:.2f} ms, p99.9 {at[2]:.1f} ms, max {at[3]:.0f} ms"
-    return f"{name}: {len(ordered)} samples, {shares}"
-
-
 def p99(seconds: list[float]) -> float:
     return sorted(seconds)[int(0.99 * (len(seconds) - 1))]
 
 
-def test_hostile_responses_are_scored_in_time_without_errors_and_without_hacks():
+@pytest.mark.parametrize(
+    # of the hostile responses, this many are a megabyte long; the 99th percentile of wall time is looser for a sample,
+    # whose slowest 20 are mostly a new worker's first steps on a shared machine
+    ("count", "megabyte_count", "limit"),
+    [(2_000, 10, 0.150), pytest.param(100_000, 300, 0.050, marks=pytest.mark.faults)],
+)
+def test_hostile_responses_are_scored_in_time_without_errors_and_without_hacks(count, megabyte_count, limit):
     rewards.accuracy_reward_fn("$1$", "$2$")  # the worker's start is not on the clock
-    times: dict[str, list[float]] = {"reward": [], "with math": [], "a megabyte": [], "extraction": [], "batch": []}
-    by_family: dict[str, list[float]] = {}
-    errors, cheats, cut_off = [], [], 0
-    samples = list(hostile(1, 1))  # a warm-up of the same kind
-    score(samples)
-    stream = hostile(HOSTILE_COUNT, MEGABYTE_COUNT)
+    score(list(hostile(1, 1)))
+    scoring, extraction, slowest = [], [], 0.0
+    errors, cheats = [], []
+    stream = hostile(count, megabyte_count)
     while batch := list(islice(stream, 64)):
         values = []
         for sample in batch:
-            query = sample.prompt + sample.response
             begin = time.perf_counter()
             try:
-                total, metrics = rewards.reward_fn([], [sample.label], [query], [sample.gold], {})
-                row = total.item(), metrics["accuracy_reward"].item(), metrics["format_reward"].item()
+                row = score([sample])[0]
             except Exception as error:
                 errors.append((sample.family, sample.response[:200], repr(error)))
                 continue
-            took = time.perf_counter() - begin
+            scoring.append(time.perf_counter() - begin)
             values.append(row)
-            times["reward"].append(took)
-            by_family.setdefault(sample.family, []).append(took)
             if sample.family == "megabytes":
-                times["a megabyte"].append(took)
-            if took > 1e-3 and holds_math(sample.gold):
-                times["with math"].append(took)
-            cut_off += took > 0.9
+                slowest = max(slowest, scoring[-1])
             if row[0] != row[1] + row[2] or not {row[1], row[2]} <= {0.0, 1.0}:
                 errors.append((sample.family, sample.response[:200], row))
             cheats += [(sample.family, sample.gold, sample.response[:300], why) for why in hacks(sample, row)]
-
             begin = time.process_time()  # it all happens in this process
             try:
                 extract_answer(sample.response, sample.choices)
             except Exception as error:
                 errors.append((sample.family, sample.response[:200], repr(error)))
-            times["extraction"].append(time.process_time() - begin)
-        begin = time.perf_counter()
-        again = score(batch)
-        times["batch"].append((time.perf_counter() - begin) / len(batch))
-        if again != values:
+            extraction.append(time.process_time() - begin)
+        if score(batch) != values:
             errors.append(("batch", "", "a batch has other values than its samples one by one"))
-    print()
-    for name, seconds in times.items():
-        print(figures(name, seconds))
-    for name, seconds in sorted(by_family.items()):
-        print("  " + figures(name, seconds))
-    print(f"{len(errors)} errors, {len(cheats)} hacks, {cut_off} checks cut off")
     assert not errors, errors[:5]
     assert not cheats, cheats[:5]
-    assert len(times["reward"]) == HOSTILE_COUNT
-    assert p99(times["reward"]) < P99_LIMIT
-    assert p99(times["extraction"]) < P99_LIMIT
-    assert max(times["a megabyte"]) < 5.0  # what is quadratic takes minutes
-    assert max(times["extraction"]) < 2.0
+    assert len(scoring) == count
+    assert max(p99(scoring), p99(extraction)) < limit
+    assert slowest < 5.0 and max(extraction) < 2.0  # what is quadratic takes minutes
 
 
 # ---- hacks, one by one: what a wrong answer W may do to look like the reference G
@@ -586,12 +507,8 @@ SHAPES = [
     *["<answer>{0}, {1}</answer>", "<think>{2}<answer>{0}</answer>", "<answer>{0}</think>", "**{0}**", "answer: {0}"],
     *["It is {0}, not {1}", "= {0}", "about {0} of them", "<answer>about {0}</answer>", " <answer> {0}</answer>"],
     *[
-        "\\boxed{{{0}}}",
-        "<answer>{0}",
-        "Final answer is {0}",
-        "<Answer>{0}</Answer>",
-        "<answer>{4}</answer>",
-        "{3}. {0}",
+        *["\\boxed{{{0}}}", "<answer>{0}", "Final answer is {0}", "<Answer>{0}</Answer>", "<answer>{4}</answer>"],
+        *["{3}. {0}"],
     ],
 ]
 
@@ -618,64 +535,43 @@ def ordinary(count: int, seed: int = 1):
         yield Sample("ordinary", choices, gold, response + rng.choice(["", END, END + PAD * 3]), label)
 
 
-def test_ordinary_responses_have_the_literal_rules_values():
+@pytest.mark.parametrize("size", [3_000, pytest.param(50_000, marks=pytest.mark.faults)])
+def test_ordinary_responses_have_the_literal_rules_values(size):
     pytest.importorskip("math_verify")
-    count, counts, by_math = 0, {}, 0
-    stream = ordinary(ORDINARY_COUNT)
+    counts, by_math = {}, 0
+    stream = ordinary(size)
     while batch := list(islice(stream, 256)):
         for sample, got in zip(batch, score(batch), strict=True):
             said = literal_rule.response_of(sample.prompt, sample.prompt + sample.response)
             literal = literal_rule.reward(said, sample.gold, sample.think)
             assert got == literal, sample
-            count += 1
             counts[literal] = counts.get(literal, 0) + 1
             by_math += literal[1] == 1 and literal_rule.said_in_tags(said) != sample.gold.strip()
-    print(
-        f"\n{count} ordinary responses as the literal rule; (total, accuracy, form): {counts}; by math only: {by_math}"
-    )
-    assert count == ORDINARY_COUNT
-    assert min(counts.get(value, 0) for value in [(0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 1, 1)]) > count / 20
-    assert by_math > count / 200, "too few of them try math_verify"
+    assert sum(counts.values()) == size
+    assert min(counts.get(value, 0) for value in [(0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 1, 1)]) > size / 20
+    assert by_math > size / 200, "too few of them try math_verify"
+
+
+ENDLESS = ["9**9**9**9", "$10^{10^{10}}$", "$2^{999999999}$", "$99999999!$", "$(9999999)!$", "(" * 11, "\\frac{" * 11]
+ENDING = [
+    *["$2^{3^2}$", "$e^{x^2}$", "$10^{6}$", "$2^{10}$", "5!", "1000000!", "((((4))))", ":( " * 9, "9 ** 9"],
+    *["x^2y^2"],
+]
+ENDING += ["$e^{x^2}$"]
+LENGTHY = ["^" * 4096, "^(" * 2048, "9" * 4096, "9 " * 2048, "9**" * 1300, "^9" + " " * 4000, "1000000" + ")" * 4000]
 
 
 def test_what_is_not_handed_to_math_verify(monkeypatch):
     """The bounds refuse numbers that no machine holds and nothing that a person writes."""
-    for text in (
-        "9**9**9**9",
-        "$10^{10^{10}}$",
-        "$2^{999999999}$",
-        "$99999999!$",
-        "$(9999999)!$",
-        "(" * 11,
-        "\\frac{" * 11,
-    ):
+    for text in ENDLESS:
         assert is_endless(text), text
         with monkeypatch.context() as patch:
             patch.setattr(matching, "_CHECKER", None)
             assert rewards.accuracy_reward_fn(f"it is 3 or {text}", "about 4 dogs") == 0.0
             assert rewards.accuracy_reward_fn("it is 4", f"about 4 {text}") == 0.0
-    for text in (
-        "$2^{3^2}$",
-        "$e^{x^2}$",
-        "$10^{6}$",
-        "$2^{10}$",
-        "5!",
-        "1000000!",
-        "((((4))))",
-        ":( " * 9,
-        "9 ** 9",
-        "x^2y^2",
-    ):
+    for text in ENDING:
         assert not is_endless(text), text
-    for text in (
-        "^" * 4096,
-        "^(" * 2048,
-        "9" * 4096,
-        "9 " * 2048,
-        "9**" * 1300,
-        "^9" + " " * 4000,
-        "1000000" + ")" * 4000,
-    ):
+    for text in LENGTHY:
         begin = time.perf_counter()
         is_endless(text)
         assert time.perf_counter() - begin < 0.5, text[:20]  # linear: under 5 ms
@@ -730,7 +626,8 @@ def test_threads_get_the_same_values(batch):
         assert all(found == values for found in pool.map(score_shuffled, range(6), timeout=60))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"] if FULL else ["fork"])  # spawned ones take long to import torch
+# spawned processes take long to import torch
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.faults)])
 def test_processes_get_the_same_values(batch, method):
     samples, values = batch
     loader = torch.utils.data.DataLoader(
@@ -778,9 +675,8 @@ def kill_workers(checker: MathChecker, stop: threading.Event, pause: float, most
     return killed
 
 
-@pytest.mark.parametrize("kills", [1, 2])
-def test_a_check_whose_worker_is_killed_is_made_again(checker, kills):
-    stop = threading.Event()
+def test_a_check_whose_worker_is_killed_is_made_again(checker):
+    kills, stop = 2, threading.Event()
     with ThreadPoolExecutor(1) as pool:
         killed = pool.submit(kill_workers, checker, stop, 0.1, kills)
         time.sleep(0.05)
@@ -854,26 +750,12 @@ def test_odd_texts_cost_no_worker(checker):
 
 # ---- extraction for the evaluation
 
-LONG = {
-    **{
-        "announcements": "answer is ",
-        "bullets": "- ",
-        "announcing lines": "answer: x\n",
-        "stops": ". ",
-        "labels": "A. ",
-    },
-    **{
-        "bullets on lines": "answer: - - - - - - - - - - -\n",
-        "spaced tags": "< answer >",
-        "torn tags": "< ",
-        "letters": "b ",
-    },
-}
+UNITS = ["answer is ", "- ", "answer: x\n", ". ", "A. ", "answer: - - - - - - - - - - -\n", "< answer >", "< ", "b "]
 
 
-@pytest.mark.parametrize("name", LONG)
-def test_the_answer_of_a_megabyte_is_found_in_time(name):
-    text = LONG[name] * (MEGABYTE // len(LONG[name]))
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_answer_of_a_megabyte_is_found_in_time(unit):
+    text = unit * (MEGABYTE // len(unit))
     begin = time.process_time()
     extract_answer(text, QUESTIONS["words"])
     assert time.process_time() - begin < 1.0  # what is quadratic takes minutes
