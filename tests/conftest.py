@@ -93,7 +93,8 @@ def shared_data() -> Path:
 def problems(tmp_path):
     """``problems(world_size, flag=value, ...)``: what the flags' check says of an otherwise valid run."""
     from aqa.hosts.runtime import RuntimeHost
-    from aqa.training.flags import build_parser, find_problems, finish
+    from aqa.training.flag_rules import find_problems
+    from aqa.training.flags import build_parser, finish
     from lightrft.utils import add_arguments
 
     model, data = tmp_path / "model", tmp_path / "data"

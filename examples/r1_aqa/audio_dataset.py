@@ -1,7 +1,7 @@
 """Prompts with audio for LightRFT: the dataset.
 
-Also exported from here: the processor that fills the image slot and the three ``patch_*_for_audio`` functions, which make
-LightRFT's image pipeline carry audio. They live in ``aqa/patches`` and ``aqa/hosts/targets.py``.
+Also exported from here: the processor that fills the image slot, and the three ``patch_*_for_audio`` functions, which
+make LightRFT's image pipeline carry audio. They live in ``aqa/patches`` and ``aqa/hosts/targets.py``.
 """
 
 from __future__ import annotations

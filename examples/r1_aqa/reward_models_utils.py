@@ -1,7 +1,7 @@
 """Rule-based rewards of R1-AQA: accuracy + format, 0 to 2.
 
-The rule is in ``aqa/rewards/r1_aqa.py``, the comparison of answers in ``aqa/rewards/matching.py``, further rewards and the
-lookup of ``--reward`` in ``aqa/rewards/named.py``.
+The rule is in ``aqa/rewards/r1_aqa.py``, the comparison of answers in ``aqa/rewards/matching.py``, further rewards and
+the lookup of ``--reward`` in ``aqa/rewards/named.py``.
 """
 
 from aqa.rewards.named import find_reward

@@ -11,7 +11,8 @@ import pytest
 import torch
 from support.training import metrics_of, train
 
-from aqa.training.flags import build_parser, find_problems, finish
+from aqa.training.flag_rules import find_problems
+from aqa.training.flags import build_parser, finish
 from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.models.four_bit import unpacked
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy

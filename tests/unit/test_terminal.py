@@ -165,7 +165,7 @@ def test_the_summary_compares_first_last_and_recent_steps():
     assert cells["reward"] == ["0.100", "2.000", "1.550"]  # 1.1 to 2.0: 15.5 / 10
     assert cells["eval/accuracy"] == ["0.250", "0.750", "0.750"]
     assert "gradient norm" not in cells
-    assert lines[-1] == "signs to look at (see the warnings): 2"
+    assert lines[-1] == "2 warnings, see above"
     assert max(map(len, lines)) <= 80
 
 

@@ -9,7 +9,6 @@ from typing import Any
 def freeze(model: Any, parts: list[str]) -> str:
     """Stop training some parts of the model.
 
-    :param model: Qwen2-Audio.
     :param parts: Names of sub-modules, dotted or not; ``*``, ``?`` and ``[]`` as in file names.
     :return: What was frozen, and what still trains.
     :raises SystemExit: if a part has no parameter, which would leave it training silently.
@@ -37,10 +36,7 @@ def is_below(name: str, part: str) -> bool:
 
 
 def trainable(model: Any) -> str:
-    """How much of a model trains.
-
-    :param model: Qwen2-Audio.
-    """
+    """How much of a model trains, as text."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     share = sum(map(size_of, trained)) / sum(map(size_of, parameters))
@@ -48,10 +44,7 @@ def trainable(model: Any) -> str:
 
 
 def in_millions(parameters: list[Any]) -> str:
-    """Number of values.
-
-    :param parameters: Parameters, whole or partitioned by ZeRO-3.
-    """
+    """Number of values, as text."""
     return f"{sum(map(size_of, parameters)) / 1e6:,.3f} M"
 
 

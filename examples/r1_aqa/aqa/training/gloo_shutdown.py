@@ -1,9 +1,9 @@
-"""The end of a process that has trained with several: not before gloo's threads have let go of the last collective.
+"""Let gloo's threads finish before Python ends, so that a training of several processes ends with its own exit status.
 
 gloo lets go of a collective's tensors on a thread of its own, a moment after the collective is done, and needs Python's
 lock for it. Python ends a thread that asks for the lock while the interpreter is taken apart; within a C++ destructor
 that aborts the process: "terminate called without an active exception", status 134, after a run in which all went well.
-So the last thing that a script does, as its last exit handler, is to wait for these threads without the lock.
+So the script's last exit handler waits for these threads, without holding the lock.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 THREAD = "pt_gloo_runloop"
 PAUSE = 0.02  # seconds in which a thread that waits for the lock gets it
-MOST = 5.0  # seconds; a collective that others will never join keeps its thread for ever
+MOST = 5.0  # seconds to wait; a collective that other ranks never join keeps its thread for ever
 
 
 def settle() -> None:
@@ -29,7 +29,7 @@ def settle() -> None:
 
 
 def _threads() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Those of gloo: state (R: runs or could, S: sleeps), and how often each was switched to."""
+    """gloo's threads by id: state (R: runs or could, S: sleeps), and how often each was switched to."""
     found = {}
     for task in Path("/proc/self/task").glob("*"):
         try:

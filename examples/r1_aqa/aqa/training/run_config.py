@@ -1,4 +1,4 @@
-"""What a run was: its settings in ``run_config.json`` at the start, its ``report.html`` at the end."""
+"""The settings of a run in ``run_config.json``, written at its start, and ``report.html``, written at its end."""
 
 from __future__ import annotations
 
@@ -21,13 +21,10 @@ REPORT_SECONDS = 300  # most time for the report at the end of a run
 
 
 def write_config(args: argparse.Namespace, parser: argparse.ArgumentParser, host: str, devices: str) -> str | None:
-    """Write flags, versions and machine; nothing of the environment, which holds the keys.
+    """Write flags, versions and machine. Nothing of the environment is written: it holds the keys.
 
-    :param args: Finished flags.
     :param parser: Knows the defaults.
-    :param host: Which LightRFT runs.
-    :param devices: Processes and what they compute on.
-    :return: A warning if it cannot be written, on a full disk for instance: no reason not to train.
+    :return: A warning if the file cannot be written, on a full disk for instance; the training goes on.
     """
     flags = {name: getattr(args, name) for name in vars(parser.parse_args([]))}
     changed = sorted(name for name, value in flags.items() if value != parser.get_default(name))
@@ -62,7 +59,6 @@ def code_version() -> str:
 def write_report(run: Path) -> str:
     """Make ``report.html`` in a process of its own, so that whatever goes wrong there does not touch the run.
 
-    :param run: The run's folder.
     :return: A line for the screen: where the report is, or a warning with the reason and how to try again.
     """
     script = Path(__file__).resolve().parents[2] / "report.py"
@@ -84,9 +80,6 @@ def write_report(run: Path) -> str:
 
 
 def read_config(run: Path) -> dict[str, Any] | None:
-    """What :func:`write_config` wrote; None for a run without it.
-
-    :param run: The run's folder.
-    """
+    """What :func:`write_config` wrote into a run's folder; None for a run without it."""
     path = run / CONFIG
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""What a run ends with on the terminal: its metrics, first against last, from ``metrics.jsonl``."""
+"""The table that a run ends with on the terminal: its metrics at the first and the last step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = (
     ("step, seconds", "time/step", ".1f"),
 )
 COUNTS = {
-    "health/anomalies": "signs to look at (see the warnings)",
+    "health/anomalies": "warnings, see above",
     "health/skipped_steps": "optimizer steps left out",
     "health/failed_saves": "checkpoints that could not be written",
 }
@@ -39,19 +39,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(save_path: str) -> str:
-    """What came out.
-
-    :param save_path: Folder of the run.
-    :return: Lines of at most 80 columns, but for paths.
-    """
+    """The table, and where model and metrics are; at most 80 columns, except for paths."""
     path = Path(save_path) / "metrics.jsonl"
     return "\n".join(("", *summary_table(read_metrics(path)), f"model     {save_path}", f"metrics   {path}"))
 
 
 def summary_table(records: list[dict[str, Any]]) -> list[str]:
-    """First against last, and what went wrong.
+    """First and last step, mean of the last ones, and counts of what went wrong.
 
-    :param records: Of the steps; null where a step has no such number.
+    :param records: One a step; a value is None where the step has no such number.
     """
     if not records:
         return []
@@ -64,13 +60,10 @@ def summary_table(records: list[dict[str, Any]]) -> list[str]:
             recent = [r[name] for r in records[-RECENT:] if r.get(name) is not None] or values[-1:]
             cells = (values[0], values[-1], sum(recent) / len(recent))
             lines.append(f"{label:18}" + "".join(f"{format(value, form):>12}" for value in cells))
-    lines += [f"{what}: {int(records[-1][name])}" for name, what in COUNTS.items() if records[-1].get(name)]
+    lines += [f"{int(records[-1][name])} {what}" for name, what in COUNTS.items() if records[-1].get(name)]
     return lines
 
 
 def is_accuracy(name: str) -> bool:
-    """Whether a metric is the accuracy of an evaluation.
-
-    :param name: Its name.
-    """
+    """Whether a metric is the accuracy of an evaluation."""
     return name.startswith("eval/") and name.endswith(("/accuracy_reward", "/accuracy"))

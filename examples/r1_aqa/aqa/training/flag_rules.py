@@ -1,0 +1,324 @@
+"""Rules between the flags of ``train_colocate.py``: all problems are reported at once, before anything loads."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+
+from aqa.common.model_type import model_type_of
+from aqa.hosts.locate import not_installed
+from aqa.training.flags import (
+    GROUP_METHODS,
+    MODEL_TYPES,
+    PROCESSOR_FILES,
+    REFUSED_ESTIMATORS,
+    REWARDS,
+    has_split,
+)
+
+
+def find_problems(
+    args: argparse.Namespace, world_size: int, local_world_size: int | None = None, paths: bool = True
+) -> list[str]:
+    """Everything that is wrong with a configuration, before anything loads.
+
+    :param args: Finished flags.
+    :param world_size: Ranks of the run.
+    :param local_world_size: Ranks of a node; default: there is but one.
+    :param paths: Also look at folders and files, which a plan does not need.
+    :return: One entry a problem, with values and a remedy; empty if all is well.
+    """
+    problems = _batch_problems(args, world_size, local_world_size or world_size)
+    if paths:
+        engine = ["vllm"] if args.engine_type == "vllm" else []
+        problems += not_installed("torch", "transformers", "deepspeed", "soundfile", *engine)
+    problems += _range_problems(args) + _method_problems(args)
+    if args.load_in_4bit:
+        problems += _four_bit_problems(args)
+    return problems + (_path_problems(args) if paths else [])
+
+
+def _range_problems(args: argparse.Namespace) -> list[str]:
+    return [
+        f"--{name} {getattr(args, name)}: must be {rule}"
+        for name, fits, rule in (
+            ("max_samples", args.max_samples >= 1, "1 or more"),
+            ("lora_rank", args.lora_rank >= 0, "0 (none) or more"),
+            ("lora_alpha", args.lora_alpha >= 1, "1 or more"),
+            ("max_eval_samples", args.max_eval_samples >= 1, "1 or more"),
+            ("temperature", 0 < args.temperature <= 2, "above 0 and at most 2 (vLLM's limit)"),
+            ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+            ("eps_clip", 0 < args.eps_clip < math.inf, "above 0"),
+            ("eps_clip_high", args.eps_clip_high is None or 0 < args.eps_clip_high < math.inf, "above 0"),
+            ("rollout_correction_limit", 0 < args.rollout_correction_limit < math.inf, "above 0"),
+            ("dynamic_sampling_rounds", args.dynamic_sampling_rounds >= 1, "1 or more"),
+            ("overlong_buffer_penalty_factor", 0 <= args.overlong_buffer_penalty_factor < math.inf, "0 or more"),
+            ("gamma", 0 < args.gamma <= 1, "in (0, 1]"),
+            ("init_kl_coef", 0 <= args.init_kl_coef < math.inf, "0 or more"),
+            ("kl_target", args.kl_target is None or 0 < args.kl_target < math.inf, "above 0"),
+            ("l2", 0 <= args.l2 < math.inf, "0 or more"),
+            ("adam_betas", all(0 <= beta < 1 for beta in args.adam_betas), "two numbers in [0, 1)"),
+            ("actor_learning_rate", 0 < args.actor_learning_rate < math.inf, "above 0"),
+            ("lr_warmup_ratio", 0 <= args.lr_warmup_ratio < 1, "in [0, 1)"),
+            ("max_norm", 0 <= args.max_norm < math.inf, "0 (no clipping) or more"),
+            ("engine_mem_util", 0 < args.engine_mem_util < 1, "between 0 and 1"),
+            ("generate_max_len", args.generate_max_len >= 1, "1 or more"),
+            ("prompt_max_len", args.prompt_max_len >= 1, "1 or more"),
+            ("audio_cache_mib", args.audio_cache_mib >= 0, "0 or more"),
+            ("plan_gpus", args.plan_gpus is None or args.plan_gpus >= 1, "1 or more"),
+            ("plan_gpu_gib", args.plan_gpu_gib is None or 0 < args.plan_gpu_gib < math.inf, "above 0"),
+            ("plan_clip_seconds", 0 < args.plan_clip_seconds < math.inf, "above 0"),
+            ("num_trajectories_to_save", args.num_trajectories_to_save >= 1, "1 or more"),
+            ("wandb_table_steps", args.wandb_table_steps >= 0, "0 (never) or more"),
+            ("max_ckpt_num", args.max_ckpt_num >= 1, "1 or more"),
+            ("num_episodes", args.num_episodes >= 1, "1 or more"),
+            ("max_epochs", args.max_epochs >= 1, "1 or more"),
+            ("limit_mm_image_per_prompt", args.limit_mm_image_per_prompt >= 1, "1 or more"),
+        )
+        if not fits
+    ]
+
+
+def _method_problems(args: argparse.Namespace) -> list[str]:
+    """Flags that contradict each other."""
+    estimator, samples = args.advantage_estimator, args.n_samples_per_prompt
+    rules = (
+        (
+            estimator in REFUSED_ESTIMATORS,
+            f"--advantage_estimator {estimator} {REFUSED_ESTIMATORS.get(estimator)}; "
+            "use group_norm (GRPO), rloo, reinforce_baseline, reinforce or reinforce++",
+        ),
+        (
+            estimator in GROUP_METHODS and samples < 2,
+            f"--advantage_estimator {estimator} compares the responses of a group: "
+            f"--n_samples_per_prompt {samples} must be 2 or more",
+        ),
+        (
+            args.reward not in REWARDS and not all(args.reward.partition(":")),
+            f"--reward {args.reward}: must be one of {', '.join(REWARDS)}, or module:function",
+        ),
+        (
+            args.lora_rank > 0 and args.freeze_prefix,
+            "--freeze_prefix with --lora_rank: adapters freeze all else anyway; choose --target_modules",
+        ),
+        (
+            args.overlong_buffer and not 1 <= args.overlong_buffer_len <= args.generate_max_len,
+            f"--overlong_buffer_len {args.overlong_buffer_len}: must be 1 to --generate_max_len "
+            f"{args.generate_max_len}",
+        ),
+        (
+            args.dynamic_sampling and samples < 2,
+            "--dynamic_sampling: a group of one response is always alike; --n_samples_per_prompt 2 or more",
+        ),
+        (
+            args.dynamic_sampling and args.prompt_data_probs_end is not None,
+            "--dynamic_sampling with --prompt_data_probs_end: replacements are drawn from all rows, also those whose "
+            "turn has not come yet; use one of the two",
+        ),
+        (
+            args.use_gspo and args.loss_agg_mode != "seq-mean-token-mean",
+            f"--use_gspo with --loss_agg_mode {args.loss_agg_mode}: GSPO weighs all responses alike, this by their "
+            "length; use seq-mean-token-mean",
+        ),
+        # --quiet is a flag of the runtime only
+        (getattr(args, "quiet", False) and args.verbose, "--quiet with --verbose: drop one of the two"),
+        (
+            args.use_kl_loss and args.init_kl_coef == 0,
+            "--use_kl_loss with --init_kl_coef 0 asks for a KL of no weight: drop one of the two",
+        ),
+        (
+            args.kl_target is not None and args.init_kl_coef == 0,
+            f"--kl_target {args.kl_target} needs a start value: set --init_kl_coef above 0",
+        ),
+        (
+            args.use_kl_loss and args.kl_estimator == "k1",
+            "--use_kl_loss with --kl_estimator k1: its gradient does not depend on the reference model; use k3 or k2",
+        ),
+        (
+            args.wandb_table_steps > 0 and not args.use_wandb,
+            f"--wandb_table_steps {args.wandb_table_steps} without --use_wandb: add it, or drop this",
+        ),
+        (
+            args.engine_type == "hf" and args.engine_tp_size > 1,
+            f"--engine_type hf has no tensor parallelism: --engine_tp_size {args.engine_tp_size} must be 1",
+        ),
+        (
+            args.adam_offload and args.zero_stage == 0 and not args.fsdp,
+            "--adam_offload with --zero_stage 0: DeepSpeed would ignore it; use --zero_stage 2 or 3",
+        ),
+    )
+    return [problem for wrong, problem in rules if wrong]
+
+
+def _four_bit_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    if args.lora_rank == 0:
+        problems.append("--load_in_4bit: weights at 4 bits cannot train; add adapters with --lora_rank 16")
+    if args.fsdp:
+        problems.append("--load_in_4bit with --fsdp: FSDP2 cannot split packed weights; drop --fsdp")
+    if args.zero_stage == 3:
+        problems.append("--load_in_4bit with --zero_stage 3: ZeRO-3 cannot split packed weights; use --zero_stage 2")
+    if args.plan is None and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    return problems
+
+
+def _batch_problems(args: argparse.Namespace, world: int, local: int) -> list[str]:
+    rollout, n, train = args.rollout_batch_size, args.n_samples_per_prompt, args.train_batch_size
+    micro, micro_rollout, tp = args.micro_train_batch_size, args.micro_rollout_batch_size, args.engine_tp_size
+    names = "rollout_batch_size n_samples_per_prompt train_batch_size micro_train_batch_size micro_rollout_batch_size"
+    problems = [
+        f"--{name} {getattr(args, name)}: must be 1 or more"
+        for name in (*names.split(), "engine_tp_size")
+        if getattr(args, name) < 1
+    ]
+    if problems:
+        return problems
+    if world % tp:
+        problems.append(f"--engine_tp_size {tp} does not divide the {world} ranks of this run")
+    elif local % tp:
+        fitting = max(d for d in range(1, min(tp, local) + 1) if local % d == 0)
+        problems.append(
+            f"--engine_tp_size {tp} does not divide the {local} ranks of a node, and an engine must lie within one: "
+            f"use {fitting}, or {_up(local, tp)} ranks a node (MLP_WORKER_GPU)"
+        )
+    if rollout % world:
+        problems.append(
+            f"--rollout_batch_size {rollout} prompts do not divide among {world} ranks; {_up(rollout, world)} would"
+        )
+        return problems
+    responses = rollout * n
+    share = responses // world
+    for name, size in (("micro_train_batch_size", micro), ("micro_rollout_batch_size", micro_rollout)):
+        if share % size:
+            fitting = max(d for d in range(1, min(size, share) + 1) if share % d == 0)
+            problems.append(
+                f"--{name} {size} does not divide the {share} responses of a rank "
+                f"({rollout} prompts x {n} samples / {world} ranks); {fitting} does"
+            )
+    if train < responses:
+        problems.append(
+            f"--train_batch_size {train} must be at least --rollout_batch_size x --n_samples_per_prompt "
+            f"= {rollout} x {n} = {responses}; use --train_batch_size {responses}"
+        )
+    elif train % responses:
+        problems.append(
+            f"--train_batch_size {train} is no multiple of --rollout_batch_size x --n_samples_per_prompt "
+            f"= {rollout} x {n} = {responses}: an optimizer step would end inside a rollout; "
+            f"use --train_batch_size {_up(train, responses)}"
+        )
+    if args.max_epochs > 1 and train != responses:
+        problems.append(
+            f"--max_epochs {args.max_epochs} repeats each rollout batch, so an optimizer step must be one rollout: "
+            f"use --train_batch_size {responses}"
+        )
+    return problems
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _path_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    if not args.pretrain:
+        problems.append(
+            "--pretrain is missing: the folder of a Qwen2-Audio or Qwen2.5-Omni (demo/run_demo.py builds a tiny one)"
+        )
+    elif Path(args.pretrain).is_dir():
+        if not (Path(args.pretrain) / "config.json").is_file():
+            problems.append(f"--pretrain {args.pretrain}: holds no config.json; is it a model folder?")
+        elif not any((Path(args.pretrain) / name).is_file() for name in PROCESSOR_FILES):
+            problems.append(f"--pretrain {args.pretrain}: holds no processor ({' or '.join(PROCESSOR_FILES)})")
+        kind = model_type_of(args.pretrain)
+        if kind is not None and kind not in MODEL_TYPES:
+            problems.append(f"--pretrain {args.pretrain}: is a {kind} model; known are {' and '.join(MODEL_TYPES)}")
+        if kind == "qwen2_5_omni" and args.load_in_4bit:
+            problems.append("--load_in_4bit: a qwen2_5_omni model is not packed here; drop it")
+    elif args.pretrain.startswith((".", "/", "~")) or args.pretrain.count("/") != 1:
+        problems.append(f"--pretrain {args.pretrain}: no such folder")
+    if not args.prompt_data:
+        problems.append("--prompt_data is missing: the folder that data_preprocess/avqa.py wrote")
+    else:
+        problems += _source_problems("prompt_data", args.prompt_data, args.prompt_split)
+        problems += _share_problems(args)
+    if args.confine_audio and not Path(args.confine_audio).is_dir():
+        problems.append(f"--confine_audio {args.confine_audio}: no such folder")
+    problems += _evaluation_problems(args)
+    if args.eval_data:
+        problems += _source_problems("eval_data", args.eval_data, args.eval_split)
+    if args.load_checkpoint:
+        folder = Path(args.ckpt_path) / "_actor"
+        # LightRFT's FSDP2 strategy writes no latest
+        if not (folder / "latest").is_file() and not (args.fsdp and any(folder.glob("*/.metadata"))):
+            problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/latest)")
+    return problems
+
+
+def _share_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    sources = len(args.prompt_data.split(","))
+    for name in ("prompt_data_probs", "prompt_data_probs_end"):
+        text = getattr(args, name)
+        if text is None:
+            continue
+        shares = text.split(",")
+        if len(shares) != sources or not all(map(_is_number, shares)):
+            problems.append(f"--{name} {text}: one share for each of {sources} sources is needed")
+        elif abs(sum(map(float, shares)) - 1) > 1e-6:
+            total = sum(map(float, shares))
+            fitting = ",".join(f"{float(share) / total:.4g}" for share in shares) if total else ""
+            remedy = f"; {fitting} would be these shares" if fitting else ""
+            problems.append(f"--{name} {text}: the shares must add up to 1, not {total:g}{remedy}")
+    if args.prompt_data_probs_end is not None and sources == 1:
+        problems.append("--prompt_data_probs_end: a curriculum needs several sources in --prompt_data")
+    if args.prompt_data_probs_end is not None and args.num_episodes != 1:
+        problems.append(
+            f"--num_episodes {args.num_episodes} with --prompt_data_probs_end: the shares move over one episode, for "
+            "which --max_samples sets the rows; use --num_episodes 1"
+        )
+    return problems
+
+
+def _evaluation_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    files = args.eval_benchmark.split(",") if args.eval_benchmark else []
+    problems += [f"--eval_benchmark {file}: no such file" for file in files if not Path(file).is_file()]
+    if len({Path(file).stem for file in files}) < len(files):
+        problems.append(f"--eval_benchmark {args.eval_benchmark}: two files have one name, and the metrics go by it")
+    if files:
+        folders = (args.eval_audio_dir or "").split(",")
+        if len(folders) not in (1, len(files)):
+            problems.append(
+                f"--eval_audio_dir {args.eval_audio_dir}: one folder, or one for each of {len(files)} files"
+            )
+        problems += [
+            f"--eval_audio_dir {folder or 'is missing: it'}: must be the folder of --eval_benchmark's recordings"
+            for folder in folders
+            if not folder or not Path(folder).is_dir()
+        ]
+    problems += [
+        f"--{name} without an evaluation: set --eval_steps"
+        for name, wanted in (("eval_benchmark", files), ("keep_best", args.keep_best is not None))
+        if wanted and args.eval_steps <= 0
+    ]
+    return problems
+
+
+def _source_problems(flag: str, sources: str, split: str) -> list[str]:
+    problems = []
+    for source in sources.split(","):
+        if not Path(source.strip()).exists():
+            problems.append(f"--{flag} {source}: does not exist")
+        elif not has_split(source, split):
+            problems.append(f"--{flag} {source}: holds no {split}.parquet (--{flag.split('_')[0]}_split)")
+    return problems
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) >= 0
+    except ValueError:
+        return False
