@@ -4,24 +4,17 @@
     python benchmarks/bench_eval.py --demo_dir results/demo
 
 Work: greedy answers of up to 16 tokens to the same questions. Baseline: processor and ``generate`` for each question,
-as in R1-AQA's and LightRFT's scripts (30 s of padding through the tower each time). Rounds are interleaved, so that
-other load on the machine strikes all alike; the figure is the median of the rounds' ratios. Limits: every engine faster
-than the baseline, with the same answers; ends with status 1 beyond them. Written to
-``benchmarks/results/<date>_eval.json``.
+as in R1-AQA's and LightRFT's scripts (30 s of padding through the tower each time). Limits: every engine is faster than
+the baseline and gives the same answers.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from harness import ROOT, Report, ratio, timed
-
-sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "examples" / "r1_aqa" / "data_preprocess")]
+from harness import Report, make_parser, parse, ratio, timed
 
 MAX_NEW_TOKENS = 16
 
@@ -55,18 +48,16 @@ def one_by_one(path: str, jobs: list[Any]) -> Callable[[], list[str]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
+    parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--questions", type=int, default=64, help="questions a round")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
-    args = parser.parse_args()
+    args = parse(parser)
 
     from aqa.audio.decode import load_audio
     from aqa.evaluation.checkpoints import resolve_model
     from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, load_processor, output_to_log, render
     from aqa.evaluation.items import make_items, read_rows
 
-    report, data = Report("eval", __doc__, args.rounds), args.demo_dir / "data"
+    report, data = Report("eval", args.rounds), args.demo_dir / "data"
     benchmark, rows = read_rows(data / "demo-test.json", "mmau")
     items = make_items(rows[: args.questions], benchmark, data, False)
     model = resolve_model(str(args.demo_dir / "model"), None)

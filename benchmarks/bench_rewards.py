@@ -10,23 +10,18 @@ this process, ours with its checker process beside it.
 Text: questions as AVQA asks them, 8 responses each; 90 % of the questions have choices in words, 6 % numbers, 4 %
 phrases with a number ("more than 3 times"), where ``math_verify`` has a say. Of the responses 45 % are right and in the
 form, 30 % wrong, 10 % without tags, 10 % reason before they answer (half of these with numbers), 5 % are cut off or say
-all choices. Each round has texts of its own, and what ours remembers is forgotten before it.
+all choices. Each round draws new texts, and the reward's cache of comparisons is cleared before it.
 
-Rounds are interleaved; the ratio is the median of the rounds'. Ends with status 1 if a value differs or the ratio is
-below 3. Written to ``benchmarks/results/<date>_rewards.json``.
+Limits: all values equal, and three times as many rewards a second.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import random
 import statistics
-import sys
 
-from harness import ROOT, Report, ratio, timed
-
-sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "tests")]
+from harness import Report, make_parser, parse, ratio, timed
 
 LIMIT = 3.0  # times as many rewards a second
 # fmt: off
@@ -98,13 +93,12 @@ def respond(choices: list[str], gold: str, rng: random.Random) -> str:
 
 def main() -> None:
     """Measure, compare, judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=7, demo=False)
     parser.add_argument("--questions", type=int, default=125, help="questions a round, of 8 responses each")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the texts")
-    args = parser.parse_args()
+    args = parse(parser)
 
-    report = Report("rewards", __doc__, args.rounds)
+    report = Report("rewards", args.rounds)
     import literal_rule
 
     from aqa.rewards import matching

@@ -10,16 +10,12 @@ Work: the demo's model in float32, 16 prompts x 8 responses of up to 16 tokens, 
 - ``whole rollout``: the experience maker's ``rollout``: also mel features for training, checks, experiences;
 - ``a request a sample``: vLLM alone, 128 requests.
 
-The first three sample the same tokens, which is checked. Caches are emptied before each, as a weight sync does.
-Rounds are interleaved; a ratio is the median over the rounds. Ends with status 1 beyond the limit. Written to
-``benchmarks/results/<date>_rollout.json``.
+The first three must sample the same tokens. The engine's caches are emptied before each, as a weight sync does.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +23,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench_step import MAX_NEW_TOKENS, PROMPTS, SAMPLES, make_questions
-from harness import ROOT, Report, ratio, timed
+from harness import Report, make_parser, parse, ratio, timed
 
-sys.path[:0] = [str(ROOT / "runtime")]
 LIMIT = 0.95
 BASELINE = "vLLM alone"
 
@@ -138,10 +133,7 @@ def measure(engine: Any, ways: dict[str, Callable], rounds: int) -> dict[str, di
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
-    args = parser.parse_args()
+    args = parse(make_parser(__doc__, rounds=7))
 
     from audio_dataset import AudioPromptDataset
     from datasets import load_dataset
@@ -151,7 +143,7 @@ def main() -> None:
     from lightrft.utils.console import console
     from lightrft.utils.distributed import init_process_group, pick_device
 
-    report = Report("rollout", __doc__, args.rounds, console.print)
+    report = Report("rollout", args.rounds, console.print)
     console.redirect(report.log)
     model = (args.demo_dir / "model").resolve()
     init_process_group(pick_device())

@@ -1,21 +1,27 @@
 #!/usr/bin/env python3
-"""Seconds of a weight sync, trainer to vLLM, against one plain copy of the same bytes.
+"""Seconds of a weight sync, trainer to vLLM, and of gathering sharded weights for it.
 
     python benchmarks/bench_sync.py --demo_dir results/demo
 
-Work: the trainer's float32 weights into the engine, caches emptied, what arrived compared; all of them, and what
-trains when the audio tower is frozen. Baseline: ``copy_`` of each tensor that is sent into memory of its own.
-``reload_weights`` is vLLM's own way: all weights, nothing compared. Models: the demo's, and a random one of about 100 M
-parameters, where the bytes and not the number of tensors count. Rounds are interleaved; a ratio is the median over the
-rounds. Limit, on a GPU: 2 times the copy for the large model; status 1 beyond it. On a CPU there is none, because vLLM
-packs most weights anew there, which costs more than copying them. Written to ``benchmarks/results/<date>_sync.json``.
+1. Sync. Work: the trainer's float32 weights into the engine, caches emptied, what arrived compared; all weights, and
+   those that train when the audio tower is frozen. Baseline: ``copy_`` of each tensor that is sent into memory of its
+   own. ``reload_weights`` is vLLM's own way: all weights, nothing compared. Models: the demo's, and a random one of
+   99 M parameters, where bytes count and not the number of tensors. Limit, on a GPU: twice the copy for the large
+   model. On a CPU there is none, because vLLM repacks most weights there, which costs more than copying them.
+2. Gathering. Work: the random model, sharded over two processes by ZeRO-3 and by FSDP2, all weights gathered and each
+   copied into memory of its own, in buckets of several sizes. Baseline: one by one. Peak memory beside the ratios
+   includes, on a CPU, gloo's own copy of what it gathers. Limits: buckets of 128 MiB take no longer than one by one,
+   and less memory than all at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,18 +29,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from harness import ROOT, Report, ratio, take_turns
-
-sys.path[:0] = [str(ROOT / "runtime"), str(ROOT / "examples" / "r1_aqa"), str(ROOT / "examples" / "r1_aqa" / "demo")]
+from harness import Report, forget_peak, make_parser, parse, peak_bytes, ratio, take_turns
 
 LIMIT = 2.0  # times a copy, on a GPU
+BUCKETS = (0, 8, 32, 128, 512)  # MiB a bucket; 0: one by one, the last: all at once
 
 
 def strategy_flags(**flags: Any) -> SimpleNamespace:
-    """What a strategy wants to know.
-
-    :param flags: Beside the usual values.
-    """
+    """The flags that a strategy reads, with these in place of the usual values."""
     usual = {
         "engine_tp_size": 1,
         "seed": 0,
@@ -56,12 +58,10 @@ def strategy_flags(**flags: Any) -> SimpleNamespace:
 
 
 def random_config(tokenizer: Any) -> Any:
-    """Of a Qwen2-Audio of 99 M parameters, 27 M of them in the tower.
-
-    :param tokenizer: Of the demo's model.
-    """
-    from make_model import AUDIO, CLIP_SECONDS, N_MELS
+    """A Qwen2-Audio of 99 M parameters, 27 M of them in the tower, with the demo's tokenizer."""
     from transformers import Qwen2AudioConfig
+
+    from demo.make_model import AUDIO, CLIP_SECONDS, N_MELS
 
     audio = {
         "model_type": "qwen2_audio_encoder",
@@ -91,13 +91,11 @@ def random_config(tokenizer: Any) -> Any:
 
 
 def write_random_model(folder: Path) -> None:
-    """Write a model of that size with random weights.
-
-    :param folder: To write.
-    """
+    """Write a model of that size with random weights."""
     import torch
-    from make_model import build_processor, save
     from transformers import Qwen2AudioForConditionalGeneration
+
+    from demo.make_model import build_processor, save
 
     processor = build_processor()
     torch.manual_seed(0)
@@ -105,11 +103,7 @@ def write_random_model(folder: Path) -> None:
 
 
 def copying(weights: list[Any]) -> Callable[[], None]:
-    """The baseline.
-
-    :param weights: Tensors to copy.
-    :return: Copies them all.
-    """
+    """The baseline: a function that copies these tensors."""
     import torch
 
     room = [torch.empty_like(tensor) for tensor in weights]
@@ -121,13 +115,8 @@ def copying(weights: list[Any]) -> Callable[[], None]:
     return copy
 
 
-def measure(path: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of each way for one model.
-
-    :param path: Model folder.
-    :param rounds: Interleaved rounds.
-    :return: Way to MiB, median seconds and ratio.
-    """
+def measure_sync(path: Path, rounds: int) -> dict[str, Any]:
+    """Way of syncing one model to MiB, median seconds and ratio to the copy."""
     import torch
 
     from lightrft.engines.vllm_engine import VLLMEngine
@@ -180,36 +169,116 @@ def measure(path: Path, rounds: int) -> dict[str, Any]:
     return table
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
-    args = parser.parse_args()
+def measure_gathering(path: Path, rounds: int) -> dict[str, Any]:
+    """Gather all weights in buckets of each size, with ZeRO-3 and FSDP2. All ranks of a process group call it.
 
-    from lightrft.utils.console import console
-
-    report = Report("sync", __doc__, args.rounds, console.print)
-    console.redirect(report.log)
-    models = {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_model(Path(folder) / "model")
-        for label, path in (("demo", args.demo_dir / "model"), ("random", Path(folder) / "model")):
-            models[label] = table = measure(path.resolve(), args.rounds)
-            for name, row in table.items():
-                console.print(
-                    f"{label:6}  {name:19}  {row['mebibytes']:6.1f} MiB  {1000 * row['seconds']:8.2f} ms  "
-                    f"{row['ratio']:6.2f} x a copy ({row['cpu_ratio']:.2f} x in CPU time)"
-                )
-    large = models["random"]
+    :return: Strategy to bucket size to median seconds, ratio to one by one, and peak MiB beyond what was in use before.
+    """
     import torch
 
+    from aqa.training import gloo_shutdown
+    from lightrft.models.actor_al import load_model
+    from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
+    from lightrft.strategy.fsdp_strategy import FSDPStrategy
+
+    def memory_beyond(work: Callable[[], None]) -> int:
+        forget_peak()
+        before = peak_bytes()
+        work()
+        return peak_bytes() - before
+
+    table: dict[str, Any] = {}
+    for label, kind in (("ZeRO-3", DeepspeedStrategy), ("FSDP2", FSDPStrategy)):
+        strategy = kind(strategy_flags(zero_stage=3))
+        engine, *_ = strategy.prepare_training(load_model(str(path), dtype=torch.float32), 1)
+        room = {name: tensor.clone() for name, tensor in strategy.named_weights(engine)}
+
+        def gather(size: int, strategy: Any = strategy, engine: Any = engine, room: Any = room) -> None:
+            torch.distributed.barrier()
+            strategy.args.sync_bucket_mb = size
+            for name, tensor in strategy.named_weights(engine):
+                room[name].copy_(tensor)
+
+        ways = {str(size): functools.partial(gather, size) for size in BUCKETS}
+        seconds = {size: [s.wall for s in times] for size, times in take_turns(ways, rounds).items()}
+        table[label] = {
+            size: {
+                "seconds": round(statistics.median(times), 4),
+                "ratio": round(ratio(times, seconds["0"]), 3),
+                "mebibytes": round(memory_beyond(ways[size]) / 2**20, 1),
+            }
+            for size, times in seconds.items()
+        }
+    gloo_shutdown.settle()
+    return table
+
+
+def gather_on_two(model: Path, rounds: int, log: Path) -> dict[str, Any]:
+    """Start two processes of this script that call :func:`measure_gathering`, and return what it found."""
+    result = model.parent / "gathering.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    command += ["--rounds", str(rounds), "--of_rank", str(model), str(result)]
+    # glibc returns freed tensors to the system at once, so that resident memory is what is in use
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"}
+    with log.open("a") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, env=environment)
+    if done.returncode != 0:
+        raise SystemExit(f"gathering on two processes ended with {done.returncode}; their output is in {log}")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def judge(report: Report, models: dict[str, Any], gathering: dict[str, Any]) -> None:
+    """Print and judge the figures of both parts."""
+    import torch
+
+    for label, table in models.items():
+        for name, row in table.items():
+            report.say(
+                f"{label:6}  {name:19}  {row['mebibytes']:6.1f} MiB  {1000 * row['seconds']:8.2f} ms  "
+                f"{row['ratio']:6.2f} x a copy ({row['cpu_ratio']:.2f} x in CPU time)"
+            )
+    for label, rows in gathering.items():
+        for size, row in rows.items():
+            report.say(
+                f"{label:6}  {size:>3} MiB a bucket  {1000 * row['seconds']:8.2f} ms  {row['ratio']:6.3f} x one by one"
+                f"  {row['mebibytes']:6.1f} MiB at most"
+            )
+    large = models["random"]
     limit = LIMIT if torch.cuda.is_available() else None
     report.judge("weight sync, 99 M parameters: times a plain copy", large["sync of all"]["ratio"], at_most=limit)
     report.judge("vLLM's own reload, unchecked: times a plain copy", large["reload_weights"]["ratio"])
     report.judge("weight sync of what trains: times a plain copy of it", large["sync of what trains"]["ratio"])
     report.judge("weight sync, demo's model: milliseconds", 1000 * models["demo"]["sync of all"]["seconds"])
-    report.finish(models=models)
+    for label, rows in gathering.items():
+        report.judge(f"{label}: buckets of 128 MiB, times one by one", rows["128"]["ratio"], at_most=1.0)
+        memory = rows["128"]["mebibytes"] / rows["512"]["mebibytes"]
+        report.judge(f"{label}: memory of 128 MiB buckets, of all at once", memory, at_most=0.99)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = make_parser(__doc__, rounds=7)
+    parser.add_argument("--of_rank", nargs=2, type=Path, help=argparse.SUPPRESS)  # in the processes that gather
+    if "--of_rank" in sys.argv:
+        args = parser.parse_args()
+        table = measure_gathering(args.of_rank[0], args.rounds)
+        if os.environ["RANK"] == "0":
+            args.of_rank[1].write_text(json.dumps(table), encoding="utf-8")
+        return
+    args = parse(parser)
+
+    from lightrft.utils.console import console
+
+    report = Report("sync", args.rounds, console.print)
+    console.redirect(report.log)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        write_random_model(model)
+        gathering = gather_on_two(model, args.rounds, report.log)
+        paths = {"demo": (args.demo_dir / "model").resolve(), "random": model}
+        models = {label: measure_sync(path, args.rounds) for label, path in paths.items()}
+    judge(report, models, gathering)
+    report.finish(models=models, gathering=gathering)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@
    with a clip of 10 s. Baseline: the same forward with one measure left out: the tower once per clip, the prompt once
    per group, the outputs of a frozen tower kept.
 
-Float32, the same threads on both sides, pairs interleaved, medians of the ratios. Limits: a third of the memory, and
-faster; tower and prompt faster than without. Ends with status 1 beyond one. Written to
-``benchmarks/results/<date>_train.json``.
+Float32, the same threads on both sides. Limits: a third of the memory, and faster; tower and prompt faster than
+without.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import ROOT, Report, forget_peak, peak_bytes, ratio, take_turns, timed
-
-sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
+from harness import Report, forget_peak, make_parser, parse, peak_bytes, ratio, take_turns, timed
 
 AUDIO, CLIP_FRAMES, AUDIO_TOKENS = 7, 1000, 250
 VOCABULARY, BATCH = 156_032, 8
@@ -225,14 +222,13 @@ def compare_measures(rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of each comparison (default: %(default)s)")
+    parser = make_parser(__doc__, rounds=5, demo=False)
     parser.add_argument("--way", choices=("plain", "ours"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.way:
         run_once(args.way)
         return
-    report = Report("train", __doc__, args.rounds)
+    report = Report("train", args.rounds)
     measures = compare_measures(args.rounds)
     for name, row in measures.items():
         limit = None if name == KEPT else 1.0  # one clip's forward of many operations: too near to 1 to be judged

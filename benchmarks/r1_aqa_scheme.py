@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "runtime"), str(ROOT / "examples" / "r1_aqa")]
+from harness import make_parser
 
 MAX_NORM, BETAS = 1.0, (0.9, 0.95)
 
@@ -167,7 +164,7 @@ def compare(model: Any, ref: Any, batch: dict[str, Any], kl_coef: float, n: int)
 
 def main() -> None:
     """Train some steps, write their metrics, compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, demo=False)
     parser.add_argument("--pretrain", required=True, help="Qwen2-Audio folder")
     parser.add_argument("--prompt_data", required=True, help="folder that avqa.py wrote")
     parser.add_argument("--save_path", required=True, type=Path, help="folder for metrics.jsonl and check.json")

@@ -5,43 +5,35 @@
 
 Work: 2,000 GRPO steps of the demo's model in one run, vLLM rollouts, 4 prompts x 8 responses, a weight sync each.
 Limits: memory (resident, of the process and its children) grows by less than 2 % from steps 200-300 to the last 100;
-the last 200 steps take less than 10 % more wall time (median) and CPU time than steps 200-400 of the same run begun
-anew; and the largest log-prob gap of any step stays below 1e-3. Ends with status 1 if one is passed.
+the last 200 steps take less than 10 % more wall time (median) and CPU time than steps 200-400 of a second, fresh run;
+and the largest log-prob gap of any step stays below 1e-3.
 
-The run begun anew takes turns with the last steps of the long one, 20 steps each while the other is stopped: other
-users of the machine, who make it slower by a third for minutes, slow down both. Memory is judged where it is lowest,
-just after the trainer has handed freed pages back: what is in use. The highest is shown beside it: how far the gaps
-between what is in use are touched until the next time. Written to ``benchmarks/results/<date>_soak.json``.
+Other users can slow the machine down by a third for minutes. So the fresh run alternates with the last steps of the
+long one, 20 steps each while the other is stopped, and both are slowed down alike. Of each step's resident memory the
+minimum is judged, because freed pages go back to the system only once a step.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from harness import EXAMPLE, Report, make_parser, parse
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, SAMPLES = 4, 8
 TURN, COMPARED = 20, 200  # steps
-HUNDRED = 100  # steps whose memory is compared: those behind step 200, and the last
-MEMORY_LIMIT, TIME_LIMIT, GAP_LIMIT = 0.02, 0.1, 1e-3
+HUNDRED = 100  # steps whose memory is compared: those after step 200, and the last
 SHOWN = ("time/rollout", "time/logprobs", "time/train", "time/sync", "time/step", "rollout/response_length")
 
 
 def use_of(process: psutil.Process) -> tuple[int, float]:
-    """Resident bytes and CPU seconds of a process and its children.
-
-    :param process: The process.
-    """
+    """Resident bytes and CPU seconds of a process and its children."""
     memory, seconds = 0, 0.0
     for each in (process, *process.children(recursive=True)):
         try:
@@ -53,28 +45,19 @@ def use_of(process: psutil.Process) -> tuple[int, float]:
 
 
 class Run:
-    """A training, looked at while it runs.
-
-    :param flags: Its flags.
-    :param out: Its folder.
-    """
+    """A training process that is watched while it runs."""
 
     def __init__(self, flags: list[str], out: Path) -> None:
-        script = str(ROOT / "examples" / "r1_aqa" / "train_colocate.py")
+        script = str(EXAMPLE / "train_colocate.py")
         self.metrics, self.log = out / "metrics.jsonl", out / "log"
         with self.log.open("w") as log:
             command = [sys.executable, script, *flags, "--save_path", str(out)]
             self.process = psutil.Popen(command, stdout=log, stderr=log)
-        self.memory: list[tuple[int, int]] = []  # the fewest and the most bytes of each step
+        self.memory: list[tuple[int, int]] = []  # least and most bytes during each step
         self.cpu: list[float] = []  # seconds until the end of each step
 
     def until(self, step: int, bar: tqdm | None = None) -> None:
-        """Look at it until it has made so many steps, or has ended.
-
-        :param step: Steps.
-        :param bar: To show it.
-        :raises SystemExit: if it fails.
-        """
+        """Watch it until it has made so many steps or has ended; :raises SystemExit: if it failed."""
         seen = []
         while len(self.cpu) < step and self.process.poll() is None:
             done = self.metrics.read_text(encoding="utf-8").count("\n") if self.metrics.exists() else 0
@@ -97,12 +80,11 @@ class Run:
 
 
 def take_turns(long: Run, fresh: Run, steps: int, bar: tqdm) -> None:
-    """Let a long run make its last steps, and a new one its steps from 200 on, in turns.
+    """Let a long run make its last steps, and a fresh one its steps from 200 on, in turns.
 
-    :param long: At :data:`COMPARED` steps before its end, stopped.
+    :param long: Stopped, :data:`COMPARED` steps before its end.
     :param fresh: Just begun.
-    :param steps: Steps of the long one.
-    :param bar: To show those.
+    :param steps: Steps of the long run, which ``bar`` counts.
     """
     fresh.until(COMPARED)
     for turn in range(TURN, COMPARED + 1, TURN):
@@ -115,33 +97,13 @@ def take_turns(long: Run, fresh: Run, steps: int, bar: tqdm) -> None:
             fresh.process.resume()
 
 
-def in_hundreds(metrics: list[dict[str, float]], name: str) -> list[float]:
-    """Medians of a metric over each 100 steps.
-
-    :param metrics: Of each step.
-    :param name: The metric.
-    """
-    return [
-        round(statistics.median(record[name] for record in metrics[i : i + 100]), 4)
-        for i in range(0, len(metrics), 100)
-    ]
-
-
-def main() -> None:
-    """Run, judge, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
-    parser.add_argument("--steps", type=int, default=2000, help="steps (default: %(default)s; at least 600)")
-    args = parser.parse_args()
-    if args.steps < 600:
-        raise SystemExit(f"--steps {args.steps}: steps 200 to 400 and the last 200 are compared; use 600 or more")
-    if not (args.demo_dir / "model").is_dir():
-        raise SystemExit(f"{args.demo_dir}/model: no such folder; run make demo first, or give its --demo_dir")
+def training_flags(demo_dir: Path, steps: int) -> list[str]:
+    """Flags of ``train_colocate.py`` for a run of so many steps."""
     flags = {
-        "pretrain": args.demo_dir / "model",
-        "prompt_data": args.demo_dir / "parquet",
-        "max_samples": 100 * PROMPTS,  # an episode
-        "num_episodes": -(-args.steps // 100),
+        "pretrain": demo_dir / "model",
+        "prompt_data": demo_dir / "parquet",
+        "max_samples": HUNDRED * PROMPTS,  # an episode
+        "num_episodes": -(-steps // HUNDRED),
         "rollout_batch_size": PROMPTS,
         "n_samples_per_prompt": SAMPLES,
         "train_batch_size": PROMPTS * SAMPLES,
@@ -151,62 +113,78 @@ def main() -> None:
         "actor_learning_rate": 1e-4,
         "zero_stage": 2,
     }
-    command = ["--use_kl_loss", "--no-report"]
-    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    with tempfile.TemporaryDirectory() as out, tqdm(total=args.steps, desc="soak", unit="step") as bar:
-        folders = Path(out) / "long", Path(out) / "fresh"
-        for folder in folders:
-            folder.mkdir()
-        long, fresh = Run(command, folders[0]), None
+    return [
+        "--use_kl_loss",
+        "--no-report",
+        *(str(part) for item in flags.items() for part in (f"--{item[0]}", item[1])),
+    ]
+
+
+def train_both(flags: list[str], steps: int, folder: Path) -> tuple[Run, Run]:
+    """Train the long run and, beside its last steps, the fresh one.
+
+    :param flags: Of both.
+    :param steps: Of the long run.
+    :param folder: Gets a folder of each.
+    :return: Long and fresh run, both ended.
+    """
+    runs: list[Run] = []
+    with tqdm(total=steps, desc="soak", unit="step") as bar:
         try:
-            long.until(args.steps - COMPARED, bar)
-            long.process.suspend()
-            fresh = Run(command, folders[1])
-            take_turns(long, fresh, args.steps, bar)
-            long.until(args.steps + 1)  # to its end
-            metrics, control = long.records(), fresh.records()
+            for name in ("long", "fresh"):
+                (folder / name).mkdir()
+                runs.append(Run(flags, folder / name))
+                if name == "long":
+                    runs[0].until(steps - COMPARED, bar)
+                    runs[0].process.suspend()
+            long, fresh = runs
+            take_turns(long, fresh, steps, bar)
+            long.until(steps + 1)  # to its end
         finally:
-            for run in (long, fresh):
-                if run is not None and run.process.is_running():
+            for run in runs:
+                if run.process.is_running():
                     run.process.kill()
                     run.process.wait()
+    return long, fresh
 
-    lowest, highest = zip(*long.memory, strict=True)
-    seconds, anew = ([record["time/step"] for record in records] for records in (metrics, control))
-    begin = slice(COMPARED, COMPARED + HUNDRED)
-    first, last = min(lowest[begin]), min(lowest[-HUNDRED:])
-    most = max(highest[begin]), max(highest[-HUNDRED:])
-    early, late = statistics.median(anew[COMPARED : 2 * COMPARED]), statistics.median(seconds[-COMPARED:])
-    cpu_early = (fresh.cpu[2 * COMPARED - 1] - fresh.cpu[COMPARED - 1]) / COMPARED
-    cpu_late = (long.cpu[-1] - long.cpu[-COMPARED - 1]) / COMPARED
-    gap = max(record["rollout/logprob_gap_max"] for record in metrics)
-    growth, drift, wall_drift = last / first - 1, cpu_late / cpu_early - 1, late / early - 1
-    result = {
-        "steps": len(metrics),
-        "torch": version("torch"),
-        "cores": psutil.cpu_count(),
-        "mebibytes": [round(first / 2**20, 1), round(last / 2**20, 1)],
-        "lowest_mebibytes": [round(min(lowest[i : i + 100]) / 2**20, 1) for i in range(0, len(lowest), 100)],
-        "highest_mebibytes": [round(max(highest[i : i + 100]) / 2**20, 1) for i in range(0, len(highest), 100)],
-        "memory_growth": round(growth, 4),
-        "seconds_a_step": [round(early, 3), round(late, 3)],
-        "every_100_steps": {name: in_hundreds(metrics, name) for name in SHOWN},
-        "cpu_seconds_a_step": [round(cpu_early, 3), round(cpu_late, 3)],
-        "cpu_time_drift": round(drift, 4),
-        "wall_time_drift": round(wall_drift, 4),
-        "largest_logprob_gap": gap,
-    }
-    path = ROOT / "benchmarks" / "results" / f"{date.today()}_soak.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"steps      {len(metrics)}, {sum(seconds) / 60:.0f} min")
-    print(f"memory     {first / 2**20:.0f} -> {last / 2**20:.0f} MiB in use ({growth:+.2%}, limit 2 %)")
-    print(f"           {most[0] / 2**20:.0f} -> {most[1] / 2**20:.0f} MiB at most ({most[1] / most[0] - 1:+.2%})")
-    print(f"CPU time   {cpu_early:.3f} begun anew, {cpu_late:.3f} s a step at the end ({drift:+.1%}, limit 10 %)")
-    print(f"wall time  {early:.3f} begun anew, {late:.3f} s a step at the end ({wall_drift:+.1%}, limit 10 %)")
-    print(f"gap        {gap:.1e} at most (limit 1e-3)")
-    print(path.relative_to(ROOT))
-    raise SystemExit(int(growth >= MEMORY_LIMIT or max(drift, wall_drift) >= TIME_LIMIT or not gap < GAP_LIMIT))
+
+def by_hundreds(values: list[float]) -> list[float]:
+    """Median of each 100 steps."""
+    return [round(statistics.median(values[i : i + HUNDRED]), 4) for i in range(0, len(values), HUNDRED)]
+
+
+def main() -> None:
+    """Run, judge, write."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=2000, help="steps (default: %(default)s; at least 600)")
+    args = parse(parser)
+    if args.steps < 600:
+        parser.error(f"--steps {args.steps}: steps 200 to 400 and the last 200 are compared; use 600 or more")
+    report = Report("soak", 1)
+    with tempfile.TemporaryDirectory() as folder:
+        long, fresh = train_both(training_flags(args.demo_dir, args.steps), args.steps, Path(folder))
+        metrics, fresh_metrics = long.records(), fresh.records()
+    early, late = slice(COMPARED, COMPARED + HUNDRED), slice(-HUNDRED, None)
+    lowest, highest = ([step[i] / 2**20 for step in long.memory] for i in (0, 1))
+    first, last = min(lowest[early]), min(lowest[late])
+    begun = statistics.median(record["time/step"] for record in fresh_metrics[COMPARED : 2 * COMPARED])
+    end = statistics.median(record["time/step"] for record in metrics[-COMPARED:])
+    cpu_begun = (fresh.cpu[2 * COMPARED - 1] - fresh.cpu[COMPARED - 1]) / COMPARED
+    cpu_end = (long.cpu[-1] - long.cpu[-COMPARED - 1]) / COMPARED
+    report.say(f"memory {first:.0f} -> {last:.0f} MiB, peak {max(highest[early]):.0f} -> {max(highest[late]):.0f} MiB")
+    report.say(f"a step: {begun:.3f} -> {end:.3f} s, {cpu_begun:.3f} -> {cpu_end:.3f} CPU seconds")
+    report.judge("soak: growth of memory", last / first - 1, at_most=0.02)
+    report.judge("soak: growth of a step's seconds", end / begun - 1, at_most=0.1)
+    report.judge("soak: growth of a step's CPU seconds", cpu_end / cpu_begun - 1, at_most=0.1)
+    report.judge("soak: largest log-prob gap", max(m["rollout/logprob_gap_max"] for m in metrics), at_most=1e-3)
+    report.finish(
+        steps=len(metrics),
+        mebibytes=[first, last],
+        seconds_a_step=[begun, end],
+        cpu_seconds_a_step=[cpu_begun, cpu_end],
+        every_100_steps={name: by_hundreds([m[name] for m in metrics]) for name in SHOWN}
+        | {"lowest_mebibytes": by_hundreds(lowest)},
+    )
 
 
 if __name__ == "__main__":

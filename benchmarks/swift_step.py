@@ -19,13 +19,13 @@ of a clip must be expanded, and on the CPU weights must go through vLLM's ``relo
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from harness import make_parser
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -34,7 +34,6 @@ os.environ |= {
     "VLLM_PLUGINS": "",
     "TOKENIZERS_PARALLELISM": "false",
 }
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "r1_aqa"))
 
 
 def write_rows(parquet: Path, path: Path) -> int:
@@ -130,7 +129,7 @@ def prepare(out: Path) -> None:
 
 def main() -> None:
     """Train some steps and write their metrics."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, demo=False)
     parser.add_argument("--pretrain", required=True, help="Qwen2-Audio folder")
     parser.add_argument("--prompt_data", required=True, type=Path, help="folder that avqa.py wrote")
     parser.add_argument("--save_path", required=True, type=Path, help="folder for metrics.jsonl")

@@ -16,12 +16,11 @@ of that type, measured in the same run. Limit on a GPU: 45 % with 256 tokens. Th
 - with ``--profile FOLDER`` a picture of one step (``step.png``: time by kind of work beside the time that the model's
   operations need at the measured peak; the rest is what is left on the table) and a trace for ui.perfetto.dev.
 
-Written to ``benchmarks/results/<date>_gpu_7b.json``. Has not been run on a GPU.
+Not run on a GPU yet.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import sys
@@ -33,10 +32,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from harness import ROOT, Report, forget_peak, peak_bytes, ratio  # noqa: E402
-
-sys.path[:0] = [str(ROOT / "examples" / "r1_aqa"), str(ROOT / "runtime")]
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+from harness import Report, forget_peak, make_parser, parse, peak_bytes, ratio
 
 BATCH, AUDIO, CLIP_FRAMES, AUDIO_TOKENS, TEXT = 8, 3, 1000, 250, 94  # the placeholder of the demo's tokenizer
 MFU = 0.45  # limit
@@ -256,15 +253,14 @@ def profile(step: Callable[[], Any], ideal: float, device: torch.device, folder:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=5, demo=False)
     parser.add_argument("--small", action="store_true", help="a tiny model, short responses, also on a CPU")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each measurement (default: %(default)s)")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write a picture and a trace of one step there")
-    args = parser.parse_args()
+    args = parse(parser)
     if not args.small and not torch.cuda.is_available():
         raise SystemExit("no GPU here: --small runs the same code with a tiny model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report("gpu_7b", __doc__, args.rounds)
+    report = Report("gpu_7b", args.rounds)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # which CPUs without its instructions emulate
     model = build_model("small" if args.small else "real", device, dtype)
     peak = matrix_peak(device, dtype, 512 if args.small else 8192, args.rounds)

@@ -6,7 +6,7 @@
 
 Work: micro-batches of 8 responses of 256 tokens to one prompt with a clip of 10 s, in bfloat16 (float32 on a CPU): all
 parameters trained, with and without gradient checkpointing; frozen tower; LoRA of rank 16 with AdamW's step. Printed
-for each: bytes allocated at most, what ``plan_memory`` says (weights, gradients, optimizer, activations, work space;
+for each: bytes allocated at most, what the planner says (weights, gradients, optimizer, activations, work space;
 neither DeepSpeed's buffers nor an engine, which are not here), and their ratio. Exit status 1 if one is off by more
 than 15 %.
 
@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from bench_7b import AUDIO, AUDIO_TOKENS, BATCH, SIZES, TEXT, build_model, make_batch
+from harness import make_parser
 from torch.profiler import ProfilerActivity, profile
 
 from aqa.training.freezing import freeze
-from aqa.training.model_sizes import count, parameters, sizes_of, trained
-from aqa.training.plan_memory import GIB, Lengths, micro_batch
+from aqa.training.planner import GIB, Lengths, count, micro_batch, parameters, sizes_of, trained
 from lightrft.models.lora import add_adapters
 
 RESPONSE, TOLERANCE = 256, 0.15
@@ -69,16 +69,17 @@ def compare(name: str, size: str, device: torch.device) -> float:
     case = CASES[name]
     bf16 = device.type == "cuda"
     flags = {"bf16": bf16, "gradient_checkpointing": False, "lora_rank": 0, "freeze_prefix": (), "load_in_4bit": False}
-    args = argparse.Namespace(**(flags | {"n_samples_per_prompt": BATCH} | case))
+    flags |= {"target_modules": ["language_model"], "n_samples_per_prompt": BATCH}
+    args = argparse.Namespace(**(flags | case))
     model = build_model(size, device, torch.bfloat16 if bf16 else torch.float32)
     sizes = sizes_of({part: model.config.to_dict()[part] for part in ("audio_config", "text_config")})
     if args.freeze_prefix:
         freeze(model, args.freeze_prefix)
     if args.lora_rank:
-        add_adapters(model, args.lora_rank, 16, ["language_model"], "random")
+        add_adapters(model, args.lora_rank, 16, args.target_modules, "random")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    some = trained(sizes, args.freeze_prefix, args.lora_rank, ["language_model"])
+    some = trained(sizes, args)
     train = [p for p in model.parameters() if p.requires_grad]
     batch = make_batch(RESPONSE, 1, device) | {"logit_bias": {AUDIO: -100.0}}  # as in training
     optimizer = torch.optim.AdamW(train) if args.lora_rank else None  # of all parameters it would not fit
@@ -105,7 +106,7 @@ def compare(name: str, size: str, device: torch.device) -> float:
 
 def main() -> None:
     """Measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, demo=False)
     parser.add_argument("--small", action="store_true", help=f"a tiny model, also on a CPU: {SIZES['small']}")
     args = parser.parse_args()
     if not args.small and not torch.cuda.is_available():
