@@ -3,13 +3,13 @@
 
     LIGHTRFT_HOME=/path/to/LightRFT python tests/lightrft_launcher.py [--hook FILE.py ...] SCRIPT [ARGUMENTS ...]
 
-LightRFT asks for CUDA in three ways: packages (flash-attn and SGLang, imported though not used), device names, and
-``torch.cuda`` calls. Here the packages are empty stand-ins, the names mean the CPU and the calls do nothing; NCCL is
-gloo, and vLLM's worker is its CPU worker. All of it is patched at run time. Training, rollouts and everything that the
-example's own patches do run as on a GPU.
+LightRFT needs CUDA in three ways: it imports packages (flash-attn and SGLang, though it does not use them here), names
+devices, and calls ``torch.cuda``. The launcher puts empty packages in the place of the first, makes every device name
+mean the CPU, and lets the calls do nothing; it replaces NCCL by gloo and vLLM's GPU worker by its CPU worker. All of
+this is patched at run time. Training, rollouts and the example's own patches run as on a GPU.
 
-A hook is a file that is executed first; it may register functions with :func:`after_import`, which tests use to change
-one thing in the middle of a run.
+A hook is a file that is executed before the script. Tests use it to change one thing in the middle of a run: it
+registers functions with :func:`after_import`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def after_import(name: str) -> Callable[[Callable], Callable]:
 
 
 class _Hooked(importlib.abc.MetaPathFinder):
-    """First on ``sys.meta_path``: lets the others find a module, and calls its hooks once it is executed."""
+    """Calls a module's hooks once the module has been executed. First on ``sys.meta_path``; the others find it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in _hooks:
@@ -73,7 +73,7 @@ class _Hooked(importlib.abc.MetaPathFinder):
 
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Last on ``sys.meta_path``, so only where a package is absent: its modules exist, and all names in them."""
+    """Makes up a package that is not installed: any module of it, any class in them. Last on ``sys.meta_path``."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name.partition(".")[0] in STAND_INS:
@@ -113,7 +113,7 @@ def redirect_devices() -> None:
     import torch.utils._device
 
     # `with torch.device("meta")` knows the factories by identity, from a set made at first use. Wrapped before that,
-    # they are strangers to it, and from_pretrained() leaves the rotary embeddings uninitialised.
+    # they are not in that set, and from_pretrained() leaves the rotary embeddings uninitialised.
     torch.utils._device._device_constructors()
 
     def on_cpu(device: Any) -> Any:
@@ -144,7 +144,7 @@ def redirect_devices() -> None:
         wrap(torch, name, functools.partial(with_device, positional=False))
 
     def returns(value: Any) -> Callable:
-        return lambda *_, **__: value  # one function each: Dynamo refuses the same one under two names
+        return lambda *_, **__: value  # a function of its own each time: Dynamo refuses one under two names
 
     actions = "synchronize empty_cache set_device manual_seed manual_seed_all ipc_collect"
     for name in (*actions.split(), "reset_max_memory_allocated", "reset_peak_memory_stats"):
@@ -209,7 +209,7 @@ def redirect_vllm() -> None:
     @after_import("lightrft.strategy.vllm_utils.vllm_worker_wrap_no_ray")
     def _(module: Any) -> None:
         def update_weight(self: Any, name: str, dtype: Any, shape: Any, weight: Any, empty_cache: bool = False) -> None:
-            """Linear weights are repacked on the CPU, where one at a time would not reach them: all with the last."""
+            """Load all weights with the last: the CPU build repacks linear weights, so single ones would be lost."""
             assert dtype == self.model_config.dtype and tuple(shape) == tuple(weight.shape), (name, dtype, shape)
             received = self.__dict__.setdefault("_received", [])
             received.append((name, weight.detach().clone()))
@@ -224,7 +224,7 @@ def redirect_vllm() -> None:
 
 
 def main() -> None:
-    """Redirect, then run the script as if it had been called by itself."""
+    """Redirect, then run the script as if it had been started directly."""
     arguments = sys.argv[1:]
     hooks = []
     while arguments[:1] == ["--hook"]:
@@ -233,7 +233,7 @@ def main() -> None:
     script = os.path.abspath(arguments[0])
     sys.argv = [script, *arguments[1:]]
     sys.path.insert(0, os.path.dirname(script))
-    sys.dont_write_bytecode = True  # the checkout stays as it is
+    sys.dont_write_bytecode = True  # leaves no files in the checkout
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     sys.meta_path.insert(0, _Hooked())
@@ -241,7 +241,7 @@ def main() -> None:
     redirect_devices()
     redirect_communication()
     redirect_vllm()
-    sys.modules["lightrft_launcher"] = sys.modules["__main__"]  # where hooks import after_import from
+    sys.modules["lightrft_launcher"] = sys.modules["__main__"]  # hooks import after_import from it
     for hook in hooks:
         runpy.run_path(hook)
     runpy.run_path(script, run_name="__main__")

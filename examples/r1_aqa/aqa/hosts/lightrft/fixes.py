@@ -1,7 +1,7 @@
 """What LightRFT at commit 49e62cb needs to run beside the libraries of today. Nothing here is about audio.
 
-Each fix stands in :data:`FIXES` with what it mends, when it is needed and when it can go, and is left out where it is
-not needed: with transformers 4.57 and vLLM 0.13, LightRFT's own pins, only LightRFT's own faults are mended.
+:data:`FIXES` lists what each fix mends, when it is needed and when it can be deleted. A fix that is not needed is not
+applied: beside transformers 4.57 and vLLM 0.13, LightRFT's own pins, only LightRFT's own faults are mended.
 """
 
 from __future__ import annotations

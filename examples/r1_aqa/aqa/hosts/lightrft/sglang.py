@@ -1,8 +1,8 @@
 """Rollouts with audio from sglang, for LightRFT's ``RLGenerationEngine``, whose own ``generate`` passes images only.
 
-Checked against the signatures of sglang 0.5.23, and of 0.5.6.post2, the oldest that LightRFT takes; never run on
-hardware. LightRFT 0.1.1's engine cannot be imported beside 0.5.23, which moved ``LocalSerializedTensor`` out of
-``sglang.srt.model_executor.model_runner``: it needs an older one.
+The calls were checked against the signatures of sglang 0.5.23 and of 0.5.6.post2, the oldest version that LightRFT
+accepts; they have never run on a GPU. LightRFT 0.1.1 cannot import its engine beside sglang 0.5.23, which moved
+``LocalSerializedTensor`` out of ``sglang.srt.model_executor.model_runner``: it needs an older sglang.
 
 Both versions of sglang let the audio tower attend to the padding of a clip shorter than 30 s, which transformers and
 vLLM mask. Responses and log-probabilities are therefore not those of the policy being trained, even with equal
@@ -24,7 +24,7 @@ from aqa.audio.decode import SAMPLING_RATE
 
 @dataclass
 class SglangOutput:
-    """One response. Its fields can also be read as items, which is how LightRFT's length statistics read them.
+    """One response. LightRFT's length statistics read its fields as items, so both ways work.
 
     :param prompt_token_ids: None; LightRFT's ``gather_and_generate`` puts the processor's expanded prompt here.
     :param output_token_ids: Sampled tokens, the end-of-turn token included if it was sampled.
@@ -61,7 +61,7 @@ def generate_with_audio(
     if logit_bias:
         own = {str(token): float(bias) for token, bias in logit_bias.items()}  # sglang's keys are strings
         params["logit_bias"] = {**(params.get("logit_bias") or {}), **own}
-    # encoded on every rank: a bad clip then raises on all of them, and none is left waiting for the leader
+    # Every rank encodes the clips, so that a bad one raises on all of them and no rank waits for the leader.
     audio = [_encode_clips(i, request) for i, request in enumerate(requests)]
     outputs = None
     if engine._tp_rank == 0:
@@ -85,7 +85,7 @@ def _encode_clips(index: int, request: dict[str, Any]) -> list[bytes] | None:
     """A request's clips as WAV files of 32-bit floats, which sglang decodes to the same samples; None without audio."""
     clips = request.get("multi_modal_data", {}).get("audio")
     if not clips:
-        return None  # what marks a text-only request: the list needs one entry a prompt
+        return None  # the list needs one entry a prompt, and None marks a request without audio
     files = []
     for waveform, rate in clips:
         if waveform.dtype != np.float32 or waveform.ndim != 1 or rate != SAMPLING_RATE:
@@ -98,7 +98,7 @@ def _encode_clips(index: int, request: dict[str, Any]) -> list[bytes] | None:
 
 
 def _read_output(index: int, output: dict[str, Any]) -> SglangOutput:
-    """An output in LightRFT's form, checked."""
+    """The output in LightRFT's form, after a check that every token has its log-probability."""
     tokens, meta = list(output.get("output_ids") or []), output["meta_info"]
     log_probs = [entry[0] for entry in meta.get("output_token_logprobs") or []]  # (log-prob, token id, text)
     if not tokens or len(log_probs) != len(tokens):
