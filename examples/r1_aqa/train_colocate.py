@@ -28,7 +28,8 @@ from aqa.audio.prefetch import PrefetchLoader
 from aqa.hosts.current import current_host, describe_host
 from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
-from aqa.training.flags import build_parser, find_problems, finish, has_split
+from aqa.training.flag_rules import find_problems
+from aqa.training.flags import build_parser, finish, has_split
 from aqa.training.run_config import write_config, write_report
 from aqa.training.summary import summary
 

@@ -25,7 +25,7 @@ from aqa.common.constants import MAX_AUDIO_TOKENS
 from aqa.common.patch import Patch, is_patched
 from aqa.hosts.lightrft.fixes import at_least
 from aqa.patches.actor import patch_policy
-from aqa.patches.slots import audio_token_count, unpack_clips
+from aqa.patches.slots import unpack_clips
 from aqa.patches.strategy import write_processor
 
 _MARKED = re.compile(re.escape("<|audio_bos|>") + r"(<\|AUDIO\|>)" + re.escape("<|audio_eos|>"))
