@@ -157,7 +157,7 @@ def test_data_depend_on_the_seed_alone(data: Path, tmp_path: Path) -> None:
 
 
 def test_template_has_one_placeholder_and_the_question(processor) -> None:
-    prompt = warm_start.render_prompt(processor, "What is heard in the video?", ["rain", "bell", "horn", "drum"])
+    prompt = warm_start.render_question(processor, "What is heard in the video?", ["rain", "bell", "horn", "drum"])
     assert prompt == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         f"Audio 1: {PLACEHOLDER}\nWhat is heard in the audio? Please choose the answer from the following options: "
@@ -284,7 +284,7 @@ def test_checkpoint_loads_and_answers(model_dir: Path) -> None:
     processor = AutoProcessor.from_pretrained(model_dir)
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
-    prompt = warm_start.render_prompt(processor, "What is it?", ["rain", "bell", "horn", "drum"])
+    prompt = warm_start.render_question(processor, "What is it?", ["rain", "bell", "horn", "drum"])
     clip = sounds.synthesize("bell", np.random.default_rng(0))
     batch = processor(text=[prompt], audio=[clip], sampling_rate=16000, return_tensors="pt")
     frames = int(batch["feature_attention_mask"].sum())

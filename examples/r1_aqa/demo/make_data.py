@@ -41,24 +41,15 @@ SPLITS = ("train", "test")
 
 
 def draw_options(label: str, rng: np.random.Generator) -> list[str]:
-    """
-    Draw the options of one question: the right class and three others, in random order.
-
-    :param label: The right class.
-    :param rng: Source of randomness.
-    :return: Four different classes, the right one among them.
-    """
+    """Draw the options of one question: the right class and three others, in random order."""
     others = [name for name in CLASSES if name != label]
     options = [label, *rng.choice(others, NUM_OPTIONS - 1, replace=False)]
     return [str(options[i]) for i in rng.permutation(NUM_OPTIONS)]
 
 
 def make_clip(label: str, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    """
-    Make one clip in one of the shapes found in the wild.
+    """Make one clip in one of the shapes found in the wild.
 
-    :param label: Class of the sound.
-    :param rng: Source of randomness.
     :return: Waveform of shape ``(samples,)`` or ``(samples, 2)``, and its sampling rate in Hz.
     """
     rate = int(rng.choice(OTHER_RATES)) if rng.random() < OTHER_RATE_SHARE else SAMPLING_RATE
@@ -71,13 +62,10 @@ def make_clip(label: str, rng: np.random.Generator) -> tuple[np.ndarray, int]:
 
 
 def write_clips(folder: Path, prefix: str, count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """
-    Write clips, the classes taking turns.
+    """Write clips, the classes taking turns.
 
     :param folder: Folder for the wav files; made here.
     :param prefix: Start of every file name.
-    :param count: Number of clips.
-    :param rng: Source of randomness.
     :return: For each clip its file name and its class.
     """
     folder.mkdir(parents=True)
@@ -93,12 +81,10 @@ def write_clips(folder: Path, prefix: str, count: int, rng: np.random.Generator)
 
 
 def train_rows(clips: list[tuple[str, str]], count: int, rng: np.random.Generator) -> list[dict]:
-    """
-    Ask about the training clips, every clip about equally often and never in the order of the classes.
+    """Ask about the training clips, every clip about equally often and never in the order of the classes.
 
     :param clips: File name and class of each clip.
     :param count: Number of questions.
-    :param rng: Source of randomness.
     :return: Rows of R1-AQA's JSON lines.
     """
     rounds = -(-count // len(clips))
@@ -121,11 +107,9 @@ def train_rows(clips: list[tuple[str, str]], count: int, rng: np.random.Generato
 
 
 def test_rows(clips: list[tuple[str, str]], rng: np.random.Generator) -> list[dict]:
-    """
-    Ask one question about every test clip.
+    """Ask one question about every test clip.
 
     :param clips: File name and class of each clip.
-    :param rng: Source of randomness.
     :return: Entries of an MMAU-style JSON list.
     """
     rows = []
@@ -149,12 +133,10 @@ def test_rows(clips: list[tuple[str, str]], rng: np.random.Generator) -> list[di
 
 
 def make_data(out_dir: Path, seed: int, train_questions: int, train_clips: int, test_questions: int) -> None:
-    """
-    Write the whole data folder; it appears under its name only once it is complete.
+    """Write the whole data folder; it appears under its name only once it is complete.
 
     :param out_dir: Folder to write; replaced if it exists.
     :param seed: Seed of everything drawn. Training and test set have streams of their own.
-    :param train_questions: Number of training questions.
     :param train_clips: Number of training clips; questions share them.
     :param test_questions: Number of test questions and test clips.
     """
@@ -172,9 +154,7 @@ def make_data(out_dir: Path, seed: int, train_questions: int, train_clips: int, 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """
-    :return: The command line's parser.
-    """
+    """The command line's flags."""
     parser = argparse.ArgumentParser(
         description="Write the demo's synthetic audio question answering set.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -188,9 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """
-    :param argv: Command line without the program's name; the process's own by default.
-    """
+    """Run the command."""
     args = build_parser().parse_args(argv)
     counts = {name: getattr(args, name) for name in ("train_questions", "train_clips", "test_questions")}
     if min(counts.values()) < 1:

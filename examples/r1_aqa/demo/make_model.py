@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# made on the CPU; without the variable DeepSpeed, which transformers imports, warns of it
+# transformers imports DeepSpeed, which without this variable warns that there is no GPU
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
@@ -42,11 +42,13 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aqa.common.constants import SAMPLING_RATE
+from aqa.data.prompts import ANSWER_SENTENCE, OPTIONS_SENTENCE
 from aqa.data.rows import AvqaError, parse_records, read_records
 from aqa.hosts.locate import find_host
 from aqa.policy.forward import parts_of
-from demo.sounds import SAMPLING_RATE
-from demo.warm_start import PROMPT, draw_warm_start_example, warm_start
+from demo import FAMILIES
+from demo.warm_start import draw_warm_start_example, warm_start
 
 PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -59,7 +61,6 @@ PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
 CLIP_SECONDS = 30  # what Qwen2-Audio's tower always works on; vLLM insists on its 3,000 frames
 N_MELS = 128
 TOWER_WIDTH = 64
-FAMILIES = ("qwen2_audio", "qwen2_5_omni")
 # A part is an audio if it has one of the keys, whatever the value: that is how Qwen2-Audio's template decides.
 CHAT_TEMPLATE = """\
 {%- set clips = namespace(seen=0) -%}
@@ -89,12 +90,10 @@ CHAT_TEMPLATE = """\
 
 
 def read_questions(path: Path) -> list[tuple[str, list[str]]]:
-    """
-    Questions and options of a file in R1-AQA's format.
+    """Questions and options of the usable rows of a file in R1-AQA's format.
 
     :param path: JSON lines, or AVQA's own array.
-    :return: Of each usable row.
-    :raises SystemExit: If there is none, or the file cannot be read.
+    :raises SystemExit: if there is none, or the file cannot be read.
     """
     try:
         records = read_records(path.read_bytes(), str(path))
@@ -109,13 +108,12 @@ def read_questions(path: Path) -> list[tuple[str, list[str]]]:
 
 
 def build_processor(family: str = "qwen2_audio", rows: Sequence[tuple[str, list[str]]] = ()) -> Qwen2AudioProcessor:
-    """
-    Build tokenizer, feature extractor and chat template.
+    """Build tokenizer, feature extractor and chat template.
 
-    :param family: See :data:`FAMILIES`.
-    :param rows: Questions and options to be read and written in few tokens, each option in one; none: the demo's own.
+    :param family: One of :data:`demo.FAMILIES`.
+    :param rows: Questions and options; each option becomes one token. Without rows: the demo's own.
     :return: The processor. Its vocabulary holds every byte, so it can read any text, though not in few tokens.
-    :raises SystemExit: If an option cannot be written in one token.
+    :raises SystemExit: if an option cannot be written in one token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -124,7 +122,8 @@ def build_processor(family: str = "qwen2_audio", rows: Sequence[tuple[str, list[
     corpus = ["system\nYou are a helpful assistant.\nuser\nAudio 1: \nassistant\n"] * 100
     for _ in range(400):
         question, options, answer, _ = draw_warm_start_example(rng, 1, rows)
-        corpus.append(PROMPT.format(question=question, options=options) + f"\n<answer>{answer}</answer>")
+        text = f"{question} {OPTIONS_SENTENCE.format(choices=options)} {ANSWER_SENTENCE}"
+        corpus.append(f"{text}\n<answer>{answer}</answer>")
         corpus.append(question.replace("video", "audio"))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
@@ -162,12 +161,9 @@ def build_processor(family: str = "qwen2_audio", rows: Sequence[tuple[str, list[
 
 
 def build_model(processor: Qwen2AudioProcessor, seed: int, family: str = "qwen2_audio") -> PreTrainedModel:
-    """
-    Build the model: random language model, audio tower that starts as a filter bank.
+    """Build the model: random language model, audio tower that starts as a filter bank.
 
-    :param processor: The processor whose vocabulary the model shares.
-    :param seed: Seed of the random weights.
-    :param family: See :data:`FAMILIES`.
+    :param processor: The model gets its vocabulary.
     :return: The model, float32.
     """
     tokenizer = processor.tokenizer
@@ -214,13 +210,10 @@ def build_model(processor: Qwen2AudioProcessor, seed: int, family: str = "qwen2_
 
 @torch.no_grad()
 def initialise_copying(model: PreTrainedModel) -> None:
-    """
-    Start the language model with a leaning towards words of the prompt, as pretrained ones have it.
+    """Let the language model lean towards words of the prompt from the start, as pretrained ones do.
 
     A token is written as it is read (output matrix = input embeddings), and what attention fetches arrives unturned
     (output projection = inverse of the value projection).
-
-    :param model: The model, changed in place.
     """
     language_model = parts_of(model).decoder
     model.lm_head.weight.copy_(language_model.embed_tokens.weight)
@@ -231,13 +224,10 @@ def initialise_copying(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def initialise_tower(model: PreTrainedModel) -> None:
-    """
-    Start the tower as a bank of triangular filters over the mel bins, which no data has shaped.
+    """Start the tower as a bank of triangular filters over the mel bins, which no data has shaped.
 
     With default weights all clips look alike at the tower's end. As a filter bank, channel ``i`` of the tower holds
     the energy around mel bin ``2 i``, smoothed over some 60 ms, and the last layer norm takes the level out.
-
-    :param model: The model, changed in place.
     """
     tower, projector, _, _ = parts_of(model)
     linear = getattr(projector, "linear", None) or tower.proj  # Qwen2.5-Omni's tower holds its projector
@@ -254,11 +244,8 @@ def initialise_tower(model: PreTrainedModel) -> None:
 
 
 def save(model: PreTrainedModel, processor: Qwen2AudioProcessor, out_dir: Path) -> None:
-    """
-    Write model and processor as a checkpoint of their family; the folder appears only once it is complete.
+    """Write model and processor as a checkpoint of their family; the folder appears only once it is complete.
 
-    :param model: The model.
-    :param processor: Its processor.
     :param out_dir: Folder to write; replaced if it exists.
     """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -276,15 +263,10 @@ def save(model: PreTrainedModel, processor: Qwen2AudioProcessor, out_dir: Path) 
 
 
 def write(model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, folder: Path) -> None:
-    """
-    Write a folder as Qwen2-Audio's.
+    """Write a folder as Qwen2-Audio's.
 
     transformers, given a model that was not loaded from a checkpoint, writes ``language_model.model.model.*`` where
     Qwen2-Audio's checkpoints have ``language_model.model.*``; vLLM cannot load the former.
-
-    :param model: The model.
-    :param processor: Its processor.
-    :param folder: Made here.
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -297,14 +279,12 @@ def write(model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProces
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """
-    :return: The command line's parser.
-    """
+    """The command line's flags."""
     parser = argparse.ArgumentParser(
         description="Make the demo's tiny model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if it exists")
-    parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="what kind of model")
+    parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_audio", help="what kind of model")
     parser.add_argument(
         "--rows", type=Path, help="R1-AQA's JSON lines, whose questions and options it shall know; otherwise the demo's"
     )
@@ -316,9 +296,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """
-    :param argv: Command line without the program's name; the process's own by default.
-    """
+    """Run the command."""
     args = build_parser().parse_args(argv)
     if args.warm_start_steps < 0 or args.warm_start_batch_size < 1:
         raise SystemExit("--warm_start_steps must be at least 0 and --warm_start_batch_size at least 1.")

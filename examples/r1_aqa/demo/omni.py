@@ -1,4 +1,4 @@
-"""The demo's model as a Qwen2.5-Omni: same tokenizer and sizes, its thinker alone, a vision tower unused.
+"""The demo's model as a Qwen2.5-Omni: the same tokenizer and sizes; only its thinker, whose vision tower is unused.
 
 Needs this repository's runtime, which knows what Qwen2.5-Omni's checkpoints look like.
 """
@@ -27,19 +27,15 @@ TOKENS = {  # attributes of Qwen2.5-Omni's tokenizer
     "audio_eos_token": "<|audio_eos|>",
 }
 CHUNK_LENGTH = 300  # seconds: what Qwen2.5-Omni's feature extractor pads to
-# what its picture and video processors are told; nothing here makes them
+# settings of its picture and video processors, which its configuration must name; nothing here uses them
 PICTURES = {"patch_size": 2, "temporal_patch_size": 2, "merge_size": 2}
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, template: str, n_mels: int, rate: int) -> OmniAudioProcessor:
-    """
-    Make the processor of text and sound.
+    """Make the processor of text and sound.
 
     :param tokenizer: The demo's, with :data:`TOKENS`.
-    :param template: Chat template.
-    :param n_mels: Mel bins.
     :param rate: Sampling rate in Hz.
-    :return: The processor.
     """
     extractor = WhisperFeatureExtractor(
         feature_size=n_mels, sampling_rate=rate, chunk_length=CHUNK_LENGTH, return_attention_mask=True
@@ -48,13 +44,11 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, template: str, n_mels: i
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, audio: dict[str, Any], text: dict[str, Any]) -> Any:
-    """
-    Make the thinker's configuration.
+    """Make the thinker's configuration.
 
     :param tokenizer: The demo's, with :data:`TOKENS`.
     :param audio: Sizes of the tower, as for the demo's Qwen2-Audio.
-    :param text: Those of the language model.
-    :return: The configuration.
+    :param text: Sizes of the language model.
     """
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()}
     half_head = text["hidden_size"] // text["num_attention_heads"] // 2
@@ -84,13 +78,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, audio: dict[str, Any], text
 
 
 def write(model: Qwen2_5OmniThinkerForConditionalGeneration, processor: OmniAudioProcessor, folder: Path) -> None:
-    """
-    Write a folder as Qwen2.5-Omni's, without the parts that talk.
-
-    :param model: The model.
-    :param processor: Its processor.
-    :param folder: Made here.
-    """
+    """Write a folder as Qwen2.5-Omni's, without the parts that talk; the folder is made here."""
     folder.mkdir()
     weights = {Qwen2_5Omni.checkpoint_name(name): tensor for name, tensor in model.named_parameters()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}

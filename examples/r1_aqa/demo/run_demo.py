@@ -20,10 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of the packages aqa and demo
+from aqa.common.files import write_atomically
+from demo import FAMILIES
+
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE.parent
 N_SAMPLES = 8
-FAMILIES = {"qwen2_audio": "Qwen2-Audio", "qwen2_5_omni": "Qwen2.5-Omni"}
 
 
 def main() -> None:
@@ -76,14 +79,9 @@ def main() -> None:
 
 
 def make_assets(out: Path, seed: int, questions: int, family: str) -> None:
-    """Model, sounds and parquet, unless they are there already, made by the same sources from the same seed.
-
-    :param out: The demo's folder.
-    :param seed: Seed of both.
-    :param questions: Training questions.
-    :param family: Of the model.
-    """
-    sources = sorted([*HERE.glob("*.py"), *(EXAMPLE / "data_preprocess").glob("*.py")])
+    """Make model, sounds and parquet, unless the same sources have made them from the same seed before."""
+    folders = (HERE, EXAMPLE / "data_preprocess", EXAMPLE / "aqa" / "data", EXAMPLE / "aqa" / "common")
+    sources = sorted(path for folder in folders for path in folder.glob("*.py"))
     content = b"".join(path.read_bytes() for path in sources)
     stamp = f"{family}, seed {seed}, {questions} questions, sources {hashlib.sha256(content).hexdigest()[:16]}\n"
     marker = out / "assets.txt"
@@ -100,11 +98,8 @@ def make_assets(out: Path, seed: int, questions: int, family: str) -> None:
 
 
 def train(out: Path, seed: int, prompts: int, flags: list[str]) -> None:
-    """GRPO with R1-AQA's group size and reward, at a learning rate for a model of this size.
+    """Train with GRPO: R1-AQA's group size and reward, a learning rate for a model of this size.
 
-    :param out: The demo's folder.
-    :param seed: Seed of the data's order and of the sampling.
-    :param prompts: Prompts a step.
     :param flags: Further flags, which outrank those here.
     """
     run(
@@ -120,13 +115,10 @@ def train(out: Path, seed: int, prompts: int, flags: list[str]) -> None:
 
 
 def evaluate(out: Path, model: Path, name: str, *extra: object) -> float:
-    """Accuracy on the held-out questions, greedy.
+    """Accuracy by MMAU's rule on the held-out questions, with greedy answers.
 
-    :param out: The demo's folder.
-    :param model: Model folder.
     :param name: Of the result file.
     :param extra: Further arguments of eval_mmau.py.
-    :return: Accuracy by MMAU's rule.
     """
     result = out / f"result_{name}.json"
     run(
@@ -143,7 +135,6 @@ def run(script: str, *args: object, quiet: bool = False) -> None:
     """Run one of the example's scripts; its failure ends the demo with its message.
 
     :param script: Path below examples/r1_aqa.
-    :param args: Arguments.
     :param quiet: Show its output only if it fails.
     """
     command = [sys.executable, str(EXAMPLE / script), *map(str, args)]
@@ -156,33 +147,13 @@ def run(script: str, *args: object, quiet: bool = False) -> None:
 
 
 def read_host(log: Path) -> str:
-    """The host line of the training's banner.
-
-    :param log: The training's log.
-    """
+    """The host line of the training's banner, from the training's log."""
     lines = (line for line in log.read_text(errors="replace").splitlines() if line.startswith("host "))
     return next(lines).removeprefix("host").strip()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is either old or new.
-
-    :param path: Target.
-    :param text: Content.
-    """
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def draw_curve(metrics: list[dict[str, Any]], summary: dict[str, Any], path: Path, name: str) -> None:
-    """Accuracy of the rollouts over the steps, and the three evaluations.
-
-    :param metrics: The training's metrics.
-    :param summary: The demo's summary.
-    :param path: PNG file.
-    :param name: Of the kind of model.
-    """
+    """Draw the accuracy of the rollouts over the steps, and the three evaluations, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,9 +183,8 @@ def draw_curve(metrics: list[dict[str, Any]], summary: dict[str, Any], path: Pat
 
 
 def report(summary: dict[str, Any], shown: Path) -> str:
-    """What the demo ends with.
+    """The lines that the demo ends with.
 
-    :param summary: The demo's summary.
     :param shown: The folder as the user named it.
     """
     return "\n".join(

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-SAMPLING_RATE = 16000
+from aqa.common.constants import SAMPLING_RATE
+
 MIN_SECONDS, MAX_SECONDS = 0.7, 1.8
 MIN_LEVEL_DB, MAX_LEVEL_DB = -22.0, -3.0  # peak level, dB relative to full scale
 MIN_NOISE_DB, MAX_NOISE_DB = -50.0, -30.0  # background noise, dB relative to the peak of the sound
@@ -17,14 +18,8 @@ Generator = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
 
 def _band_noise(samples: int, rate: int, low_hz: float, high_hz: float, rng: np.random.Generator) -> np.ndarray:
-    """
-    White noise with everything outside a band removed.
+    """White noise with everything outside a band (Hz) removed.
 
-    :param samples: Number of samples.
-    :param rate: Sampling rate, Hz.
-    :param low_hz: Lower edge of the band, Hz.
-    :param high_hz: Upper edge of the band, Hz.
-    :param rng: Source of randomness.
     :return: Noise of shape ``(samples,)`` and unit variance.
     """
     spectrum = np.fft.rfft(rng.standard_normal(samples))
@@ -35,13 +30,12 @@ def _band_noise(samples: int, rate: int, low_hz: float, high_hz: float, rng: np.
 
 
 def _since_last(t: np.ndarray, period: float, phase: float) -> np.ndarray:
-    """
-    Time since the latest of a series of evenly spaced events.
+    """Time since the latest of a series of evenly spaced events.
 
     :param t: Time axis, seconds, shape ``(samples,)``.
     :param period: Distance of two events, seconds.
     :param phase: Offset of the series as a share of the period.
-    :return: Seconds since the latest event, shape ``(samples,)``.
+    :return: Seconds, shape ``(samples,)``.
     """
     return (t + phase * period) % period
 
@@ -116,14 +110,13 @@ CLASSES: tuple[str, ...] = tuple(GENERATORS)
 
 
 def synthesize(label: str, rng: np.random.Generator, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
-    """
-    Make one clip.
+    """Make one clip.
 
-    :param label: Class of the sound, one of :data:`CLASSES`.
+    :param label: One of :data:`CLASSES`.
     :param rng: Source of randomness; the same state gives the same clip.
-    :param sampling_rate: Sampling rate, Hz; at least 16000, so that every class fits below half of it.
+    :param sampling_rate: Hz; at least 16,000, so that every class fits below half of it.
     :return: Waveform of shape ``(samples,)``, float32, within -1 and 1, lasting 0.7 to 1.8 s.
-    :raises ValueError: If the class is unknown or the sampling rate too low.
+    :raises ValueError: if the class is unknown or the sampling rate too low.
     """
     if label not in GENERATORS:
         raise ValueError(f"Unknown class of sound {label!r}; known are {', '.join(CLASSES)}.")

@@ -12,42 +12,32 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen2AudioProcessor
 
+from aqa.common.constants import SAMPLING_RATE
+from aqa.data.prompts import render_chat, render_prompt
 from aqa.policy.forward import encode_clips, parts_of
 from demo.make_data import QUESTIONS, draw_options
-from demo.sounds import CLASSES, SAMPLING_RATE, synthesize
+from demo.sounds import CLASSES, synthesize
 
 TEXT_ONLY_SHARE = 0.6  # of the steps; the first ones run without sound, which makes them cheap
-PROMPT = (
-    "{question} Please choose the answer from the following options: {options}. "
-    "Output the final answer in <answer> </answer>."
-)
 
 
-def render_prompt(processor: Qwen2AudioProcessor, question: str, options: list[str]) -> str:
-    """
-    Write R1-AQA's prompt about one clip as the model reads it.
+def render_question(processor: Qwen2AudioProcessor, question: str, options: list[str]) -> str:
+    """Word a question about one clip as R1-AQA does, and render it as the model reads it.
 
-    :param processor: The demo's processor.
-    :param question: The question.
-    :param options: The options to choose from.
     :return: The chat up to the assistant's turn, with one audio placeholder.
     """
-    text = PROMPT.format(question=question.replace("video", "audio"), options=options)
+    text = render_prompt(question, options, enable_think=False)
     content = [{"type": "audio", "audio_url": "clip.wav"}, {"type": "text", "text": text}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    return render_chat(processor, [{"role": "user", "content": content}])
 
 
 def draw_warm_start_example(
     rng: np.random.Generator, sounds: int, rows: Sequence[tuple[str, list[str]]] = ()
 ) -> tuple[str, list[str], str, int]:
-    """
-    Draw a question, the option to answer with and, independently of both, a sound.
+    """Draw a question, the option to answer with and, independently of both, a sound.
 
-    :param rng: Source of randomness.
     :param sounds: Number of sounds to draw from.
-    :param rows: Questions and their options to draw from; none: the demo's own.
+    :param rows: Questions and their options to draw from; without rows: the demo's own.
     :return: Question, options, the option that the answer names (each being equally likely), number of the sound.
     """
     if rows:
@@ -59,11 +49,8 @@ def draw_warm_start_example(
 
 
 def draw_warm_start_sounds(count: int, seed: int) -> tuple[list[str], list[np.ndarray]]:
-    """
-    Draw the sounds that accompany the warm start's questions.
+    """Draw the sounds that accompany the warm start's questions.
 
-    :param count: Number of clips.
-    :param seed: Seed of the clips.
     :return: Class and waveform of each clip. The warm start uses the waveforms alone; the classes are for its test.
     """
     rng = np.random.default_rng([seed, 1])
@@ -73,11 +60,8 @@ def draw_warm_start_sounds(count: int, seed: int) -> tuple[list[str], list[np.nd
 
 @torch.no_grad()
 def embed_sounds(model: PreTrainedModel, processor: Qwen2AudioProcessor, clips: list[np.ndarray]) -> list[torch.Tensor]:
-    """
-    Pass clips through tower and projector.
+    """Pass clips through tower and projector.
 
-    :param model: The model.
-    :param processor: Its processor.
     :param clips: Waveforms of shape ``(samples,)`` at 16 kHz.
     :return: For each clip its embeddings, of shape ``(audio tokens, hidden size)``.
     """
@@ -108,17 +92,16 @@ def embed_sounds(model: PreTrainedModel, processor: Qwen2AudioProcessor, clips: 
 def warm_start_loss(
     log_probs: torch.Tensor, targets: torch.Tensor, options: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Cross-entropy of the answer, the word in it being any of the options with equal probability.
+    """Cross-entropy of the answer, the word in it being any of the options with equal probability.
 
-    Of the word, the target is the even mixture of the options: what drawing one at random gives in expectation, without
+    The target of the word is the even mixture of the options: what drawing one at random gives in expectation, without
     the noise of the draw. The best that can be reached is therefore ``log(options)`` for the word and 0 for the rest.
 
     :param log_probs: Log-probabilities at the answer's tokens, shape ``(examples, tokens, vocabulary)``.
     :param targets: The answer's tokens, one of which is an option, shape ``(examples, tokens)``.
     :param options: The options' tokens, shape ``(examples, options)``; -1 where an example has fewer.
     :return: Loss of the word and loss of the other tokens together, in nats an answer, means over the examples.
-    :raises ValueError: If an answer does not hold exactly one of its options.
+    :raises ValueError: if an answer does not hold exactly one of its options.
     """
     is_word = (targets[:, :, None] == options[:, None, :]).any(-1)
     if not (is_word.sum(1) == 1).all():
@@ -139,16 +122,12 @@ def warm_start(
     seed: int,
     rows: Sequence[tuple[str, list[str]]] = (),
 ) -> None:
-    """
-    Teach the language model to answer in the right format with any of the options, whatever the sound.
+    """Teach the language model to answer in the right format with any of the options, whatever the sound.
 
-    :param model: The model; tower and projector stay as they are.
-    :param processor: Its processor.
-    :param steps: Optimizer steps.
+    :param model: Changed in place; tower and projector stay as they are.
     :param batch_size: Examples a step.
-    :param learning_rate: Peak learning rate; it rises over a tenth of the steps and falls linearly over the last half.
-    :param seed: Seed of sounds and answers.
-    :param rows: Questions and options, each option one token; none: the demo's own.
+    :param learning_rate: Peak; the rate rises over a tenth of the steps and falls linearly over the last half.
+    :param rows: Questions and options, each option one token; without rows: the demo's own.
     """
     rng = np.random.default_rng([seed, 2])
     tokenizer, language_model = processor.tokenizer, parts_of(model).decoder
@@ -162,21 +141,8 @@ def warm_start(
         optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.5 * steps), 1.0)
     )
     for step in range(steps):
-        inputs, targets, options = [], [], []
-        for _ in range(batch_size):
-            question, names, answer, sound = draw_warm_start_example(rng, len(sounds), rows)
-            before, after = render_prompt(processor, question, names).split(processor.audio_token)
-            target = tokenizer(f"<answer>{answer}</answer>{tokenizer.eos_token}")["input_ids"]
-            before, after = tokenizer(before)["input_ids"], tokenizer(after)["input_ids"] + target
-            text = language_model.embed_tokens(torch.tensor(before + after))
-            heard = sounds[sound] if step >= TEXT_ONLY_SHARE * steps else sounds[sound][:0]
-            inputs.append(torch.cat([text[: len(before)], heard, text[len(before) :]]))
-            targets.append(target)
-            options.append(torch.tensor([word_ids[name] for name in names]))
-        # Padding on the right of a causal model: what comes before never sees it.
-        embeds = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
-        options = torch.nn.utils.rnn.pad_sequence(options, batch_first=True, padding_value=-1)
-        targets, ends = torch.tensor(targets), torch.tensor([len(row) for row in inputs])
+        heard = sounds if step >= TEXT_ONLY_SHARE * steps else [sound[:0] for sound in sounds]
+        embeds, targets, options, ends = make_batch(processor, language_model, heard, word_ids, batch_size, rng, rows)
         # The token at place p is predicted at place p - 1.
         places = ends[:, None] - targets.shape[1] - 1 + torch.arange(targets.shape[1])
         hidden = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
@@ -194,3 +160,36 @@ def warm_start(
                 f"{(options >= 0).sum(1).log().mean().item():.3f})",
                 flush=True,
             )
+
+
+def make_batch(
+    processor: Qwen2AudioProcessor,
+    language_model: torch.nn.Module,
+    sounds: list[torch.Tensor],
+    word_ids: dict[str, int],
+    batch_size: int,
+    rng: np.random.Generator,
+    rows: Sequence[tuple[str, list[str]]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw examples, and embed them.
+
+    :param sounds: Embeddings of each sound, ``(audio tokens, hidden size)``; no token in the steps without sound.
+    :param word_ids: The token of each option.
+    :return: Embeddings ``(examples, length, hidden size)``, the answers' tokens ``(examples, tokens)``, the options'
+        tokens ``(examples, options)``, -1 where an example has fewer, and where each example ends ``(examples,)``.
+    """
+    tokenizer = processor.tokenizer
+    inputs, targets, options = [], [], []
+    for _ in range(batch_size):
+        question, names, answer, sound = draw_warm_start_example(rng, len(sounds), rows)
+        before, after = render_question(processor, question, names).split(processor.audio_token)
+        target = tokenizer(f"<answer>{answer}</answer>{tokenizer.eos_token}")["input_ids"]
+        before, after = tokenizer(before)["input_ids"], tokenizer(after)["input_ids"] + target
+        text = language_model.embed_tokens(torch.tensor(before + after))
+        inputs.append(torch.cat([text[: len(before)], sounds[sound], text[len(before) :]]))
+        targets.append(target)
+        options.append(torch.tensor([word_ids[name] for name in names]))
+    # The model is causal, so padding on the right changes nothing that comes before it.
+    embeds = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+    options = torch.nn.utils.rnn.pad_sequence(options, batch_first=True, padding_value=-1)
+    return embeds, torch.tensor(targets), options, torch.tensor([len(row) for row in inputs])
