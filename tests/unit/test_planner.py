@@ -1,35 +1,42 @@
-"""``--plan``: what it says, what it would change, and that the advice fits."""
+"""``--plan``: parameters and memory against real models and measured bytes, hand-worked states, and its advice."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import EXAMPLE, child_environment
+from support.training import FLAGS
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
+from aqa.common.patch import Patch
+from aqa.patches.actor import patch_policy
 from aqa.policy import token_log_probs
 from aqa.training import planner
-from aqa.training.flags import build_parser, find_problems, finish
-from aqa.training.model_sizes import count, parameters, read_sizes
-from aqa.training.plan_memory import GIB, LOGITS, PHASES
+from aqa.training.flag_rules import find_problems
+from aqa.training.flags import build_parser, finish
+from aqa.training.freezing import freeze
+from aqa.training.planner import GIB, PARTS, PHASES, SizeError, count, parameters, read_sizes
+from lightrft.models.lora import add_adapters
+from lightrft.strategy.fsdp_strategy import FSDPStrategy
 from lightrft.utils import add_arguments
 
 SEVEN_B = "Qwen/Qwen2-Audio-7B-Instruct"
+SIZES = read_sizes(SEVEN_B)
+VALUES = count(parameters(SIZES)) - 1500 * 1280  # the sinusoids do not train
 RECIPE = ("--bf16", "--zero_stage", "3", "--gradient_checkpointing", "--micro_rollout_batch_size", "4")
 
 
 def plan(*flags, gpus=8, gib=80.0) -> planner.Plan:
     args = build_parser(add_arguments).parse_args(["--plan", "--pretrain", SEVEN_B, *flags])
     finish(args)
-    return planner.make_plan(args, read_sizes(SEVEN_B), planner.GPUs(gpus, gib, "as asked"))
-
-
-def change(before: planner.Plan, advice: dict) -> planner.Plan:
-    args = argparse.Namespace(**(vars(before.args) | advice))
-    return planner.make_plan(args, before.sizes, before.gpus)
+    return planner.Plan(args, SIZES, planner.GPUs(gpus, gib, "as asked"))
 
 
 def run(*flags, **kwargs):
@@ -37,92 +44,355 @@ def run(*flags, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=child_environment(), **kwargs)
 
 
-def test_states_by_hand():
-    values = count(parameters(read_sizes(SEVEN_B))) - 1500 * 1280  # the sinusoids do not train
-    zero2 = plan("--bf16", "--zero_stage", "2").memory
-    assert zero2["backward"]["weights"] == 2 * (values + 1500 * 1280)
-    assert zero2["backward"]["optimizer states"] == 12 * values / 8
-    assert zero2["backward"]["gradients"] == 2 * values / 8
-    assert zero2["optimizer"]["gradients"] == 4 * values / 8  # in float32
-    assert zero2["rollout"]["gradients"] == 0
-    assert zero2["backward"]["sharding buffers"] == 2 * 2 * 5e8
-    assert zero2["backward"]["reference model"] == 0  # in the machine's memory
-    zero3 = plan(*RECIPE).memory
-    assert zero3["rollout"]["weights"] == pytest.approx(2 * values / 8, rel=0.01)
-    assert zero3["rollout"]["gradients"] == 2 * values / 8
-    zero0 = plan("--no-bf16", "--zero_stage", "0").memory
-    assert zero0["rollout"]["optimizer states"] == 8 * values  # no second copy of the weights
-    offloaded = plan("--bf16", "--adam_offload").memory
-    assert offloaded["optimizer"]["optimizer states"] == offloaded["optimizer"]["gradients"] == 0
+# ----------------------------------------------------------------------------------------------------- parameters
+def on_meta(config):
+    """A model of this configuration without memory for its weights."""
+    config = {name: value for name, value in config.items() if name != "model_type"}
+    with torch.device("meta"):
+        return Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(**config))
 
 
-def test_fsdp_by_hand():
-    values = count(parameters(read_sizes(SEVEN_B))) - 1500 * 1280
-    fixed = 2 * 1500 * 1280 / 8
-    memory = plan("--bf16", "--fsdp").memory
-    assert memory["rollout"]["weights"] == 4 * values / 8 + fixed  # those that train are float32
-    assert memory["backward"]["gradients"] == memory["optimizer"]["gradients"] == 4 * values / 8
-    assert memory["optimizer"]["optimizer states"] == 8 * values / 8
-    assert memory["sync"]["reference model"] == pytest.approx(2 * values / 8 + fixed)
-    layer = 4 * 4096 * 4096 + 3 * 4096 + 3 * 4096 * 11008 + 2 * 4096
-    tower = 32 * (4 * 1280**2 + 3 * 1280 + 2 * 1280 * 5120 + 5120 + 1280 + 4 * 1280)
-    rest = values + 1500 * 1280 - tower - 32 * layer - 2 * 156032 * 4096
-    assert memory["backward"]["sharding buffers"] == pytest.approx(2 * (rest + 156032 * 4096 + layer))
-    offloaded = plan("--bf16", "--fsdp", "--fsdp_cpu_offload")
-    kept = ("weights", "gradients", "optimizer states", "reference model")
-    assert not any(row[name] for row in offloaded.memory.values() for name in kept)
-    host = planner.host_memory(offloaded.sizes, offloaded.args, 8)
-    assert host["training"] == 16 * values / 8 + fixed
-    assert host["reference model"] == pytest.approx(2 * values / 8 + fixed)
+GROUPED = {
+    "text_config": {
+        **{"model_type": "qwen2", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    },
+    "audio_config": {
+        **{"model_type": "qwen2_audio_encoder", "encoder_layers": 1, "encoder_attention_heads": 2},
+        **{"d_model": 32, "encoder_ffn_dim": 48},
+    },
+}
 
 
-def test_parameters_offloaded():
-    held, moved = (plan(*RECIPE, *more) for more in ((), ("--param_offload",)))
-    less = held.memory["sync"]["weights"] - moved.memory["sync"]["weights"]
-    assert moved.memory["sync"]["weights"] < 0.01 * 2**30  # small ones that stay whole
-    assert planner.host_memory(moved.sizes, moved.args, 8)["training"] == less
+@pytest.mark.parametrize("which", ["7b", "demo", "grouped queries"])
+def test_every_parameter(which, tiny_model):
+    demo = json.loads((tiny_model / "config.json").read_text())
+    config = {"7b": planner.KNOWN[SEVEN_B], "demo": demo, "grouped queries": GROUPED}[which]
+    model, known = on_meta(config), parameters(planner.sizes_of(config))
+    shapes = {name: (tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()}
+    assert {p.name: (p.shape, not p.fixed) for p in known} == shapes
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {p.name.removesuffix(".weight") for p in known if p.linear} == linear
+    for part in PARTS:
+        module = model.lm_head if part == "lm_head" else getattr(model.model, part)
+        assert count(known, part) == sum(p.numel() for p in module.parameters())
+    assert which != "7b" or count(known) == 8_397_094_912
+
+
+@pytest.mark.parametrize(
+    ("frozen", "targets"),
+    [
+        (["audio_tower"], None),
+        (["multi_modal_projector", "layers.[01]"], None),
+        (["embed_tokens", "lm_head", "*norm"], None),
+        (None, ["language_model"]),
+        (None, ["q_proj", "fc1"]),
+    ],
+)
+def test_what_trains(frozen, targets):
+    model = on_meta(planner.KNOWN[SEVEN_B])
+    if frozen:
+        freeze(model, frozen)
+    else:
+        add_adapters(model, 8, 16, targets, "base")
+    real = {n.replace(".default", ""): tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    args = flags(freeze_prefix=frozen, lora_rank=0 if frozen else 8, target_modules=targets)
+    assert {p.name: p.shape for p in planner.trained(SIZES, args)} == real
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(SizeError, match="--freeze_prefix tower"):
+        planner.trained(SIZES, flags(freeze_prefix=["tower"]))
+    with pytest.raises(SizeError, match="--target_modules lm_head"):
+        planner.trained(SIZES, flags(lora_rank=8, target_modules=["lm_head"]))
+    with pytest.raises(SizeError, match="--pretrain who/knows"):
+        read_sizes("who/knows")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SizeError, match="'llama'"):
+        read_sizes(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------- measured memory
+AUDIO, VOCABULARY = 7, 6000
+CONFIG = {
+    "audio_token_index": AUDIO,
+    "audio_config": {
+        "model_type": "qwen2_audio_encoder",
+        "encoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 768,
+        "d_model": 192,
+    },
+    "text_config": {
+        "model_type": "qwen2",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 320,
+        "intermediate_size": 864,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+    },
+}
+SMALL = planner.sizes_of(CONFIG)
+WIDTH = planner.Lengths(clips=1, seconds=6.0, prompt=180, response=40)
+ROWS = 4  # responses to one prompt
+
+
+def flags(**changes):
+    values = {"bf16": False, "gradient_checkpointing": False, "lora_rank": 0, "n_samples_per_prompt": ROWS}
+    values |= {"freeze_prefix": None, "target_modules": ["language_model"], "zero_stage": 0, "adam_offload": False}
+    return argparse.Namespace(**(values | {"load_in_4bit": False, "fsdp": False} | changes))
+
+
+def build(args):
+    torch.manual_seed(0)
+    model = Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(**CONFIG)).to(
+        torch.bfloat16 if args.bf16 else torch.float32
+    )
+    model.config.use_cache = False
+    if args.freeze_prefix:
+        freeze(model, args.freeze_prefix)
+    if args.lora_rank:
+        add_adapters(model, args.lora_rank, 16, args.target_modules, "base")
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    patch_policy(Patch(), model)
+    return model.train()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(8, VOCABULARY, (WIDTH.prompt,), generator=generator)
+    prompt[4:154] = AUDIO
+    sequences = torch.cat([prompt.expand(ROWS, -1), torch.randint(8, VOCABULARY, (ROWS, 40), generator=generator)], 1)
+    mask = torch.ones_like(sequences)
+    mask[0, -3:] = 0  # responses differ in length
+    return {
+        "sequences": sequences,
+        "attention_mask": mask,
+        "response_mask": mask[:, WIDTH.prompt :],
+        "features": torch.randn(1, 128, 3000, generator=generator),
+        "frames": torch.tensor([600]),
+        "clip_index": torch.zeros(ROWS, dtype=torch.long),
+        "logit_bias": {AUDIO: -100.0},
+    }
+
+
+def saved_bytes(model, inputs):
+    """Different memory that autograd keeps, weights and inputs left out."""
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *inputs.values()] if torch.is_tensor(t)}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).mean()
+    total = sum(storage.nbytes() for storage in kept.values())
+    loss.backward()
+    return total
+
+
+def allocated(work):
+    """Most bytes beside those before, and bytes that stay."""
+    gc.collect()  # else memory of an earlier model that is freed meanwhile counts as negative
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        now += size
+        most = max(most, now)
+    return most, now
+
+
+CASES = [
+    {},
+    {"bf16": True},
+    {"bf16": True, "gradient_checkpointing": True},
+    {"gradient_checkpointing": True},
+    {"freeze_prefix": ["audio_tower"]},
+    {"freeze_prefix": ["audio_tower", "multi_modal_projector", "embed_tokens", "layers.[01]", "lm_head"]},
+    {"lora_rank": 8},
+    {"lora_rank": 8, "bf16": True, "target_modules": ["q_proj", "v_proj", "fc1"]},
+]
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """100 rows of logits at once: several chunks, as with Qwen2-Audio's vocabulary."""
+    assert planner.LOGITS == token_log_probs.LOGITS_AT_ONCE
+    monkeypatch.setattr(token_log_probs, "LOGITS_AT_ONCE", 100 * VOCABULARY)
+    monkeypatch.setattr(planner, "LOGITS", 100 * VOCABULARY)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_activations(case, chunks):
+    args = flags(**case)
+    model, inputs = build(args), batch()
+    planned = planner.micro_batch(SMALL, args, ROWS, planner.trained(SMALL, args), WIDTH)
+    saved = saved_bytes(model, inputs)  # the gradients are there from now on, as in a second micro-batch
+    assert planned.saved == pytest.approx(saved, rel=0.03), (planned, saved)
+    most, stays = allocated(lambda: model(**inputs).mean().backward())
+    assert stays == 0
+    peak = planned.saved + max(planned.layer, planned.head)
+    print(f"{case}: kept {planned.saved / saved:.3f}, peak {peak / most:.3f} of what is measured")
+    assert peak == pytest.approx(most, rel=0.1)
+
+
+@pytest.mark.parametrize("case", [{}, {"bf16": True}, {"lora_rank": 8, "bf16": True}], ids=str)
+def test_fsdp(case, chunks):
+    """Shards, and what FSDP2 gathers and reduces on top of the activations, of one rank."""
+    args = flags(**case, fsdp=True, fsdp_cpu_offload=False)
+    strategy = FSDPStrategy(argparse.Namespace(**(FLAGS | {"bf16": args.bf16})))
+    engine, *_ = strategy.prepare_training(build(args), 10)
+    inputs = batch()
+    some = planner.trained(SMALL, args)
+    planned, states = planner.micro_batch(SMALL, args, ROWS, some, WIDTH), planner.states_of(SMALL, args, 1, some)
+    shards = [parameter.to_local() for parameter in engine.module.parameters()]
+    assert states.weights == pytest.approx(sum(shard.nbytes for shard in shards), rel=1e-3)
+    _, gradients = allocated(lambda: engine.backward(engine(**inputs).mean()))
+    assert states.gradients == pytest.approx(gradients, rel=0.01)
+    most, _ = allocated(lambda: engine.backward(engine(**inputs).mean()))
+    gathered, moved = planner.fsdp_units(SMALL, 2 if args.bf16 else 4, some)
+    peak = planned.saved + gathered + max(planned.layer, planned.head, moved)
+    print(f"{case}: peak {peak / most:.3f} of what is measured")
+    assert peak == pytest.approx(most, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------ states, worked by hand
+LAYER = 4 * 4096 * 4096 + 3 * 4096 + 3 * 4096 * 11008 + 2 * 4096  # values of a layer of the language model
+TOWER = 32 * (4 * 1280**2 + 3 * 1280 + 2 * 1280 * 5120 + 5120 + 1280 + 4 * 1280)  # of the tower's layers
+REST = VALUES + 1500 * 1280 - TOWER - 32 * LAYER - 2 * 156032 * 4096  # outside layers, embedding and head
+FIXED = 2 * 1500 * 1280 / 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ("--bf16", "--zero_stage", "2"),
+            {
+                "backward/weights": 2 * (VALUES + 1500 * 1280),
+                "backward/optimizer states": 12 * VALUES / 8,
+                "backward/gradients": 2 * VALUES / 8,
+                "optimizer/gradients": 4 * VALUES / 8,  # in float32
+                "rollout/gradients": 0,
+                "backward/sharding buffers": 2 * 2 * 5e8,
+                "backward/reference model": 0,  # in the machine's memory
+            },
+        ),
+        (RECIPE, {"rollout/weights": pytest.approx(2 * VALUES / 8, rel=0.01), "rollout/gradients": 2 * VALUES / 8}),
+        (("--no-bf16", "--zero_stage", "0"), {"rollout/optimizer states": 8 * VALUES}),  # no second copy of weights
+        (("--bf16", "--adam_offload"), {"optimizer/optimizer states": 0, "optimizer/gradients": 0}),
+        (
+            ("--bf16", "--fsdp"),
+            {
+                "rollout/weights": 4 * VALUES / 8 + FIXED,  # those that train are float32
+                "backward/gradients": 4 * VALUES / 8,
+                "optimizer/gradients": 4 * VALUES / 8,
+                "optimizer/optimizer states": 8 * VALUES / 8,
+                "sync/reference model": pytest.approx(2 * VALUES / 8 + FIXED),
+                "backward/sharding buffers": pytest.approx(2 * (REST + 156032 * 4096 + LAYER)),
+            },
+        ),
+        (
+            ("--bf16", "--fsdp", "--fsdp_cpu_offload"),
+            {
+                **{f"{phase}/{name}": 0 for phase in PHASES for name in planner.STATES},
+                "machine/training": 16 * VALUES / 8 + FIXED,
+                "machine/reference model": pytest.approx(2 * VALUES / 8 + FIXED),
+            },
+        ),
+        (
+            (*RECIPE, "--param_offload"),
+            {
+                "sync/weights": pytest.approx(0, abs=0.01 * GIB),  # small ones that stay whole
+                "machine/training": pytest.approx(2 * VALUES / 8, rel=0.01),
+            },
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_states_by_hand(flags, expected):
+    planned = plan(*flags)
+    found = planned.memory | {"machine": planner.host_memory(planned)}
+    for place, value in expected.items():
+        phase, component = place.split("/")
+        assert found[phase][component] == value, place
 
 
 def test_the_engines_share_and_what_is_left_for_its_cache():
-    engine = planner.engine_of(read_sizes(SEVEN_B), plan(*RECIPE).args, 8, 80.0)
+    engine = plan(*RECIPE).engine
     assert engine.share == 40 * GIB
-    assert engine.weights == 2 * count(parameters(read_sizes(SEVEN_B)))
+    assert engine.weights == 2 * count(parameters(SIZES))
     assert engine.cache == engine.share - engine.weights - 2 * GIB
-    token = 2 * 32 * 4096 * 2  # keys and values of 32 layers, two bytes each
-    assert engine.sequences == pytest.approx(engine.cache / (token * (512 - 1 + 750 + 256)))
-    split = planner.engine_of(read_sizes(SEVEN_B), plan(*RECIPE, "--engine_tp_size", "2").args, 8, 80.0)
-    assert split.weights == engine.weights / 2
+    sequence = 2 * 32 * 4096 * 2 * (512 - 1 + 750 + 256)  # keys and values of 32 layers, two bytes each, and tokens
+    assert engine.sequences == pytest.approx(engine.cache / sequence)
+    assert engine.least == engine.weights + 2 * GIB + sequence
+    split = plan(*RECIPE, "--engine_tp_size", "2").engine
+    assert (split.weights, split.least) == (engine.weights / 2, engine.least / 2 + GIB)
 
 
-def test_logits_at_once_are_the_trainers():
-    assert LOGITS == token_log_probs.LOGITS_AT_ONCE
+# ------------------------------------------------------------------------------------------------------ suggestion
+LORA_4BIT = ("--lora_rank", "8", "--load_in_4bit")
 
 
 @pytest.mark.parametrize(
     ("flags", "gpus", "gib", "changed"),
     [
-        (("--bf16", "--zero_stage", "2"), 8, 80.0, {"engine_mem_util"}),
-        (("--bf16", "--zero_stage", "2"), 2, 80.0, {"adam_offload"}),
+        (("--bf16", "--zero_stage", "2"), 8, 80.0, {"engine_mem_util": 0.4}),
+        (("--bf16", "--zero_stage", "2"), 2, 80.0, {"adam_offload": True}),
+        (("--zero_stage", "0"), 4, 80.0, {"bf16": True, "zero_stage": 3}),
         (
             (*RECIPE, "--micro_train_batch_size", "16", "--generate_max_len", "8192"),
-            8,
-            80.0,
-            {"micro_train_batch_size"},
+            *(8, 80.0, {"micro_train_batch_size": 8}),
         ),
-        (("--bf16", "--fsdp"), 2, 80.0, {"fsdp_cpu_offload"}),
-        (("--bf16",), 1, 24.0, {"lora_rank", "load_in_4bit", "engine_type", "gradient_checkpointing"}),
+        (("--bf16", "--fsdp"), 2, 80.0, {"fsdp_cpu_offload": True}),
+        (LORA_4BIT, 1, 24.0, {"bf16": True, "micro_train_batch_size": 2, "engine_type": "hf"}),
+        (
+            ("--bf16", "--freeze_prefix", "--engine_type", "hf"),
+            *(1, 24.0, {"micro_train_batch_size": 2, "lora_rank": 16, "freeze_prefix": None, "load_in_4bit": True}),
+        ),
+        (("--bf16", "--engine_mem_util", "0.2"), 8, 80.0, {"engine_mem_util": 0.4}),
     ],
 )
 def test_what_it_would_change_fits_and_nothing_less_does(flags, gpus, gib, changed):
     before = plan(*flags, gpus=gpus, gib=gib)
-    advice = planner.advise(before)
     assert before.missing
-    assert set(advice) == changed
-    after = change(before, advice)
-    assert not after.missing
+    taken, after = planner.suggest(before)
+    advice = planner.new_flags(before, taken)
+    assert advice == changed
+    assert not after.missing and not before.changed(**advice).missing
     assert find_problems(after.args, gpus, paths=False) == []
     for name in advice:
-        assert change(before, {other: value for other, value in advice.items() if other != name}).missing
+        fewer = before.changed(**{other: value for other, value in advice.items() if other != name})
+        assert fewer.missing or find_problems(fewer.args, gpus, paths=False)
+
+
+def test_headline_table_and_advice_agree():
+    """On one GPU nothing is split among GPUs, and what is said not to fit is above a limit that is named."""
+    for gpus in (1, 8):
+        for gib in (8, 24, 48, 80):
+            for flags in (("--bf16",), LORA_4BIT, ("--bf16", "--fsdp"), (*RECIPE, "--engine_type", "hf")):
+                planned = plan(*flags, gpus=gpus, gib=float(gib))
+                over = max(planned.totals.values()) > gib * GIB
+                starves = planned.engine.share < planned.engine.least
+                text = " ".join(planner.describe(planned).split())
+                assert ("It fits:" in text) == (not over and not starves) == ("It does not fit:" not in text)
+                assert (" over" in text) == over
+                assert ("and to start it takes" in text) == starves
+                assert gpus > 1 or "among the GPUs" not in text
+                if "it takes 1 x" in text:  # the smallest GPU is one that does, and 1 GiB less does not
+                    least = int(text.split("it takes 1 x ")[1].split()[0])
+                    after = planner.suggest(planned)[1]
+                    for size, fits in ((least, True), (least - 1, False)):
+                        gpu = planned.gpus._replace(gib=float(size))
+                        smaller = planner.fit_engine(planner.Plan(after.args, SIZES, gpu))
+                        assert (not smaller.missing) == fits
 
 
 def test_the_recipe_fits_and_the_batch_is_the_trainers(tmp_path):
