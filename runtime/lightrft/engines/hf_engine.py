@@ -16,9 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lightrft.engines.base import RolloutOutput, Sampling
 from lightrft.utils.model_specs import family_of
-
-from .base import RolloutOutput, Sampling
 
 
 class HFEngine:

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
+from lightrft.engines.base import RolloutOutput, Sampling
 from lightrft.utils.model_specs import Qwen2_5Omni, Qwen2Audio, family_of
 from lightrft.utils.weight_names import checksum
-
-from .base import RolloutOutput, Sampling
 
 LANGUAGE = ("language_model.", "thinker.model.", "thinker.lm_head.")  # weights behind the encoder's outputs
 
@@ -225,7 +224,7 @@ def vllm_options(family: type[Qwen2Audio]) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` that a model family needs."""
     if family is not Qwen2_5Omni:
         return {}
-    from .vllm_omni import ARCHITECTURE, register  # imports vLLM, which takes seconds
+    from lightrft.engines.vllm_omni import ARCHITECTURE, register  # imports vLLM, which takes seconds
 
     register()
     return {"hf_overrides": {"architectures": [ARCHITECTURE]}}

@@ -10,10 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from lightrft.models.actor_modality import ActorModality
+from lightrft.models.four_bit import four_bit_config, prepare
 from lightrft.utils.model_specs import family_of
-
-from .actor_modality import ActorModality
-from .four_bit import four_bit_config, prepare
 
 
 def load_model(pretrain: str, **kwargs: Any) -> PreTrainedModel:
@@ -84,7 +83,7 @@ class ActorAL(nn.Module):
             self.model = pretrain_or_model
         self.lora_config: Any = None
         if lora_rank > 0:
-            from .lora import add_adapters
+            from lightrft.models.lora import add_adapters
 
             name = pretrain_or_model if isinstance(pretrain_or_model, str) else self.model.name_or_path
             self.lora_config = add_adapters(self.model, lora_rank, lora_alpha, target_modules, name)

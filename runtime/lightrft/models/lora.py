@@ -13,9 +13,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from lightrft.models.four_bit import unpacked
 from lightrft.utils.model_specs import family_of
-
-from .four_bit import unpacked
 
 ADAPTER = "default"  # peft's name for the only one
 

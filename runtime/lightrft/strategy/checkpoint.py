@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 
+from lightrft.utils.files import PART, write_atomically
 from lightrft.utils.model_specs import family_of
 
-PART = ".part"  # what is being written has this suffix
 MANIFEST = "manifest.json"  # of a whole checkpoint: file name to size in bytes
 
 
@@ -37,8 +37,8 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
     tokenizer.save_pretrained(aside)
     for path in aside.iterdir():
         path.replace(folder / path.name)
-    (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (aside / "config.json").replace(folder / "config.json")  # last: with it the folder is a model
+    # last: with it the folder is a model
+    write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     aside.rmdir()
 
 
@@ -92,9 +92,7 @@ def commit(save_dir: str, tag: str) -> None:
     files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps(files, indent=0, sort_keys=True), encoding="utf-8")
     replace_folder(folder, Path(save_dir) / tag)  # it exists where a run resumed from an older one comes by again
-    pointer = Path(save_dir) / f"latest{PART}"
-    pointer.write_text(tag, encoding="utf-8")
-    pointer.replace(Path(save_dir) / "latest")
+    write_atomically(Path(save_dir) / "latest", tag)
     _flush(Path(save_dir))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from .strategy_base import is_usable
+from lightrft.strategy.strategy_base import is_usable
 
 # classes in DeepSpeed's checkpoints, beside what torch itself allows
 KNOWN = (

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from lightrft.models.four_bit import unpacked
-
-from .strategy_base import StrategyBase
+from lightrft.strategy.strategy_base import StrategyBase
 
 
 class DeepspeedStrategy(StrategyBase):
@@ -59,7 +58,7 @@ class DeepspeedStrategy(StrategyBase):
         """See the base class."""
         import deepspeed
 
-        from .deepspeed_hooks import Storage
+        from lightrft.strategy.deepspeed_hooks import Storage
 
         trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
         optimizer, scheduler = self.optimizer_and_schedule(trained, max_steps)
@@ -82,7 +81,7 @@ class DeepspeedStrategy(StrategyBase):
 
     def step_guard(self, engine: Any) -> Any:
         """See the base class."""
-        from .deepspeed_hooks import StepGuard
+        from lightrft.strategy.deepspeed_hooks import StepGuard
 
         return StepGuard(engine)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightrft.utils.console import console
 
 if TYPE_CHECKING:
-    from .strategy_base import StrategyBase
+    from lightrft.strategy.strategy_base import StrategyBase
 
 
 def get_strategy(args: Any) -> StrategyBase:
@@ -30,9 +30,9 @@ def get_strategy(args: Any) -> StrategyBase:
     from lightrft.utils.distributed import check_same_run
 
     if args.fsdp:
-        from .fsdp_strategy import FSDPStrategy as Strategy
+        from lightrft.strategy.fsdp_strategy import FSDPStrategy as Strategy
     else:
-        from .deepspeed_strategy import DeepspeedStrategy as Strategy
+        from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy as Strategy
     strategy = Strategy(args)
     check_same_run(args)
     return strategy

@@ -22,8 +22,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from . import checkpoint
-from .strategy_base import StrategyBase, is_usable
+from lightrft.strategy import checkpoint
+from lightrft.strategy.strategy_base import StrategyBase, is_usable
 
 
 class FSDPEngine(nn.Module):

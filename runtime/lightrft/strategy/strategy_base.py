@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import get_scheduler
 
 from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling
+from lightrft.engines.hf_engine import HFEngine
+from lightrft.strategy import checkpoint, weights
+from lightrft.strategy.checkpoint import SaveError
 from lightrft.utils.console import console
 from lightrft.utils.distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
-from lightrft.utils.model_specs import family_of
+from lightrft.utils.model_specs import MAX_AUDIO_TOKENS, family_of
 from lightrft.utils.weight_names import is_adapter
-
-from . import checkpoint, weights
-from .checkpoint import SaveError
 
 
 class StrategyBase(ABC):
@@ -191,20 +191,17 @@ class StrategyBase(ABC):
         if engine_type == "vllm":
             from lightrft.engines.vllm_engine import VLLMEngine
 
-            audios = args.limit_mm_image_per_prompt
             self.inference_engine = VLLMEngine(
                 model=args.pretrain,
                 dtype=self.dtype,
-                max_model_len=args.prompt_max_len + 750 * audios + args.generate_max_len,
-                audios_per_prompt=audios,
+                max_model_len=self.longest_sequence,
+                audios_per_prompt=args.limit_mm_image_per_prompt,
                 tensor_parallel_size=args.engine_tp_size,
                 memory_utilization=args.engine_mem_util,
                 enable_sleep=args.enable_engine_sleep,
                 seed=args.seed,
             )
         elif engine_type == "hf":
-            from lightrft.engines.hf_engine import HFEngine
-
             processor = family_of(args.pretrain).processor_class.from_pretrained(args.pretrain)
             rows = {} if self.device.type == "cpu" else {"batch_size": self.rows_at_once(actor.model.module.config)}
             self.inference_engine = HFEngine(processor, lambda: self.gathered(actor.model), **rows)
@@ -215,6 +212,12 @@ class StrategyBase(ABC):
         self.inference_engine.sleep()
         return self.inference_engine
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of a prompt with all its audio, and the response."""
+        audio = MAX_AUDIO_TOKENS * self.args.limit_mm_image_per_prompt
+        return self.args.prompt_max_len + audio + self.args.generate_max_len
+
     def rows_at_once(self, config: Any) -> int:
         """Sequences that the ``hf`` engine generates at once: as many as have room in its share of the GPU.
 
@@ -222,11 +225,10 @@ class StrategyBase(ABC):
         :return: 1 to 64.
         """
         args, text = self.args, config.text_config
-        longest = args.prompt_max_len + 750 * args.limit_mm_image_per_prompt + args.generate_max_len
         head = text.hidden_size // text.num_attention_heads
         token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * self.dtype.itemsize
         memory = torch.cuda.get_device_properties(self.device).total_memory
-        return max(1, min(64, int(args.engine_mem_util * memory / (longest * token))))
+        return max(1, min(64, int(args.engine_mem_util * memory / (self.longest_sequence * token))))
 
     @staticmethod
     def _build_multimodal_inputs(

@@ -12,9 +12,15 @@ import torch.distributed as dist
 from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.actor_modality import get_supported_parameters
 from lightrft.models.loss import kl_tokens
-
-from .advantages import WHITENED, KLController, overlong_penalty, shape_rewards, token_advantages, whiten
-from .replay_buffer import Experience, make_micro_batch
+from lightrft.trainer.advantages import (
+    WHITENED,
+    KLController,
+    overlong_penalty,
+    shape_rewards,
+    token_advantages,
+    whiten,
+)
+from lightrft.trainer.replay_buffer import Experience, make_micro_batch
 
 
 def normalize_images(raw_images: Sequence[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .replay_buffer import Experience
+from lightrft.trainer.replay_buffer import Experience
 
 FOLDER = "trajectories"
 

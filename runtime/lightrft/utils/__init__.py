@@ -6,7 +6,7 @@ wait for them.
 
 from importlib import import_module
 
-from .cli_args import add_arguments
+from lightrft.utils.cli_args import add_arguments
 
 _LAZY = {"blending_datasets": "data", "get_tokenizer_processor_vl": "processor"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow.parquet as pq
 from datasets import Dataset, interleave_datasets
 
@@ -18,11 +19,7 @@ def _read(path: Path) -> Dataset:
     if path.suffix == ".parquet":
         return Dataset(pq.read_table(path))
     if path.suffix == ".csv":
-        import pandas
-
         return Dataset.from_pandas(pandas.read_csv(path))
-    import pandas
-
     return Dataset.from_pandas(pandas.read_json(path, lines=path.suffix == ".jsonl", dtype=False, convert_dates=False))
 
 

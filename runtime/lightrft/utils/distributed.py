@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
-from .rank_watch import own_address
+from lightrft.utils.rank_watch import own_address
 
 OF_RANK_0 = ("wandb_run_name", "wandb_org", "wandb_group", "wandb_project", "use_wandb", "use_tensorboard")
 SAME_VERSIONS = ("torch", "transformers", "deepspeed")

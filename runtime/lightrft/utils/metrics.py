@@ -1,4 +1,7 @@
-"""Metrics to a JSON Lines file, wandb and TensorBoard, under the same names."""
+"""Metrics to a JSON Lines file, wandb and TensorBoard, under the same names.
+
+wandb and TensorBoard are optional, and imported only where a flag asks for them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .console import console
+from lightrft.utils.console import console
+from lightrft.utils.files import write_atomically
 
 
 class MetricsWriter:
@@ -131,6 +135,4 @@ def keep_steps(path: Path, last: int) -> None:
             continue
         if record["step"] <= last:
             kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(kept))

@@ -23,6 +23,8 @@ from transformers.utils import cached_file
 
 from lightrft.utils.weight_names import checkpoint_name
 
+MAX_AUDIO_TOKENS = 750  # of one clip: 30 s at 25 tokens a second
+
 
 class Qwen2Audio:
     """Qwen2-Audio, whole."""

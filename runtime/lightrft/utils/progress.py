@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .console import console, paint
+from lightrft.utils.console import console, paint
 
 PHASE_WIDTH = 9
 BAR = "{desc} {bar}| {n_fmt}/{total_fmt}  {elapsed} < {remaining}"

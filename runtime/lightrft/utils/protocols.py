@@ -43,7 +43,7 @@ class Actor(Protocol):
 
 
 class TrainingEngine(Protocol):
-    """A sharded model with its optimizer: DeepSpeed's engine, or :class:`lightrft.strategy.fsdp_strategy.FSDPEngine`."""
+    """A sharded model with its optimizer: the engine of DeepSpeed or ``strategy.fsdp_strategy``."""
 
     module: nn.Module
     optimizer: Any
