@@ -375,6 +375,7 @@ def test_grpo_steps_move_all_that_trains_and_leave_a_folder_of_the_same_kind(tin
         assert (tmp_path / name).read_bytes() == (tiny_omni / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_adapters_train_and_are_evaluated_merged_or_not(tiny_omni, demo_parquet, demo_data, tmp_path):
     train(tiny_omni, demo_parquet, tmp_path, "--max_samples", 12, "--lora_rank", 2, "--lora_alpha", 64)
     records = metrics_of(tmp_path)

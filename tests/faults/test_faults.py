@@ -32,7 +32,7 @@ SAVING = {
     for point, (module, *_) in POINTS.items()
     if module.endswith("checkpoint") and not point.startswith("best model")  # the first is kept at step 3
 }
-SAMPLE = [("SIGKILL", "second micro-batch"), ("SIGKILL", "written, not renamed"), ("SIGTERM", "after the rollout")]
+SAMPLE = [("SIGKILL", "written, not renamed"), ("SIGTERM", "after the rollout")]
 CASES = [(number, point) for number in ("SIGKILL", "SIGTERM") for point in POINTS]
 CASES += [("SIGUSR1", "first micro-batch"), ("SIGINT", "second micro-batch"), ("SIGINT", "before the sync")]
 EXIT = {"SIGKILL": -9, "SIGTERM": 143, "SIGUSR1": 138, "SIGINT": 130}

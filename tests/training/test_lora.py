@@ -121,7 +121,13 @@ def test_gradients_are_those_of_the_merged_weight(actor):
 
 
 @pytest.mark.parametrize(
-    ("sharding", "processes"), [(("--zero_stage", 2), 1), (("--zero_stage", 3), 2), (("--fsdp",), 2)], ids=str
+    ("sharding", "processes"),
+    [
+        (("--zero_stage", 2), 1),
+        pytest.param(("--zero_stage", 3), 2, marks=pytest.mark.slow),
+        (("--fsdp",), 2),
+    ],
+    ids=str,
 )
 def test_training(tiny_model, demo_parquet, demo_data, tmp_path, sharding, processes):
     """Engine and trainer agree, only what was adapted has moved, and the folder holds model and adapter."""

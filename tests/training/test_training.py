@@ -155,7 +155,8 @@ def test_frozen_parts_do_not_move(tiny_model, demo_parquet, tmp_path):
     ("estimator", "more"),
     [
         ("rloo", ("--max_epochs", 2, "--no-use_kl_loss", "--kl_estimator", "k1", "--init_kl_coef", 0.1)),
-        ("dr_grpo", ("--loss_agg_mode", "seq-mean-token-sum-norm")),
+        # test_methods_together runs this estimator, too
+        pytest.param("dr_grpo", ("--loss_agg_mode", "seq-mean-token-sum-norm"), marks=pytest.mark.slow),
         ("reinforce++", ("--gradient_checkpointing", "--loss_agg_mode", "token-mean", "--init_kl_coef", 0.01)),
     ],
 )
@@ -275,6 +276,15 @@ def test_help_is_quick_and_a_bad_configuration_is_refused_before_anything_loads(
     for part in ("--pretrain is missing", "--prompt_data is missing", "16 x 8 = 128", "--temperature 0"):
         assert part in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_run_that_is_told_to_stops_and_has_saved(tiny_model, demo_parquet, tmp_path):
+    flags = ("--engine_type", "hf", "--generate_max_len", 2, "--on_anomaly", "stop", "--max_samples", 8)
+    done = train(tiny_model, demo_parquet, tmp_path, *flags, check=False)
+    assert done.returncode == 4
+    assert "stopped by --on_anomaly stop: step 1: no response ended by itself" in done.stdout
+    assert (tmp_path / "_actor" / "step_000001").is_dir()
+    assert metrics_of(tmp_path) == []
 
 
 def test_missing_audio_stops_the_training(tiny_model, demo_data, tmp_path):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from support.training import metrics_of, train
 
 from lightrft.trainer.health import CONSTANT_STEPS, Health
 from lightrft.trainer.replay_buffer import Experience
@@ -94,12 +93,3 @@ def test_spread_of_rewards():
     metrics = step_metrics(sums | rest, {"gap": 0.0, "time/step": 1.0})
     assert metrics["rollout/groups_without_spread"] == pytest.approx(2 / 3)
     assert metrics["rollout/reward_std"] == pytest.approx(torch.tensor([2.0, 2, 1, 0, 1, 1]).std(correction=0).item())
-
-
-def test_a_run_that_is_told_to_stops_and_has_saved(tiny_model, demo_parquet, tmp_path):
-    flags = ("--engine_type", "hf", "--generate_max_len", 2, "--on_anomaly", "stop", "--max_samples", 8)
-    done = train(tiny_model, demo_parquet, tmp_path, *flags, check=False)
-    assert done.returncode == 4
-    assert "stopped by --on_anomaly stop: step 1: no response ended by itself" in done.stdout
-    assert (tmp_path / "_actor" / "step_000001").is_dir()
-    assert metrics_of(tmp_path) == []
