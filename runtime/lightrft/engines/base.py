@@ -70,10 +70,10 @@ class RolloutEngine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Give the accelerator's memory back."""
+        """Free the accelerator's memory."""
 
     def wake_up(self) -> None:
-        """Take the memory again."""
+        """Allocate the accelerator's memory again."""
 
 
 def stable_seed(*parts: int | str) -> int:

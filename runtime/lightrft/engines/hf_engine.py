@@ -64,7 +64,7 @@ class HFEngine:
         of_row = torch.tensor([numbers.index(number) for number, _, _ in rows], device=model.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         cache = DynamicCache(config=model.config)
-        if ids.shape[1] > 1:  # generate begins with the last token
+        if ids.shape[1] > 1:  # generate itself passes the last prompt token through the model
             inputs |= {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}
             positions = (mask[:, :-1].cumsum(-1) - 1).clamp(min=0)  # as generate counts them
             family_of(model).prefill(model, inputs, positions, cache)
@@ -73,8 +73,8 @@ class HFEngine:
         sampler = _Sampler([(s, i) for _, s, i in rows], model.device)
         config = GenerationConfig(
             max_new_tokens=first.max_tokens,
-            do_sample=False,  # the sampler below draws; generate takes its best
-            use_cache=True,  # a model in training has it switched off in its own settings
+            do_sample=False,  # _Sampler adds the noise; generate then takes the argmax
+            use_cache=True,  # the trained model's configuration switches the cache off
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -112,7 +112,7 @@ class HFEngine:
         """Nothing to free."""
 
     def wake_up(self) -> None:
-        """Nothing to take."""
+        """Nothing to allocate."""
 
 
 class _Sampler(LogitsProcessor):
@@ -147,7 +147,7 @@ class _Sampler(LogitsProcessor):
                 [torch.empty_like(log_probs[0]).exponential_(generator=generator) for generator in self.generators]
             )
             drawn = log_probs - noise.log()
-        chosen = drawn.argmax(-1, keepdim=True)  # as generate takes it; a row that has ended is filled up by it
+        chosen = drawn.argmax(-1, keepdim=True)  # generate's own choice; it pads rows that have ended
         self.steps.append(log_probs.gather(-1, chosen).squeeze(-1))
         return drawn
 

@@ -1,4 +1,4 @@
-"""vLLM inside the training process."""
+"""vLLM inside the training process. It is optional and slow to import, so it is imported where it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightrft.engines.base import RolloutOutput, Sampling
 from lightrft.utils.model_specs import Qwen2_5Omni, Qwen2Audio, family_of
 from lightrft.utils.weight_names import checksum
 
-LANGUAGE = ("language_model.", "thinker.model.", "thinker.lm_head.")  # weights behind the encoder's outputs
+LANGUAGE = ("language_model.", "thinker.model.", "thinker.lm_head.")  # the encoder's outputs do not depend on these
 
 
 class VLLMEngine:
@@ -41,7 +41,9 @@ class VLLMEngine:
         seed: int = 0,
     ) -> None:
         on_gpu = torch.cuda.is_available()
-        if not on_gpu:  # where vLLM compiles one comparison of log-probs: the first rollout waited for a C++ compiler
+        if (
+            not on_gpu
+        ):  # vLLM compiles one comparison of log-probs, so that the first rollout would wait for a C++ compiler
             torch.compiler.set_stance("force_eager")
         try:
             import vllm
@@ -63,12 +65,12 @@ class VLLMEngine:
             distributed_executor_backend="external_launcher",
             tensor_parallel_size=tensor_parallel_size,
             enforce_eager=not on_gpu,
-            # a half-done prefill rewinds its request's seeded generator, which a generator on the CPU cannot do
+            # chunked prefill rewinds the request's seeded generator, which CPU generators do not support
             enable_chunked_prefill=on_gpu,
             max_num_batched_tokens=max(max_model_len, 8192),
             enable_prefix_caching=True,
             enable_sleep_mode=self._can_sleep,
-            logprobs_mode="processed_logprobs",  # of the distribution sampled from: with bias and temperature
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, with bias and temperature
             disable_log_stats=True,
             seed=seed,
             # the responses of a group share whole blocks of their prompt: of 32 tokens on the CPU, not 128
@@ -117,7 +119,7 @@ class VLLMEngine:
         self.llm.reset_prefix_cache()
         if not all(name.startswith(LANGUAGE) for name in sent):
             self.llm.llm_engine.engine_core.reset_encoder_cache()  # outputs of tower and projector
-        # depends on no weights, but clips rarely come back, and it would grow to 4 GiB
+        # does not depend on weights, but clips are seldom repeated and it would grow to 4 GiB
         self.llm.reset_mm_cache()
 
     def sleep(self) -> None:
@@ -128,7 +130,7 @@ class VLLMEngine:
     def wake_up(self) -> None:
         """See :class:`~lightrft.engines.base.RolloutEngine`."""
         if self._can_sleep:
-            torch.cuda.empty_cache()  # what training has freed: vLLM's memory is not torch's, which keeps it
+            torch.cuda.empty_cache()  # torch caches what training has freed, and vLLM cannot use that cache
             self.llm.wake_up()
             self.llm.reset_mm_cache()
 
@@ -162,8 +164,8 @@ def _load(
     """Load weights, inside vLLM's worker, and compare what has arrived.
 
     A weight is written straight into vLLM's parameter: one copy, and no other layer is touched. Linear layers that vLLM
-    has repacked, as it does on the CPU, keep nothing to write to: these go through its layer-wise reload, which
-    restores, fills and repacks one after the other.
+    has repacked, as it does on the CPU, have no parameter to write to: vLLM's layer-wise reload restores, fills and
+    repacks them one by one.
 
     :param weights: As for :meth:`VLLMEngine.load_weights`.
     :param before: Checksums of vLLM's parameters after the last time.
@@ -195,7 +197,7 @@ def _load(
             if hasattr(layer, "cpu_linear") and layer not in reloading:
                 initialize_layerwise_reload(layer)
                 reloading.append(layer)
-            if own is not None and own.numel():  # a repacked weight has no element
+            if own is not None and own.numel():  # vLLM leaves a repacked weight without elements
                 sizes[f"{path}.{module}.{kind}"] += tensor.numel()
                 sums[f"{path}.{module}.{kind}"] += checksum(tensor.to(own.dtype))
             sent.add(name)
@@ -207,7 +209,7 @@ def _load(
             finalize_layerwise_reload(layer, worker.model_config)
 
     now = {name: checksum(p) for name, p in model.named_parameters() if p.numel()}
-    # those that tensor parallelism splits or vLLM pads are not comparable
+    # parameters that tensor parallelism splits, or that vLLM pads, cannot be compared
     arrived = {name: sums[name] % 2**64 for name, size in sizes.items() if size == parameters[name].numel()}
     if not arrived:
         raise RuntimeError("weight sync cannot be checked: no parameter of vLLM's model has a name that was sent")

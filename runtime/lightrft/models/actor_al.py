@@ -1,4 +1,7 @@
-"""The audio-language actor, with LightRFT's call signature."""
+"""The audio-language actor, with LightRFT's call signature.
+
+Adapters need peft, which is optional and imported only for them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def load_model(pretrain: str, **kwargs: Any) -> PreTrainedModel:
 
 
 class ActorAL(nn.Module):
-    """Policy or reference model that hears: a model of one of the families and what is needed to score its responses.
+    """Policy or reference model with audio input, and what is needed to score its responses.
 
     :param pretrain_or_model: Folder (or hub name) of a checkpoint, or a loaded model.
     :param use_flash_attention_2: Use flash-attn kernels; otherwise PyTorch's scaled dot product attention.
@@ -66,7 +69,9 @@ class ActorAL(nn.Module):
             if load_in_4bit and not (family := family_of(pretrain_or_model)).four_bit:
                 raise ValueError(f"load_in_4bit: {family.name} is not packed here; leave it out")
             if zero3:
-                self._ds_config = HfDeepSpeedConfig(ds_config)  # from_pretrained looks for the living object
+                self._ds_config = HfDeepSpeedConfig(
+                    ds_config
+                )  # from_pretrained finds this object through a weak reference
             dtype = torch.bfloat16 if bf16 else torch.float32
             kwargs: dict[str, Any] = {}
             if load_in_4bit:
@@ -113,7 +118,7 @@ class ActorAL(nn.Module):
         :raises RuntimeError: if nothing set :attr:`unpack_audio`.
         """
         if self.unpack_audio is None:
-            raise RuntimeError("the actor has nothing yet that makes it hear: call patch_actor_for_audio(actor) first")
+            raise RuntimeError("the actor cannot unpack audio yet: call patch_actor_for_audio(actor) first")
         audio = {}
         if audio_values is not None:
             features, frames, index = self.unpack_audio(audio_values, image_grid_thw)

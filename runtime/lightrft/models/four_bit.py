@@ -1,4 +1,4 @@
-"""Frozen weights at 4 bits, by bitsandbytes: the base of LoRA adapters."""
+"""Frozen weights at 4 bits, the base of LoRA adapters. bitsandbytes is optional, so it is imported in functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-WHOLE = ["lm_head", "model.audio_tower", "model.multi_modal_projector"]  # live names of what stays as it is
+WHOLE = ["lm_head", "model.audio_tower", "model.multi_modal_projector"]  # live names of modules that are not packed
 
 
 def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -16,7 +16,7 @@ from torch import nn
 from lightrft.models.four_bit import unpacked
 from lightrft.utils.model_specs import family_of
 
-ADAPTER = "default"  # peft's name for the only one
+ADAPTER = "default"  # the name that peft gives to a model's only adapter
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: int, targets: Sequence[str], base: str) -> LoraConfig:

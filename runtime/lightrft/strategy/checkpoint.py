@@ -14,11 +14,12 @@ from torch import nn
 
 from lightrft.utils.files import PART, write_atomically
 from lightrft.utils.model_specs import family_of
+from lightrft.utils.protocols import Tokenizer
 
 MANIFEST = "manifest.json"  # of a whole checkpoint: file name to size in bytes
 
 
-def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, output_dir: str) -> None:
+def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, output_dir: str) -> None:
     """Write configuration, weights (safetensors, canonical names) and tokenizer.
 
     :param model: The transformers model, for its configurations.
@@ -31,7 +32,7 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
     save_torch_state_dict(weights, aside, max_shard_size="5GB")
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config = family_of(model).checkpoint_config(model.config.to_dict() | {"use_cache": True, "dtype": dtype})
-    config.pop("quantization_config", None)  # the weights that are written are whole
+    config.pop("quantization_config", None)  # the saved weights are not quantised
     if model.generation_config is not None:
         model.generation_config.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
@@ -43,7 +44,7 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
 
 
 class SaveError(Exception):
-    """Something could not be written; the message says what the system said."""
+    """Something could not be written; the message is the operating system's."""
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
@@ -53,10 +54,8 @@ def write_state(state: dict[str, Any], path: Path) -> None:
     :raises OSError: if that fails.
     """
     try:
-        torch.save(
-            state, path, _use_new_zipfile_serialization=False
-        )  # the zip writer does not say what the system said
-    except RuntimeError as error:  # what torch writes by itself
+        torch.save(state, path, _use_new_zipfile_serialization=False)  # the zip writer hides the system's error message
+    except RuntimeError as error:  # torch's own writer raises this
         raise OSError(str(error).splitlines()[0]) from None
 
 
@@ -86,12 +85,12 @@ def clear(save_dir: str) -> None:
 def commit(save_dir: str, tag: str) -> None:
     """Make a written checkpoint the newest one: a list of its files, everything on disk, then its name.
 
-    Killed at any moment, it either has its name and is whole, or has none and is not looked at.
+    If the process is killed, the checkpoint either is complete under its name, or has no name and is ignored.
     """
     folder = Path(save_dir) / (tag + PART)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps(files, indent=0, sort_keys=True), encoding="utf-8")
-    replace_folder(folder, Path(save_dir) / tag)  # it exists where a run resumed from an older one comes by again
+    replace_folder(folder, Path(save_dir) / tag)  # exists already if the run was resumed from an older checkpoint
     write_atomically(Path(save_dir) / "latest", tag)
     _flush(Path(save_dir))
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed leaves open: a step that must not be made, a disk that is full, a checkpoint from somebody else."""
+"""What DeepSpeed does not handle: steps to be left out, full disks, and checkpoints from untrusted sources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KNOWN = (
 
 
 class StepGuard:
-    """Stands before the optimizer. Where gradients must not be used, its step changes neither weights nor moments.
+    """Wraps the optimizer's step, so that unusable gradients change neither weights nor moments.
 
     DeepSpeed skips some steps by itself, applies others with a norm of -1 (ZeRO-2 in bfloat16), and tells neither.
     """
@@ -45,9 +45,9 @@ class StepGuard:
     def step(self, discard: bool) -> float:
         """DeepSpeed's step at a boundary: the optimizer's too, and the gradients are gone.
 
-        :param discard: Let the weights be.
+        :param discard: Leave the weights unchanged.
         :return: The gradient's norm over all ranks, before clipping; not :func:`is_usable` if it was not finite, and
-            then the weights were let be.
+            then the weights are unchanged.
         """
         norm = None
         if self._inner is self.engine.optimizer:  # plain data parallelism in float32: DeepSpeed keeps no norm
@@ -69,7 +69,7 @@ class Storage(TorchCheckpointEngine):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(None)
-        self.zipfile_serialization = False  # the zip writer does not say what the system said
+        self.zipfile_serialization = False  # the zip writer hides the system's error message
         self.failure: str | None = None
         engine.checkpoint_engine = self
         copy_script = engine._copy_recovery_script
@@ -78,7 +78,7 @@ class Storage(TorchCheckpointEngine):
     def _attempt(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except (OSError, RuntimeError) as error:  # what torch writes by itself raises the latter
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
             self.failure = str(error).splitlines()[0]
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:

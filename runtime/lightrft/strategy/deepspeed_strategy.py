@@ -1,4 +1,7 @@
-"""Training on DeepSpeed: ZeRO 0, 2 and 3."""
+"""Training on DeepSpeed: ZeRO 0, 2 and 3.
+
+DeepSpeed is imported inside functions, once ``init_process_group`` has told it which accelerator to use.
+"""
 
 from __future__ import annotations
 

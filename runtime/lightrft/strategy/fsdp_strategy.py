@@ -61,9 +61,9 @@ class FSDPEngine(nn.Module):
     def step(self, discard: bool = False) -> float:
         """End a micro-batch: at a boundary, clip, step the optimizer and drop the gradients.
 
-        :param discard: Let weights and moments be.
-        :return: The gradient's norm over all ranks, before clipping; if it is not finite, weights and moments are let
-            be. NaN where no step was due.
+        :param discard: Leave weights and moments unchanged.
+        :return: The gradient's norm over all ranks, before clipping; if it is not finite, weights and moments are
+            unchanged. NaN where no step was due.
         """
         due = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
@@ -138,19 +138,19 @@ class FSDPStrategy(StrategyBase):
             ends = []  # tied: one weight cannot be sharded with two modules
         lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
         layers = [layer for modules in lists for layer in modules]
-        for unit in (*reversed(layers), *ends, model):  # inner ones first
+        for unit in (*reversed(layers), *ends, model):  # FSDP2 wants inner modules sharded before outer ones
             for parameter in unit.parameters():
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
                     parameter.data = parameter.data.float()
-            # between forward passes all is sharded, what is left too
+            # reshard everything after a forward pass, the root's own parameters too
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy, offload_policy=offload)
-        # FSDP2 takes the first module that runs for the root, and the hf engine runs parts of a model alone
+        # the first module to run becomes FSDP2's root: run the model itself, before the hf engine runs only parts of it
         model.run_nothing = lambda: None
         register_fsdp_forward_method(model, "run_nothing")
         model.run_nothing()
         del model.run_nothing
 
-    def prepare_training(self, model: nn.Module, max_steps: int) -> tuple[Any, Any, Any]:
+    def prepare_training(self, model: nn.Module, max_steps: int) -> tuple[FSDPEngine, Any, Any]:
         """See the base class."""
         self.shard(model)
         engine = FSDPEngine(model, self, max_steps)
@@ -162,7 +162,7 @@ class FSDPStrategy(StrategyBase):
         self.shard(model.model)
         return model.eval()
 
-    def step_guard(self, engine: Any) -> Any:
+    def step_guard(self, engine: FSDPEngine) -> FSDPEngine:
         """See the base class."""
         return engine
 

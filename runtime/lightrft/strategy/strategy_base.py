@@ -1,4 +1,7 @@
-"""What training on DeepSpeed and on FSDP2 have in common: data, rollouts on an engine in the same process, folders."""
+"""What training on DeepSpeed and on FSDP2 have in common: data, rollouts on an engine in the same process, folders.
+
+vLLM and peft are optional, and imported inside functions.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from lightrft.strategy.checkpoint import SaveError
 from lightrft.utils.console import console
 from lightrft.utils.distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
 from lightrft.utils.model_specs import MAX_AUDIO_TOKENS, family_of
+from lightrft.utils.protocols import StepGuard, Tokenizer, TrainingEngine
 from lightrft.utils.weight_names import is_adapter
 
 
@@ -103,7 +107,7 @@ class StrategyBase(ABC):
         return (actor, optimizer, scheduler), (None, None, None), reward_models, initial_model
 
     @abstractmethod
-    def prepare_training(self, model: nn.Module, max_steps: int) -> tuple[Any, Any, Any]:
+    def prepare_training(self, model: nn.Module, max_steps: int) -> tuple[TrainingEngine, Any, Any]:
         """Shard the trained model.
 
         :return: Its engine, which has ``backward``, ``is_gradient_accumulation_boundary`` and ``step``; optimizer;
@@ -112,13 +116,13 @@ class StrategyBase(ABC):
 
     @abstractmethod
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Put a model that is only read where it runs.
+        """Freeze a model, usually the reference model's actor, and move or shard it.
 
         :return: The same object, frozen.
         """
 
     @abstractmethod
-    def step_guard(self, engine: Any) -> Any:
+    def step_guard(self, engine: TrainingEngine) -> StepGuard:
         """What makes the optimizer's steps: its ``step(discard)`` returns the gradient's norm, ``applied`` says whether
         the last one was made; see :class:`~lightrft.strategy.deepspeed_hooks.StepGuard`.
         """
@@ -364,7 +368,7 @@ class StrategyBase(ABC):
         for bucket in weights.buckets(pieces, self.args.sync_bucket_mb * 2**20, self.bytes_of):
             yield from weights.gathered_weights(bucket, self.whole)
 
-    def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str) -> None:
+    def save_model(self, model: nn.Module, tokenizer: Tokenizer, output_dir: str) -> None:
         """Write a Hugging Face folder that transformers and vLLM load, and LoRA's adapter alone into ``adapter`` in it.
 
         :param model: Prepared actor.
@@ -390,7 +394,12 @@ class StrategyBase(ABC):
         self.together(write, self.is_rank_0())
 
     def save_ckpt(
-        self, model: Any, save_dir: str, tag: str, max_num: int = 3, client_state: dict[str, Any] | None = None
+        self,
+        model: TrainingEngine,
+        save_dir: str,
+        tag: str,
+        max_num: int = 3,
+        client_state: dict[str, Any] | None = None,
     ) -> None:
         """Write a checkpoint for resuming, aside and then renamed; delete the oldest beyond ``max_num``.
 
@@ -411,17 +420,17 @@ class StrategyBase(ABC):
         except SaveError:
             if self.is_rank_0():
                 with suppress(OSError):
-                    checkpoint.clear(save_dir)  # what it has written is the first to go
+                    checkpoint.clear(save_dir)  # make room: a half-written checkpoint is useless
             raise
 
     @abstractmethod
-    def write_ckpt(self, engine: Any, save_dir: str, tag: str, client_state: dict[str, Any]) -> None:
+    def write_ckpt(self, engine: TrainingEngine, save_dir: str, tag: str, client_state: dict[str, Any]) -> None:
         """Write this rank's part of a checkpoint.
 
         :raises OSError: if that fails.
         """
 
-    def load_ckpt(self, model: Any, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
+    def load_ckpt(self, model: TrainingEngine, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
         """Load the newest whole checkpoint.
 
         :return: Path and client state.
@@ -435,7 +444,7 @@ class StrategyBase(ABC):
         return str(Path(load_dir) / tag), self.read_ckpt(model, load_dir, tag)
 
     @abstractmethod
-    def read_ckpt(self, engine: Any, load_dir: str, tag: str) -> dict[str, Any]:
+    def read_ckpt(self, engine: TrainingEngine, load_dir: str, tag: str) -> dict[str, Any]:
         """Load this rank's part of a checkpoint.
 
         :return: Client state.
@@ -444,7 +453,7 @@ class StrategyBase(ABC):
 
     @staticmethod
     def together(action: Callable[[], None], mine: bool = True) -> None:
-        """Do something with files that fails on all ranks if it fails on one. Collective.
+        """Do something with files, on ranks where ``mine`` is true; if it fails on one rank, raise on all. Collective.
 
         :param action: To do.
         :raises SaveError: naming the ranks and what went wrong.
@@ -469,5 +478,5 @@ def exempt_from_decay(name: str) -> bool:
 
 
 def is_usable(norm: float | torch.Tensor) -> bool:
-    """Whether a gradient's norm is one; DeepSpeed says -1 where it found NaN or infinity."""
+    """Whether a gradient's norm is finite; DeepSpeed reports -1 where it found NaN or infinity."""
     return bool(math.isfinite(norm) and norm >= 0)

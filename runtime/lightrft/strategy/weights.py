@@ -1,4 +1,7 @@
-"""Whole weights of a model that is sharded over the ranks: gathered in buckets of bounded size."""
+"""Whole weights of a model that is sharded over the ranks: gathered in buckets of bounded size.
+
+Adapters need peft, which is optional and imported only for them.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +50,8 @@ def pieces_of(module: nn.Module, with_adapters: bool, trained_only: bool = False
 def buckets(pieces: Iterable[Piece], limit: int, size_of: Callable[[nn.Parameter], int]) -> Iterator[list[Piece]]:
     """Neighbouring weights together, as many as fit.
 
-    Who loads a bucket holds its last weight until it gets the next bucket's first one: that weight counts in both, so
-    that what is gathered at any time is at most ``limit``, or two neighbours if they alone are more.
+    The consumer still holds a bucket's last weight when it gets the next bucket's first one. So that weight counts in
+    both, and at most ``limit`` bytes are gathered at any time, or two neighbours if these alone are larger.
 
     :param size_of: Bytes of a whole parameter.
     """

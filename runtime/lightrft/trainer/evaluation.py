@@ -15,6 +15,7 @@ from lightrft.strategy import checkpoint
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, split_tags
 from lightrft.trainer.step_metrics import reward_sums, tag_metrics, tag_sums
 from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_metrics
+from lightrft.utils.protocols import Strategy
 
 Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
 Evaluator = Callable[[Ask, int], dict[str, float]]
@@ -82,7 +83,9 @@ class Evaluation:
         :return: ``eval/*`` metrics over all ranks.
         """
         rank, world = self.strategy.rank, self.strategy.world_size
-        left = len(range(rank, len(self.dataloader.dataset), world))  # a sampler fills short ranks up with others' rows
+        left = len(
+            range(rank, len(self.dataloader.dataset), world)
+        )  # the sampler repeats rows so that all ranks have as many
         sums: dict[Any, float] = defaultdict(float)
         tagged: dict[Any, float] = defaultdict(float)
         for batch in self.dataloader:
@@ -96,7 +99,7 @@ class Evaluation:
             for total, part in ((sums, reward_sums(items)), (tagged, tag_sums(items))):
                 for name, value in part.items():
                     total[name] += value
-        # a rank without rows has no names
+        # a rank without rows has no names to add up
         sums, tagged = (reduce_by_name(part, self.strategy.device) for part in (sums, tagged))
         count = sums["responses"]
         metrics = {f"eval/{k.removeprefix('rollout/')}": v / count for k, v in sums.items() if "/" in k}
@@ -106,8 +109,8 @@ class Evaluation:
 class BestModel:
     """Keeps the model of the best evaluation as a Hugging Face folder, with :data:`BEST_RECORD` in it. Collective.
 
-    What the folder says outranks what a checkpoint remembers: it is written before it. A killed run leaves the old
-    folder or the new one, whole.
+    The record in the folder is newer than the checkpoint's, and wins. A killed run leaves the old folder or the new
+    one, complete.
 
     :param folder: Where to; a new run moves an earlier run's aside (``.old``).
     :param metric: What is compared; more is better.
@@ -117,7 +120,7 @@ class BestModel:
     """
 
     def __init__(
-        self, strategy: Any, folder: Path, metric: str, resumed: bool, remembered: dict[str, Any] | None
+        self, strategy: Strategy, folder: Path, metric: str, resumed: bool, remembered: dict[str, Any] | None
     ) -> None:
         self.strategy = strategy
         self.folder = folder
@@ -136,7 +139,7 @@ class BestModel:
 
     def _tidy(self, resumed: bool) -> None:
         aside, old = self._beside(checkpoint.PART), self._beside(f".old{checkpoint.PART}")
-        if old.exists() and not self.folder.exists():  # killed between two renames: the new one is on disk, whole
+        if old.exists() and not self.folder.exists():  # killed between two renames; the new folder is complete
             (aside if aside.exists() else old).rename(self.folder)
         for left_over in (aside, old):
             shutil.rmtree(left_over, ignore_errors=True)

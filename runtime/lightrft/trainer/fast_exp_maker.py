@@ -20,7 +20,8 @@ from lightrft.trainer.advantages import (
     token_advantages,
     whiten,
 )
-from lightrft.trainer.replay_buffer import Experience, make_micro_batch
+from lightrft.trainer.replay_buffer import Experience, MicroBatch, make_micro_batch
+from lightrft.utils.protocols import Actor, Strategy, Tokenizer
 
 
 def normalize_images(raw_images: Sequence[Any]) -> list[Any]:
@@ -29,7 +30,7 @@ def normalize_images(raw_images: Sequence[Any]) -> list[Any]:
     :raises RuntimeError: always: this runtime carries audio only, and ``patch_experience_maker_for_audio`` says how.
     """
     raise RuntimeError(
-        "the image slot has no meaning yet: call patch_experience_maker_for_audio(experience_maker, ...)"
+        "the image slot carries nothing yet: call patch_experience_maker_for_audio(experience_maker, ...)"
     )
 
 
@@ -39,7 +40,7 @@ def get_images_num(all_images: Sequence[Any]) -> list[int]:
     :raises RuntimeError: always, as :func:`normalize_images`.
     """
     raise RuntimeError(
-        "the image slot has no meaning yet: call patch_experience_maker_for_audio(experience_maker, ...)"
+        "the image slot carries nothing yet: call patch_experience_maker_for_audio(experience_maker, ...)"
     )
 
 
@@ -54,10 +55,10 @@ class FastExperienceMaker:
 
     def __init__(
         self,
-        actor: Any,
-        initial_model: Any,
-        tokenizer: Any,
-        strategy: Any,
+        actor: Actor,
+        initial_model: Actor | None,
+        tokenizer: Tokenizer,
+        strategy: Strategy,
         kl_ctl: KLController,
         reward_fn: Callable,
         reward_fn_label_map: dict[str, int],
@@ -95,7 +96,7 @@ class FastExperienceMaker:
         :param all_images: What the image slot carries, one entry a prompt; None for text.
         :param all_labels: Reward rules.
         :param step: Rollout step, which the sampling seeds depend on.
-        :param all_tags: What each prompt is counted under, beside all others.
+        :param all_tags: Further names under which metrics count each prompt.
         :return: ``n`` experiences a prompt, a group's next to each other.
         """
         started = time.perf_counter()
@@ -185,7 +186,7 @@ class FastExperienceMaker:
         return items
 
     def replace_groups(self, items: list[Experience], step: int) -> list[Experience]:
-        """Put groups with spread in place of those whose rewards are all alike, which teach nothing.
+        """Replace groups whose rewards are all equal, and whose advantages are therefore 0, by others.
 
         Prompts are drawn with ``draw_prompts(step, attempt, count)``, as many on every rank as the rank with most to
         replace needs, since an engine may span ranks. After ``dynamic_sampling_rounds`` what is left stays as it is.
@@ -218,7 +219,7 @@ class FastExperienceMaker:
         return [item for group in groups for item in group]
 
     def penalise_length(self, items: list[Experience]) -> None:
-        """Take from the rewards what responses near the token limit lose.
+        """Subtract the overlong penalty from the rewards of responses near the token limit.
 
         :param items: Scored experiences; changed in place.
         """
@@ -257,8 +258,8 @@ class FastExperienceMaker:
             item.reward_metrics = {name: float(values[i]) for name, values in metrics.items()}
 
     @torch.no_grad()
-    def log_probs(self, model: Any, items: Sequence[Experience]) -> list[torch.Tensor]:
-        """Log-probs of the responses under a model that hears the audio.
+    def log_probs(self, model: Actor, items: Sequence[Experience]) -> list[torch.Tensor]:
+        """Log-probs of the responses, given prompt and audio.
 
         :param model: Actor or reference model.
         :return: ``(response length,)`` each, in CPU memory.
@@ -315,7 +316,7 @@ def has_spread(group: Sequence[Experience]) -> bool:
     return min(rewards) < max(rewards)
 
 
-def forward(model: Any, batch: Any) -> torch.Tensor:
+def forward(model: Actor, batch: MicroBatch) -> torch.Tensor:
     """Call an actor with the inputs that its modality takes.
 
     :return: Log-probs ``(batch, response width)``.

@@ -1,4 +1,4 @@
-"""Signs that a run goes wrong, though nothing has failed."""
+"""Warning signs that a run goes wrong although nothing has failed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 GAP_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |log p engine - log p trainer|, nats
-KL_LIMIT = 5.0  # nats a token to the start model: it has become another one
-CONSTANT_STEPS = 20  # so many steps in which all rewards are one and the same teach nothing
+KL_LIMIT = 5.0  # nats a token to the start model; beyond this the model has little in common with it
+CONSTANT_STEPS = 20  # warn after so many steps in which all rewards were the same number
 
 
 class AnomalyError(Exception):
-    """A sign after which the run shall stop."""
+    """A warning sign at which the run stops (``--on_anomaly stop``)."""
 
 
 class Health:
-    """Watches the metrics of each step. Each kind is warned of once and counted always.
+    """Watches the metrics of each step. Each kind of warning is printed once and counted every time.
 
     :param dtype: Of the weights; decides how far engine and trainer may be apart.
     :param action: At a sign: ``warn``, ``stop``, or ``skip`` the optimizer step.
@@ -29,14 +29,17 @@ class Health:
         self.warn = warn
         self.counts: dict[str, int] = {}
         self.skipped = 0  # optimizer steps left out
-        self._constant: tuple[float, int] = (float("nan"), 0)  # reward of all responses, steps it has been that
+        self._constant: tuple[float, int] = (
+            float("nan"),
+            0,
+        )  # the reward that all responses got, and for how many steps
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"counts": dict(self.counts), "skipped": self.skipped, "constant": self._constant}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was written."""
+        """Take back a :meth:`state`."""
         self.counts, self.skipped = dict(state["counts"]), state["skipped"]
         self._constant = tuple(state["constant"])
 

@@ -20,7 +20,7 @@ class Experience:
     :param truncated: The response hit the token limit.
     :param clips: Rows of each clip of the prompt, ``(rows, n_mels)``; the responses of a group share the tensors.
     :param label: Reward rule.
-    :param tags: What it is counted under beside all others, such as its data set.
+    :param tags: Further names under which metrics count it, such as its data set.
     :param source: What trajectories record of the prompt beside its text, such as the audio's file.
     :param response: Decoded response, for trajectories.
     :param reward_metrics: Its parts.
@@ -72,7 +72,9 @@ def make_micro_batch(items: Sequence[Experience], pad_token_id: int, device: tor
     :param device: Where token tensors go; clips stay where they are until the actor has unpacked them.
     """
     prompt_width = max(len(item.prompt_ids) for item in items)
-    response_width = max(2, *(len(item.response_ids) for item in items))  # two: see the policy's forward
+    response_width = max(
+        2, *(len(item.response_ids) for item in items)
+    )  # at least 2 columns: the forward pass hands `[split:-1]` to the decoder
     sequences = torch.full((len(items), prompt_width + response_width), pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(sequences)
     for i, item in enumerate(items):

@@ -1,4 +1,4 @@
-"""Samples of what was said and earned, in the run's folder: a file a step, a line a response."""
+"""Sampled responses with their rewards, in the run's folder: a file for each step, a line for each response."""
 
 from __future__ import annotations
 

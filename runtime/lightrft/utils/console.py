@@ -1,4 +1,4 @@
-"""What a person sees: our lines on the terminal, the engines' chatter in a file."""
+"""Our lines go to the terminal; the output of libraries is redirected to a log file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ESCAPE = re.compile(r"\x1b\[[0-9]*m")
 
 
 def paint(text: str, style: str) -> str:
-    """Text in a style, which :class:`Console` takes out again wherever it is not for a terminal."""
+    """Text in one of :data:`STYLES`; :class:`Console` removes the style where it does not write to a terminal."""
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m"
 
 
@@ -32,7 +32,7 @@ class Console:
         self.rank = rank
         self.stream: TextIO = sys.stdout
         self.log_file: Path | None = None
-        self.quiet = False  # show warnings, errors and what is said to be needed; the log file gets all
+        self.quiet = False  # the terminal shows only warnings, errors and lines marked as needed; the log file has all
         self.verbose = False
         self.bar: Any = None  # a tqdm bar on the terminal's last line
         self._status = False
@@ -68,17 +68,17 @@ class Console:
             self._write(sys.stdout, *parts)
 
     def warn(self, message: str) -> None:
-        """Print a warning, whatever the rank."""
+        """Print a warning of one line, on every rank that calls it."""
         self._write(self.stream, paint(f"WARNING (rank {self.rank}):", "yellow"), message)
 
     def fail(self, message: str) -> None:
-        """Say why the run ends, whatever the rank, on the terminal and in the log file."""
+        """Print why the run ends, on every rank that calls it, on the terminal and in the log file."""
         self._write(self.stream, paint("ERROR:", "red"), message)
         if self.log_file is not None:
             self._write(sys.stdout, f"ERROR: {message}")
 
     def status(self, text: str) -> None:
-        """Show what takes a while on a terminal's last line, until something is printed.
+        """Show on the terminal's last line what is going on, until the next line is printed.
 
         :param text: At most 79 columns.
         """
@@ -92,7 +92,7 @@ class Console:
         text = " ".join(map(str, parts))
         if not on_screen or os.environ.get("NO_COLOR"):
             text = _ESCAPE.sub("", text)
-        with suppress(OSError):  # a full disk, or a reader that has gone, shall not end the run by way of its output
+        with suppress(OSError):  # a full disk or a closed pipe must not end the run
             if on_screen and self.bar is not None:
                 self.bar.clear()
             elif on_screen and self._status:

@@ -1,4 +1,7 @@
-"""Process groups, and the few collectives that the runtime needs."""
+"""Process groups, and the few collectives that the runtime needs.
+
+DeepSpeed is imported inside a function, because it reads DS_ACCELERATOR, which is set just before.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ from torch.utils.data import DistributedSampler
 
 from lightrft.utils.rank_watch import own_address
 
+# flags that may differ between ranks, because only rank 0 uses them
 OF_RANK_0 = ("wandb_run_name", "wandb_org", "wandb_group", "wandb_project", "use_wandb", "use_tensorboard")
 SAME_VERSIONS = ("torch", "transformers", "deepspeed")
-SEEN_WITHIN = 10  # seconds in which a new file shows on the other hosts
+SEEN_WITHIN = 10  # seconds within which a shared file system shows a new file on the other hosts
 
 
 def pick_device() -> torch.device:
@@ -48,7 +52,7 @@ def init_process_group(device: torch.device, timeout: timedelta = timedelta(minu
 
     address = own_address()
     if address is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
-        # gloo would take the address of this host's name, which on Debian and Ubuntu is the host's alone (127.0.1.1)
+        # gloo would use the address of the host's name: on Debian and Ubuntu 127.0.1.1, which no other host reaches
         os.environ["GLOO_SOCKET_IFNAME"] = interface_of(address)
     # DeepSpeed would compile, with the machine's C++ compiler, a shared-memory reduction that only inference uses
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
@@ -162,7 +166,7 @@ def check_shared(folder: Path) -> None:
 
 
 def digest(rows: Iterable[Any]) -> str:
-    """A few letters that differ if rows do."""
+    """A short hash of rows of plain values, to compare them between ranks."""
     state = hashlib.blake2b(digest_size=6)
     for row in rows:
         state.update(repr(row).encode("utf-8", "surrogatepass"))
@@ -170,7 +174,7 @@ def digest(rows: Iterable[Any]) -> str:
 
 
 def reduce_metrics(sums: dict[str, float], maxima: dict[str, float], device: torch.device) -> None:
-    """Add up, respectively take the maximum, over all ranks, in place.
+    """Sum ``sums`` and maximise ``maxima`` over all ranks, in place.
 
     :param sums: Same keys on every rank.
     :param maxima: Same keys on every rank.
@@ -183,7 +187,7 @@ def reduce_metrics(sums: dict[str, float], maxima: dict[str, float], device: tor
 
 
 def reduce_by_name(sums: dict[Any, float], device: torch.device) -> dict[Any, float]:
-    """Add up over all ranks what some of them may not have. Collective.
+    """Add up over all ranks sums whose names differ between ranks. Collective.
 
     :param sums: By names that can be sorted; a name that a rank lacks counts as 0 there.
     :return: All names of all ranks, sorted.

@@ -20,8 +20,8 @@ from lightrft.utils.files import write_atomically
 class MetricsWriter:
     """Writes one record a step. Made on rank 0 only.
 
-    A resumed run goes on in the same ``metrics.jsonl`` and the same wandb run; records of steps that it will do again
-    are taken out. A new run in an old folder keeps the old file as ``metrics.jsonl.old``.
+    A resumed run goes on in the same ``metrics.jsonl`` and the same wandb run; records of steps that it will repeat
+    are removed. A new run in an old folder keeps the old file as ``metrics.jsonl.old``.
 
     :param args: The run's arguments: ``use_wandb``, ``wandb_*``, ``use_tensorboard``. ``WANDB_MODE`` makes wandb
         offline or disabled.
@@ -37,7 +37,7 @@ class MetricsWriter:
             else:
                 keep_steps(path, done)
         self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
-        self._pending: list[bytes] = []  # records that the disk had no room for
+        self._pending: list[bytes] = []  # records that could not be written yet
         self._wandb = self._tensorboard = None
         if args.use_wandb:
             import wandb

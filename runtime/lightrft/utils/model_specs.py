@@ -32,8 +32,8 @@ class Qwen2Audio:
     name = "Qwen2-Audio"
     model_class: type[PreTrainedModel] = Qwen2AudioForConditionalGeneration
     processor_class: type[ProcessorMixin] = Qwen2AudioProcessor
-    foreign: tuple[str, ...] = ()  # prefixes of weights that a checkpoint may hold and the model has not
-    unheard: tuple[str, ...] = ()  # modules that audio and text do not pass: kept as they are
+    foreign: tuple[str, ...] = ()  # prefixes of checkpoint weights that the model does not have
+    unheard: tuple[str, ...] = ()  # modules that neither audio nor text uses; frozen
     # sinusoids, which do not train; transformers 5 forgets that while it loads, except under ZeRO-3
     fixed: tuple[str, ...] = ("model.audio_tower.embed_positions",)
     language_model = "language_model"  # the module that --target_modules calls so

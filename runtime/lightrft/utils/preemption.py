@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: it stops at the next safe moment, on all ranks at the same one."""
+"""Signals that ask a run to end. All ranks stop together, at the next point from which the run can be resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAME_CTRL_C = 1.0  # seconds; torchrun passes a Ctrl-C on that the terminal has already sent
+SAME_CTRL_C = 1.0  # seconds; the terminal and torchrun both send the signal of one Ctrl-C
 
 
 class StopError(Exception):

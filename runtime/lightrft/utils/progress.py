@@ -1,4 +1,4 @@
-"""What a person sees of a step: a bar that names the phase, and lines of at most 80 columns."""
+"""The terminal's view of a step: a bar that names the phase, and lines of at most 80 columns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Progress:
         console.bar = self._bar if shown else None
 
     def phase(self, name: str) -> None:
-        """Say what the step is at."""
+        """Show the phase's name, of at most nine characters."""
         self._bar.set_description_str(f"{name:<{PHASE_WIDTH}}")
 
     def step(self, *lines: str) -> None:
@@ -40,7 +40,7 @@ class Progress:
             console.print(line)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
         console.bar = None
 

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-_ADAPTED = re.compile(r"\.(?:base_layer|lora_[AB]\.default)(?=\.)")  # what peft puts into a name
+_ADAPTED = re.compile(r"\.(?:base_layer|lora_[AB]\.default)(?=\.)")  # the parts that peft inserts into names
 
 
 def checkpoint_name(name: str) -> str:
@@ -25,7 +25,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Name of the parameter that an adapted layer's parameter belongs to; any other name stays."""
+    """Live name without what peft inserts: of an adapted layer's parameters, the name the layer had before."""
     return _ADAPTED.sub("", name)
 
 
