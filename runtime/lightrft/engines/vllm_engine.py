@@ -20,12 +20,10 @@ LANGUAGE = ("language_model.", "thinker.model.", "thinker.lm_head.")  # the enco
 class VLLMEngine:
     """One vLLM engine a rank; with tensor parallelism the ranks of a group run one engine together.
 
-    :param model: Checkpoint folder.
     :param dtype: Weight type of the rollouts.
     :param max_model_len: Longest sequence, audio tokens included.
     :param audios_per_prompt: Most clips in one prompt.
     :param memory_utilization: Fraction of the GPU's memory for weights and KV cache (unused on the CPU).
-    :param enable_sleep: Let :meth:`sleep` free the GPU (does not exist on the CPU).
     :param seed: Seed of requests that carry none.
     """
 
@@ -167,7 +165,6 @@ def _load(
     has repacked, as it does on the CPU, have no parameter to write to: vLLM's layer-wise reload restores, fills and
     repacks them one by one.
 
-    :param weights: As for :meth:`VLLMEngine.load_weights`.
     :param before: Checksums of vLLM's parameters after the last time.
     :return: Names that were sent, and the new checksums.
     :raises RuntimeError: if a parameter is not what was sent, or has changed though it was not sent.

@@ -74,8 +74,6 @@ class Qwen2_5OmniAudioThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
         """Positions in time, height and width: text and sound have the same in all three.
 
-        :param input_tokens: Prompt, placeholders expanded.
-        :param mm_features: Its clips.
         :return: ``(3, tokens)``, and by how much the next position differs from the number of tokens: 0.
         """
         return torch.arange(len(input_tokens)).expand(3, -1), 0
@@ -115,10 +113,7 @@ class Qwen2_5OmniAudioThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
         return self.thinker.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Take a checkpoint's weights; those of parts that neither hear nor read are passed over.
-
-        :return: Names of the parameters that were loaded.
-        """
+        """Take a checkpoint's weights; those of parts that neither hear nor read are passed over."""
         return AutoWeightsLoader(self).load_weights(weights, mapper=NOT_HERE)
 
 

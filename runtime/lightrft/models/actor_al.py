@@ -40,7 +40,6 @@ class ActorAL(nn.Module):
 
     :param pretrain_or_model: Folder (or hub name) of a checkpoint, or a loaded model.
     :param use_flash_attention_2: Use flash-attn kernels; otherwise PyTorch's scaled dot product attention.
-    :param bf16: Weights in bfloat16; otherwise float32.
     :param ds_config: DeepSpeed configuration; with ZeRO-3 the weights are partitioned while loading.
     :param lora_rank: Rank of LoRA adapters, which then train alone; 0: none.
     :param load_in_4bit: Keep the language model's linear layers at 4 bits a weight; adapters alone can then train.

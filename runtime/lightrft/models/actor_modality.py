@@ -17,9 +17,5 @@ MODALITY_PARAMETERS: dict[ActorModality, set[str]] = {
 
 
 def get_supported_parameters(modality: ActorModality) -> set[str]:
-    """Names of the multimodal arguments that an actor's ``forward`` takes.
-
-    :param modality: The actor's modality.
-    :return: Argument names.
-    """
+    """Names of the multimodal arguments that an actor's ``forward`` takes."""
     return MODALITY_PARAMETERS[modality]

@@ -16,7 +16,6 @@ def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
     The head stays whole because log-probs are computed from its weight, tower and projector because they are small.
 
-    :param dtype: Of the computation.
     :raises ImportError: if bitsandbytes is not installed.
 
     Source: Dettmers et al., QLoRA (2023), section 3: NF4 and double quantisation.

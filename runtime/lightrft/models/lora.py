@@ -49,17 +49,13 @@ def add_adapters(model: nn.Module, rank: int, alpha: int, targets: Sequence[str]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Module name to layer, of those with an adapter.
-
-    :param model: Any model.
-    """
+    """Module name to layer, of those with an adapter."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def merged(layer: LoraLayer, whole: Callable[[nn.Parameter], torch.Tensor] = unpacked) -> torch.Tensor:
     """Weight of a plain layer that does what the adapted one does: base + ``alpha / rank`` * B A.
 
-    :param layer: Adapted linear layer.
     :param whole: Gives the whole value of each of its parameters; default: they are.
     :return: A new tensor in the base weight's dtype; the sum is formed in float32.
 
@@ -74,7 +70,6 @@ def merged(layer: LoraLayer, whole: Callable[[nn.Parameter], torch.Tensor] = unp
 def write_adapter(config: LoraConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write an adapter as peft loads it (``PeftModel.from_pretrained(base, folder)``).
 
-    :param config: From :func:`add_adapters`.
     :param weights: Live names and values of the adapters' parameters, in CPU memory.
     :param folder: Made if needed; the configuration is written last.
     """
@@ -85,10 +80,7 @@ def write_adapter(config: LoraConfig, weights: dict[str, torch.Tensor], folder: 
 
 
 class WithoutAdapters:
-    """A reference model that costs no memory: the actor with its adapters switched off.
-
-    :param actor: Actor with adapters.
-    """
+    """A reference model that costs no memory: the actor with its adapters switched off."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -105,10 +97,7 @@ class WithoutAdapters:
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """Let adapted layers do what their base layers do.
-
-    :param model: Model with adapters.
-    """
+    """Let adapted layers do what their base layers do."""
     layers = adapted_layers(model).values()
     for layer in layers:
         layer.enable_adapters(False)

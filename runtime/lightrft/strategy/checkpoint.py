@@ -22,7 +22,6 @@ MANIFEST = "manifest.json"  # of a whole checkpoint: file name to size in bytes
 def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, output_dir: str) -> None:
     """Write configuration, weights (safetensors, canonical names) and tokenizer.
 
-    :param model: The transformers model, for its configurations.
     :param weights: Checkpoint name to tensor in CPU memory.
     :param output_dir: Made if needed.
     """
@@ -168,10 +167,7 @@ def _checkpoints(save_dir: str) -> list[Path]:
 
 
 def rotate(save_dir: str, keep: int) -> None:
-    """Delete the oldest checkpoints. The newest whole one stays, whatever came after it.
-
-    :param save_dir: Folder with one sub-folder a checkpoint.
-    """
+    """Delete the oldest checkpoints. The newest whole one stays, whatever came after it."""
     safe, _ = newest(save_dir)
     for folder in _checkpoints(save_dir)[:-keep]:
         if folder.name != safe:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 def get_strategy(args: Any) -> StrategyBase:
     """Set up the console, the process group, and DeepSpeed or FSDP2.
 
-    :return: The strategy.
     :raises SystemExit: if the ranks were given different arguments, or do not share the folder of checkpoints.
     """
     console.rank = int(os.environ.get("RANK", "0"))

@@ -30,8 +30,6 @@ class FSDPEngine(nn.Module):
     """A sharded model that trains, with the calls of a DeepSpeed engine.
 
     The optimizer works on this rank's shards as plain tensors: its state is an ordinary one.
-
-    :param module: Sharded transformers model.
     """
 
     def __init__(self, module: nn.Module, strategy: StrategyBase, max_steps: int) -> None:

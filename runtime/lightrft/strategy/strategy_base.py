@@ -95,8 +95,6 @@ class StrategyBase(ABC):
     ) -> tuple[tuple[Any, Any, Any], tuple[None, None, None], list[Any], nn.Module | None]:
         """Shard the models and make the optimizer.
 
-        :param actor: The trained model.
-        :param critic: None: group-relative methods have none.
         :param reward_models: Rewards are rules; returned as they are.
         :param max_steps: Optimizer steps of the run, for the learning-rate schedule.
         :return: As LightRFT: (actor, optimizer, scheduler), (critic, ...), reward models, reference model.
@@ -116,10 +114,7 @@ class StrategyBase(ABC):
 
     @abstractmethod
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Freeze a model, usually the reference model's actor, and move or shard it.
-
-        :return: The same object, frozen.
-        """
+        """Freeze a model, usually the reference model's actor, and move or shard it."""
 
     @abstractmethod
     def step_guard(self, engine: TrainingEngine) -> StepGuard:
@@ -136,10 +131,7 @@ class StrategyBase(ABC):
         """Undo :meth:`offload_model`."""
 
     def optimizer_and_schedule(self, parameters: Iterable[tuple[str, nn.Parameter]], max_steps: int) -> tuple[Any, Any]:
-        """AdamW, and warm-up and a cosine to a tenth of the learning rate.
-
-        :param parameters: Names and parameters that train.
-        """
+        """AdamW, and warm-up and a cosine to a tenth of the learning rate."""
         args, decay, no_decay = self.args, [], []
         for name, parameter in parameters:
             (no_decay if exempt_from_decay(name) else decay).append(parameter)
@@ -170,13 +162,7 @@ class StrategyBase(ABC):
         collate_fn: Callable | None = None,
         drop_last: bool = True,
     ) -> DataLoader:
-        """A loader of this rank's share of the data.
-
-        :param batch_size: Rows a batch on this rank.
-        :param pin_memory: Page-lock host memory.
-        :param shuffle: Reshuffle each epoch, by the run's seed.
-        :param drop_last: Leave out an incomplete last batch.
-        """
+        """A loader of this rank's share of the data."""
         sampler = ResumableSampler(
             dataset, self.world_size, self.rank, shuffle=shuffle, seed=self.args.seed, drop_last=drop_last
         )
@@ -189,7 +175,6 @@ class StrategyBase(ABC):
         """Start the rollout engine and give it the actor's weights.
 
         :param engine_type: ``vllm`` or ``hf``.
-        :return: The engine.
         :raises ValueError: if the engine is not one of this runtime's.
         """
         if engine_type == "vllm":
@@ -225,7 +210,6 @@ class StrategyBase(ABC):
     def rows_at_once(self, config: Any) -> int:
         """Sequences that the ``hf`` engine generates at once: as many as have room in its share of the GPU.
 
-        :param config: Qwen2-Audio's.
         :return: 1 to 64.
         """
         args, text = self.args, config.text_config
@@ -256,7 +240,6 @@ class StrategyBase(ABC):
     ) -> list[RolloutOutput]:
         """Ask this rank's engine.
 
-        :param sampling_params: One a prompt.
         :param prompt_token_ids: Text-only prompts, or
         :param multi_modal_inputs: requests from :meth:`_build_multimodal_inputs`.
         :return: All samples of the first prompt, then of the second, and so on.
@@ -277,7 +260,6 @@ class StrategyBase(ABC):
     ) -> list[RolloutOutput]:
         """Generate for this rank's prompts; the ranks of a tensor-parallel engine put theirs together.
 
-        :param sampling_params: One a prompt.
         :param all_prompt_token_ids: Token ids of text-only prompts.
         :param all_prompts: Prompt texts of multimodal prompts.
         :param sleep_engine: Free the engine's memory afterwards.
@@ -328,10 +310,7 @@ class StrategyBase(ABC):
 
     @staticmethod
     def unwrap_model(model: nn.Module) -> nn.Module:
-        """The transformers model below its engine.
-
-        :param model: With or without an engine around it.
-        """
+        """The transformers model below its engine."""
         return getattr(model, "module", model)
 
     @abstractmethod
@@ -349,10 +328,7 @@ class StrategyBase(ABC):
         """
 
     def bytes_of(self, parameter: nn.Parameter) -> int:
-        """Memory of a parameter once it is gathered.
-
-        :param parameter: Of a prepared model.
-        """
+        """Memory of a parameter once it is gathered."""
         return parameter.numel() * self.dtype.itemsize
 
     def named_weights(self, model: nn.Module, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
@@ -362,7 +338,6 @@ class StrategyBase(ABC):
         What is gathered at a time has at most ``sync_bucket_mb``; see :func:`~lightrft.strategy.weights.buckets`.
 
         :param model: Prepared model. A collective where it is sharded: all ranks iterate.
-        :param trained_only: Leave out layers that are frozen.
         """
         pieces = weights.pieces_of(self.unwrap_model(model), self.args.lora_rank > 0, trained_only)
         for bucket in weights.buckets(pieces, self.args.sync_bucket_mb * 2**20, self.bytes_of):
@@ -371,7 +346,6 @@ class StrategyBase(ABC):
     def save_model(self, model: nn.Module, tokenizer: Tokenizer, output_dir: str) -> None:
         """Write a Hugging Face folder that transformers and vLLM load, and LoRA's adapter alone into ``adapter`` in it.
 
-        :param model: Prepared actor.
         :param output_dir: Folder; existing files are replaced one by one, each atomically.
         :raises SaveError: if it could not be written.
         """
@@ -433,7 +407,6 @@ class StrategyBase(ABC):
     def load_ckpt(self, model: TrainingEngine, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
         """Load the newest whole checkpoint.
 
-        :return: Path and client state.
         :raises SystemExit: if there is none that fits.
         """
         tag, damaged = checkpoint.newest(load_dir)
@@ -447,7 +420,6 @@ class StrategyBase(ABC):
     def read_ckpt(self, engine: TrainingEngine, load_dir: str, tag: str) -> dict[str, Any]:
         """Load this rank's part of a checkpoint.
 
-        :return: Client state.
         :raises SystemExit: if it does not fit.
         """
 
@@ -455,7 +427,6 @@ class StrategyBase(ABC):
     def together(action: Callable[[], None], mine: bool = True) -> None:
         """Do something with files, on ranks where ``mine`` is true; if it fails on one rank, raise on all. Collective.
 
-        :param action: To do.
         :raises SaveError: naming the ranks and what went wrong.
         """
         failure = None

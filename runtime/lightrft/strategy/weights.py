@@ -71,7 +71,6 @@ def buckets(pieces: Iterable[Piece], limit: int, size_of: Callable[[nn.Parameter
 def gathered_weights(bucket: Sequence[Piece], whole: Whole) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of each weight of a bucket; adapters are merged.
 
-    :param bucket: Weights.
     :param whole: Gathers parameters for as long as its context lasts.
     """
     parameters = [parameter for piece in bucket for parameter in piece.parameters]

@@ -42,8 +42,6 @@ class Console:
 
         Done on descriptors and not on ``sys.stdout``, because native libraries write there too. An exception that
         ends the program is still shown on the terminal.
-
-        :param log_file: Appended to.
         """
         log_file.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()

@@ -52,7 +52,6 @@ def blending_datasets(
     """Read one or several sources and mix them.
 
     :param datasets: Files or folders, separated by commas.
-    :param probabilities: Share of each, separated by commas.
     :param strategy: Prints what is read, if given.
     :param max_count: Most rows taken from each source.
     :param return_eval: Also return the evaluation split.

@@ -74,7 +74,6 @@ def engine_groups(tp_size: int) -> dist.ProcessGroup:
     """Split the ranks into engines of ``tp_size`` neighbours.
 
     :param tp_size: Ranks an engine; divides the world size.
-    :return: The group of this rank's engine.
     """
     mine = None
     for start in range(0, dist.get_world_size(), tp_size):
@@ -86,10 +85,7 @@ def engine_groups(tp_size: int) -> dist.ProcessGroup:
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, in rank order.
-
-    :param value: Picklable.
-    """
+    """Every rank's value, in rank order."""
     if dist.get_world_size(group) == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -136,7 +132,6 @@ def check_same_run(args: Any) -> None:
 def check_shared(folder: Path) -> None:
     """Stop all ranks if they do not see the same files in a folder. Collective.
 
-    :param folder: Made if needed.
     :raises SystemExit: naming the folder and who does not see what rank 0 has written.
     """
     probe, failure = folder / f".seen_by_{socket.gethostname()}_{os.getpid()}", None

@@ -108,10 +108,7 @@ class MetricsWriter:
 
 
 def rollout_table(samples: Sequence[dict[str, Any]]) -> Any:
-    """Responses as a wandb table, a row a response, with a player for the clip.
-
-    :param samples: As for :meth:`MetricsWriter.write`.
-    """
+    """Responses as a wandb table, a row a response, with a player for the clip."""
     import wandb
 
     players: dict[str, Any] = {}  # the responses of a group share one

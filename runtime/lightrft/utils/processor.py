@@ -14,10 +14,7 @@ def get_tokenizer_processor_vl(
 ) -> tuple[PreTrainedTokenizerBase, ProcessorMixin]:
     """Load processor and tokenizer, and make sure that there is a padding token.
 
-    :param pretrain: Checkpoint folder or hub name.
     :param model: Model whose configuration learns the padding token, if the tokenizer had none.
-    :param padding_side: ``left`` or ``right``.
-    :return: Tokenizer and processor.
     """
     processor = family_of(pretrain).processor_class.from_pretrained(pretrain, use_fast=use_fast)
     tokenizer = processor.tokenizer

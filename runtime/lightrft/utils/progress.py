@@ -15,7 +15,6 @@ BAR = "{desc} {bar}| {n_fmt}/{total_fmt}  {elapsed} < {remaining}"
 class Progress:
     """A bar at the bottom of the terminal; nothing where there is no terminal, or ``--quiet``.
 
-    :param done: Steps that are done already.
     :param shown: Whether this process has the terminal.
     """
 
