@@ -116,14 +116,14 @@ def rollout(model: Any, response: int, device: torch.device) -> dict[str, float]
 
     from aqa.patches.slots import unpack_clips
     from demo.make_model import build_processor
-    from demo.warm_start import render_prompt
+    from demo.warm_start import render_question
     from lightrft.engines.base import Sampling
     from lightrft.engines.hf_engine import HFEngine
 
     processor = build_processor()
     rate = processor.feature_extractor.sampling_rate
     wave = 0.1 * torch.randn(10 * rate, generator=torch.Generator().manual_seed(2)).numpy()
-    prompt = render_prompt(processor, "What do you hear in the audio?", ["bell", "rain", "horn", "hum"])
+    prompt = render_question(processor, "What do you hear in the audio?", ["bell", "rain", "horn", "hum"])
     bias = {AUDIO: -100.0}
     engine = HFEngine(processor, lambda: contextlib.nullcontext(model))
     request = {"prompt": prompt, "multi_modal_data": {"audio": [(wave, rate)]}}
