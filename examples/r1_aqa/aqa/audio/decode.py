@@ -21,11 +21,11 @@ from aqa.common.constants import HOP_LENGTH, MAX_FRAMES, MIN_FRAMES, SAMPLING_RA
 
 MAX_SECONDS = MAX_FRAMES * HOP_LENGTH / SAMPLING_RATE
 MIN_SAMPLES = (MIN_FRAMES - 1) * HOP_LENGTH + 1  # shorter clips leave no audio token
-MIN_RATE, MAX_RATE, MAX_CHANNELS = 1_000, 768_000, 64  # beyond these it is the header that is wrong
-MAX_PEAK = 100.0  # of float samples, whose full scale is 1; whole numbers stored as floats are far above
+MIN_RATE, MAX_RATE, MAX_CHANNELS = 1_000, 768_000, 64  # a header with values beyond these is damaged
+MAX_PEAK = 100.0  # of float samples, whose full scale is 1; a larger peak means whole numbers stored as floats
 BLOCK = 2**16  # frames decoded at a time, so that eight channels cost the memory of one
 
-# Those of libsndfile's formats of which a cut file can be told from a whole one.
+# The formats of libsndfile for which a file that is cut short can be told from a whole one.
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "FLAC", "OGG", "MP3")
 # libsndfile's log of a file that ends before its data do. "RIFF" is left out: many writers get that size wrong.
 _CUT = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: *(\d+) *\(should be (\d+)\)", re.MULTILINE)
@@ -46,10 +46,7 @@ class AudioError(ValueError):
 
 
 def show(path: str | Path) -> str:
-    """A path for a message: as it is, or escaped where it would tear the line.
-
-    :param path: The path.
-    """
+    """A path for a message: as it is, or escaped if a character in it would break the line."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
 
@@ -60,8 +57,8 @@ def load_audio(path: str | Path, silence_ok: bool = False) -> np.ndarray:
     Reads no more than the 30 s that the model hears, whatever the length of the file.
 
     :param path: A file in one of :data:`FORMATS`, of any rate and number of channels.
-    :param silence_ok: Take a clip whose samples are all zero: right for an evaluation, whose questions are what they
-        are, and wrong for training, where the model would learn to answer without listening.
+    :param silence_ok: Accept a clip whose samples are all zero. An evaluation asks all of its questions, so it does;
+        in training the model would learn to answer without listening.
     :return: Waveform ``(samples,)`` float32, 16 kHz mono.
     :raises AudioError: if the file is missing, is not readable as audio, is cut short, is shorter than 20 ms, is
         digital silence, or has samples that are no sound (NaN, infinite, or far above full scale).
@@ -81,7 +78,7 @@ def load_audio(path: str | Path, silence_ok: bool = False) -> np.ndarray:
                 if not len(block):
                     break
                 left -= len(block)
-                with np.errstate(over="ignore", invalid="ignore"):  # judged below
+                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
                     blocks.append(block.mean(axis=1))
     except AudioError:
         raise
@@ -110,7 +107,6 @@ def load_audio(path: str | Path, silence_ok: bool = False) -> np.ndarray:
 def read_header(path: str | Path) -> tuple[int, int]:
     """Check a file's header without decoding it.
 
-    :param path: The file.
     :return: Frames and rate (Hz).
     :raises AudioError: for what :func:`load_audio` raises it, as far as a header shows it.
     """
@@ -133,7 +129,7 @@ def _too_short(seconds: float) -> str:
 
 
 def _refuse_special(path: str | Path) -> None:
-    """A pipe or a device would be waited for, or read, for ever."""
+    """Refuse pipes and devices, because reading them might never end."""
     if os.path.exists(path) and not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
         raise AudioError(f"{show(path)}: is not a regular file, but a pipe, socket or device")
 
@@ -152,7 +148,7 @@ def _check_header(path: str | Path, header: Any) -> None:
         # libsndfile guesses the length from the first frame then, and reads half of a file of variable bit rate
         raise AudioError(f"{name}: is MP3 without a Xing or Info tag, so its length is not known; convert it to WAV")
     if frames >= MAX_SECONDS * rate:
-        return  # cut or not, all that is heard is there
+        return  # the model hears 30 s at most, and these are there even if the file is cut short
     for match in _CUT.finditer(header.extra_info):
         promised, there = map(int, match.groups())
         if there + _SLACK < promised < _UNKNOWN_SIZE:
@@ -187,10 +183,9 @@ def _has_last_page(path: str | Path) -> bool:
 
 
 def describe_failure(path: str | Path, error: Exception) -> str:
-    """Why a file could not be opened, in the user's terms.
+    """Say in the user's terms why a file could not be opened.
 
-    :param path: The file.
-    :param error: What libsndfile or the system said.
+    :param error: The exception of libsndfile or the system.
     """
     if os.path.islink(path) and not os.path.exists(path):
         return f"is a broken link to {show(os.readlink(path))}, which does not exist"
@@ -217,11 +212,9 @@ def describe_failure(path: str | Path, error: Exception) -> str:
 
 
 def probe_audio(path: str | Path, reader: Callable[[str], Any] | None = None) -> str | None:
-    """What is wrong with a file, if anything.
+    """What is wrong with a file, the path included; None if it looks usable.
 
-    :param path: The file.
     :param reader: Raises AudioError if something is wrong: :func:`read_header` if None, :func:`load_audio` to decode.
-    :return: None if it looks usable, else what is wrong with it, the path included.
     """
     try:
         (reader or read_header)(path)
@@ -236,9 +229,8 @@ def probe_all(
     """Check many files in parallel.
 
     :param paths: Files; each different one is checked once.
-    :param show_progress: Show a progress bar.
     :param reader: As for :func:`probe_audio`.
-    :return: What is wrong, one entry a bad file, in the order of the paths.
+    :return: What is wrong, one entry for each bad file, in the order of the paths.
     """
     different = list(dict.fromkeys(map(str, paths)))
     with ThreadPoolExecutor(max_workers=16) as pool:

@@ -1,8 +1,8 @@
 """Guards for audio that others provide: decode it in a process with limits, keep its paths inside a folder.
 
 The worker is a bare interpreter without torch; it lives as long as its owner and is started again when it dies. It
-bounds what a hostile or broken file can cost (memory, time, a crash); it runs as the same user, so that it is no wall
-against a decoder that is taken over. Overhead: 0.3 s once a process, 0.2 ms a clip of 10 s.
+bounds what a hostile or broken file can cost (memory, time, a crash). It runs as the same user, so it does not protect
+against a file that takes over the decoder. Overhead: 0.3 s once a process, 0.2 ms a clip of 10 s.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ class Sandbox:
     def load(self, path: str | Path, silence_ok: bool = False) -> np.ndarray:
         """As :func:`aqa.audio.decode.load_audio`.
 
-        :param path: The file.
-        :param silence_ok: Take a clip of digital silence.
+        :param silence_ok: Accept a clip of digital silence.
         :raises AudioError: as there, and if the decoder crashes or passes a limit.
         """
         import numpy as np
@@ -77,7 +76,6 @@ class Sandbox:
     def read_header(self, path: str | Path) -> tuple[int, int]:
         """As :func:`aqa.audio.decode.read_header`.
 
-        :param path: The file.
         :return: Frames and rate (Hz).
         :raises AudioError: as there, and if the decoder crashes or passes a limit.
         """

@@ -1,13 +1,13 @@
 """An audio language model as a GRPO policy: log-probabilities of the response, each clip encoded once.
 
 :func:`policy_forward` takes the place of a transformers model's ``forward`` (``patch_actor_for_audio`` puts it there),
-on either host, with transformers 4.57 and 5. What differs from transformers' own forward, none of it in value:
+on either host, with transformers 4.57 and 5. It differs from transformers' own forward as follows, in no value:
 
 - a clip is encoded once, however many sequences of the micro-batch share it;
 - the tower works on the valid frames and not on 30 s of padding (``policy.model_parts``);
 - a prompt that several responses share goes through the language model once, and its keys and values are reused;
-- audio goes to the placeholders of the *prompt*, so a sampled placeholder cannot shift it;
-- logits are made for response positions only, some at a time (``token_log_probs``).
+- audio goes to the placeholders of the *prompt*, so that a placeholder which the model samples cannot shift it;
+- logits are computed for response positions only, and a chunk at a time (``policy.token_log_probs``).
 """
 
 from __future__ import annotations
@@ -26,19 +26,14 @@ from aqa.policy.token_log_probs import token_log_probs
 
 
 def parts_of(model: Any) -> Parts:
-    """Find the parts.
-
-    :param model: A model that ``policy.model_parts`` knows.
-    """
+    """The parts of a model that ``policy.model_parts`` knows."""
     return family_of(model).parts(model)
 
 
 def policy_forward(model_class: type) -> Callable[..., Any]:
-    """What takes the place of a model's ``forward``: that forward or, with ``response_mask``, the log-probs.
+    """Make the replacement of a model's ``forward``: with ``response_mask`` it returns log-probs, else it calls that.
 
-    One entry for both, because the hooks of DeepSpeed and FSDP2 surround ``forward`` alone.
-
-    :param model_class: The model's class.
+    One entry serves both, because the hooks of DeepSpeed and FSDP2 surround ``forward`` alone.
     """
 
     @functools.wraps(model_class.forward)  # generate() reads the signature
@@ -65,7 +60,7 @@ def encode_clips(model: Any, features: torch.Tensor, frames: torch.Tensor) -> tu
 
 
 def _known_states(cache: Any, tower: Any, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """:func:`_tower_states` of a frozen tower, from the cache where it has them."""
+    """The states of a frozen tower, as :func:`_tower_states`; computed only for clips that its cache lacks."""
     keys = [cache.key(clip, count) for clip, count in zip(features, frames.tolist(), strict=True)]
     kept = [cache.get(key) for key in keys]
     missing = [i for i, states in enumerate(kept) if states is None]
@@ -115,8 +110,8 @@ def response_log_probs(
     is_audio = sequences == model.config.audio_token_id
     is_audio[:, split:] = False  # placeholders of the prompt only
     packed, clip_rows, row_clips = _audio_of_rows(model, is_audio.sum(1).tolist(), features, frames, clip_index)
-    # The same on every rank, whatever the data: under ZeRO-3 all ranks must run the same modules. With gradient
-    # checkpointing activations are recomputed, which rules out a cache.
+    # This does not depend on the data, because under ZeRO-3 all ranks must run the same modules. Gradient checkpointing
+    # computes activations twice, and the second time the cache would already be filled.
     shared = len(sequences) > 1 and not (model.training and decoder.gradient_checkpointing)
     rows, group = list(range(len(sequences))), []
     if shared:
@@ -129,7 +124,9 @@ def response_log_probs(
     if packed is not None:
         order = torch.cat([clip_rows[clip] for row in rows for clip in row_clips[row]] or [clip_rows[0][:0]])
         audio = packed.to(embeds.dtype)[order]
-        embeds = embeds.masked_scatter(is_audio[rows, columns].unsqueeze(-1), audio) + 0.0 * packed.sum()
+        embeds = embeds.masked_scatter(is_audio[rows, columns].unsqueeze(-1), audio)
+        # keeps the tower in the graph on every rank; without it ZeRO-3 hangs when one rank has no audio
+        embeds = embeds + 0.0 * packed.sum()
     output = decoder(
         inputs_embeds=embeds,
         attention_mask=attention_mask[rows, columns],
@@ -143,7 +140,7 @@ def response_log_probs(
         hidden = hidden[index]
         cache = output.past_key_values
         cache.batch_select_indices(index)
-        continued = decoder(  # all but the last response token, behind its group's prompt
+        continued = decoder(  # the response without its last token, after the keys and values of its group's prompt
             inputs_embeds=model.get_input_embeddings()(sequences[:, split:-1]),
             attention_mask=attention_mask[:, :-1],
             position_ids=position_ids[:, split:-1],
@@ -165,7 +162,7 @@ def _audio_of_rows(
     frames: torch.Tensor | None,
     clip_index: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[tuple[int, ...]]]:
-    """Encode the clips and hand them out to the sequences.
+    """Encode the clips, and find out which sequence has which.
 
     :param placeholders: Audio placeholders of each sequence's prompt.
     :return: Embeddings of all clips, one below the other (None without audio); the rows of each clip in them; and
@@ -177,7 +174,7 @@ def _audio_of_rows(
             raise ValueError(f"the prompts hold {placeholders} audio placeholders, but there is no clip")
         packed = None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # this rank's micro-batch has no audio, another's may: ZeRO needs all ranks to run the same modules
+            # Another rank may have audio, and under ZeRO-3 all ranks must run the same modules: encode silence.
             device = parts_of(model).head.weight.device
             silence = torch.zeros(1, model.config.audio_config.num_mel_bins, MAX_FRAMES, device=device)
             packed, tokens = encode_clips(model, silence, torch.tensor([8], device=device))
@@ -211,7 +208,7 @@ def group_prompts(prompts: torch.Tensor, row_clips: list[tuple[int, ...]]) -> tu
 
     :param prompts: Prompt tokens, -1 at padding ``(batch, prompt width)``.
     :param row_clips: Clips of each sequence.
-    :return: The first sequence of each group, and for each sequence its group.
+    :return: The first sequence of each group, and the group of each sequence.
     """
     known: dict[tuple, int] = {}
     rows, group = [], []

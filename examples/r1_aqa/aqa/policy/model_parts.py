@@ -16,10 +16,9 @@ from torch import nn
 class Parts(NamedTuple):
     """The parts of a model.
 
-    :param tower: Audio encoder.
     :param projector: From the tower's states to the decoder's.
     :param decoder: Language model without its head.
-    :param head: To the vocabulary.
+    :param head: From hidden states to the vocabulary.
     """
 
     tower: nn.Module
@@ -33,10 +32,7 @@ class Qwen2Audio:
 
     @staticmethod
     def parts(model: Any) -> Parts:
-        """Find the parts; transformers 5 keeps them in other places than 4.57.
-
-        :param model: ``Qwen2AudioForConditionalGeneration``.
-        """
+        """Find the parts; transformers 5 keeps them in other places than 4.57."""
         if hasattr(model, "lm_head"):
             inner = model.model
             return Parts(inner.audio_tower, inner.multi_modal_projector, inner.language_model, model.lm_head)
@@ -89,10 +85,7 @@ class Qwen2_5OmniThinker:
 
     @staticmethod
     def parts(model: Any) -> Parts:
-        """Find the parts.
-
-        :param model: ``Qwen2_5OmniThinkerForConditionalGeneration``.
-        """
+        """Find the parts."""
         return Parts(model.audio_tower, nn.Identity(), model.model, model.lm_head)
 
     @staticmethod
@@ -113,10 +106,9 @@ FAMILIES: dict[str, type[Qwen2Audio] | type[Qwen2_5OmniThinker]] = {
 
 
 def family_of(module: Any) -> type[Qwen2Audio] | type[Qwen2_5OmniThinker]:
-    """The family of a model or of its tower.
+    """How this package deals with a model, or with its tower.
 
-    :param module: transformers module.
-    :raises ValueError: if the patches do not know it.
+    :raises ValueError: if it does not know such a model.
     """
     kind = module.config.model_type
     if kind not in FAMILIES:

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, without the logits of all of them in memory at once."""
+"""Log-probabilities of given tokens, without the logits of all positions in memory at once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits: 128 MiB in float32, 215
 
 
 def patch_head(patch: Any, head: nn.Module) -> None:
-    """Let the language model's head return log-probabilities where it is given targets.
+    """Let the language model's head return log-probabilities when it is called with targets.
 
-    They are made inside the head's forward, because the hooks of ZeRO-3 and FSDP2 have its weight there, once,
-    however many chunks a rank needs.
+    They are computed inside the head's forward: the hooks of ZeRO-3 and FSDP2 gather its weight for that call, and do
+    so once, however many chunks a rank needs.
 
     :param patch: Takes the replacement (``aqa.common.patch.Patch``).
     :param head: ``lm_head``; left alone unless it is a plain linear layer without bias.
@@ -46,7 +46,7 @@ def token_log_probs(
     :param logit_bias: Added to the logits of these token ids.
     :return: ``(tokens,)`` float32.
     """
-    # the bias goes in as numbers: FSDP2 would cast a tensor to the weights' type on its way into the head
+    # the bias is passed as numbers, because FSDP2 would cast a tensor argument to the weights' dtype
     bias = logit_bias or {}
     if getattr(head.forward, "__func__", None) is _head_forward:
         return head(hidden, targets, temperature, bias)
@@ -119,7 +119,7 @@ class TokenLogProbs(torch.autograd.Function):
                     part = part.float()  # a sum of many parts in bfloat16 would lose the small ones
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
                 del part
-            del logits, grad_logits  # or the next chunk's would be made beside them
+            del logits, grad_logits  # otherwise they would still take memory while the next chunk's are computed
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         elif ctx.needs_input_grad[1]:

@@ -1,4 +1,4 @@
-"""Outputs of a frozen audio tower, computed once per clip: for all passes over it, of actor and reference model."""
+"""Outputs of a frozen audio tower, computed once per clip for all passes of actor and reference model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ LIMIT_BYTES = 2 * 2**30  # CPU memory a process: some 3,000 clips of 10 s of Qwe
 
 
 class TowerCache:
-    """Keeps what was used last, up to a number of bytes, in CPU memory.
+    """Keeps outputs in CPU memory up to a number of bytes, and drops those that were unused for longest.
 
-    :param limit_bytes: Most it holds.
+    :param limit_bytes: Most memory for the outputs.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
@@ -24,7 +24,7 @@ class TowerCache:
 
     @staticmethod
     def key(features: torch.Tensor, frames: int) -> bytes:
-        """What names a clip: its contents.
+        """The name of a clip: a hash of its contents.
 
         :param features: Mel spectrogram ``(n_mels, width)``.
         :param frames: Valid frames.
@@ -33,10 +33,9 @@ class TowerCache:
         return hashlib.blake2b(columns.numpy().tobytes(), digest_size=16, key=str(frames).encode()).digest()
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """Output of a clip, if it is kept.
+        """The output of a clip, ``(audio tokens, d_model)``, if it is kept.
 
         :param key: From :meth:`key`.
-        :return: ``(audio tokens, d_model)``.
         """
         value = self._kept.get(key)
         if value is None:
@@ -47,7 +46,7 @@ class TowerCache:
         return value
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Keep the output of a clip; what was not used for longest goes.
+        """Keep the output of a clip.
 
         :param key: From :meth:`key`.
         :param value: ``(audio tokens, d_model)``.
@@ -66,10 +65,9 @@ class TowerCache:
 def share_tower_outputs(*models: Any) -> TowerCache:
     """Let models with the same, frozen tower encode each clip once between them.
 
-    Not under ZeRO-3 or FSDP2, where all ranks must run the same modules: one might know a clip that another does not.
+    Not for ZeRO-3 or FSDP2: there all ranks must run the same modules, but one may know a clip that another does not.
 
     :param models: ``Qwen2AudioForConditionalGeneration``, patched (``patch_actor_for_audio``).
-    :return: Their cache.
     :raises ValueError: if a tower trains, or differs from the first one's.
     """
     from aqa.policy.forward import parts_of
