@@ -160,11 +160,8 @@ def parameters(s: Sizes) -> tuple[Parameter, ...]:
     layer = [
         *[("self_attn.q_proj", (query, h), "lb"), ("self_attn.k_proj", (keys, h), "lb")],
         *[("self_attn.v_proj", (keys, h), "lb"), ("self_attn.o_proj", (h, query), "l")],
-        *[
-            ("mlp.gate_proj", (s.inner, h), "l"),
-            ("mlp.up_proj", (s.inner, h), "l"),
-            ("mlp.down_proj", (h, s.inner), "l"),
-        ],
+        *[("mlp.gate_proj", (s.inner, h), "l"), ("mlp.up_proj", (s.inner, h), "l")],
+        ("mlp.down_proj", (h, s.inner), "l"),
         *[("input_layernorm", (h,), ""), ("post_attention_layernorm", (h,), "")],
     ]
     tower, text = "model.audio_tower", "model.language_model"
@@ -556,9 +553,8 @@ class Plan:
             # gathered in buckets, or merged with its adapter; LightRFT, without the flag, gathers one by one
             bucket = getattr(args, "sync_bucket_mb", 0) * 2**20 if self.sharded else 0
             every = parameters(self.sizes)
-            self.memory["sync"]["work space"] = max(
-                self.b * max(p.count for p in every), min(bucket, self.b * count(every))
-            )
+            largest, whole = self.b * max(p.count for p in every), self.b * count(every)
+            self.memory["sync"]["work space"] = max(largest, min(bucket, whole))
 
     def _add_passes(self) -> None:
         """Forward and backward passes of training."""
@@ -840,8 +836,7 @@ def _verdict(plan: Plan) -> list[str]:
     taken, after = suggest(plan)
     if after.missing:
         flags = f"Even with {_flags(plan, taken)} it" if taken else "No flag helps: it"
-        each = f"{smallest_gpu(after)} GiB" + (f" each, or more than {gpus.count}" if gpus.count > 1 else "")
-        return [*lines, "", *textwrap.wrap(f"{flags} takes {gpus.count} x {each}.", 80)]
+        return [*lines, "", *textwrap.wrap(f"{flags} takes {gpus.count} x {smallest_gpu(after)} GiB.", 80)]
     lines += ["", f"With these flags it fits: {after.fullest}."]
     for change in taken:
         lines += textwrap.wrap(f"  {_flags(plan, [change])}: {change.effect}", 80, subsequent_indent="      ")
