@@ -1,4 +1,4 @@
-"""Trains with plain SGD and records every update; see tests/training/test_gradients.py, which checks what it records.
+"""Trains with plain SGD and records every optimizer step; tests/training/test_gradients.py checks what it records.
 
 python tests/support/gradient_capture.py RECORDS.pt examples/r1_aqa/train_colocate.py FLAGS ...
 """
@@ -11,53 +11,55 @@ from pathlib import Path
 
 import torch
 
+LEARNING_RATE = 1.0  # a step then is the gradient itself
+
 
 def vowels(response: str, reference: str, think: bool) -> float:
     """A reward with many values, so that the responses of a group seldom all earn the same."""
     return sum(letter in "aeiou" for letter in response) % 5 / 3
 
 
-def plain_sgd(rate: float):
-    """What takes the place of ``StrategyBase.optimizer_and_schedule``."""
-
-    def optimizer_and_schedule(strategy, parameters, max_steps):
-        optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=rate)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-
-    return optimizer_and_schedule
+def plain_sgd(strategy, parameters, max_steps):
+    """In place of ``StrategyBase.optimizer_and_schedule``."""
+    optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=LEARNING_RATE)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
 def record_updates(trainer_class, path: Path) -> None:
-    """Let ``update`` write, at rank 0, all ranks' responses and the weights before and after."""
+    """Write, at rank 0, all ranks' responses of each update, and the weights before it and after each step."""
     from lightrft.utils.distributed import gather_objects
 
-    records, inner = [], trainer_class.update
+    records, update, optimizer_step = [], trainer_class.update, trainer_class._optimizer_step
 
     def weights_of(trainer):
         return {name: w.cpu().clone() for name, w in trainer.strategy.named_weights(trainer.actor.model)}
 
-    def update(self, items, step):
+    def recording_update(self, items, step):
         names = ("prompt_ids", "response_ids", "reward", "advantages")
         plain = [{name: getattr(item, name) for name in names} | item.source for item in items]
-        record = {"before": weights_of(self), "kl_coef": self.kl_ctl.value, "ranks": gather_objects(plain)}
-        result = inner(self, items, step)
-        assert result[2], "each update must make an optimizer step"
-        records.append(record | {"after": weights_of(self)})
+        ranks = gather_objects(plain)
+        records.append({"kl_coef": self.kl_ctl.value, "ranks": ranks, "weights": [weights_of(self)]})
+        result = update(self, items, step)
         if self.strategy.is_rank_0():
             content = {"args": vars(self.strategy.args), "logit_bias": self.actor.logit_bias, "updates": records}
             torch.save(content, path)
         return result
 
-    trainer_class.update = update
+    def recording_step(self, *args):
+        norm = optimizer_step(self, *args)
+        records[-1]["weights"].append(weights_of(self))
+        return norm
+
+    trainer_class.update, trainer_class._optimizer_step = recording_update, recording_step
 
 
 if __name__ == "__main__":
-    rate, records, script = float(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]).resolve()
+    records, script = Path(sys.argv[1]), Path(sys.argv[2]).resolve()
     sys.path[:0] = [str(script.parent), str(script.parents[2] / "runtime")]
-    sys.argv = sys.argv[3:]
+    sys.argv = sys.argv[2:]
     from lightrft.strategy.strategy_base import StrategyBase
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
 
-    StrategyBase.optimizer_and_schedule = plain_sgd(rate)
+    StrategyBase.optimizer_and_schedule = plain_sgd
     record_updates(SPMDPPOTrainerVL, records)
     runpy.run_path(str(script), run_name="__main__")

@@ -1,12 +1,13 @@
-"""Is the update that training applies the gradient of the documented loss?
+"""Is the step that training takes the gradient of the documented loss?
 
-A real training process runs with plain SGD and records its weights before and after each update. Here the loss is
+A real training process runs with plain SGD and records its weights around each optimizer step. Here the loss is
 computed again with nothing of the runtime's: transformers' own forward, one unpadded sequence at a time, in float32,
-autograd through the formulas of the papers. The two updates must agree within 1e-5.
+autograd through the formulas of the papers. The two steps must agree within 1e-5.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -111,24 +112,29 @@ class Oracle:
             "seq-mean-token-sum-norm": tokens.sum() / self.args["generate_max_len"] / response_count,
         }[self.args["loss_agg_mode"]]
 
-    def update(self, record, reference):
-        """The weights that the update should lead to, by live name; and the items' advantages."""
+    def prepare(self, record, reference):
+        """Set old and reference log-probs and the advantages.
+
+        :return: The items of all ranks.
+        """
         items = [item for rank in record["ranks"] for item in rank]
-        model = self.load(record["before"])
-        with torch.no_grad():
-            for item in items:
-                item["old"], item["reference"] = self.log_probs(model, item), self.log_probs(reference, item)
-        advantages, tokens = self.advantages(items), sum(len(item["response_ids"]) for item in items)
-        for _ in range(self.args["max_epochs"]):
-            model.zero_grad()
-            for item, advantage in zip(items, advantages, strict=True):
-                self.loss(model, item, advantage, record["kl_coef"], tokens, len(items)).backward()
+        model = self.load(record["weights"][0])
+        for item, advantage in zip(items, self.advantages(items), strict=True):
             with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter -= 0 if parameter.grad is None else LEARNING_RATE * parameter.grad
-        return dict(model.named_parameters()), max(
-            abs(float(item["advantages"][-1]) - advantage) for item, advantage in zip(items, advantages, strict=True)
-        )
+                item["old"], item["reference"] = self.log_probs(model, item), self.log_probs(reference, item)
+            assert item["advantages"].tolist() == pytest.approx([advantage] * len(item["response_ids"]), abs=1e-5)
+            item["advantage"] = advantage
+        return items
+
+    def step(self, weights, items, kl_coef):
+        """What one optimizer step adds to the weights, by live name, and the model that has the weights."""
+        model, tokens = self.load(weights), sum(len(item["response_ids"]) for item in items)
+        for item in items:
+            self.loss(model, item, item["advantage"], kl_coef, tokens, len(items)).backward()
+        old = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        new = {name: w if gradients[name] is None else w - LEARNING_RATE * gradients[name] for name, w in old.items()}
+        return {name: new[name].double() - old[name].double() for name in old}, old
 
 
 @pytest.mark.parametrize(
@@ -147,22 +153,22 @@ def test_the_update_is_the_gradient_of_the_documented_loss(case, tiny_model, dem
 
     content = torch.load(tmp_path / "updates.pt", weights_only=False)
     oracle, updates = Oracle(content, tiny_model, tmp_path / "scratch"), content["updates"]
-    reference = oracle.load(updates[0]["before"])
+    reference = oracle.load(updates[0]["weights"][0])
     assert len(updates) == 2  # in the second one the policy differs from the reference, so that the KL has a gradient
-    for number, record in enumerate(updates, 1):
-        want, advantage_error = oracle.update(record, reference)
-        before, after = (dict(oracle.load(record[name]).named_parameters()) for name in ("before", "after"))
-        error = size = 0.0
-        for name in want:
-            fixed = "embed_positions" in name or (content["args"]["freeze_prefix"] and "audio_tower" in name)
-            if fixed:
-                assert torch.equal(before[name], after[name]), name
-                continue
-            expected = before[name].double() - want[name].double()
-            error += (before[name].double() - after[name].double() - expected).square().sum().item()
-            size += expected.square().sum().item()
-        relative = (error / size) ** 0.5
-        with capsys.disabled():
-            print(f"\n{case}, update {number}: |update| {size**0.5:.4f}, relative error {relative:.1e}")
-        assert relative < 1e-5
-        assert advantage_error < 1e-5
+    for record in updates:
+        items = oracle.prepare(record, reference)
+        assert len(record["weights"]) == 1 + content["args"]["max_epochs"]
+        for before, after in itertools.pairwise(record["weights"]):
+            expected, old = oracle.step(before, items, record["kl_coef"])
+            new = dict(oracle.load(after).named_parameters())
+            error = size = 0.0
+            for name, change in expected.items():
+                if "embed_positions" in name or (content["args"]["freeze_prefix"] and "audio_tower" in name):
+                    assert torch.equal(old[name], new[name]), name
+                    continue
+                error += (new[name].double() - old[name].double() - change).square().sum().item()
+                size += change.square().sum().item()
+            relative = (error / size) ** 0.5
+            with capsys.disabled():
+                print(f"\n{case}: |step| {size**0.5:.4f}, relative error {relative:.1e}")
+            assert relative < 1e-5
