@@ -435,9 +435,7 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
 
 def main() -> None:
     """Parse, validate, train."""
-    signal.signal(
-        signal.SIGUSR1, signal.SIG_DFL
-    )  # torchrun ignores it for the launch script, and ranks inherit that
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # torchrun ignores it, and so would its ranks
     args = build_parser(add_arguments).parse_args()
     finish(args)
     if args.plan:

@@ -162,13 +162,13 @@ def test_a_sharded_model_is_saved_whole(tiny_model, tmp_path, process_group):
 
 # --------------------------------------------------------------------------------------------------------------- engine
 @pytest.fixture
-def strategy(vllm_engine, parts):  # noqa: F811
+def strategy(vllm_engine, parts):
     _, tokenizer, processor = parts
     bias = {tokenizer.convert_tokens_to_ids(processor.audio_token): -100.0}
     return SimpleNamespace(inference_engine=vllm_engine.llm, inference_engine_type="vllm", logit_bias=bias)
 
 
-def test_rollouts_with_the_log_prob_of_every_token(strategy, parts, noises):  # noqa: F811
+def test_rollouts_with_the_log_prob_of_every_token(strategy, parts, noises):
     """The real vLLM, called as LightRFT calls it: log-probs are the trainer's, the caller's parameters untouched."""
     actor, tokenizer, processor = parts
     prompts = [prompt_of(processor)] * 2
@@ -201,7 +201,7 @@ def test_rollouts_with_the_log_prob_of_every_token(strategy, parts, noises):  # 
         torch.testing.assert_close(trained[0], torch.tensor(output.output_log_probs), rtol=0, atol=1e-3)
 
 
-def test_a_batch_without_audio(strategy, parts):  # noqa: F811
+def test_a_batch_without_audio(strategy, parts):
     ids = parts[1](QUESTION)["input_ids"]
     params = vllm.SamplingParams(temperature=1.0, max_tokens=2)
     [output] = audio.generate_with_audio(strategy, params, prompt_token_ids=[ids])
@@ -239,7 +239,7 @@ def test_weights_reach_vllm_by_the_checkpoints_names(tiny_model):
     assert sent == [("update_weight", {"name": "language_model.lm_head.weight", "shape": (1,)})]
 
 
-def test_caches_of_the_old_weights_are_emptied(vllm_engine, parts, noises):  # noqa: F811
+def test_caches_of_the_old_weights_are_emptied(vllm_engine, parts, noises):
     """After new weights the same request gives the new model's log-probs, though prompt and clip were seen before."""
     actor, _, processor = parts
     strategy = SimpleNamespace(inference_engine=vllm_engine.llm, inference_engine_type="vllm")
@@ -378,7 +378,8 @@ def test_log_probs_that_are_not_finite_stop_the_run(tmp_path, process_group):
     trainer = make_trainer(tmp_path)
     experiences = trainer.experience_maker._make_experience_list_by_model([])
     experiences[0].action_log_probs[0, 0] = float("nan")
-    with LightRFTHost().complete_trainer(trainer, None, [], None), pytest.raises(FloatingPointError, match="not finite"):
+    patch = LightRFTHost().complete_trainer(trainer, None, [], None)
+    with patch, pytest.raises(FloatingPointError, match="not finite"):
         trainer.experience_maker.make_experience_list()
 
 

@@ -202,7 +202,7 @@ def test_config_holds_flags_and_versions_and_no_environment(tmp_path, monkeypatc
 def test_a_report_that_fails_is_a_warning(tmp_path):
     line = run_config.write_report(tmp_path)
     assert line.startswith("WARNING: no report.html: report.py: error: ")
-    assert f"make report RUN={tmp_path}" in line
+    assert f"report.py {tmp_path}" in line
 
 
 def test_the_document_shows_the_table():
