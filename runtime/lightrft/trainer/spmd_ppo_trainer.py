@@ -76,7 +76,7 @@ class UpdateTotals:
 class SPMDPPOTrainerVL:
     """Trains an actor with group-relative policy optimization.
 
-    The parameters up to ``critic_scheduler`` have LightRFT's names and order. Critic, its optimizer and scheduler, and
+    The parameters up to ``critic_scheduler`` have LightRFT's names. Critic, its optimizer and scheduler, and
     the averaged model (``ema_model``) are None: group-relative methods have none. ``reward_model`` is unused, because
     rewards are rules.
 
@@ -97,6 +97,7 @@ class SPMDPPOTrainerVL:
 
     def __init__(
         self,
+        *,
         strategy: Strategy,
         actor: Actor,
         critic: None,
@@ -107,7 +108,6 @@ class SPMDPPOTrainerVL:
         critic_optim: None,
         actor_scheduler: Any,
         critic_scheduler: None,
-        *,
         tokenizer: Tokenizer,
         reward_fn: Callable,
         reward_fn_label_map: dict[str, int],
