@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """GRPO for Qwen2-Audio on audio question answering: R1-AQA's recipe on LightRFT.
 
-Rollouts (vLLM) and training (DeepSpeed) share the processes. What differs from textbook GRPO: reward = accuracy +
-format, 0 to 2, unweighted; one optimizer step a rollout batch, so the ratio is 1 and the clip never active; KL to the
-start model by the k3 estimator, as a loss.
+Rollouts (vLLM) and training (DeepSpeed) share the processes. Three things differ from textbook GRPO: the reward is the
+unweighted sum of accuracy and format, 0 to 2; each rollout batch gets one optimizer step, so the ratio is 1 and the
+clip never active; the KL to the start model, by the k3 estimator, is a term of the loss.
 
 One process:      python examples/r1_aqa/train_colocate.py --pretrain MODEL --prompt_data DATA --use_kl_loss
-Will it fit:      python examples/r1_aqa/train_colocate.py --plan --pretrain MODEL ...
+Memory needed:    python examples/r1_aqa/train_colocate.py --plan --pretrain MODEL ...
 Many GPUs:        torchrun --nproc-per-node 8 examples/r1_aqa/train_colocate.py ...
 R1-AQA's values:  bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
 """
@@ -33,7 +33,7 @@ from aqa.training.flags import build_parser, finish, has_split
 from aqa.training.run_config import write_config, write_report
 from aqa.training.summary import summary
 
-# atexit runs handlers last-registered first, so this one, registered first, runs last
+# atexit runs handlers last-registered first, so this one runs last, when all else that uses gloo has ended
 atexit.register(gloo_shutdown.settle)
 find_host()
 HOST = current_host()
@@ -48,7 +48,8 @@ def train(args: argparse.Namespace) -> None:
     HOST.prepare(args)
     from lightrft.strategy import get_strategy
 
-    strategy = get_strategy(args)  # before all other imports: the runtime redirects what libraries print to its log
+    # this precedes the other imports, because the runtime redirects what libraries print to its log
+    strategy = get_strategy(args)
 
     from audio_dataset import (
         patch_actor_for_audio,
@@ -114,9 +115,10 @@ def train(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------------ models, trainer
 def load_models(args: argparse.Namespace, strategy: Any) -> tuple[Any, Any]:
-    """Actor, and the reference model that KL is measured to.
+    """Load the actor and the reference model.
 
-    :return: Reference model None without KL, and with LoRA, where the actor without its adapters is the reference.
+    The reference model is None without KL, and with LoRA, where the actor without its adapters is the reference.
+
     :raises SystemExit: if ``--pretrain`` cannot be loaded.
     """
     from aqa.training.freezing import freeze, trainable
@@ -138,8 +140,8 @@ def load_models(args: argparse.Namespace, strategy: Any) -> tuple[Any, Any]:
 def count_steps(args: argparse.Namespace, strategy: Any, batches: int) -> int:
     """Optimizer steps of the run.
 
-    :param batches: Rollout batches of an episode.
-    :raises SystemExit: if there would be none.
+    :param batches: Rollout batches per episode.
+    :raises SystemExit: if there would be no step.
     """
     rollouts = batches * args.num_episodes
     responses = args.rollout_batch_size * args.n_samples_per_prompt
@@ -157,7 +159,7 @@ def count_steps(args: argparse.Namespace, strategy: Any, batches: int) -> int:
 def resume(args: argparse.Namespace, strategy: Any, actor: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Load the newest checkpoint.
 
-    :return: What it remembers beside the weights; ``consumed_samples`` is the number of prompts already used.
+    :return: Its state beside the weights; ``consumed_samples`` is the number of prompts already used.
     """
     folder = os.path.join(args.ckpt_path, "_actor")
     path, states = strategy.load_ckpt(actor.model, folder, optimizer=optimizer, scheduler=scheduler)
@@ -166,7 +168,7 @@ def resume(args: argparse.Namespace, strategy: Any, actor: Any, optimizer: Any, 
 
 
 def model_notes(asked_to_think: float) -> dict[str, str]:
-    """What a saved model's folder tells the evaluation: the share of training prompts that ask for thinking."""
+    """A file for the saved model's folder: the share of training prompts that ask for thinking, for eval_mmau.py."""
     from aqa.evaluation.checkpoints import NOTES_FILE
 
     return {NOTES_FILE: json.dumps({"asked_to_think": asked_to_think}) + "\n"}
@@ -220,11 +222,11 @@ def make_trainer(
 # ----------------------------------------------------------------------------------------------------------------- data
 @dataclass
 class Data:
-    """What a run trains and is evaluated on.
+    """The data that a run trains and is evaluated on.
 
     :param prompts: This rank's training batches.
-    :param evaluation: This rank's batches of evaluation prompts, scored by the reward; None: none.
-    :param evaluators: Benchmark files that are evaluated.
+    :param evaluation: This rank's batches of evaluation prompts, scored by the reward, if there are any.
+    :param evaluators: One for each benchmark file.
     :param asked_to_think: Share of training prompts that ask for the thinking process.
     """
 
@@ -239,7 +241,7 @@ class Data:
 def load_data(args: argparse.Namespace, strategy: Any, actor: Any) -> Data:
     """Read and check all data.
 
-    :raises SystemExit: if there are too few rows, or ``--keep_best`` names nothing that is evaluated.
+    :raises SystemExit: if there are too few rows, or ``--keep_best`` names a metric that is not evaluated.
     :raises DataError: naming the rows that cannot be trained on.
     """
     from reward_models_utils import THINK_LABEL, label_doubts
@@ -254,7 +256,7 @@ def load_data(args: argparse.Namespace, strategy: Any, actor: Any) -> Data:
     for doubt in label_doubts(dataset.prompts, dataset.labels):
         strategy.print(f"WARNING: {doubt}")
     per_rank = args.rollout_batch_size // strategy.world_size
-    shuffle = args.prompt_data_probs_end is None  # else the order is the curriculum
+    shuffle = args.prompt_data_probs_end is None  # otherwise the rows' order is the curriculum
     loader = strategy.setup_dataloader(dataset, per_rank, False, shuffle, collate_fn=dataset.collate_fn, drop_last=True)
     asked_to_think = sum(label == THINK_LABEL for label in dataset.labels) / len(dataset)
     eval_batch = HOST.eval_batch_size(per_rank, args.n_samples_per_prompt)
@@ -274,17 +276,10 @@ def load_prompts(
     limit: int,
     training: bool = False,
 ) -> Any:
-    """A split of one or several sources as a checked dataset: the training data mixed, evaluation data one after
-    the other.
+    """Read and check one split of the sources. Training data is mixed, evaluation data is concatenated.
 
-    :param args: Flags.
-    :param strategy: Strategy.
-    :param tokenizer: Tokenizer.
-    :param processor: Processor.
-    :param source: Files or folders.
-    :param split: Split.
+    :param source: Files or folders, separated by commas.
     :param limit: Most rows.
-    :param training: The training data.
     """
     from audio_dataset import AudioPromptDataset
     from datasets import concatenate_datasets
@@ -319,21 +314,14 @@ def load_prompts(
 
 
 def shares_of(text: str | None) -> list[float]:
-    """Numbers with commas.
-
-    :param text: A flag's value; None: no numbers.
-    """
+    """Parse a flag's numbers, separated by commas; None gives no numbers."""
     return [float(share) for share in text.split(",")] if text else []
 
 
 def make_eval_dataloader(args: argparse.Namespace, strategy: Any, tokenizer: Any, processor: Any, size: int) -> Any:
-    """The evaluation prompts, or None where nothing is to be evaluated.
+    """Load the evaluation prompts; None if there are none.
 
-    :param args: Flags.
-    :param strategy: Strategy.
-    :param tokenizer: Tokenizer.
-    :param processor: Processor.
-    :param size: Prompts a batch on this rank.
+    :param size: Prompts per batch on this rank.
     """
     if args.eval_steps <= 0:
         return None
@@ -351,11 +339,8 @@ def make_eval_dataloader(args: argparse.Namespace, strategy: Any, tokenizer: Any
 
 
 def make_evaluators(args: argparse.Namespace, strategy: Any, processor: Any, think: bool) -> list[Any]:
-    """What is evaluated on benchmark files.
+    """Make an evaluator for each file of ``--eval_benchmark``.
 
-    :param args: Flags.
-    :param strategy: Strategy.
-    :param processor: Processor.
     :param think: Whether all training rows ask for the thinking process.
     """
     if not args.eval_benchmark:
@@ -372,12 +357,9 @@ def make_evaluators(args: argparse.Namespace, strategy: Any, processor: Any, thi
 
 
 def choose_metric(args: argparse.Namespace, eval_dataloader: Any, evaluators: list[Any]) -> None:
-    """Settle what ``--keep_best`` compares.
+    """Set ``args.keep_best`` to the metric that ``--keep_best`` compares.
 
-    :param args: Flags, changed in place.
-    :param eval_dataloader: Prompts that are evaluated, or None.
-    :param evaluators: Benchmarks.
-    :raises SystemExit: if nothing is evaluated, or not this metric.
+    :raises SystemExit: if nothing is evaluated, or this metric is not.
     """
     if args.keep_best is None:
         return
@@ -392,10 +374,7 @@ def choose_metric(args: argparse.Namespace, eval_dataloader: Any, evaluators: li
 
 # ---------------------------------------------------------------------------------------------------- terminal and ends
 def describe_devices(strategy: Any) -> str:
-    """How many processes, and what each computes on.
-
-    :param strategy: Strategy.
-    """
+    """Number of processes, and the device of each."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -403,11 +382,7 @@ def describe_devices(strategy: Any) -> str:
 
 
 def banner(args: argparse.Namespace, strategy: Any) -> str:
-    """What is about to run.
-
-    :param args: Flags.
-    :param strategy: Strategy.
-    """
+    """Describe the run in the first lines of its output."""
     import deepspeed
     import torch
     import transformers
@@ -435,7 +410,7 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
 
 def main() -> None:
     """Parse, validate, train."""
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # torchrun ignores it, and so would its ranks
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # torchrun ignores it, which its ranks inherit
     args = build_parser(add_arguments).parse_args()
     finish(args)
     if args.plan:
@@ -466,7 +441,7 @@ def main() -> None:
 
 
 def exit_status(error: BaseException) -> int | None:
-    """The exit status of an error whose message says all; None for any other, which needs its traceback."""
+    """The exit status of an error whose message is sufficient; None for any other, which needs its traceback."""
     if isinstance(error, SystemExit):
         return WRONG_USE if isinstance(error.code, str) else None
     from audio_dataset import AudioError, DataError
@@ -475,13 +450,14 @@ def exit_status(error: BaseException) -> int | None:
 
 
 def report_error(error: BaseException, debug: bool) -> None:
-    """Show an error's message on the terminal: once a node if all ranks have it, else on the rank that has it.
+    """Print an error: once per node if all ranks have it, otherwise on the rank that has it.
 
-    :param debug: Show its traceback, too.
+    :param debug: Print the traceback, too.
     """
     from audio_dataset import AudioError
 
-    alone = isinstance(error, AudioError)  # the file could be opened at the start; only the rank that needs it fails
+    # a file that could be opened at the start fails later, and only on the rank that decodes it
+    alone = isinstance(error, AudioError)
     if not (alone or HOST.speaks_for_node()):
         return
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -1,7 +1,7 @@
 """A small LightRFT-compatible runtime on DeepSpeed, vLLM and torch.distributed, for CPU and GPU.
 
 It provides the part of LightRFT 0.1.1's public interface that ``examples/r1_aqa`` uses, under the same names, so that
-the example runs from PyPI alone. A real LightRFT checkout takes its place when it stands first on ``PYTHONPATH``.
+the example runs from PyPI alone. LightRFT itself takes its place where ``LIGHTRFT_HOME`` names a checkout.
 """
 
 import os as _os

@@ -236,6 +236,24 @@ def test_a_refused_strategy_patch_leaves_nothing_behind(processor):
     assert vars(strategy) == {}
 
 
+def test_a_model_that_is_not_known_is_refused_again_and_again(actor):
+    """The failed call leaves nothing behind, so that the next one does not take the actor for patched."""
+    actor.model.config.model_type = "bert"
+    unpack_audio = actor.unpack_audio
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bert"):
+            patch_actor_for_audio(actor)
+        assert actor.unpack_audio is unpack_audio and "forward" not in vars(actor.model)
+
+
+def test_a_processor_that_does_not_fit_leaves_the_module_alone(processor, monkeypatch):
+    monkeypatch.setattr(processor.feature_extractor, "hop_length", 80)
+    normalize = fast_exp_maker.normalize_images
+    with pytest.raises(ValueError, match="hop 80"):
+        patch_experience_maker_for_audio(make_maker(), processor, processor.tokenizer, 512)
+    assert fast_exp_maker.normalize_images is normalize
+
+
 # ---------------------------------------------------------------------------------------------------------- unpatched
 def test_the_unpatched_runtime_refuses_audio_everywhere(strategy, actor):
     with pytest.raises(RuntimeError, match="patch_strategy_for_audio"):

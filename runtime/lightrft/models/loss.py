@@ -19,7 +19,7 @@ class LossSettings:
     """What the flags choose about the loss; see the functions below for each.
 
     :param max_response_length: Tokens; the constant divisor of ``seq-mean-token-sum-norm``.
-    :param use_kl_loss: Add the KL to the loss; False: it is only measured (here; it may be part of the reward).
+    :param use_kl_loss: Add the KL to the loss. False: it is only reported; the trainer may put it into the reward instead.
     """
 
     eps_clip: float
@@ -92,14 +92,14 @@ def aggregate(
     tokens_per_micro_batch: float | None = None,
     max_response_length: int | None = None,
 ) -> torch.Tensor:
-    """Reduce per-token losses of a micro-batch to a scalar whose mean over micro-batches is the batch's loss.
+    """Reduce per-token losses of a micro-batch to a scalar; the mean of these over micro-batches is the batch's loss.
 
     :param values: ``(batch, length)``.
     :param mask: ``(batch, length)``, 1 at response tokens.
     :param mode: ``seq-mean-token-mean`` (mean of each response, then of the responses: GRPO), ``token-mean`` (every
-        token of the batch weighs the same: DAPO), ``seq-mean-token-sum``, or ``seq-mean-token-sum-norm`` (the sum
+        token of a rollout weighs the same: DAPO), ``seq-mean-token-sum``, or ``seq-mean-token-sum-norm`` (the sum
         divided by the constant ``max_response_length``: Dr. GRPO).
-    :param tokens_per_micro_batch: For ``token-mean``: the whole batch's response tokens divided by its micro-batches,
+    :param tokens_per_micro_batch: For ``token-mean``: the response tokens of the rollout divided by its micro-batches,
         so that micro-batches with more tokens weigh more.
     :param max_response_length: For ``seq-mean-token-sum-norm``.
     :return: Scalar.

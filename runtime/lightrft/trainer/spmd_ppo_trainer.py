@@ -1,9 +1,8 @@
 """The GRPO loop.
 
-What differs from the textbook: a rollout batch is trained on in one optimizer step (or takes part in one, where
-``train_batch_size`` spans several rollouts), so the sampling policy *is* the trained one, and old log-probs need no
-pass of their own unless ``max_epochs > 1`` or KL is part of the reward. The trainer's log-probs are compared with the
-engine's in every step, and the difference is a metric.
+What differs from the textbook: each rollout is used for one optimizer step. So the weights that sampled are those that
+are trained, the ratio is 1, and old log-probs need no forward pass of their own, except with ``max_epochs > 1`` or KL in
+the reward. The trainer's log-probs are compared with the engine's in every step, and the difference is a metric.
 
 The loss is :func:`lightrft.models.loss.grpo_loss`.
 """
@@ -51,7 +50,7 @@ class UpdateTotals:
 
     :param sums: Of :func:`~lightrft.models.loss.grpo_loss`'s statistics and of the log-prob gap; keys are the same on
         every rank, so that they can be added up over ranks.
-    :param maxima: Likewise. The gradient's norm is NaN where no optimizer step was due.
+    :param maxima: Over micro-batches: ``gap``, and ``grad_norm``, which is NaN until the optimizer has stepped.
     :param stepped: Whether the optimizer has stepped.
     """
 
@@ -76,9 +75,8 @@ class UpdateTotals:
 class SPMDPPOTrainerVL:
     """Trains an actor with group-relative policy optimization.
 
-    The parameters up to ``critic_scheduler`` have LightRFT's names. Critic, its optimizer and scheduler, and
-    the averaged model (``ema_model``) are None: group-relative methods have none. ``reward_model`` is unused, because
-    rewards are rules.
+    Critic, its optimizer and scheduler, ``ema_model`` and ``reward_model`` are LightRFT's parameters and ignored here:
+    group-relative methods have no critic, and rewards are rules.
 
     :param strategy: With a running engine.
     :param actor: Prepared policy; ``actor_optim`` and ``actor_scheduler`` are stepped by its engine.
@@ -284,7 +282,7 @@ class SPMDPPOTrainerVL:
             "time/step": waited + ended - started,
         }
         metrics = self._metrics(items, sums, maxima)
-        anomaly = self._check(metrics, items, step, stepped)
+        anomaly = self._finish_step(metrics, items, step, stepped)
         if anomaly:
             raise AnomalyError(anomaly)
         if self.strategy.is_rank_0():
@@ -304,7 +302,7 @@ class SPMDPPOTrainerVL:
         metrics["train/lr"] = self.scheduler.get_last_lr()[0]
         return metrics
 
-    def _check(self, metrics: dict[str, float], items: list[Experience], step: int, stepped: bool) -> str | None:
+    def _finish_step(self, metrics: dict[str, float], items: list[Experience], step: int, stepped: bool) -> str | None:
         """Adapt the KL's weight, look for anomalies (:class:`Health`) and move the resume point.
 
         :return: The anomaly that the run shall stop at, if any.
@@ -391,6 +389,7 @@ class SPMDPPOTrainerVL:
         if not finite and self.health.action != "skip":
             raise FloatingPointError(f"the loss of {place} is {loss.item()}; first prompt: {part[0].prompt!r}")
         due = self.actor.model.is_gradient_accumulation_boundary()
+        # backward even then, because the ranks' collectives must match; the step guard drops the NaN gradient
         self.actor.model.backward(loss)
         if not finite:
             totals.sums["train/not_finite"] += 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 _MARK = "_r1_aqa_audio_patch"
@@ -29,14 +31,9 @@ class Patch:
         :param owner: Object, class or module where the caller looks the symbol up.
         :param parameters: Names that the symbol must take.
         :return: Whether it was replaced by this call.
-        :raises PatchError: if the symbol is missing or does not take the parameters; everything that this patch has
-            replaced so far is put back.
+        :raises PatchError: if the symbol is missing or does not take the parameters.
         """
-        try:
-            original = require(owner, name, parameters)
-        except PatchError:
-            self.undo()
-            raise
+        original = require(owner, name, parameters)
         if is_patched(owner, name):
             return False
         replacement = make(original)
@@ -44,6 +41,11 @@ class Patch:
         replacement.__wrapped__ = original
         self.replace(owner, name, replacement)
         return True
+
+    def put(self, owner: Any, name: str, function: Callable, parameters: Sequence[str] | None = None) -> bool:
+        """As :meth:`wrap`, for a replacement that does not call the original."""
+        # a partial object of its own: the mark must not be set on the function, which others may call
+        return self.wrap(owner, name, lambda original: functools.partial(function), parameters)
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, and remember what was there; nothing is checked."""
@@ -66,6 +68,17 @@ class Patch:
         self.undo()
 
 
+@contextmanager
+def all_or_nothing() -> Iterator[Patch]:
+    """A patch that is undone if the block raises: its caller would have no :class:`Patch` to undo half of it with."""
+    patch = Patch()
+    try:
+        yield patch
+    except BaseException:
+        patch.undo()
+        raise
+
+
 def require(owner: Any, name: str, parameters: Sequence[str] | None = None) -> Any:
     """The attribute, if it exists and takes the named parameters.
 
@@ -79,7 +92,7 @@ def require(owner: Any, name: str, parameters: Sequence[str] | None = None) -> A
     tested = "tested with LightRFT 0.1.1 and this project's runtime"
     target = getattr(owner, name, _MISSING)
     if target is _MISSING:
-        raise PatchError(f"{where} does not exist in {host_text} ({tested}); the audio patch has no place to go")
+        raise PatchError(f"{where} does not exist in {host_text} ({tested}); it cannot be patched")
     if parameters is not None:
         present = list(inspect.signature(target).parameters)
         missing = [p for p in parameters if p not in present]

@@ -20,7 +20,7 @@ class Host(Protocol):
         """Make ``lightrft`` importable. Called first of all."""
 
     def find_problems(self, args: argparse.Namespace) -> list[str]:
-        """What this host cannot do, or would silently not do, with the flags; one entry a problem."""
+        """Flags that this host refuses, because it would fail on them or ignore them; one message each."""
 
     def prepare(self, args: argparse.Namespace) -> None:
         """Complete the flags and mend the host's classes, before a strategy is made.
@@ -59,7 +59,7 @@ class Host(Protocol):
     def complete_trainer(
         self, trainer: Any, prompts_dataloader: Any, evaluators: Sequence[Any], states: dict[str, Any] | None
     ) -> Patch:
-        """Add what the example promises on every host and this trainer does not do by itself.
+        """Attach evaluators, metrics and the state of a resumed run, as far as this host's trainer lacks them.
 
         :param evaluators: What is measured every ``eval_steps`` beside the reward.
         :param states: What the checkpoint of a resumed run remembers; None for a new run.
@@ -67,7 +67,7 @@ class Host(Protocol):
 
     # ---- patches
     def patch_strategy(self, patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
-        """Rollouts with audio, and folders that have the processor. See :func:`aqa.hosts.targets`."""
+        """Rollouts with audio, and folders that have the processor. See ``targets.py``."""
 
     def patch_experience_maker(self, patch: Patch, exp_maker: Any, audio_token_id: int) -> None:
         """What this host's experience maker needs beyond :func:`aqa.patches.experience_maker.take_audio`."""
@@ -93,7 +93,7 @@ class Host(Protocol):
 
         :param error: What ended this rank; None if all is well.
         :param may_follow: The error may be the consequence of another rank's end.
-        :return: Whether it was; that rank has then been named.
+        :return: True if another rank ended first. Its name has been printed, so this rank prints nothing.
         """
 
     def exit_status(self, error: BaseException) -> int | None:

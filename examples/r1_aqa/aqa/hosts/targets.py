@@ -1,15 +1,15 @@
 """The three patches that make LightRFT's image slots carry audio, one for each object.
 
-Call them in the order strategy, actor (and reference model), experience maker. Each checks that what it replaces is
-there and takes the expected arguments, does nothing where it has been applied already, and returns a
-:class:`~aqa.common.patch.Patch` that undoes it, by ``undo()`` or at the end of a ``with`` block.
+Each checks that what it replaces is there and takes the expected arguments, does nothing where it has been applied
+already, and returns a :class:`~aqa.common.patch.Patch` that undoes it, by ``undo()`` or at the end of a ``with`` block.
+One that fails leaves nothing behind. The strategy must be patched before it starts the engine.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from aqa.common.patch import Patch
+from aqa.common.patch import Patch, all_or_nothing
 from aqa.hosts.current import current_host
 from aqa.patches.experience_maker import take_audio
 from aqa.patches.strategy import send_audio
@@ -24,9 +24,9 @@ def patch_strategy_for_audio(strategy: Any, processor: Any = None, files: dict[s
     :param files: Further files for these folders: name to text.
     :raises PatchError: if ``_build_multimodal_inputs`` or ``save_model`` are not as expected.
     """
-    patch = Patch()
-    send_audio(patch, strategy)
-    current_host().patch_strategy(patch, strategy, processor, files)
+    with all_or_nothing() as patch:
+        send_audio(patch, strategy)
+        current_host().patch_strategy(patch, strategy, processor, files)
     return patch
 
 
@@ -38,10 +38,10 @@ def patch_experience_maker_for_audio(exp_maker: Any, processor: Any, tokenizer: 
     :param prompt_max_len: Longest prompt in tokens, a clip's placeholder counted as one.
     :raises PatchError: if a symbol is not as expected.
     """
-    patch = Patch()
-    take_audio(patch, exp_maker, processor, tokenizer, prompt_max_len)
-    audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
-    current_host().patch_experience_maker(patch, exp_maker, audio_token_id)
+    with all_or_nothing() as patch:
+        take_audio(patch, exp_maker, processor, tokenizer, prompt_max_len)
+        audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
+        current_host().patch_experience_maker(patch, exp_maker, audio_token_id)
     return patch
 
 
@@ -52,8 +52,8 @@ def patch_actor_for_audio(actor: Any) -> Patch:
     (``aqa.hosts.lightrft.audio.audio_forward``).
 
     :param actor: Actor or reference model, as prepared by the strategy.
-    :raises PatchError: if the runtime's actor has no such extension point.
+    :raises PatchError: if the actor is not as expected.
     """
-    patch = Patch()
-    current_host().patch_actor(patch, actor)
+    with all_or_nothing() as patch:
+        current_host().patch_actor(patch, actor)
     return patch

@@ -31,6 +31,8 @@ def patch_policy(patch: Patch, model: Any) -> None:
     """Let a transformers model return the log-probs of responses.
 
     :param model: A model that ``policy.model_parts`` knows.
+    :raises ValueError: if it does not know the model.
     """
+    head = parts_of(model).head
     patch.replace(model, "forward", types.MethodType(policy_forward(type(model)), model))
-    patch_head(patch, parts_of(model).head)
+    patch_head(patch, head)

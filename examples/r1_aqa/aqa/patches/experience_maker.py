@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +22,8 @@ def take_audio(patch: Patch, exp_maker: Any, processor: Any, tokenizer: Any, pro
     """
     require(exp_maker, "multimodal_processor")
     module = sys.modules[type(exp_maker).__module__]
-    patch.wrap(module, "normalize_images", lambda original: functools.partial(check_audio))
-    patch.wrap(module, "get_images_num", lambda original: functools.partial(count_audio))
+    patch.put(module, "normalize_images", check_audio)
+    patch.put(module, "get_images_num", count_audio)
     if not isinstance(exp_maker.multimodal_processor, AudioMultimodalProcessor):
         audio_processor = AudioMultimodalProcessor(tokenizer, processor, prompt_max_len)
         patch.replace(exp_maker, "multimodal_processor", audio_processor)

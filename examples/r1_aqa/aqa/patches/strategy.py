@@ -11,13 +11,14 @@ from aqa.common.patch import Patch
 
 
 def send_audio(patch: Patch, strategy: Any) -> None:
-    """Put clips into the engine's requests. LightRFT puts the slot's content under "image"; here it is audio.
+    """Put clips into the engine's requests.
+
+    LightRFT puts what stands in a prompt's image slot (``slots.py``) under "image"; here it goes under "audio".
 
     Patched on the instance, where ``gather_and_generate`` looks it up. Needed until LightRFT builds audio requests.
     """
     parameters = ("all_prompts", "all_images", "images_num", "all_videos", "videos_num")
-    make = lambda original: functools.partial(build_audio_inputs)  # noqa: E731
-    patch.wrap(strategy, "_build_multimodal_inputs", make, parameters)
+    patch.put(strategy, "_build_multimodal_inputs", build_audio_inputs, parameters)
 
 
 def build_audio_inputs(

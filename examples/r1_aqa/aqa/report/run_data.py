@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from aqa.common.constants import ASSISTANT_HEADER
+from aqa.data.prompts import OPTIONS_SENTENCE
 from aqa.training.run_config import read_config
 
 LONGEST_TEXT = 4_000  # characters of a response or prompt that are shown
 TURN_CLOSE = "<|im_end|>"
-# the sentences of aqa/data/rows.py around the choices; the last ones are the template's
-_QUESTION = re.compile(
-    r"(?P<question>.*) ?Please choose the answer from the following options: (?P<choices>\[.*\])\. Output the .*",
-    re.DOTALL,
-)
+_BEFORE_OPTIONS, _AFTER_OPTIONS = map(re.escape, OPTIONS_SENTENCE.split("{choices}"))
+_QUESTION = re.compile(rf"(?P<question>.*) ?{_BEFORE_OPTIONS}(?P<choices>\[.*\]){_AFTER_OPTIONS} .*", re.DOTALL)
 _USER_TURN = re.compile(
     r"<\|im_start\|>user\n(?P<turn>.*)<\|im_end\|>\n" + re.escape(ASSISTANT_HEADER) + "$", re.DOTALL
 )

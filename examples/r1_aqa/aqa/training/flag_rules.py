@@ -88,7 +88,7 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
         (
             estimator in REFUSED_ESTIMATORS,
             f"--advantage_estimator {estimator} {REFUSED_ESTIMATORS.get(estimator)}; "
-            "use group_norm (GRPO), rloo, reinforce_baseline, reinforce or reinforce++",
+            "use group_norm (GRPO), dr_grpo, rloo, reinforce_baseline, reinforce or reinforce++",
         ),
         (
             estimator in GROUP_METHODS and samples < 2,

@@ -72,7 +72,7 @@ class LightRFTHost:
         check_contract("lightrft.utils")
 
     def find_problems(self, args: argparse.Namespace) -> list[str]:
-        """See the class."""
+        """See :class:`~aqa.hosts.base.Host`."""
         problems = []
         if args.engine_type == "hf":
             problems.append(
@@ -113,7 +113,7 @@ class LightRFTHost:
         return problems
 
     def prepare(self, args: argparse.Namespace) -> None:
-        """See the class."""
+        """See :class:`~aqa.hosts.base.Host`."""
         complete_flags(args)
         check_contract()
         self.fixes += fixes.patch_for_versions()[1]
@@ -146,7 +146,7 @@ class LightRFTHost:
         return prompts
 
     def trainer_arguments(self, args: argparse.Namespace, processor: Any) -> dict[str, Any]:
-        """See the class."""
+        """See :class:`~aqa.hosts.base.Host`."""
         return {
             "processor": processor,
             "prompt_max_len": args.prompt_max_len,
@@ -159,7 +159,7 @@ class LightRFTHost:
         raise NotImplementedError("LightRFT would send the engine adapters unmerged")
 
     def share_tower(self, args: argparse.Namespace, strategy: Any, models: Sequence[Any]) -> None:
-        """Left out: LightRFT's strategies keep no list of unwrapped models."""
+        """Left out: it has not been tried with LightRFT's strategies."""
 
     def complete_trainer(
         self, trainer: Any, prompts_dataloader: Any, evaluators: Sequence[Any], states: dict[str, Any] | None
@@ -179,20 +179,20 @@ class LightRFTHost:
         return patch
 
     def patch_strategy(self, patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
-        """See the class."""
+        """See :class:`~aqa.hosts.base.Host`."""
         from aqa.hosts.lightrft import audio
 
         audio.patch_strategy(patch, strategy, processor, files)
 
     def patch_experience_maker(self, patch: Patch, exp_maker: Any, audio_token_id: int) -> None:
-        """See the class."""
+        """See :class:`~aqa.hosts.base.Host`."""
         from aqa.hosts.lightrft import audio
         from aqa.patches.experience_maker import BANNED
 
         audio.patch_experience_maker(patch, exp_maker, {audio_token_id: BANNED})
 
     def patch_actor(self, patch: Patch, actor: Any) -> None:
-        """See the class."""
+        """See :class:`~aqa.hosts.base.Host`."""
         from aqa.hosts.lightrft import audio
 
         audio.patch_actor(patch, actor)
@@ -201,12 +201,12 @@ class LightRFTHost:
         """Nothing: LightRFT prints what it does."""
 
     def say(self, text: str) -> None:
-        """See the class."""
+        """See :class:`~aqa.hosts.base.Host`."""
         if os.environ.get("RANK", "0") == "0":
             print(text, flush=True)
 
     def error_stream(self) -> TextIO:
-        """See the class."""
+        """See :class:`~aqa.hosts.base.Host`."""
         return sys.stderr
 
     def speaks_for_node(self) -> bool:

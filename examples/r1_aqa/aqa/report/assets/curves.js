@@ -1,4 +1,4 @@
-// One plot a panel; all share the cursor and the range of steps.
+// One plot a panel (PANELS in ../page.py says which); all share the cursor and the range of steps.
 (() => {
   const { runs, panels } = DATA;
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
