@@ -96,8 +96,7 @@ def compare(name: str, size: str, device: torch.device) -> float:
     held = torch.cuda.memory_allocated() if bf16 else sum(p.numel() * b for p in [*model.parameters(), *train])
     held += 0 if bf16 or optimizer is None else sum(2 * p.numel() * b for p in train)
     measured = held + most_allocated(step, device)
-    parts = micro_batch(sizes, args, BATCH, some, Lengths(1, 10.0, TEXT + AUDIO_TOKENS, RESPONSE))
-    planned = kept + parts.saved + max(parts.layer, parts.head)
+    planned = kept + sum(micro_batch(sizes, args, BATCH, some, Lengths(1, 10.0, TEXT + AUDIO_TOKENS, RESPONSE)))
     print(
         f"{name:<16} measured {measured / GIB:8.3f}  planned {planned / GIB:8.3f} GiB  ratio {planned / measured:.3f}"
     )

@@ -233,14 +233,14 @@ def chunks(monkeypatch):
 def test_activations(case, chunks):
     args = flags(**case)
     model, inputs = build(args), batch()
-    planned = planner.micro_batch(SMALL, args, ROWS, planner.trained(SMALL, args), WIDTH)
+    planned, work = planner.micro_batch(SMALL, args, ROWS, planner.trained(SMALL, args), WIDTH)
     saved = saved_bytes(model, inputs)  # the gradients are there from now on, as in a second micro-batch
-    assert planned.saved == pytest.approx(saved, rel=0.03), (planned, saved)
     most, stays = allocated(lambda: model(**inputs).mean().backward())
     assert stays == 0
-    peak = planned.saved + max(planned.layer, planned.head)
-    print(f"{case}: kept {planned.saved / saved:.3f}, peak {peak / most:.3f} of what is measured")
-    assert peak == pytest.approx(most, rel=0.1)
+    print(f"{case}: kept {planned / saved:.3f}, peak {(planned + work) / most:.3f} of what is measured")
+    narrow = case.get("target_modules")  # the plan counts all of a layer in which anything trains
+    assert (0.99 if narrow else 0.97) <= planned / saved <= (1.35 if narrow else 1.03)
+    assert 0.9 <= (planned + work) / most <= (1.3 if narrow else 1.1)
 
 
 @pytest.mark.parametrize("case", [{}, {"bf16": True}, {"lora_rank": 8, "bf16": True}], ids=str)
@@ -251,14 +251,17 @@ def test_fsdp(case, chunks):
     engine, *_ = strategy.prepare_training(build(args), 10)
     inputs = batch()
     some = planner.trained(SMALL, args)
-    planned, states = planner.micro_batch(SMALL, args, ROWS, some, WIDTH), planner.states_of(SMALL, args, 1, some)
+    (planned, work), states = (
+        planner.micro_batch(SMALL, args, ROWS, some, WIDTH),
+        planner.states_of(SMALL, args, 1, some),
+    )
     shards = [parameter.to_local() for parameter in engine.module.parameters()]
     assert states.weights == pytest.approx(sum(shard.nbytes for shard in shards), rel=1e-3)
     _, gradients = allocated(lambda: engine.backward(engine(**inputs).mean()))
     assert states.gradients == pytest.approx(gradients, rel=0.01)
     most, _ = allocated(lambda: engine.backward(engine(**inputs).mean()))
     gathered, moved = planner.fsdp_units(SMALL, 2 if args.bf16 else 4, some)
-    peak = planned.saved + gathered + max(planned.layer, planned.head, moved)
+    peak = planned + gathered + max(work, moved)
     print(f"{case}: peak {peak / most:.3f} of what is measured")
     assert peak == pytest.approx(most, rel=0.1)
 
