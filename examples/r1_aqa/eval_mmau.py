@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Evaluate an audio question answering model on MMAU or MMAR, to the official scripts' digits.
+"""Evaluate an audio question answering model on MMAU or MMAR; the scores equal those of the official scripts.
 
     python examples/r1_aqa/eval_mmau.py [run] --model_path RUN --data_file mmau-test-mini.json --audio_dir mmau \\
         --out_file results/mmau.json --engine vllm
     python examples/r1_aqa/eval_mmau.py score results/mmau.json
     python examples/r1_aqa/eval_mmau.py compare results/before.json results/after.json
 
-It writes the result file, which the official scripts read as it is, the scores (OUT.score.json) and the libraries' log
+It writes the result file, which the official scripts can read, the scores (OUT.score.json) and the libraries' log
 (OUT.log). The same command continues a run that was interrupted or killed: finished answers are kept in
 OUT.partial.jsonl until the result file is complete.
 """
 
-# torch, transformers, vllm, numpy, soundfile and tqdm are imported inside functions, here and in aqa/evaluation: --help
-# and refused flags then answer at once.
+# torch, transformers, vllm, numpy, soundfile and tqdm are imported inside functions, here and in aqa/evaluation, so
+# that --help and the check of the flags take no time.
 
 from __future__ import annotations
 
@@ -58,10 +58,7 @@ DEFAULT_BATCH = {"hf": 32, "vllm": 256}
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags of an evaluation.
-
-    :raises EvalError: naming every setting that cannot be used.
-    """
+    """Parse and check the flags of ``run``; the EvalError names every setting that cannot be used."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="eval_mmau.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter
@@ -99,18 +96,18 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--benchmark", choices=["auto", *BENCHMARKS], default="auto", help="auto: by the fields (default: auto)"
     )
-    g.add_argument("--limit", type=int, help="ask the first so many questions only (default: all)")
+    g.add_argument("--limit", type=int, help="ask only this many questions, the first ones (default: all)")
     g.add_argument(
         "--think",
         action=flag,
-        help="ask for the thinking process before the answer (default: as all the model's training rows did, else not)",
+        help="ask for the thinking process before the answer (default: only if all of the model's training rows did)",
     )
     g.add_argument(
         "--silent_audio",
         action=flag,
         default=False,
-        help="ablation: silence of the same length in place of every clip, to see what the model knows without "
-        "listening; marked in all output",
+        help="ablation: replace every clip by silence of the same length, to see what the model knows without "
+        "listening; all output says so",
     )
     g.add_argument(
         "--skip_bad_audio",
@@ -118,7 +115,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="count items whose audio is missing or broken as wrong, instead of stopping before the first question",
     )
-    g = parser.add_argument_group("benchmarks that are not trusted")
+    g = parser.add_argument_group("untrusted benchmarks")
     g.add_argument(
         "--confine_audio",
         action=flag,
@@ -129,8 +126,8 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         "--sandbox_audio",
         action=flag,
         default=False,
-        help="decode in a process of its own, with limits of memory and time: a crash there is an error that names the "
-        "file",
+        help="decode in a process of its own with limits of memory and time, so that a crash becomes an error that "
+        "names the file",
     )
 
 
@@ -152,7 +149,7 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
-        help="of the weights; auto: bfloat16 on a GPU, float32 on a CPU (default: auto)",
+        help="type of the weights; auto: bfloat16 on a GPU, float32 on a CPU (default: auto)",
     )
     g.add_argument(
         "--tensor_parallel_size", type=int, default=1, help="GPUs that share the model, vllm only (default: 1)"
@@ -163,7 +160,7 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags, a message each."""
+    """Check the flags; return one message per problem."""
     problems = not_installed("torch", "transformers", "soundfile")
     for name in ("batch_size", "max_new_tokens", "tensor_parallel_size", "limit"):
         value = getattr(args, name)
@@ -175,7 +172,9 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--audio_dir {args.audio_dir}: is no folder")
     out = Path(args.out_file)
     if out.suffix not in (".json", ".jsonl"):
-        problems.append(f"--out_file {out}: must end in .json or .jsonl, by which the official scripts tell the format")
+        problems.append(
+            f"--out_file {out}: must end in .json or .jsonl, from which the official scripts tell the format"
+        )
     if out.exists() and Path(args.data_file).exists() and out.samefile(args.data_file):
         problems.append(f"--out_file {out}: is the --data_file")
     elif out.exists() and not args.overwrite:
@@ -185,9 +184,9 @@ def find_problems(args: argparse.Namespace) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
 def evaluate(args: argparse.Namespace) -> None:
-    """Check everything, ask, write, score.
+    """Check everything, ask the questions, write and score the answers.
 
-    :raises EvalError: for anything that the user can put right: before a model is loaded, but for the model's faults.
+    :raises EvalError: for anything that the user can correct; before the model is loaded, except for its own faults.
     """
     out = Path(args.out_file)
     benchmark, rows = read_rows(Path(args.data_file), args.benchmark)
@@ -234,14 +233,14 @@ def evaluate(args: argparse.Namespace) -> None:
 def announce(
     args: argparse.Namespace, benchmark: Benchmark, items: Sequence[Item], model: Model, trained_to_think: float | None
 ) -> None:
-    """Print what is asked of which model, with a warning if it was trained to answer in another form.
+    """Print the questions and the model, with a warning if the model was trained to answer in another form.
 
-    :param trained_to_think: Share of the model's training rows that asked for the thinking process, if it is known.
+    :param trained_to_think: Share of the model's training rows that asked for the thinking process; None: unknown.
     """
     print(f"{benchmark.title}: {len(items)} questions of {args.data_file}")
     print(f"model  {args.model_path}" + (f"\n       {model.note}" if model.note else ""))
     if args.think:
-        print("asked for the thinking process before the answer")
+        print("the prompts ask for the thinking process before the answer")
     if trained_to_think == 1 - args.think:
         habit = "to think before it answers" if trained_to_think else "to answer at once"
         print(f"WARNING: the model was trained {habit}, and is asked otherwise", file=sys.stderr)
@@ -252,9 +251,9 @@ def announce(
 def report_audio(items: Sequence[Item], bad: dict[int, str], silent: Sequence[int], skip_bad: bool) -> None:
     """Print which recordings are unusable or silent.
 
-    :param bad: What is wrong with unusable ones, by item index.
+    :param bad: Error messages of the unusable ones, by item index.
     :param silent: Indices of items whose recording is digital silence.
-    :raises EvalError: if a recording is unusable and such items shall not be skipped.
+    :raises EvalError: if a recording is unusable, unless ``skip_bad``.
     """
     if bad:
         message = several(f"the audio of {len(bad)} of {len(items)} items cannot be used", list(bad.values()))
@@ -262,15 +261,12 @@ def report_audio(items: Sequence[Item], bad: dict[int, str], silent: Sequence[in
             raise EvalError(f"{message}\n--skip_bad_audio counts such items as wrong.")
         print(f"{message}\ncounted as wrong", file=sys.stderr)
     if silent:
-        title = f"WARNING: {len(silent)} of {len(items)} items are digital silence; they are asked all the same"
+        title = f"WARNING: {len(silent)} of {len(items)} items are digital silence; they are asked like all others"
         print(several(title, [items[i].label for i in silent]), file=sys.stderr)
 
 
 def show_result(out: Path, benchmark: Benchmark, scores: dict[str, Any] | None) -> None:
-    """Print the table of scores and where the files are.
-
-    :param scores: As in OUT.score.json; None if the data file holds no answers.
-    """
+    """Print the table of scores (None if the data file holds no answers) and where the files are."""
     print()
     if scores is None:
         print("the data file holds no answers, so there is no score; the result file can be submitted")
@@ -295,13 +291,13 @@ def ask(
     log: Path,
     reader: AudioReader,
 ) -> dict[str, Any]:
-    """Load the engine and ask what has not been answered.
+    """Load the engine and ask the questions that have no answer yet.
 
     :param lengths: Samples at 16 kHz of each usable clip, by item index.
-    :param done: Finished responses by item index; completed here.
-    :param partial: Receives every response as it comes.
+    :param done: Finished responses by item index; the new ones are added.
+    :param partial: Each response is written to it at once.
     :param log: Receives what the libraries print.
-    :return: How long it took, in seconds.
+    :return: Durations in seconds, and how many questions were asked.
     """
     if len(done) == len(lengths):
         return {"seconds": 0.0, "asked": 0}
@@ -340,8 +336,8 @@ def ask(
 def check_audio(items: Sequence[Item], reader: AudioReader) -> tuple[dict[int, int], dict[int, str], list[int]]:
     """Decode every recording once, before anything expensive starts.
 
-    :return: Samples at 16 kHz of the usable ones, what is wrong with the others, by item index; and the indices of
-        the usable ones that are digital silence.
+    :return: Three results: samples at 16 kHz of each usable recording, and the error message of each other one, by item
+        index; and the indices of usable recordings that are digital silence.
     """
     from aqa.audio.decode import AudioError
 
@@ -365,7 +361,7 @@ def check_audio(items: Sequence[Item], reader: AudioReader) -> tuple[dict[int, i
 
 
 def progress_bar(screen: TextIO, title: str, total: int, initial: int = 0) -> Any:
-    """A bar with rate and remaining time: redrawn often on a terminal, every half minute in a file."""
+    """A bar with rate and remaining time, redrawn often on a terminal and every half minute in a file."""
     from tqdm import tqdm
 
     often = 0.1 if screen.isatty() else 30.0
@@ -375,7 +371,7 @@ def progress_bar(screen: TextIO, title: str, total: int, initial: int = 0) -> An
 
 
 def identity(args: argparse.Namespace, benchmark: Benchmark, model: Model) -> dict[str, Any]:
-    """What a response depends on. Batch size and limit are left out, so that an interrupted run may change them."""
+    """Everything a response depends on; an interrupted run may change its batch size and limit before it continues."""
     return {
         "benchmark": benchmark.name,
         "data_sha256": digest(Path(args.data_file)),
@@ -390,7 +386,7 @@ def identity(args: argparse.Namespace, benchmark: Benchmark, model: Model) -> di
 
 
 def describe_answers(answers: Sequence[Answer], responses: Sequence[str], think: bool) -> dict[str, int]:
-    """How many responses name a choice, have answer tags, and are in the form that was asked for."""
+    """Count the responses that name a choice, have answer tags, and have the form that was asked for."""
     from aqa.rewards.r1_aqa import format_reward_fn
 
     return {
@@ -408,7 +404,7 @@ def describe_run(args: argparse.Namespace, model: Model) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------- other commands
 def score_file(argv: Sequence[str]) -> None:
-    """``score``: the table of a result file, ours or another program's."""
+    """The ``score`` command: print the table of a result file, ours or another program's."""
     parser = argparse.ArgumentParser(
         prog="eval_mmau.py score", description="Score a result file by the official rule.", epilog=EXIT_STATUS
     )
@@ -424,7 +420,7 @@ def score_file(argv: Sequence[str]) -> None:
 
 
 def compare_files(argv: Sequence[str]) -> None:
-    """``compare``: paired tables of the first result file and every other."""
+    """The ``compare`` command: print a paired table for the first result file and each of the others."""
     parser = argparse.ArgumentParser(
         prog="eval_mmau.py compare",
         description="Compare result files item by item, every other one with the first: accuracies by task, their "
@@ -454,7 +450,7 @@ def compare_files(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status. Without a command it is ``run``."""
+    """Run a command, ``run`` by default, and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     command = argv.pop(0) if argv and argv[0] in ("run", "score", "compare") else "run"
     debug = "--debug" in argv

@@ -4,10 +4,10 @@
 #
 #   PATH_TO_YOUR_BASE_MODEL=... PATH_TO_YOUR_AVQA_DATASET=... bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
 #
-# Further arguments are handed to train_colocate.py; --plan says what the whole launch would take on its GPUs, and starts
-# nothing. RESUME=1 goes on where the last run of the experiment was ended.
-# Exit status: the training's; 138, 143 or 130 after SIGUSR1, SIGTERM or Ctrl-C, when the state is saved.
-# A wandb key is read from the environment (WANDB_API_KEY) or from a login; it never appears on a command line.
+# Further arguments are passed to train_colocate.py. --plan prints what the whole launch would need on its GPUs, and
+# starts nothing. RESUME=1 continues the newest run of the experiment from its last checkpoint.
+# The exit status is the training's, or 138, 143 or 130 if SIGUSR1, SIGTERM or Ctrl-C ended it after it saved its state.
+# A wandb key comes from the environment (WANDB_API_KEY) or from a login; it never appears on a command line.
 set -euo pipefail
 
 # ---- model and data
@@ -15,14 +15,14 @@ PATH_TO_YOUR_BASE_MODEL="${PATH_TO_YOUR_BASE_MODEL:-Qwen/Qwen2-Audio-7B-Instruct
 PATH_TO_YOUR_AVQA_DATASET="${PATH_TO_YOUR_AVQA_DATASET:-}"
 EXPERIMENT_NAME="${EXPERIMENT_NAME:-lightrft-r1-aqa-grpo-training}"
 
-# ---- recipe: 16 prompts x 8 responses = 128 a step, 1,000 steps
+# ---- recipe: 16 prompts x 8 responses = 128 per step, 1,000 steps
 EPISODE="${EPISODE:-1}"
-MAX_SAMPLES="${MAX_SAMPLES:-16000}"         # rows an episode: 16 x 1,000 of AVQA's 38,000
-RBS="${RBS:-16}"                            # prompts a rollout
-N_SAMPLES="${N_SAMPLES:-8}"                 # responses a prompt
-TBS="${TBS:-128}"                           # responses an optimizer step, at least RBS x N_SAMPLES
-MICRO_TRAIN="${MICRO_TRAIN:-4}"             # responses a forward and backward
-MICRO_ROLLOUT="${MICRO_ROLLOUT:-4}"         # responses a log-prob forward
+MAX_SAMPLES="${MAX_SAMPLES:-16000}"         # rows per episode: 16 x 1,000 of AVQA's 38,000
+RBS="${RBS:-16}"                            # prompts per rollout
+N_SAMPLES="${N_SAMPLES:-8}"                 # responses per prompt
+TBS="${TBS:-128}"                           # responses per optimizer step, at least RBS x N_SAMPLES
+MICRO_TRAIN="${MICRO_TRAIN:-4}"             # responses per forward and backward pass
+MICRO_ROLLOUT="${MICRO_ROLLOUT:-4}"         # responses per forward pass for log-probs
 KL="${KL:-0.04}"
 LR="${LR:-1e-6}"
 WARMUP="${WARMUP:-0.03}"
@@ -33,9 +33,9 @@ EVAL_STEPS="${EVAL_STEPS:-100}"             # -1: never
 SAVE_STEPS="${SAVE_STEPS:-100}"
 
 # ---- machines
-export MLP_WORKER_NUM="${MLP_WORKER_NUM:-1}"                    # nodes
-export MLP_WORKER_GPU="${MLP_WORKER_GPU:-8}"                    # processes a node: its GPUs
-export MLP_ROLE_INDEX="${MLP_ROLE_INDEX:-0}"                    # this node
+export MLP_WORKER_NUM="${MLP_WORKER_NUM:-1}"                    # number of nodes
+export MLP_WORKER_GPU="${MLP_WORKER_GPU:-8}"                    # processes per node, one for each GPU
+export MLP_ROLE_INDEX="${MLP_ROLE_INDEX:-0}"                    # this node's number, from 0
 export MLP_WORKER_0_HOST="${MLP_WORKER_0_HOST:-localhost}"
 export MLP_WORKER_0_PORT="${MLP_WORKER_0_PORT:-20092}"
 ENGINE_TP="${ENGINE_TP:-1}"
@@ -47,13 +47,13 @@ export WANDB_PROJECT="${WANDB_PROJECT:-LightRFT-R1-AQA}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PYTHON="${PYTHON:-python3}"
 if [ -z "$PATH_TO_YOUR_AVQA_DATASET" ]; then
-    echo "PATH_TO_YOUR_AVQA_DATASET is not set: the folder that data_preprocess/avqa.py wrote" >&2
+    echo "PATH_TO_YOUR_AVQA_DATASET is not set: it names the folder that data_preprocess/avqa.py wrote" >&2
     exit 2
 fi
 
 if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
-    echo "$PYTHON has no torch: set PYTHON to the interpreter of the environment that has it" \
-        "(PYTHON=.venv/bin/python); $here/README.md, Prerequisites, says how to make one" >&2
+    echo "$PYTHON has no torch: set PYTHON to an interpreter that has it (PYTHON=.venv/bin/python);" \
+        "$here/README.md, Prerequisites, says how to make one" >&2
     exit 2
 fi
 
@@ -74,16 +74,16 @@ if [ -n "${WANDB_API_KEY:-}" ] || [ "${WANDB_MODE:-}" = "offline" ]; then
     wandb=(--use_wandb)
 fi
 
-# RUN_ID names the run; on several nodes it must be the same on all, because they write into the same folder
+# RUN_ID names the run; it must be the same on all nodes, because they write into the same folder
 if [ "$MLP_WORKER_NUM" -gt 1 ] && [ -z "${RUN_ID:-}" ]; then
-    echo "RUN_ID is not set: on $MLP_WORKER_NUM nodes all must name the same run, e.g. RUN_ID=first" >&2
+    echo "RUN_ID is not set: all $MLP_WORKER_NUM nodes must name the same run, e.g. RUN_ID=first" >&2
     exit 2
 fi
 RUN_ID="${RUN_ID:-$(date +%Y%m%d_%H%M%S)}"
 run="${EXPERIMENT_NAME}-ep${EPISODE}-kl${KL}-lr${LR}-${RUN_ID}"
 save_path="results/${EXPERIMENT_NAME}/${run}"
 resume=()
-if [ "${RESUME:-0}" = 1 ]; then             # go on with the newest run of the experiment that has a checkpoint
+if [ "${RESUME:-0}" = 1 ]; then             # continue the newest run of the experiment that has a checkpoint
     latest="$(ls -t "results/${EXPERIMENT_NAME}"/*/_actor/latest 2>/dev/null | head -n 1 || true)"
     if [ -n "$latest" ]; then
         save_path="${latest%/_actor/latest}"
@@ -126,15 +126,15 @@ flags=(
     "${precision[@]}" "${wandb[@]}" "${resume[@]}" "$@"
 )
 
-if [ "$plan" = 1 ]; then # one process answers for all ranks, and writes nothing
+if [ "$plan" = 1 ]; then # one process answers for all ranks
     export WORLD_SIZE="$((MLP_WORKER_NUM * MLP_WORKER_GPU))" RANK="$((MLP_ROLE_INDEX * MLP_WORKER_GPU))"
     exec "$PYTHON" "$here/train_colocate.py" "${flags[@]}"
 fi
 
 log="rft_logs/${EXPERIMENT_NAME}/node${MLP_ROLE_INDEX}_$(date +%Y%m%d_%H%M%S).log"
 mkdir -p "$save_path" "$(dirname "$log")"
-# Slurm, and a terminal's Ctrl-C, signal all processes: tee has to stay for what is said then, and SIGUSR1 would end
-# torchrun. Of these only the training does something about it, see below.
+# Slurm and a terminal's Ctrl-C send their signal to all processes, of which only the training must handle it (see
+# below): tee has to log what is printed after the signal, and SIGUSR1 would end torchrun.
 trap '' USR1
 exec > >(trap '' INT TERM && exec tee "$log") 2>&1
 
@@ -147,8 +147,8 @@ exec > >(trap '' INT TERM && exec tee "$log") 2>&1
     "$here/train_colocate.py" "${flags[@]}" &
 torchrun=$!
 
-# Slurm's SIGUSR1 or SIGTERM, and Ctrl-C: the training saves and ends by itself. torchrun would be ended by the first
-# and give the training 30 s after the others, so the signal goes past it.
+# After SIGUSR1, SIGTERM or Ctrl-C the training saves its state and ends by itself. SIGUSR1 would end torchrun; after
+# the others torchrun would give the training only 30 s. So this script sends them directly to torchrun's children.
 stopped=0
 pass_on() {
     stopped=$2
@@ -160,7 +160,7 @@ trap 'pass_on USR1 138' USR1
 trap 'pass_on TERM 143' TERM
 trap 'pass_on INT 130' INT
 status=0
-while kill -0 "$torchrun" 2>/dev/null; do # a trapped signal ends a wait early
+while kill -0 "$torchrun" 2>/dev/null; do # a trapped signal ends the wait early
     status=0
     wait "$torchrun" || status=$?
 done

@@ -175,7 +175,7 @@ def test_two_ranks_count_each_row_once(tmp_path):
     ("change", "limit", "message"),
     [
         ({}, 512, None),
-        ({"answer": None}, 512, "holds no answers"),
+        ({"answer": None}, 512, "has questions without an answer"),
         ({"choices": "bell"}, 512, "choices is 'bell'"),
         ({"audio_id": "./gone.wav"}, 512, "gone.wav: does not exist"),
         ({}, 20, "prompt tokens, more than --prompt_max_len 20"),

@@ -76,7 +76,7 @@ def evaluate(capsys, model, data, out, *flags):
 def test_the_evaluation_asks_for_it_and_gives_the_trainings_numbers(run, demo_data, tmp_path, capsys):
     out = tmp_path / "result.json"
     shown = evaluate(capsys, run, demo_data, out, "--think")
-    assert "asked for the thinking process" in shown and "WARNING" not in shown  # it was trained both ways
+    assert "ask for the thinking process" in shown and "WARNING" not in shown  # it was trained both ways
     assert json.loads(out.read_text()) == json.loads((run / "eval" / "demo-test_step_000003.json").read_text())
     accuracy = json.loads(out.with_suffix(".score.json").read_text())["accuracy"]
     assert metrics_of(run)[2]["eval/demo-test/accuracy"] == accuracy

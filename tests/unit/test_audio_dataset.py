@@ -240,8 +240,8 @@ def test_extraction_equals_the_extractor_padded_to_30_s(audio_processor, process
     ("audio", "message"),
     [
         ((noise(RATE), 44_100), "audio at 44100 Hz; 16000 Hz are needed"),
-        ((np.full(RATE, np.nan, np.float32), RATE), "no vector of finite samples"),
-        ((np.full(RATE, np.inf, np.float32), RATE), "no vector of finite samples"),
+        ((np.full(RATE, np.nan, np.float32), RATE), "not a vector of finite samples"),
+        ((np.full(RATE, np.inf, np.float32), RATE), "not a vector of finite samples"),
         ((noise(RATE).reshape(2, -1), RATE), r"shape \(2, 8000\)"),
         ((noise(320), RATE), "2 valid mel frames"),
     ],
@@ -337,7 +337,7 @@ def test_the_mel_of_a_clip_is_computed_once(audio_processor, processor, monkeypa
     ("audio", "images_num", "prompt_max_len", "message"),
     [
         ([None], None, 512, "prompt 0 holds 1 audio placeholders for 0 clips"),
-        ([(noise(RATE), RATE)], [0], 512, r"images_num says \[0\] clips a prompt, there are \[1\]"),
+        ([(noise(RATE), RATE)], [0], 512, r"images_num says \[0\] clips per prompt, but there are \[1\]"),
         ([(noise(RATE), RATE)], None, 10, r"prompt 0 has \d+ tokens, more than 10"),
     ],
     ids=["no_clip", "images_num", "long"],

@@ -444,8 +444,8 @@ serve(load, read_header)
         ("eat at once", "decoding needs more than 256 MiB", False),
         ("write", "File too large", False),
         ("error", "KeyError('inside')", False),
-        ("nan", "no finite samples", False),
-        ("odd bytes", "no finite samples", False),
+        ("nan", "not finite samples", False),
+        ("odd bytes", "not finite samples", False),
         ("too much", "a reply of 4000000 bytes", True),
     ],
 )

@@ -41,7 +41,7 @@ def test_a_needed_column_is_cast_or_refused(tmp_path):
     large = write(tmp_path, "b", 1, reference=pa.array(["z"], pa.large_string()))
     assert list(mix_drifting(read(first, large, needed=("reference",)), [0, 1], [0, 1], 1, 0)["reference"]) == ["z"]
     nested = write(tmp_path, "c", 1, reference=[{"text": "z"}])
-    with pytest.raises(SystemExit, match="c: its column 'reference' is not that of a"):
+    with pytest.raises(SystemExit, match="c: column 'reference' cannot be cast to its type in a"):
         read(first, nested, needed=("reference",))
 
 

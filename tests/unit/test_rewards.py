@@ -450,7 +450,7 @@ def test_labels_that_do_not_fit_are_told():
     prompts = [plain, think, plain, think, plain, plain]
     labels = ["avqa", rewards.PLAIN_LABEL, rewards.THINK_LABEL, None, rewards.THINK_LABEL, rewards.PLAIN_LABEL]
     first, second, third = rewards.label_doubts(prompts, labels)
-    assert first.startswith("2 of 6 rows have a label that is no rule") and "(row 0: label 'avqa')" in first
+    assert first.startswith("2 of 6 rows have a label that names no rule") and "(row 0: label 'avqa')" in first
     assert second.startswith("2 of 6 rows are labelled avqa_think_rule") and "(row 2: " in second
     assert third.startswith("2 of 6 rows have prompts that say <think>") and "(row 1: " in third
 

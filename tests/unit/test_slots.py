@@ -124,8 +124,8 @@ def test_pack_refuses(frames, width):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ([[1, 1, 7]], "says 7 rows.*but 12 are there"),
-        ([[1, 1, 7], [1, 1, 6]], "says 13 rows.*but 12 are there"),
+        ([[1, 1, 7]], "says 7 rows.*but there are 12"),
+        ([[1, 1, 7], [1, 1, 6]], "says 13 rows.*but there are 12"),
         ([[1, 1, 4], [1, 1, 8]], "grid entry 0 has 4 rows"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Clips that are ready when a step asks for them: decoded ahead of it, in parallel, and kept for the next episode.
+"""Decode clips in parallel, before a step needs them, and keep them for the next episode.
 
-Threads do the work, no forked workers: vLLM, torch and DeepSpeed live in this process, and libsndfile and soxr let go
-of Python's lock while they decode and resample.
+Threads do the work. Forked workers would copy the state of vLLM, torch and DeepSpeed; and threads run in parallel here,
+because libsndfile and soxr release Python's lock while they decode and resample.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-DECODE_THREADS = 4  # a rank; more would only take cores from the other ranks of the machine
+DECODE_THREADS = 4  # per rank; more would only take cores from the other ranks of the machine
 
 
 class WaveformCache:
-    """Decodes clips and keeps them in bounded memory. Any number of threads may ask.
+    """Decodes clips and keeps them in bounded memory. Any number of threads may use it.
 
-    A clip whose file has changed is decoded again. A full cache takes nothing more and drops nothing: each episode asks
-    for every clip once, in a new order, so that replacing the clip asked for longest ago would drop just those that the
-    next episode begins with.
+    A clip whose file has changed is decoded again. A full cache keeps the clips that it has: each episode uses every
+    clip once, in a new order, so replacing the least recently used clip by a new one would gain nothing.
 
     :param load: Decodes a file: ``load_audio``, or a sandbox's ``load``.
-    :param limit: Most bytes of samples to keep; 0: none.
+    :param limit: Most bytes of samples to keep; 0 keeps none.
     """
 
     def __init__(self, load: Callable[[str], np.ndarray], limit: int) -> None:
@@ -40,11 +39,10 @@ class WaveformCache:
     def __call__(self, path: str) -> np.ndarray:
         """The waveform of a file as it is now.
 
-        :param path: The file.
-        :return: Samples as ``load`` gives them; read-only, since all who ask for the file share them.
-        :raises AudioError: if it does not decode.
+        :return: Samples as ``load`` returns them, but read-only, because all callers share them.
+        :raises AudioError: if the file does not decode.
         """
-        state = _state_of(path)  # before decoding: a change meanwhile is seen the next time
+        state = _state_of(path)  # taken before decoding, so that the next call sees a change in between
         with self._lock:
             if path in self._clips:
                 known, wave = self._clips[path]
@@ -62,22 +60,22 @@ class WaveformCache:
 
 
 def _state_of(path: str) -> tuple[int, ...] | None:
-    """What changes with a file's content: which file it is, links resolved, its size and time of modification."""
+    """Device, inode, size and modification time, which change when a file's content does; None if it cannot be read."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return None  # decoding says why
+        return None  # decoding will raise an error that says why
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class PrefetchLoader:
-    """A dataloader whose next batch is prepared while the present one is trained on.
+    """A dataloader that prepares the next batch while the current one is trained on.
 
-    Batches, their order and ``sampler`` are the loader's own. One batch is ahead; it is prepared again where a run is
-    resumed. What goes wrong with a batch is raised when that batch is asked for.
+    Batches, their order and ``sampler`` are the wrapped loader's. One batch is prepared ahead, and a resumed run
+    prepares it again. An error in a batch is raised when that batch is asked for.
 
-    The rows that a new run begins with are asked for at once, while models and engine are still to be started: the
-    dataset's cache has them when the run begins.
+    Creating the loader starts to decode a new run's first batch into the dataset's cache, while the models and the
+    engine are still to be loaded.
 
     :param loader: A ``DataLoader`` without workers whose dataset has ``__getitems__``.
     """
@@ -88,14 +86,14 @@ class PrefetchLoader:
         self.seconds_waited = 0.0  # for the last batch
         pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         pool.submit(self.dataset.__getitems__, next(iter(loader.batch_sampler), []))
-        pool.shutdown(wait=False)  # its thread ends with the work
+        pool.shutdown(wait=False)  # the thread ends when it is done
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
-        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:  # left when the iterator is closed, too
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:  # also shut down if the iterator is closed
             ahead = pool.submit(next, batches, None)
             while True:
                 started = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Guards for audio that others provide: decode it in a process with limits, keep its paths inside a folder.
+"""Guards against untrusted audio: decode it in a process with limits, and keep its paths inside a folder.
 
-The worker is a bare interpreter without torch; it lives as long as its owner and is started again when it dies. It
-bounds what a hostile or broken file can cost (memory, time, a crash). It runs as the same user, so it does not protect
-against a file that takes over the decoder. Overhead: 0.3 s once a process, 0.2 ms a clip of 10 s.
+The worker is an interpreter without torch. It ends with its owner, which starts another if it dies. It bounds what a
+hostile or broken file can cost: memory, time, a crash. It runs as the same user, so it does not protect against a file
+that takes over the decoder. It costs 0.3 s per process and 0.2 ms per clip of 10 s.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PACKAGES = str(Path(__file__).resolve().parents[2])
 SECONDS = 30.0  # a clip decodes in milliseconds; the rest is for a slow network file system
-MEBIBYTES = 512  # 30 s of 192 kHz in 8 channels need less than a tenth
+MEBIBYTES = 512  # 30 s of 192 kHz in 8 channels need less than a tenth of it
 START_SECONDS = 120.0  # to import numpy and soundfile from a cold disk
 REQUEST, REPLY = struct.Struct("<cI"), struct.Struct("<cI")  # kind, bytes that follow
 HEADER = struct.Struct("<qi")  # frames, rate
@@ -38,13 +38,11 @@ LARGEST_REPLY = 4 * MAX_FRAMES * HOP_LENGTH  # bytes of 30 s of float32
 
 
 class Sandbox:
-    """Decodes in a worker process: one at a time, whatever the number of threads that ask.
+    """Decodes in a worker process, one file at a time. Any thread may call it; a forked process starts its own worker.
 
-    A process that was forked from the owner starts a worker of its own.
-
-    :param seconds: Most time a file may take.
-    :param mebibytes: Most memory the worker may allocate, on top of what it has when it is ready.
-    :param command: Program of the worker, followed by the two limits; this file if None.
+    :param seconds: Longest time for one file.
+    :param mebibytes: Most memory that the worker may allocate after its start.
+    :param command: Program of the worker, to which the two limits are appended; None: this module.
     """
 
     def __init__(self, seconds: float = SECONDS, mebibytes: int = MEBIBYTES, command: list[str] | None = None) -> None:
@@ -55,35 +53,27 @@ class Sandbox:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.seconds, self.mebibytes, self.command)  # a copy starts its own worker
+        return type(self), (self.seconds, self.mebibytes, self.command)  # a pickled copy starts its own worker
 
     def load(self, path: str | Path, silence_ok: bool = False) -> np.ndarray:
-        """As :func:`aqa.audio.decode.load_audio`.
-
-        :param silence_ok: Accept a clip of digital silence.
-        :raises AudioError: as there, and if the decoder crashes or passes a limit.
-        """
+        """As :func:`aqa.audio.decode.load_audio`; also raises AudioError if the decoder crashes or passes a limit."""
         import numpy as np
 
         from aqa.audio.decode import AudioError, show
 
         data = self._ask(LOAD_SILENCE if silence_ok else LOAD, path)
         wave = np.frombuffer(data[: len(data) // 4 * 4], dtype=np.float32).copy()
-        if len(data) % 4 or not np.isfinite(wave).all():  # what comes back is as little trusted as the file
-            raise AudioError(f"{show(path)}: the decoder gave {len(data)} bytes that are no finite samples")
+        if len(data) % 4 or not np.isfinite(wave).all():  # the reply is as untrusted as the file
+            raise AudioError(f"{show(path)}: the decoder returned {len(data)} bytes that are not finite samples")
         return wave
 
     def read_header(self, path: str | Path) -> tuple[int, int]:
-        """As :func:`aqa.audio.decode.read_header`.
-
-        :return: Frames and rate (Hz).
-        :raises AudioError: as there, and if the decoder crashes or passes a limit.
-        """
+        """As :func:`aqa.audio.decode.read_header`: frames and rate (Hz); raises as :meth:`load` does."""
         frames, rate = HEADER.unpack(self._ask(READ_HEADER, path)[: HEADER.size].ljust(HEADER.size, b"\0"))
         return frames, rate
 
     def close(self) -> None:
-        """End the worker; the next file starts another."""
+        """End the worker, if there is one; the next file starts another."""
         worker, self._worker = self._worker, None
         if worker is not None and self._owner == os.getpid():
             worker.kill()
@@ -92,7 +82,7 @@ class Sandbox:
             worker.stdout.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at the interpreter's end anything may be gone
+        with contextlib.suppress(Exception):  # when the interpreter exits, any module may be gone already
             self.close()
 
     def _ask(self, kind: bytes, path: str | Path) -> bytes:
@@ -102,7 +92,9 @@ class Sandbox:
             name = os.fsencode(os.path.abspath(path))
         except ValueError as error:
             raise AudioError(f"{show(path)}: is no file name ({error})") from error
-        if self._owner != os.getpid():  # after a fork: the worker is the parent's, and so may be who holds the lock
+        if (
+            self._owner != os.getpid()
+        ):  # after a fork: the worker is the parent's, and a parent's thread may hold the lock
             self._worker, self._owner, self._lock = None, os.getpid(), threading.Lock()
         with self._lock:
             if self._worker is None or self._worker.poll() is not None:
@@ -120,7 +112,7 @@ class Sandbox:
                 how = f"signal {-worker.returncode}" if (worker.returncode or 0) < 0 else f"exit {worker.returncode}"
                 self.close()
                 raise AudioError(f"{show(path)}: the decoder crashed ({how}; {error})") from error
-            except BaseException:  # Ctrl-C between request and reply: the next reply would be this file's
+            except BaseException:  # after Ctrl-C here, the next file would be given this one's reply
                 self.close()
                 raise
         if status == FAILED:
@@ -129,8 +121,8 @@ class Sandbox:
 
     def _start(self) -> None:
         self.close()
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # their stacks would count as memory
-        # the worker finds this package, and takes no module from the folder that the run was started in
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # threads' stacks would count as memory
+        # with these the worker finds this package, and imports nothing from the folder that the run was started in
         modules = os.pathsep.join(filter(None, (PACKAGES, os.environ.get("PYTHONPATH"))))
         self._worker = subprocess.Popen(
             [*self.command, str(self.seconds), str(self.mebibytes)],
@@ -138,7 +130,7 @@ class Sandbox:
             stdout=subprocess.PIPE,
             bufsize=0,
             env={**os.environ, **threads, "PYTHONPATH": modules, "PYTHONSAFEPATH": "1"},
-            start_new_session=True,  # Ctrl-C is the owner's to handle
+            start_new_session=True,  # a terminal's Ctrl-C reaches only the owner
         )
         try:
             if self._read_reply(START_SECONDS)[0] == READY:
@@ -172,19 +164,21 @@ class Sandbox:
 
 
 def serve(load: Callable[..., Any], read_header: Callable[[str], tuple[int, int]]) -> None:
-    """The worker: answer requests from stdin on stdout until the owner is gone. Limits are the last two arguments.
+    """The worker's main function: answer requests on stdin until the owner has ended.
 
-    :param load: Decodes a file, :func:`aqa.audio.decode.load_audio`.
-    :param read_header: Reads a header, :func:`aqa.audio.decode.read_header`.
+    The limits are the last two arguments of the command line.
+
+    :param load: Decodes a file as :func:`aqa.audio.decode.load_audio` does.
+    :param read_header: Reads a header as :func:`aqa.audio.decode.read_header` does.
     """
     import resource
 
     seconds, mebibytes = float(sys.argv[-2]), int(sys.argv[-1])
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):  # decoders complain on stderr, which must not become the owner's
+    for descriptor in (0, 1, 2):  # decoders print to stderr, which is the owner's
         os.dup2(null, descriptor)
-    # The address space, not RLIMIT_DATA: nothing here maps more than it uses, and not every kernel keeps the latter.
+    # RLIMIT_AS works because nothing here maps more than it uses; not every kernel enforces RLIMIT_DATA.
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = {resource.RLIMIT_AS: used + mebibytes * 2**20, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
     for limit, value in limits.items():
@@ -193,7 +187,7 @@ def serve(load: Callable[..., Any], read_header: Callable[[str], tuple[int, int]
     while request := requests.read(REQUEST.size):
         kind, length = REQUEST.unpack(request)
         path = os.fsdecode(requests.read(length))
-        signal.alarm(math.ceil(seconds) + 5)  # ends the worker if its owner was killed meanwhile
+        signal.alarm(math.ceil(seconds) + 5)  # ends the worker even if its owner, which watches the time, was killed
         try:
             if kind == READ_HEADER:
                 answer = DONE, HEADER.pack(*read_header(path))
@@ -211,23 +205,15 @@ def serve(load: Callable[..., Any], read_header: Callable[[str], tuple[int, int]
 
 
 def reply(pipe: BinaryIO, status: bytes, data: bytes) -> None:
-    """Send an answer.
-
-    :param pipe: To the owner.
-    :param status: Kind of answer.
-    :param data: What follows.
-    """
+    """Send an answer to the owner: its kind (:data:`READY`, :data:`DONE` or :data:`FAILED`) and data."""
     pipe.write(REPLY.pack(status, len(data)) + data)
     pipe.flush()
 
 
 def escape_of(path: str | Path, folder: str | Path) -> str | None:
-    """Where a path leads if that is outside a folder, links and ``..`` resolved; None if it stays inside.
+    """The real path, links and ``..`` resolved, if it is outside a folder; None if it is inside.
 
-    Hard links cannot be told from other files.
-
-    :param path: The path; need not exist.
-    :param folder: The folder.
+    The path need not exist. A hard link looks like any other file.
     """
     root = os.path.realpath(folder)
     try:

@@ -1,4 +1,4 @@
-"""Prompts of several sources: read so that they fit together, mixed by weights, weights that change over a run."""
+"""Read prompts from several sources, and mix them by shares that are constant or change over a run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
-SOURCE_COLUMN = "prompt_source"  # which source a row is of, where there are several
+SOURCE_COLUMN = "prompt_source"  # names each row's source if there are several
 
 
 def read_sources(sources: str, split: str, strategy: Any, seed: int, needed: Sequence[str]) -> list[Dataset]:
-    """Each source's rows, with columns that fit together.
+    """Read each source's rows, with column types that allow the sources to be joined.
 
-    Several sources get :data:`SOURCE_COLUMN`. A column that some lack is empty there; one that has different types is
-    left out, unless it is needed: then it is cast to the first source's type.
+    If there are several, each row gets :data:`SOURCE_COLUMN`. A column whose type differs between sources is cast to
+    the first source's type if it is needed, and otherwise removed. A column that a source lacks stays empty there.
 
-    :param sources: Files or folders, with commas.
-    :param split: Split.
-    :param strategy: Prints what is read.
-    :param seed: Seed of the run.
+    :param sources: Files or folders, separated by commas.
     :param needed: Columns that are read later.
     :raises SystemExit: if a needed column cannot be cast.
     """
@@ -46,18 +43,18 @@ def read_sources(sources: str, split: str, strategy: Any, seed: int, needed: Seq
                 continue
             try:
                 part = part.cast_column(name, features[name][0])
-            except (ValueError, TypeError, NotImplementedError) as error:  # Arrow's are kinds of these
-                raise SystemExit(f"{label}: its column {name!r} is not that of {labels[0]}: {error}") from error
+            except (ValueError, TypeError, NotImplementedError) as error:  # Arrow's exceptions derive from these
+                raise SystemExit(
+                    f"{label}: column {name!r} cannot be cast to its type in {labels[0]}: {error}"
+                ) from error
         fitted.append(part.add_column(SOURCE_COLUMN, [label] * len(part)))
     return fitted
 
 
 def mix(parts: Sequence[Dataset], shares: Sequence[float], seed: int) -> Dataset:
-    """Rows drawn from sources by constant shares until the first source has no more, as LightRFT does.
+    """Draw rows from the sources by constant shares until one source is used up, as LightRFT does.
 
-    :param parts: From :func:`read_sources`.
-    :param shares: Of each, their sum 1.
-    :param seed: Of the draws.
+    :param shares: One per source; they add up to 1.
     """
     if len(parts) == 1:
         return parts[0]
@@ -67,13 +64,9 @@ def mix(parts: Sequence[Dataset], shares: Sequence[float], seed: int) -> Dataset
 def mix_drifting(
     parts: Sequence[Dataset], start: Sequence[float], end: Sequence[float], most: int, seed: int
 ) -> Dataset:
-    """Rows in the order in which a run shall use them, the sources' shares moving over it. See :func:`drifting_order`.
+    """Order rows so that the sources' shares move from ``start`` to ``end``; see :func:`drifting_order`.
 
-    :param parts: From :func:`read_sources`.
-    :param start: Shares at the first row, their sum 1.
-    :param end: Shares at the last.
-    :param most: Most rows; without this limit as many as all sources have together.
-    :param seed: Of each source's order.
+    :param most: Limit of rows, where all sources together have more.
     """
     sizes = [len(part) for part in parts]
     order = drifting_order(sizes, start, end, min(most, sum(sizes)), seed)
@@ -83,18 +76,16 @@ def mix_drifting(
 def drifting_order(
     sizes: Sequence[int], start: Sequence[float], end: Sequence[float], rows: int, seed: int
 ) -> list[int]:
-    """Which rows to use, one after the other, so that the sources' shares move linearly.
+    """Choose and order rows so that the sources' shares move linearly.
 
-    At each place the source comes next that is furthest behind the sum of its shares so far, so that any stretch of
-    the order holds the asked-for shares, but for a row or two. A source is gone through in random order, and again in
-    another one when it is used up.
+    The next row comes from the source that is furthest behind the sum of its shares so far, so any stretch of the order
+    keeps the shares to within a row or two. Each source is shuffled, and shuffled again when it is used up.
 
     :param sizes: Rows of each source.
-    :param start: Shares at the first place.
-    :param end: Shares at the last.
-    :param rows: Places.
-    :param seed: Of the random orders.
-    :return: Indices into all sources one behind the other.
+    :param start: Shares at the first row; they add up to 1.
+    :param end: Shares at the last row.
+    :param rows: Number of rows to choose.
+    :return: Indices into the concatenation of all sources.
     """
     rng = np.random.default_rng(seed)
     offsets = np.cumsum([0, *sizes])
@@ -113,10 +104,7 @@ def drifting_order(
 
 
 def describe_mix(rows: Dataset) -> str:
-    """How many rows of each source there are.
-
-    :param rows: Mixed rows with :data:`SOURCE_COLUMN`.
-    """
+    """One line that says which share of the mixed rows each source has."""
     names, counts = np.unique(rows[SOURCE_COLUMN], return_counts=True)
     parts = ", ".join(f"{name} {count / len(rows):.1%}" for name, count in zip(names, counts, strict=True))
     return f"mix       {len(rows)} rows: {parts}"

@@ -23,10 +23,10 @@ Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
 
 
 class BenchmarkEvaluator:
-    """An evaluator for the trainer: see ``lightrft.trainer.evaluation.Evaluation``.
+    """An evaluator for the trainer, see ``lightrft.trainer.evaluation.Evaluation``; creating it checks all questions.
 
-    Creating it checks questions and recordings. Each rank asks its share of the questions. Every evaluation writes a
-    result file into ``<save_path>/eval/``, which ``eval_mmau.py score`` and ``compare`` read.
+    Each rank asks its share of the questions. Every evaluation writes a result file into ``<save_path>/eval/``, which
+    ``eval_mmau.py score`` and ``compare`` read.
 
     :param path: MMAU's .json or MMAR's .jsonl, with answers.
     :param audio_dir: Folder of the recordings.
@@ -50,13 +50,13 @@ class BenchmarkEvaluator:
             self._check(args)
         except EvalError as error:
             raise SystemExit(f"--eval_benchmark: {error}") from error
-        load = functools.partial(self.reader.load, silence_ok=True)  # digital silence is asked like any clip
+        load = functools.partial(self.reader.load, silence_ok=True)  # digital silence is no error here
         self.clips = WaveformCache(load, args.audio_cache_mib * 2**20)
         self.ends = set(end_tokens(processor, Model(args.pretrain, args.pretrain)))
 
     def _check(self, args: Namespace) -> None:
         if not all(item.row.get("answer") for item in self.items):
-            raise EvalError(f"{self.path}: holds no answers, so there would be no score")
+            raise EvalError(f"{self.path}: has questions without an answer, which cannot be scored")
         lengths = [len(ids) for ids in self.processor.tokenizer(self.prompts, add_special_tokens=False)["input_ids"]]
         problems = [
             f"{item.label}: {length} prompt tokens, more than --prompt_max_len {args.prompt_max_len}"
@@ -78,9 +78,9 @@ class BenchmarkEvaluator:
     def __call__(self, ask: Ask, step: int) -> dict[str, float]:
         """Ask all questions and score the answers. All ranks must call it.
 
-        :param ask: Gives the engine's greedy answers, as token ids, to this rank's prompts and clips.
+        :param ask: Returns the engine's greedy answers, as token ids, to this rank's prompts and clips.
         :param step: Rollout step, for the result file's name.
-        :return: ``eval/<file>/accuracy``, and the accuracy of each value of the benchmark's main breakdown.
+        :return: ``eval/<file>/accuracy``, and the accuracy for each value of the benchmark's main breakdown.
         """
         rank, world = self.strategy.rank, self.strategy.world_size
         # All ranks must ask equally often, so a rank whose share is shorter repeats questions of other ranks.
@@ -107,7 +107,7 @@ class BenchmarkEvaluator:
         return {self.metric: scores["accuracy"]} | by_value
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The text of generated tokens up to the first that ends an answer, as ``eval_mmau.py`` generates it."""
+        """Decode tokens up to the first that ends an answer; ``eval_mmau.py`` generates no further than that."""
         end = next((i for i, token in enumerate(token_ids) if token in self.ends), len(token_ids))
         return decode(self.processor, token_ids[:end])
 

@@ -1,4 +1,4 @@
-"""Fills LightRFT's image slot with audio features; takes the place of its ``MultimodalDataProcessor``."""
+"""Fill LightRFT's image slot with audio features."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ Waveform = tuple[np.ndarray, int]  # samples and rate in Hz
 
 
 class AudioMultimodalProcessor:
-    """Fills LightRFT's image slot with audio; takes the place of its ``MultimodalDataProcessor``.
+    """Fills LightRFT's image slot with audio; replaces its ``MultimodalDataProcessor``.
 
-    :param tokenizer: Tokenizer.
     :param processor: Qwen2-Audio processor.
-    :param prompt_max_len: Longest prompt in tokens, a clip's placeholder counted as one. Nothing is ever cut.
+    :param prompt_max_len: Longest prompt in tokens, where a clip's placeholder counts as one. Nothing is truncated.
     """
 
     def __init__(self, tokenizer: Any, processor: Any, prompt_max_len: int) -> None:
@@ -36,21 +35,21 @@ class AudioMultimodalProcessor:
             )
 
     def extract(self, audio: Waveform) -> tuple[torch.Tensor, int]:
-        """Mel rows and audio tokens of one clip.
+        """Mel rows and number of audio tokens of one clip.
 
-        The extractor pads to 30 s before it transforms. Only the valid frames and the two guard rows are wanted, and
-        they depend on the next few hundred samples alone, so that only these are padded: the same values, and a
-        one-second clip costs a thirtieth.
+        The extractor would pad every clip to 30 s before it transforms. The valid frames and the two guard rows depend
+        on only a few hundred samples of that padding, so no more are added: the values are the same, and a one-second
+        clip takes a thirtieth of the time.
 
         :param audio: Waveform ``(samples,)`` float32 and its rate, which must be 16,000 Hz.
         :return: Rows ``(frames + 2, n_mels)`` float32, and the number of audio tokens.
-        :raises ValueError: if the rate is wrong or the waveform is no finite float vector.
+        :raises ValueError: if the rate is wrong, or the waveform is not a vector of finite samples.
         """
         wave, rate = audio
         if rate != SAMPLING_RATE:
             raise ValueError(f"audio at {rate} Hz; {SAMPLING_RATE} Hz are needed (load_audio resamples)")
         if wave.ndim != 1 or not np.isfinite(wave).all():
-            raise ValueError(f"audio of shape {wave.shape} is no vector of finite samples")
+            raise ValueError(f"audio of shape {wave.shape} is not a vector of finite samples")
         extractor = self.processor.feature_extractor
         wave = wave[: int(MAX_SECONDS * SAMPLING_RATE)]
         frames = -(-len(wave) // HOP_LENGTH)
@@ -69,17 +68,17 @@ class AudioMultimodalProcessor:
         all_videos: Sequence[Any] | None = None,
         videos_num: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """What LightRFT asks of its multimodal processor, for audio.
+        """Expand the prompts and pack their clips, in the form that LightRFT expects of its multimodal processor.
 
-        Text-only prompts (None in ``all_images``) may be mixed in. The mel spectrogram of a clip is computed once,
-        whatever ``n_samples_per_prompt``, and once for all prompts that share a waveform.
+        Text-only prompts (None in ``all_images``) may be mixed in. The mel spectrogram of a waveform is computed once,
+        whatever ``n_samples_per_prompt`` and however many prompts share it.
 
-        :param all_prompts: Prompt texts with one placeholder a clip.
-        :param all_images: One ``(waveform, rate)`` or None a prompt.
+        :param all_prompts: Prompt texts with one placeholder per clip.
+        :param all_images: One ``(waveform, rate)`` or None per prompt.
         :param all_references: Gold answers.
-        :param images_num: Clips a prompt, as ``get_images_num`` counted them; None: count here.
-        :param n_samples_per_prompt: Every output list holds each prompt's entry this many times, next to each other.
-        :param all_videos: Must be None or hold None only.
+        :param images_num: Clips per prompt, as ``get_images_num`` counted them; None: they are counted here.
+        :param n_samples_per_prompt: Every output list repeats each prompt's entry this many times in a row.
+        :param all_videos: Must be None or hold only None.
         :param videos_num: Ignored.
         :return: LightRFT's mapping; ``all_images_pixel_values`` is ``(sum of rows, n_mels)`` or None,
             ``all_images_grid_thw`` is ``(clips, 3)`` with ``(1, 1, rows)``.
@@ -91,27 +90,18 @@ class AudioMultimodalProcessor:
         audio = list(all_images) if all_images is not None else [None] * len(all_prompts)
         counts = [int(clip is not None) for clip in audio]
         if images_num is not None and list(images_num) != counts:
-            raise DataError(f"images_num says {list(images_num)} clips a prompt, there are {counts}")
-        prompt_ids, rows, grids = [], [], []
+            raise DataError(f"images_num says {list(images_num)} clips per prompt, but there are {counts}")
+        prompt_ids, rows = [], []
         extracted: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}  # by waveform and rate
         token_ids = self.tokenizer(list(all_prompts), add_special_tokens=False)["input_ids"]
         for i, ids in enumerate(token_ids):
-            if len(ids) > self.prompt_max_len:
-                raise DataError(
-                    f"prompt {i} has {len(ids)} tokens, more than {self.prompt_max_len}: {all_prompts[i]!r}"
-                )
-            if ids.count(self.audio_token_id) != counts[i]:
-                raise DataError(
-                    f"prompt {i} holds {ids.count(self.audio_token_id)} audio placeholders for {counts[i]} clips: "
-                    f"{all_prompts[i]!r}"
-                )
+            self._check_prompt(f"prompt {i}", all_prompts[i], ids, counts[i])
             if audio[i] is not None:
-                key = id(audio[i][0]), audio[i][1]  # prompts about one file share its waveform
+                key = id(audio[i][0]), audio[i][1]  # prompts about the same file share its waveform
                 if key not in extracted:
                     extracted[key] = self.extract(audio[i])
                 clip, tokens = extracted[key]
                 rows += [clip] * n
-                grids += [grid_of(clip)] * n
                 at = ids.index(self.audio_token_id)
                 ids = ids[:at] + [self.audio_token_id] * tokens + ids[at + 1 :]
             prompt_ids.append(ids)
@@ -130,7 +120,14 @@ class AudioMultimodalProcessor:
             "all_videos_num": [0] * total,
             "all_images_pixel_values": torch.cat(rows) if rows else None,
             "all_videos_pixel_values": None,
-            "all_images_grid_thw": torch.cat(grids) if grids else no_grid,
+            "all_images_grid_thw": torch.cat([no_grid, *map(grid_of, rows)]),
             "all_videos_grid_thw": no_grid,
             "all_references": None if all_references is None else repeat(all_references),
         }
+
+    def _check_prompt(self, name: str, text: str, ids: Sequence[int], clips: int) -> None:
+        if len(ids) > self.prompt_max_len:
+            raise DataError(f"{name} has {len(ids)} tokens, more than {self.prompt_max_len}: {text!r}")
+        placeholders = ids.count(self.audio_token_id)
+        if placeholders != clips:
+            raise DataError(f"{name} holds {placeholders} audio placeholders for {clips} clips: {text!r}")

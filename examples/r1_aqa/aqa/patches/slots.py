@@ -1,14 +1,14 @@
 """Carry audio clips in LightRFT's image slot, and get them back exactly. Pure functions, no I/O.
 
-LightRFT moves image features as ``pixel_values`` of shape ``(patches, features)`` beside ``image_grid_thw`` of shape
-``(images, 3)``, and wherever it cuts a batch apart it cuts ``pixel_values`` by ``t * h * w``. Here a mel frame is a
-patch: the valid frames of a clip, and :data:`GUARD_ROWS` rows after them, are stacked one clip below the other, and
-each clip's grid is ``(1, 1, rows)``. Every cut that LightRFT makes is then right by construction.
+LightRFT moves image features as ``pixel_values`` of shape ``(patches, features)`` with ``image_grid_thw`` of shape
+``(images, 3)``. Wherever it splits a batch, it splits ``pixel_values`` by ``t * h * w``. Here a mel frame is a patch:
+each clip's valid frames and the :data:`GUARD_ROWS` rows after them are stacked below those of the clip before, and the
+clip's grid is ``(1, 1, rows)``. So LightRFT always splits between clips.
 
-The guard rows exist because the tower's two convolutions look two frames beyond the last valid one, where the
-extractor's padding is not zero. With them a clip padded with zeros gives the tower's output of the original, exactly.
-There are always two, also after 3,000 frames, so that ``frames = rows - 2`` is never ambiguous; rows beyond
-:data:`MAX_FRAMES` are dropped on the way back.
+The guard rows exist because the tower's two convolutions see two frames beyond the last valid one, where the
+extractor's padding is not zero. With these two rows, a clip that is padded with zeros gives exactly the tower's output
+of the original. There are always two, also after 3,000 frames, so that ``frames = rows - 2`` always holds; rows beyond
+:data:`MAX_FRAMES` are dropped when clips are restored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def audio_token_count(frames: int) -> int:
     """Number of audio tokens that the tower makes of a clip.
 
     :param frames: Valid mel frames, 0 to 3,000.
-    :return: Tokens (25 a second); 0 below :data:`MIN_FRAMES` frames.
+    :return: Tokens, 25 per second; 0 below :data:`MIN_FRAMES` frames.
 
     Source: the stride-2 convolution followed by the stride-2 average pooling of the Qwen2-Audio encoder.
     """
@@ -38,8 +38,8 @@ def audio_token_count(frames: int) -> int:
 def pack_clip(mel: torch.Tensor, frames: int) -> torch.Tensor:
     """Turn one clip's mel spectrogram into rows of the image slot.
 
-    :param mel: Mel spectrogram ``(n_mels, width)`` whose first ``frames`` columns are valid and whose next two, where
-        they exist, are the extractor's padding.
+    :param mel: Mel spectrogram ``(n_mels, width)``. Its first ``frames`` columns are valid; the next two, if there,
+        are the extractor's padding.
     :param frames: Number of valid frames, at least :data:`MIN_FRAMES`, at most 3,000.
     :return: Contiguous rows ``(frames + 2, n_mels)``.
     :raises ValueError: if ``frames`` is out of range or wider than ``mel``.
@@ -56,21 +56,17 @@ def pack_clip(mel: torch.Tensor, frames: int) -> torch.Tensor:
 
 
 def grid_of(rows: torch.Tensor) -> torch.Tensor:
-    """Grid entry of one packed clip.
-
-    :param rows: Packed clip ``(rows, n_mels)``.
-    :return: ``(1, 3)`` int64, ``(1, 1, rows)``.
-    """
+    """Grid entry of a packed clip ``(rows, n_mels)``: an int64 tensor ``(1, 3)`` that holds ``(1, 1, rows)``."""
     return torch.tensor([[1, 1, rows.shape[0]]], dtype=torch.long)
 
 
 @dataclass(frozen=True)
 class Clips:
-    """The clips of a micro-batch, each different one held once.
+    """The clips of a micro-batch, without repeats.
 
-    :param features: Mel spectrograms ``(clips, n_mels, 3000)`` of the different clips, zero beyond the guard rows.
-    :param frames: Valid frames of each, ``(clips,)`` int64; as a mask, ``arange(3000) < frames``.
-    :param index: For each grid entry, in order, which of ``features`` it is: ``(entries,)`` int64.
+    :param features: Mel spectrograms ``(clips, n_mels, 3000)``, zero beyond the guard rows.
+    :param frames: Valid frames of each clip, ``(clips,)`` int64.
+    :param index: For each grid entry, in order, the number of its clip: ``(entries,)`` int64.
     """
 
     features: torch.Tensor
@@ -78,22 +74,22 @@ class Clips:
     index: torch.Tensor
 
     def mask(self) -> torch.Tensor:
-        """The ``feature_attention_mask`` of the different clips, ``(clips, 3000)`` int64."""
+        """The ``feature_attention_mask``, ``(clips, 3000)`` int64."""
         positions = torch.arange(self.features.shape[-1], device=self.features.device)
         return (positions[None, :] < self.frames[:, None]).long()
 
 
 def split_rows(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[torch.Tensor]:
-    """Cut stacked rows into one view per clip.
+    """Split stacked rows into one view per clip.
 
     :param pixel_values: Stacked rows ``(sum of rows, n_mels)``.
     :param image_grid_thw: ``(entries, 3)``.
     :return: One ``(rows, n_mels)`` view per entry.
-    :raises ValueError: if the grid does not add up to the rows, or an entry is no packed clip.
+    :raises ValueError: if the grid does not add up to the rows, or an entry has a size that no packed clip has.
     """
     sizes = image_grid_thw.reshape(-1, 3).prod(-1).tolist()
     if sum(sizes) != pixel_values.shape[0]:
-        raise ValueError(f"the audio grid says {sum(sizes)} rows ({sizes}), but {pixel_values.shape[0]} are there")
+        raise ValueError(f"the audio grid says {sum(sizes)} rows ({sizes}), but there are {pixel_values.shape[0]}")
     for entry, size in enumerate(sizes):
         if not MIN_FRAMES + GUARD_ROWS <= size <= MAX_FRAMES + GUARD_ROWS:
             raise ValueError(f"grid entry {entry} has {size} rows; a packed clip has 5 to {MAX_FRAMES + GUARD_ROWS}")
@@ -103,15 +99,14 @@ def split_rows(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list
 def unpack_clips(
     pixel_values: torch.Tensor | Sequence[torch.Tensor], image_grid_thw: torch.Tensor, share: bool = True
 ) -> Clips:
-    """Restore the clips of a micro-batch: the inverse of packing, stacking, splitting and joining.
+    """Restore the clips of a micro-batch from the image slot.
 
-    The N responses of a GRPO group carry the same clip N times. With ``share`` such repeats are found, by comparing
-    contents, and returned once, so that the tower encodes each clip once.
+    The N responses of a GRPO group repeat the same clip N times. With ``share``, clips of equal content are merged, so
+    that the tower encodes each clip once.
 
-    :param pixel_values: Stacked rows ``(sum of rows, n_mels)``, or the clips' rows as a sequence of ``(rows, n_mels)``
-        tensors, which saves the stacking where the repeats are views of one tensor.
+    :param pixel_values: Stacked rows ``(sum of rows, n_mels)``; or a sequence of each clip's ``(rows, n_mels)``, which
+        avoids stacking repeats that are views of one tensor.
     :param image_grid_thw: ``(entries, 3)`` with ``(1, 1, rows)`` each.
-    :param share: Merge equal clips.
     :return: :class:`Clips` on the device of the rows.
     :raises ValueError: if grid and rows disagree.
     """

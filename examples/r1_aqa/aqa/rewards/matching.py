@@ -1,26 +1,27 @@
-"""Does a response agree with the reference? R1-AQA's accuracy rule, made total and bounded.
+"""Decide whether a response agrees with the reference: R1-AQA's accuracy rule, in bounded time and without exceptions.
 
 R1-AQA (``src/utils/rewards.py``) scores an answer 1 when ``math_verify`` finds response and reference equal **or** when
-their answer texts are equal. An OR may be evaluated in any order, so the cheap half goes first:
+their answer texts are equal. The order of an OR does not matter, so the cheap half comes first:
 
-1. the text rule, two linear scans; it settles every right answer that is written as the reference writes it;
-2. a linear scan that proves that ``math_verify`` can extract nothing from one of the two texts (nothing extracted is
-   never equal to anything); it settles nearly every other sample of AVQA, whose choices are words;
-3. ``math_verify`` itself for the rest, in a worker process.
+1. The text rule compares the answers as strings. It settles every right answer that is written as the reference is.
+2. A regular expression finds texts from which ``math_verify`` can extract nothing, which it never finds equal to
+   anything. It settles nearly every other sample of AVQA, whose choices are words.
+3. ``math_verify`` itself judges the rest, in a worker process.
 
-Why a process: ``math_verify`` bounds its own time by signals, which work in the main thread only and which cannot
-interrupt one long step in C; ``9**9**9**9`` is such a step. The worker is an exec'd interpreter that imports neither
-torch nor CUDA, is started when first needed, answers one request at a time, and is killed by the kernel when a check
-has used :data:`CHECK_CPU_LIMIT_S`. A check that is cut off, or that exhausts the worker's memory, counts as "not
-equal", as a time-out does in R1-AQA. A worker that is killed from outside, by the kernel when the machine's memory runs
-out for one, says nothing about the texts: the check is made again by the next worker.
+``math_verify`` needs a process because it bounds its own time by signals, which work in the main thread only and cannot
+interrupt one long step in C such as ``9**9**9**9``. The worker is a new interpreter that imports neither torch nor
+CUDA. It is started when first needed and answers one request at a time; the kernel kills it when a check has used
+:data:`CHECK_CPU_LIMIT_S`. A check that is cut off, or that exhausts the worker's memory, counts as "not equal", as a
+time-out does in R1-AQA. If the worker is killed from outside, for example because the machine runs out of memory, that
+says nothing about the texts, so the next worker repeats the check.
 
-Checks that are sure to be cut off are not begun (:func:`is_endless`): each would cost the limit and a new worker.
+Checks that are sure to be cut off are not started (:func:`is_endless`): each would cost the whole limit and a new
+worker.
 
-Where the values may differ from R1-AQA's: checks that take longer than the limit here and less than R1-AQA's 5 s a
-step, texts that hold a number of millions of digits or brackets nested deeper than :data:`MATH_MAX_DEPTH` (which take
-such times), and texts longer than :data:`MATH_MAX_CHARS`. For these only the text rule counts. A response of 256
-tokens, the recipe's limit, is shorter.
+Only the text rule counts, so that the value may differ from R1-AQA's, for checks that take longer than the limit here
+but less than R1-AQA's 5 s a step, for texts with a number of millions of digits or with brackets nested deeper than
+:data:`MATH_MAX_DEPTH` (which take such times), and for texts longer than :data:`MATH_MAX_CHARS`, more than the 256
+tokens that the recipe allows.
 """
 
 from __future__ import annotations
@@ -45,21 +46,21 @@ ANSWER_OPEN = "<answer>"
 ANSWER_CLOSE = "</answer>"
 
 CHECK_CPU_LIMIT_S = 1.0
-"""CPU time of one check. CPU, not wall time: a busy machine must not change a reward."""
+"""CPU time of one check; a limit on wall time would let a busy machine change rewards."""
 CHECK_WALL_LIMIT_S = 15.0
-"""Wall time of one check, for a worker that is stopped or starved rather than busy."""
+"""Wall time of one check; it is reached only if the worker is stopped or gets no CPU."""
 START_LIMIT_S = 120.0
 """Wall time to import ``math_verify``: about 1 s from a local disk, far longer from a busy network disk."""
 RESTART_PAUSE_S = 60.0
-"""How long to do without the worker after it could not be started."""
+"""How long no new start is tried after one has failed."""
 WORKER_MEMORY_BYTES = 2 << 30
-"""Address space of the worker: room for any honest expression, none for towers of powers."""
+"""Address space of the worker: enough for any expression that a person writes, too little for towers of powers."""
 MATH_MAX_CHARS = 4_096
-"""Longest text that is handed to ``math_verify``, whose patterns take quadratic time."""
+"""Longest text that ``math_verify`` gets; its patterns take quadratic time."""
 MATH_MAX_DEPTH = 10
-"""Deepest nesting of brackets that is handed to it: its LaTeX parser takes about 1 s for 12, and minutes for 30."""
+"""Deepest nesting of brackets that it gets: its LaTeX parser takes about 1 s for 12 levels and minutes for 30."""
 CHECK_ATTEMPTS = 3
-"""How many workers in a row may be killed from outside amid one check before it is given up."""
+"""A check is given up when this many workers in a row are killed from outside while they make it."""
 
 _READY, _EQUAL, _DIFFERENT = b"r", b"1", b"0"
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
@@ -71,8 +72,8 @@ _WORKER_FILE = os.path.abspath(__file__)  # resolved on import: the host may cha
 # most `**`, a currency sign, `-`, `(` and `.` before its first digit. This pattern matches wherever one of these can;
 # tests/unit/test_rewards.py compares it with the installed math_verify.
 _MATH_CANDIDATE = re.compile(r"\$|\\(?:[(\[]|frac\{|boxed\{)|\s\[|(?:^|[\s=])[^\w\s]{0,6}\d")
-# An exponent of 10 million or more, as digits or as a power of its own (8^8 is the least such), and in LaTeX the
-# factorial of a number of more than 6 digits: sympy computes these in full.
+# sympy computes these in full: powers with an exponent of 10 million or more, whether in digits or as a power itself
+# (8^8 is the least), and in LaTeX the factorial of a number of more than 6 digits.
 _POWER = r"(?:\^|\*\*)[\s{(]*"
 _HUGE_POWER = rf"{_POWER}(?:[1-9]\d{{7}}|(?:[89]|[1-9]\d+)\s*{_POWER}(?:[89]|[1-9]\d))"
 _HUGE = re.compile(rf"{_HUGE_POWER}|(?<!\d)[1-9]\d{{6,}}[\s)}}]*![\s)}}!]*(?:\$|\\[)\]])")
@@ -80,17 +81,14 @@ _BRACKET = re.compile(r"[(\[{]|[)\]}]")
 
 
 class MathCheckUnavailable(RuntimeError):
-    """The worker could not be started, so nothing can be said about equality."""
+    """No worker runs, so whether the texts are equal is not known."""
 
 
 def first_answer(text: str) -> str | None:
-    r"""Text inside the first ``<answer>...</answer>`` that lies on one line.
+    r"""Text inside the first ``<answer>...</answer>`` that lies on one line, not stripped; None if there is none.
 
-    Equal to ``re.search(r"<answer>(.*?)</answer>", text)`` (R1-AQA's pattern, where ``.`` does not match a line feed),
-    but linear in the length of the text: the pattern takes minutes on a megabyte of ``<answer>``.
-
-    :param text: Response or reference.
-    :return: The text between the tags, not stripped, or None where there is no such pair.
+    The result is that of ``re.search(r"<answer>(.*?)</answer>", text)`` (R1-AQA's pattern, where ``.`` does not match
+    a line feed), in linear time: the pattern takes minutes on a megabyte of ``<answer>``.
     """
     start = text.find(ANSWER_OPEN)
     close = -1
@@ -103,36 +101,29 @@ def first_answer(text: str) -> str | None:
         line_end = text.find("\n", start, close)
         if line_end < 0:
             return text[start:close]
-        # No tag on this line closes, so no later opening tag of this line does either.
+        # This line has no closing tag, so the line's other opening tags match nothing either.
         start = text.find(ANSWER_OPEN, line_end + 1)
     return None
 
 
 def texts_equal(content: str, solution: str) -> bool:
-    """R1-AQA's text rule: the stripped answers are the same string.
+    """R1-AQA's text rule: the stripped first answers, or the whole texts where there is no tag, are the same string.
 
     :param content: Response.
     :param solution: Reference as R1-AQA writes it, ``<answer>GOLD</answer>``.
-    :return: Whether the first answers, or the whole texts where there is no tag, are equal.
     """
     answer, gold = first_answer(content), first_answer(solution)
     return (content if answer is None else answer).strip() == (solution if gold is None else gold).strip()
 
 
 def may_hold_math(text: str) -> bool:
-    """Whether ``math_verify.parse(text)`` could find anything at all.
-
-    :param text: Response or reference.
-    :return: False only if ``parse`` returns an empty list, which ``verify`` never finds equal to anything.
-    """
+    """False only if ``math_verify.parse(text)`` returns an empty list, which is never equal to anything."""
     return _MATH_CANDIDATE.search(text) is not None
 
 
 def is_endless(text: str) -> bool:
-    """Whether ``math_verify`` has no chance to deal with a text within the limits here, as a linear scan can tell.
-
-    :param text: Response or reference.
-    :return: True for numbers that fill the memory, and for brackets nested deeper than :data:`MATH_MAX_DEPTH`.
+    """Whether ``math_verify`` is sure to pass the limits here: on numbers that fill the memory and on brackets nested
+    deeper than :data:`MATH_MAX_DEPTH`. Takes linear time.
     """
     if _HUGE.search(text):
         return True
@@ -145,13 +136,13 @@ def is_endless(text: str) -> bool:
 
 
 class MathChecker:
-    """``verify(parse(content), parse(solution))`` of ``math_verify`` in a worker process of bounded time and memory.
+    """Calls ``math_verify`` in a worker process of bounded time and memory.
 
-    Safe to call from any thread (one check at a time). After a fork the child must call :meth:`abandon`; the module
-    arranges that for its own checker. The worker ends with :meth:`close`, and on its own once its parent has died.
+    Any thread may call it; one check is made at a time. After a fork the child must call :meth:`abandon`, which the
+    module does for its own checker. The worker ends with :meth:`close`, and by itself when its parent has died.
 
     :param cpu_limit_s: CPU time of one check, in seconds.
-    :param worker_file: Script that serves the checks.
+    :param worker_file: Script that the worker runs.
     """
 
     def __init__(self, cpu_limit_s: float = CHECK_CPU_LIMIT_S, worker_file: str = _WORKER_FILE) -> None:
@@ -162,14 +153,11 @@ class MathChecker:
         self._no_start_before = 0.0
 
     def agree(self, content: str, solution: str) -> bool:
-        """Whether ``math_verify`` finds the two texts equal; False where the check had to be cut off.
+        """``verify(parse(content), parse(solution))``, R1-AQA's order of arguments; False if the check was cut off.
 
-        A worker that was killed from outside is replaced, and the next one is asked.
+        If the worker is killed from outside, a new one repeats the check.
 
-        :param content: Response; R1-AQA passes it as ``verify``'s first argument.
-        :param solution: Reference as R1-AQA writes it.
-        :return: True if equal.
-        :raises MathCheckUnavailable: The worker could not be started, or is killed again and again.
+        :raises MathCheckUnavailable: The worker does not start, or :data:`CHECK_ATTEMPTS` workers were killed.
         """
         request = json.dumps([content, solution]).encode("ascii") + b"\n"
         with self._lock:
@@ -183,14 +171,14 @@ class MathChecker:
                     _write_all(process, request, deadline)
                     reply = _read_byte(process, deadline)
                     if not reply and process.wait(CHECK_WALL_LIMIT_S) not in _FROM_OUTSIDE:
-                        return False  # the texts' own doing: its time was up, or it crashed
+                        return False  # the texts are to blame: the worker reached its time limit or crashed
                 except BrokenPipeError:
                     continue
                 except (TimeoutError, subprocess.TimeoutExpired):
                     logger.debug("math_verify gave no answer within %s s", CHECK_WALL_LIMIT_S)
                     return False
                 finally:
-                    # Also on KeyboardInterrupt: a reply that nobody read would be taken for that of the next check.
+                    # Also after KeyboardInterrupt: the next check would read the reply that nobody has read.
                     if reply not in (_EQUAL, _DIFFERENT):
                         self._stop()
                 if reply:
@@ -198,25 +186,25 @@ class MathChecker:
         raise MathCheckUnavailable(f"{CHECK_ATTEMPTS} workers in a row were killed")
 
     def close(self) -> None:
-        """End the worker, if there is one. A later check starts a new one."""
+        """End the worker, if there is one; a later check starts another."""
         self._stop()
 
     def abandon(self) -> None:
-        """Forget the worker without ending it: called in a forked child, where it belongs to the parent."""
-        self._lock = threading.Lock()  # another thread of the parent may have held it
+        """Forget the worker without ending it, in a forked child: the worker belongs to the parent."""
+        self._lock = threading.Lock()  # a thread of the parent may have held the old one during the fork
         process, self._process = self._process, None
         if process is not None:
             process.stdin.close()
             process.stdout.close()
-            process.returncode = 0  # not this process's child: keeps Popen from warning about it
+            process.returncode = 0  # it is no child of this process; this keeps Popen from warning about it
 
     def _start(self) -> subprocess.Popen[bytes]:
         if time.monotonic() < self._no_start_before:
-            raise MathCheckUnavailable("its last start failed; it is tried again later")
+            raise MathCheckUnavailable("its last start failed; a new start is tried later")
         reason = "it ended while starting"
         process, ready, status = None, False, None
         try:
-            # PYTHONSAFEPATH: the worker must not import the example's modules by accident.
+            # With PYTHONSAFEPATH no module beside the worker's script can take the place of a library's.
             process = subprocess.Popen(
                 [sys.executable, self._worker_file, str(os.getpid()), str(self._cpu_limit_s)],
                 stdin=subprocess.PIPE,
@@ -251,7 +239,7 @@ class MathChecker:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill and reap the worker; it holds nothing that wants saving."""
+    """Kill and reap the worker, which holds nothing that must be saved."""
     process.kill()
     process.wait()
     process.stdin.close()
@@ -259,7 +247,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _write_all(process: subprocess.Popen[bytes], data: bytes, deadline: float) -> None:
-    """Write to the worker without ever blocking beyond ``deadline`` (seconds of ``time.monotonic``)."""
+    """Write to the worker. Raises TimeoutError at ``deadline`` (seconds of ``time.monotonic``)."""
     view = memoryview(data)
     while view:
         if not _wait(process.stdin.fileno(), select.POLLOUT, deadline):
@@ -278,7 +266,7 @@ def _read_byte(process: subprocess.Popen[bytes], deadline: float) -> bytes:
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> bool:
-    """Wait until ``descriptor`` is ready; poll, because select fails on descriptors above 1023."""
+    """Whether ``descriptor`` gets ready before ``deadline``. Uses poll: select fails on descriptors above 1023."""
     poller = select.poll()
     poller.register(descriptor, event)
     return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000.0))
@@ -300,14 +288,13 @@ def _warn_unavailable(reason: str) -> None:
 
 
 def answers_agree(content: str, solution: str) -> bool:
-    """R1-AQA's accuracy rule: equal for ``math_verify``, or equal as text.
+    """R1-AQA's accuracy rule: the two are equal for ``math_verify`` or as text.
 
-    Never raises, whatever the texts hold, in any thread, and takes bounded time. Without ``math_verify`` only the text
-    rule counts, and that is warned of.
+    Takes bounded time and never raises, on any text and in any thread. Without ``math_verify`` it logs a warning and
+    only the text rule counts.
 
     :param content: Response.
     :param solution: Reference as R1-AQA writes it, ``<answer>GOLD</answer>``.
-    :return: True if they agree.
     """
     if texts_equal(content, solution):
         return True
@@ -323,7 +310,7 @@ def answers_agree(content: str, solution: str) -> bool:
 
 
 def _requests(parent_pid: int) -> Iterator[bytes]:
-    """Yield request lines until the pipe closes or the parent is gone (a fork of it may keep the pipe open)."""
+    """Yield request lines until the pipe closes or the parent has ended (one of its forks may keep the pipe open)."""
     pending = b""
     while os.getppid() == parent_pid:
         if not _wait(0, select.POLLIN, time.monotonic() + 1.0):
@@ -336,9 +323,8 @@ def _requests(parent_pid: int) -> Iterator[bytes]:
 
 
 def _load_math_verify() -> Callable[[str, str], bool]:
-    """Import ``math_verify``, put it to the test, and return R1-AQA's call of it.
+    """Import and try ``math_verify``; return R1-AQA's call of it, a function of (content, solution).
 
-    :return: Function of (content, solution).
     :raises ImportError: It is absent, or does not understand LaTeX (its parser lacks the antlr runtime that it needs).
     """
     from math_verify import parse, verify
@@ -346,29 +332,24 @@ def _load_math_verify() -> Callable[[str, str], bool]:
     def equal(content: str, solution: str) -> bool:
         try:
             return bool(verify(parse(content), parse(solution)))
-        except Exception:  # R1-AQA's rule: what math_verify cannot deal with is not equal
+        except Exception:  # as in R1-AQA: texts on which math_verify fails are not equal
             return False
 
-    # Also a warm-up: what these import late is on no check's clock.
+    # These two also import what math_verify imports late, so that no check's time is spent on it.
     if not (equal(r"$\frac{x^2 - 1}{x - 1}$", "$x + 1$") and equal("it is 0.50", "= 0.5")):
         raise ImportError("math_verify does not find equal expressions equal")
     return equal
 
 
 def _serve(parent_pid: int, cpu_limit_s: float) -> int:
-    """Answer checks from standard input; the worker's main function.
-
-    :param parent_pid: Process whose end is the worker's end.
-    :param cpu_limit_s: CPU time of one check, in seconds.
-    :return: Exit status.
-    """
+    """The worker's main function: answer the checks on standard input until the parent ends; return the exit status."""
     import resource
 
-    # Libraries may print (antlr does): replies go to a private copy of standard output.
+    # Libraries print to standard output (antlr does), so the replies use a private copy of it.
     replies = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    # SIGPROF's default action ends the process from within the kernel, also amid one endless step in C.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the worker
+    # With SIGPROF's default action the kernel ends the process, even within one endless step in C.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     try:

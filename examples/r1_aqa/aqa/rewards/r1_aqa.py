@@ -6,9 +6,9 @@ Reward = accuracy + format, unweighted, 0 to 2 (R1-AQA, ``src/utils/rewards.py``
   ``<answer>...</answer>`` (the whole response where there is none) is the reference (:mod:`aqa.rewards.matching`);
 - format: 1 if the whole response is ``<answer>...</answer>``, in think mode ``<think>...</think><answer>...</answer>``.
 
-LightRFT hands over the *whole* decoded sequence, special tokens included. Its prompt itself says "<answer> </answer>"
-and its end is ``<|im_end|>``, so that scoring it as it comes gives 0 for every sample. :func:`extract_response` says
-what the response is and why nothing that a response writes can move that border.
+LightRFT passes the *whole* decoded sequence, special tokens included. Its prompt contains "<answer> </answer>" and its
+last token is ``<|im_end|>``, so the rules would give 0 for every sample. :func:`extract_response` finds the response,
+and explains why nothing that a model writes can change where it begins.
 """
 
 from __future__ import annotations
@@ -36,18 +36,17 @@ def extract_response(query: str, prompt: str | None = None) -> str:
     r"""Cut the response out of a decoded Qwen2-Audio sequence.
 
     A prompt is ChatML and ends with ``<|im_start|>assistant\n``. In this example it has one user turn, so the response
-    begins after the **first** such header: everything that a model writes comes later, so no header that it imitates
-    can be the one. (Searching for the last header would let a response open a better one.) A caller whose prompts
-    have earlier assistant turns passes ``prompt``; the response then begins after as many headers as it has, whatever
-    the expansion of its audio placeholders.
+    begins after the **first** such header. A model may imitate the header, but only later in the text. (If the last
+    header counted, a response could open another turn and be scored on that alone.) A caller whose prompts have earlier
+    assistant turns passes ``prompt``; the response then begins after as many headers as the prompt has.
 
-    The response is one turn: it ends before the first ``<|im_end|>``, ``<|endoftext|>`` (end of sequence and padding)
-    or ``<|im_start|>`` after that. Decoded text cannot tell a token from its spelling, so this holds for both: what
-    follows an imitated end of turn does not exist for the reward, neither to gain nor to lose. White space is kept,
-    because R1-AQA's format rule minds it.
+    The response ends before the next ``<|im_end|>``, ``<|endoftext|>`` (end of sequence and padding) or
+    ``<|im_start|>``. In decoded text a special token and its spelling look the same, so a response that spells out an
+    end of turn ends there, too: the reward ignores the rest. White space is kept, because R1-AQA's format rule depends
+    on it.
 
-    A query without a header is taken for a response that was handed over alone. A caller that has the exact response
-    needs none of this: it calls :func:`avqa_combined_reward_fn`.
+    A query without a header counts as a response alone. A caller that has the exact response does not need this
+    function and calls :func:`avqa_combined_reward_fn`.
 
     :param query: Whole decoded sequence, or a response alone.
     :param prompt: Prompt text as rendered by the chat template, with or without expanded audio placeholders.
@@ -74,12 +73,11 @@ def extract_response(query: str, prompt: str | None = None) -> str:
 
 
 def accuracy_reward_fn(content: str, solution: str) -> float:
-    """R1-AQA's accuracy reward. Never raises on any text, in any thread, and takes bounded time.
+    """R1-AQA's accuracy reward, 1.0 or 0.0. Takes bounded time and never raises, on any text and in any thread.
 
     :param content: Response text.
     :param solution: Reference text, bare (``dog``) or as R1-AQA wraps it (``<answer>dog</answer>``). A bare one is
         wrapped, as R1-AQA's data set does, because ``math_verify`` reads the two differently.
-    :return: 1.0 or 0.0.
     """
     if ANSWER_OPEN not in solution or ANSWER_CLOSE not in solution:
         solution = f"{ANSWER_OPEN}{solution}{ANSWER_CLOSE}"
@@ -87,16 +85,14 @@ def accuracy_reward_fn(content: str, solution: str) -> float:
 
 
 def format_reward_fn(content: str, enable_think: bool = False) -> float:
-    r"""R1-AQA's format reward: the whole response, white space included, has the asked-for form.
+    r"""R1-AQA's format reward: 1.0 if the whole response, white space included, has the required form, else 0.0.
 
-    Equal to ``re.fullmatch`` with ``DOTALL`` of ``<answer>.*?</answer>``, in think mode of
-    ``<think>.*?</think>\s*<answer>.*?</answer>``. Under a full match ``.*?`` may hold anything, further tags too, so
-    only both ends and one border matter (no two of these tags can overlap); written out, the test is linear in the
-    length, which the second pattern is not.
+    The result is that of ``re.fullmatch`` with ``DOTALL`` of ``<answer>.*?</answer>``, in think mode of
+    ``<think>.*?</think>\s*<answer>.*?</answer>``. In a full match ``.*?`` may contain anything, further tags too, so
+    only the two ends and ``</think>\s*<answer>`` matter (no two of these tags can overlap). Testing just these takes
+    linear time, which the second pattern does not.
 
-    :param content: Response text.
-    :param enable_think: Ask for the thinking process before the answer.
-    :return: 1.0 or 0.0.
+    :param enable_think: Require the thinking process before the answer.
     """
     if not content.endswith(ANSWER_CLOSE):
         return 0.0
@@ -110,9 +106,9 @@ def avqa_combined_reward_fn(sol: str, gt: str, enable_think: bool = False) -> tu
 
     :param sol: Response text.
     :param gt: Reference text, bare or wrapped in answer tags.
-    :param enable_think: Score the think form.
+    :param enable_think: Require the thinking process before the answer.
     :return: (total 0.0 to 2.0, accuracy 0.0 or 1.0, format 0.0 or 1.0).
-    :raises ValueError: The reference is no text or an empty one, which would pay for an empty answer.
+    :raises ValueError: The reference is no string, or an empty one, which would reward empty answers.
     """
     if not isinstance(gt, str) or not gt.replace(ANSWER_OPEN, "").replace(ANSWER_CLOSE, "").strip():
         raise ValueError(f"the reference must be a text that is not empty, not {gt!r}")
@@ -130,15 +126,15 @@ def reward_fn(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Score a batch; LightRFT calls it in ``RewardComputationEngine._aggregate_rewards``.
 
-    :param model_reward_list: Scores of reward models, each of shape (B,). R1-AQA has none: only their device is used.
-    :param labels: Rule of each sample, length B: ``avqa_think_rule`` asks for the think form; any other label, or no
-        labels at all, means the plain rule, and one that is not ``avqa_rule`` is warned of once.
+    :param model_reward_list: Scores of reward models, each of shape (B,). R1-AQA has none; only their device is used.
+    :param labels: Rule of each sample, length B. ``avqa_think_rule`` requires the think form. Any other label, or none
+        at all, means the plain rule; a label other than ``avqa_rule`` is logged once as a warning.
     :param queries: Whole decoded sequences, special tokens included, length B.
     :param refs: Reference texts, length B.
-    :param label_map: Label to reward model; part of the signature, without meaning for rules.
-    :return: (rewards, metrics): a float32 tensor of shape (B,), 0 to 2, and the tensors of the same shape
-        ``format_reward``, ``accuracy_reward`` and ``rule_reward`` (the total). All are on the caller's device: that of
-        the model scores; without any, the CUDA device in use if the process has initialised CUDA, else the CPU.
+    :param label_map: Part of LightRFT's signature (label to reward model); unused.
+    :return: (rewards, metrics): a float32 tensor of shape (B,), 0 to 2, and tensors of the same shape named
+        ``format_reward``, ``accuracy_reward`` and ``rule_reward`` (the total). They are on the device of the model
+        scores; without scores, on the current CUDA device if the process has initialised CUDA, else on the CPU.
     :raises ValueError: The lengths differ, or a reference is empty; names the sample.
     """
     return score_batch(model_reward_list, labels, queries, refs, avqa_combined_reward_fn)
@@ -151,14 +147,9 @@ def score_batch(
     refs: Sequence[str],
     score: Callable[[str, str, bool], tuple[float, float, float]],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Score a batch by a rule for one response.
+    """Score a batch with any rule for one response; :func:`reward_fn` describes the other parameters and the result.
 
-    :param model_reward_list: See :func:`reward_fn`, as the next three.
-    :param labels: See there.
-    :param queries: See there.
-    :param refs: See there.
     :param score: ``(response, reference, think) -> (reward, accuracy, format)``.
-    :return: See there.
     :raises ValueError: The lengths differ, or ``score`` raised it; names the sample.
     """
     if labels is None:
@@ -184,7 +175,7 @@ def score_batch(
 
 
 def _device(model_reward_list: Sequence[Any] | None) -> torch.device:
-    """The caller's device: LightRFT adds penalties on the actor's device to the rewards in place."""
+    """The caller's device: LightRFT adds penalties to the rewards in place, and these are on the actor's device."""
     for scores in model_reward_list or ():
         if isinstance(scores, torch.Tensor):
             return scores.device
@@ -194,17 +185,15 @@ def _device(model_reward_list: Sequence[Any] | None) -> torch.device:
 
 
 def label_doubts(prompts: Sequence[str], labels: Sequence[str | None]) -> list[str]:
-    """What the labels of training rows do not fit: the rules, or what the prompts ask for.
+    """Find labels of training rows that name no rule, or another rule than the rendered prompt asks for.
 
-    :param prompts: Rendered prompts.
-    :param labels: Rule of each.
-    :return: A line for each kind of doubt, with the number of rows and the first of them.
+    :return: One line for each kind of mismatch, with the number of rows and the first row.
     """
     kinds = {
-        f"have a label that is no rule: they are scored by {PLAIN_LABEL}": [
+        f"have a label that names no rule, so they are scored by {PLAIN_LABEL}": [
             i for i, label in enumerate(labels) if label not in (PLAIN_LABEL, THINK_LABEL)
         ],
-        f"are labelled {THINK_LABEL}, but their prompts do not say {_THINK_OPEN}, which their format reward wants": [
+        f"are labelled {THINK_LABEL}, but their prompts lack the {_THINK_OPEN} that their format reward requires": [
             i
             for i, (prompt, label) in enumerate(zip(prompts, labels, strict=True))
             if label == THINK_LABEL and _THINK_OPEN not in prompt
@@ -229,4 +218,4 @@ def _warn_unknown_label(label: str) -> None:
 
 @lru_cache(maxsize=1)
 def _warn_no_header() -> None:
-    logger.warning("a query has no assistant header %r: taken for a response alone", ASSISTANT_HEADER)
+    logger.warning("a query has no assistant header %r, so all of it counts as the response", ASSISTANT_HEADER)

@@ -1,8 +1,8 @@
 """The audio patches for LightRFT's own classes, where they differ from those for this project's runtime.
 
-``patch_*_for_audio`` (``hosts/targets.py``) call the ``patch_*`` functions here when the host is LightRFT itself.
-Everything is patched on the instance that is in use, and undone with the :class:`~aqa.common.patch.Patch` that it was
-put into. Written for commit 49e62cb; ``contract.py`` lists what is relied on.
+``patch_*_for_audio`` (``hosts/targets.py``) call the ``patch_*`` functions here when the host is LightRFT itself. They
+patch the instance that is in use, and record each replacement in a :class:`~aqa.common.patch.Patch`, which can undo it.
+Written for commit 49e62cb; ``contract.py`` lists what the patches rely on.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _MARKED = re.compile(re.escape("<|audio_bos|>") + r"(<\|AUDIO\|>)" + re.escape("
 
 
 class EngineOutput(dict):
-    """One response. Its keys are attributes too: LightRFT reads it in both ways.
+    """One response. Its keys are attributes too, because LightRFT reads it both ways.
 
-    Keys: ``prompt_token_ids`` (placeholders expanded), ``output_token_ids``, ``output_log_probs`` (one a token, of the
-    distribution sampled from), ``truncated`` (it was still going at the token limit), and ``prompt_tokens``, the
-    engine's own count, where the engine does not tell the ids.
+    Keys: ``prompt_token_ids`` (placeholders expanded), ``output_token_ids``, ``output_log_probs`` (of each token, under
+    the distribution it was sampled from), ``truncated`` (the response reached the token limit), and ``prompt_tokens``,
+    the engine's count of prompt tokens, if the engine does not report their ids.
     """
 
     __getattr__ = dict.__getitem__
@@ -45,10 +45,7 @@ class EngineOutput(dict):
 
 # ---------------------------------------------------------------------------------------------------------------- actor
 def find_actor(model: Any) -> Any:
-    """LightRFT's ``ActorAL`` within what the strategy made of it: DeepSpeed wraps the whole reference model.
-
-    :param model: Actor or reference model, as prepared by the strategy.
-    """
+    """Unwrap LightRFT's ``ActorAL``: DeepSpeed wraps the whole reference model."""
     while not hasattr(model, "process_sequences"):
         model = model.module
     return model
@@ -57,18 +54,20 @@ def find_actor(model: Any) -> Any:
 def patch_actor(patch: Patch, actor: Any) -> None:
     """Make LightRFT's ``ActorAL`` hear the clips in the image slot.
 
-    :param patch: Takes the replacements.
     :param actor: Actor or reference model, as prepared by the strategy.
     """
     actor = find_actor(actor)
-    if not patch.wrap(actor, "forward", lambda original: functools.partial(audio_forward, actor)):
+    if not patch.put(actor, "forward", functools.partial(audio_forward, actor)):
         return
-    patch_policy(patch, getattr(actor.model, "module", actor.model))  # within DeepSpeed's engine
+    patch_policy(patch, getattr(actor.model, "module", actor.model))  # DeepSpeed's engine wraps the policy
     original = actor.process_sequences
 
     @functools.wraps(original)
     def process_sequences(sequences: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """The masks of the original; it also writes an end of turn over what a truncated response ends with."""
+        """The original's masks, and the sequences as they were.
+
+        The original overwrites the last token of a truncated response with an end of turn.
+        """
         _, attention_mask, action_mask = original(sequences.clone(), *args, **kwargs)
         return sequences, attention_mask, action_mask
 
@@ -88,21 +87,18 @@ def audio_forward(
     packed_seq_lens: None = None,
     audio_values: torch.Tensor | None = None,
 ) -> Any:
-    """What takes the place of ``ActorAL.forward``: log-probs of the responses, with the clips' exact frames.
+    """Replaces ``ActorAL.forward``: log-probs of the responses, computed from the clips' exact frames.
 
-    LightRFT's own takes every frame for valid, is silently text-only where the placeholder's id is not in
-    ``model.config`` (under DeepSpeed that is DeepSpeed's), and normalises over the vocabulary in bfloat16.
+    LightRFT's own forward treats every frame as valid. It silently ignores the audio if ``model.config`` has no id of
+    the placeholder, and under DeepSpeed ``model.config`` is DeepSpeed's. It normalises over the vocabulary in bfloat16.
 
-    :param actor: ``ActorAL``; its ``temperature`` and ``logit_bias``, where set, are those of the sampling.
+    The parameters that are not described are unused; packing is refused.
+
+    :param actor: ``ActorAL``, with the ``temperature`` and ``logit_bias`` of the sampling, if these are set.
     :param sequences: ``(batch, length)``; the last ``num_actions`` columns are the response region.
-    :param num_actions: Width of the response region.
     :param attention_mask: ``(batch, length)``, 1 at tokens.
-    :param pixel_values: Unused.
     :param image_grid_thw: ``(clips, 3)``: the grid of the clips in the image slot.
-    :param pixel_values_videos: Unused.
-    :param video_grid_thw: Unused.
-    :param return_output: Return a second value, as LightRFT's trainer expects it; it is empty.
-    :param packed_seq_lens: Unused; packing is refused.
+    :param return_output: Return a second, empty value, which LightRFT's trainer expects.
     :param audio_values: Rows of the image slot ``(sum of rows, n_mels)``.
     :return: ``(batch, num_actions)`` float32, 0 at padding.
     :raises ValueError: if the placeholders of a sequence do not fit its clip.
@@ -111,7 +107,7 @@ def audio_forward(
     if audio_values is not None:
         clips = unpack_clips(audio_values, image_grid_thw)
         audio = {"features": clips.features, "frames": clips.frames, "clip_index": clips.index}
-    width = max(num_actions, 2)  # the policy's forward needs two columns
+    width = max(num_actions, 2)  # the policy's forward needs at least two columns
     if width > num_actions:
         sequences, attention_mask = F.pad(sequences, (0, 1)), F.pad(attention_mask, (0, 1))
     log_probs = actor.model(
@@ -127,12 +123,11 @@ def audio_forward(
 
 # ------------------------------------------------------------------------------------------------------------- strategy
 def patch_strategy(patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None = None) -> None:
-    """Make a LightRFT strategy roll out with audio, synchronise and save what audio needs.
+    """Make a LightRFT strategy roll out with audio, name the weights as the engine does, and save a complete folder.
 
-    :param patch: Takes the replacements.
     :param strategy: ``DeepspeedStrategy`` or ``FSDPV2Strategy``.
-    :param processor: Saved with the model; None leaves saving as it is.
-    :param files: Saved with it, too: name to text.
+    :param processor: Saved with the model; None leaves saving unpatched.
+    :param files: Further files to save with it, text by name.
     """
     if is_patched(strategy, "engine_generate_local"):
         return
@@ -143,15 +138,15 @@ def patch_strategy(patch: Patch, strategy: Any, processor: Any, files: dict[str,
     @functools.wraps(make_engine)
     def get_vllm_engine(*positional: Any, **kwargs: Any) -> Any:
         kwargs["limit_mm_per_prompt"] = {"audio": args.limit_mm_image_per_prompt}
-        # prompt_max_len counts a clip as one token, the engine counts what it becomes
+        # prompt_max_len counts a clip as one token, but the engine counts all its audio tokens
         kwargs["max_model_len"] += args.limit_mm_image_per_prompt * (MAX_AUDIO_TOKENS - 1)
-        kwargs["logprobs_mode"] = "processed_logprobs"  # of the distribution sampled from
+        kwargs["logprobs_mode"] = "processed_logprobs"  # log-probs of the distribution sampled from
         if not args.bf16:
             kwargs["dtype"] = "float32"  # LightRFT would roll out in float16
         return make_engine(*positional, **kwargs)
 
     patch.replace(vllm_utils, "get_vllm_engine", get_vllm_engine)
-    patch.wrap(strategy, "engine_generate_local", lambda original: functools.partial(generate_with_audio, strategy))
+    patch.put(strategy, "engine_generate_local", functools.partial(generate_with_audio, strategy))
     patch.replace(strategy, "gather_and_generate", _with_checked_prompts(strategy.gather_and_generate))
     _patch_weight_sync(patch, strategy)
     if processor is not None:
@@ -159,7 +154,7 @@ def patch_strategy(patch: Patch, strategy: Any, processor: Any, files: dict[str,
 
 
 def _with_checked_prompts(original: Callable) -> Callable:
-    """The prompts that the engine answered must be, token for token, those that the trainer will score."""
+    """Check that the engine answered, token for token, the prompts that the trainer will score."""
 
     @functools.wraps(original)
     def gather_and_generate(*args: Any, all_prompt_token_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[Any]:
@@ -168,7 +163,7 @@ def _with_checked_prompts(original: Callable) -> Callable:
             count = output.get("prompt_tokens", len(output.prompt_token_ids))
             if list(output.prompt_token_ids) != list(ids) or count != len(ids):
                 raise ValueError(
-                    f"prompt {i} has {count} tokens in the engine and {len(ids)} in the trainer, or other ones: "
+                    f"prompt {i} differs between engine ({count} tokens) and trainer ({len(ids)} tokens): "
                     f"{list(output.prompt_token_ids)[:40]} ... and {list(ids)[:40]} ..."
                 )
         return outputs
@@ -182,14 +177,14 @@ def generate_with_audio(
     prompt_token_ids: Sequence[Sequence[int]] | None = None,
     multi_modal_inputs: Sequence[dict[str, Any]] | None = None,
 ) -> list[EngineOutput]:
-    """What takes the place of ``engine_generate_local``: rollouts, with the log-prob of every sampled token.
+    """Replaces ``engine_generate_local``: rollouts, with the log-prob of every sampled token.
 
-    :param strategy: LightRFT strategy; its ``logit_bias``, where set, is added at sampling.
-    :param sampling_params: vLLM's object or SGLang's dictionary; left as it is.
+    :param strategy: LightRFT strategy; its ``logit_bias``, if set, is added at sampling.
+    :param sampling_params: vLLM's object or SGLang's dictionary; it is not changed.
     :param prompt_token_ids: Prompts of a batch without any audio.
     :param multi_modal_inputs: Requests of a batch with audio.
-    :return: One output a request, in order.
-    :raises RuntimeError: if the engine returns fewer responses than asked, or an empty one.
+    :return: One output per request, in order.
+    :raises RuntimeError: if the engine returns too few responses, or an empty one.
     """
     logit_bias = getattr(strategy, "logit_bias", {})
     requests = multi_modal_inputs
@@ -202,7 +197,7 @@ def generate_with_audio(
         limit = sampling_params["max_new_tokens"]
         return [
             EngineOutput(
-                prompt_token_ids=requests[i].get("prompt_token_ids"),  # else LightRFT fills in the expanded ones
+                prompt_token_ids=requests[i].get("prompt_token_ids"),  # if None, LightRFT fills in the expanded ones
                 output_token_ids=output.output_token_ids,
                 output_log_probs=output.output_log_probs,
                 truncated=len(output.output_token_ids) >= limit,
@@ -211,10 +206,10 @@ def generate_with_audio(
             for i, output in enumerate(outputs)
         ]
     if multi_modal_inputs is not None and not at_least("vllm", 0, 17):
-        # vLLM up to 0.16 puts the clip's markers around the tokens once more
+        # vLLM up to 0.16 adds the clip's markers itself, so those of the prompt are removed
         requests = [{**request, "prompt": _MARKED.sub(r"\1", request["prompt"])} for request in requests]
     params = sampling_params.clone()
-    params.logprobs = 0  # of the sampled token alone
+    params.logprobs = 0  # the sampled token's log-prob and no others
     params.logit_bias = {**(params.logit_bias or {}), **logit_bias}
     outputs = strategy.inference_engine.generate(requests, params, use_tqdm=False)
     if len(outputs) != len(requests):
@@ -237,7 +232,7 @@ def generate_with_audio(
 
 
 def _patch_weight_sync(patch: Patch, strategy: Any) -> None:
-    """Names that the engine knows, and no cache of the old weights afterwards."""
+    """Send weights under the names that the engine knows, and then empty the caches of the old weights."""
     original = strategy.update_engine_weights
 
     @functools.wraps(original)
@@ -248,7 +243,7 @@ def _patch_weight_sync(patch: Patch, strategy: Any) -> None:
             if strategy.inference_engine_type == "vllm":
                 engine = _renaming(engine)
             strategy.broadcast_manager = broadcast.BroadcastManager(actor, strategy, engine)
-            if strategy.inference_engine_type == "sglang":  # LightRFT's names are Qwen2.5-VL's
+            if strategy.inference_engine_type == "sglang":  # LightRFT's own mapping is that of Qwen2.5-VL
                 strategy.broadcast_manager._map_weight_name_for_sglang = checkpoint_name
         original(actor)
         if strategy.inference_engine_type == "vllm":  # SGLang empties its cache with the last weight
@@ -258,9 +253,9 @@ def _patch_weight_sync(patch: Patch, strategy: Any) -> None:
 
 
 def checkpoint_name(name: str) -> str:
-    """A parameter's name in Qwen2-Audio checkpoints, which is what engines load.
+    """Convert a parameter's name in the transformers model to that in Qwen2-Audio's checkpoints, which engines load.
 
-    :param name: Its name in the transformers model; transformers 5 moved tower and language model below ``model``.
+    In transformers 5 the tower and the language model moved below ``model``.
     """
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
@@ -270,7 +265,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def _renaming(engine: Any) -> Any:
-    """What LightRFT's ``BroadcastManager`` sees of a vLLM engine, with the weights' names changed on the way."""
+    """A view of a vLLM engine for LightRFT's ``BroadcastManager`` that renames the weights it passes on."""
     executor = engine.llm_engine.model_executor
 
     def collective_rpc(method: str, kwargs: dict[str, Any]) -> Any:
@@ -281,15 +276,12 @@ def _renaming(engine: Any) -> Any:
 
 
 def reset_caches(engine: Any) -> None:
-    """Drop what vLLM computed with the old weights: KV blocks, outputs of the audio tower, processed clips.
-
-    :param engine: ``vllm.LLM``.
-    """
+    """Drop what vLLM computed with the old weights: KV blocks, outputs of the audio tower, processed clips."""
     engine.reset_prefix_cache()
     core = engine.llm_engine.engine_core
     if hasattr(core, "reset_encoder_cache"):
         core.reset_encoder_cache()
-    else:  # vLLM up to 0.14: no method yet for what the scheduler and the worker hold
+    else:  # vLLM up to 0.14 has no method that empties the caches of the scheduler and the worker
         scheduler = core.engine_core.scheduler
         scheduler.encoder_cache_manager.__init__(scheduler.encoder_cache_manager.cache_size)
         engine.llm_engine.model_executor.collective_rpc(_clear_encoder_cache)
@@ -301,10 +293,10 @@ def _clear_encoder_cache(worker: Any) -> None:
 
 
 def _patch_save(patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
-    """A Hugging Face folder with processor.
+    """Save a Hugging Face folder with the processor.
 
-    LightRFT saves none under FSDP2. Under DeepSpeed it saves one without the processor, and beside transformers 5 not
-    all weights of ZeRO-3 under their names.
+    LightRFT saves no such folder under FSDP2. Under DeepSpeed its folder lacks the processor, and with transformers 5
+    and ZeRO-3 some weights have wrong names.
     """
 
     @functools.wraps(strategy.save_model)
@@ -321,31 +313,31 @@ def _patch_save(patch: Patch, strategy: Any, processor: Any, files: dict[str, st
 
 
 def _gather_fsdp(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole weights in CPU memory, on rank 0. All ranks take part."""
+    """Gather the full weights in rank 0's CPU memory. All ranks must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def _gather_deepspeed(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole weights in CPU memory. All ranks take part."""
+    """Gather the full weights in every rank's CPU memory. All ranks must call it."""
     import deepspeed
 
     weights = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            weights[name] = parameter.data.cpu().clone()  # ZeRO keeps views of one buffer
+            weights[name] = parameter.data.cpu().clone()  # cloned, because ZeRO's parameters are views of one buffer
     return weights
 
 
 def write_model(model: nn.Module, weights: dict[str, torch.Tensor], output_dir: str) -> None:
-    """Write weights (safetensors, the names of Qwen2-Audio's checkpoints) and configuration.
+    """Write the weights (safetensors, under the names of Qwen2-Audio's checkpoints) and the configuration.
 
-    Not by ``save_pretrained()``: it renames weights by the model's class, which FSDP2 changes.
+    ``save_pretrained()`` would not do: it renames weights by the model's class, which FSDP2 changes.
 
     :param model: The transformers model, for its configurations.
-    :param weights: Name in the model to tensor in CPU memory.
-    :param output_dir: Made if needed.
+    :param weights: Tensors in CPU memory by their names in the model.
+    :param output_dir: Created if needed.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -355,19 +347,19 @@ def write_model(model: nn.Module, weights: dict[str, torch.Tensor], output_dir: 
         {checkpoint_name(name): weight.to(dtype) for name, weight in weights.items()}, output_dir, max_shard_size="5GB"
     )
     config = copy.deepcopy(model.config)
-    config.use_cache = True  # off for training; who loads the model generates with it
+    config.use_cache = True  # it is off for training, but whoever loads the model generates with it
     config.save_pretrained(output_dir)
     model.generation_config.save_pretrained(output_dir)
 
 
 # ----------------------------------------------------------------------------------------------------- experience maker
 def patch_experience_maker(patch: Patch, exp_maker: Any, logit_bias: dict[int, float]) -> None:
-    """Let LightRFT's ``FastExperienceMaker`` keep the engine's log-probs, and leave image tokens alone.
+    """Make LightRFT's ``FastExperienceMaker`` keep the engine's log-probs and not repair image tokens.
 
-    :param patch: Takes the replacements.
-    :param exp_maker: ``FastExperienceMaker``.
-    :param logit_bias: Bias on token ids, for the engine and, so that log-probs are those of the distribution sampled
-        from, for actor and reference model; likewise the temperature.
+    Actor and reference model get the sampling's logit bias and temperature, so that their log-probs are those of the
+    distribution sampled from.
+
+    :param logit_bias: Bias by token id, for the engine and both models.
     """
     if is_patched(exp_maker, "_build_unpacked_sample"):
         return
@@ -378,7 +370,7 @@ def patch_experience_maker(patch: Patch, exp_maker: Any, logit_bias: dict[int, f
         patch.replace(actor, "temperature", exp_maker.strategy.args.temperature)
 
     def _fix_qwen_vl_image_tokens(sequences: torch.Tensor, sample: Any, vlm: bool) -> None:
-        """There are no image tokens; :func:`audio_forward` checks the audio tokens."""
+        """Do nothing: there are no image tokens, and :func:`audio_forward` checks the audio tokens."""
 
     patch.replace(exp_maker, "_fix_qwen_vl_image_tokens", _fix_qwen_vl_image_tokens)
 
@@ -397,11 +389,7 @@ def patch_experience_maker(patch: Patch, exp_maker: Any, logit_bias: dict[int, f
 
 # --------------------------------------------------------------------------------------------------------- trajectories
 def patch_trajectory_saver(patch: Patch, saver: Any) -> None:
-    """Save the clips of trajectories as WAV files; LightRFT calls image methods on them.
-
-    :param patch: Takes the replacements.
-    :param saver: ``TrajectorySaver``.
-    """
+    """Make LightRFT's ``TrajectorySaver`` save clips as WAV files; it would call methods of images on them."""
 
     original = saver._unpack_experience_to_dicts
 
@@ -431,13 +419,7 @@ def patch_trajectory_saver(patch: Patch, saver: Any) -> None:
 
 
 def resume_with_optimizer(patch: Patch, strategy: Any, optimizer: Any, scheduler: Any) -> None:
-    """Checkpoints under FSDP2 with optimizer and schedule, which LightRFT's trainer leaves out.
-
-    :param patch: Takes the replacements.
-    :param strategy: ``FSDPV2Strategy``.
-    :param optimizer: The actor's.
-    :param scheduler: The actor's.
-    """
+    """Add the actor's optimizer and schedule to checkpoints of ``FSDPV2Strategy``: LightRFT's trainer omits them."""
     original: Callable[..., None] = strategy.save_ckpt
     save = functools.partial(original, optimizer=optimizer, scheduler=scheduler)
     patch.replace(strategy, "save_ckpt", functools.wraps(original)(save))

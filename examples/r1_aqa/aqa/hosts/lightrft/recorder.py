@@ -1,4 +1,4 @@
-"""Metrics of LightRFT's trainer, under the names that this example uses on every host."""
+"""Measure LightRFT's trainer, and write its metrics under the names that this example uses on every host."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch.distributed as dist
 
 from aqa.common.patch import Patch
 
-GAP_WARNING = {False: 1e-3, True: 0.05}  # of float32, bfloat16: mean |log p engine - log p trainer| worth a warning
-LONGEST_LINE = 2_000  # characters; LightRFT prints whole batches, waveforms included
+# by args.bf16: a mean of |log p engine - log p trainer| above this causes a warning
+GAP_WARNING = {False: 1e-3, True: 0.05}
+LONGEST_LINE = 2_000  # characters
 
 
 def shorten_prints(patch: Patch, strategy: Any) -> None:
-    """Cut what LightRFT prints of a batch, waveforms included, so that it does not fill the log."""
+    """Shorten long messages: LightRFT prints whole batches, waveforms included, which would fill the log."""
     original = strategy.print
 
     def print_shortened(*messages: Any) -> None:
@@ -50,10 +51,7 @@ class Recorder:
         self.started = time.perf_counter()
 
     def watch(self, patch: Patch) -> None:
-        """Put the measuring points in place.
-
-        :param patch: Takes the replacements.
-        """
+        """Wrap the methods of the trainer that are measured."""
         maker, trainer = self.trainer.experience_maker, self.trainer
         for owner, name, label in (
             (maker, "generate_samples", "rollout"),
@@ -74,7 +72,7 @@ class Recorder:
 
         @functools.wraps(evaluate)
         def evaluate_and_keep(*args: Any, **kwargs: Any) -> dict[str, float]:
-            rollout, maxima, times = self.rollout, self.maxima, self.times  # the step's, not the evaluation's
+            rollout, maxima, times = self.rollout, self.maxima, self.times  # set the step's sums aside
             self.rollout, self.maxima, self.times = {}, {}, {}
             result = evaluate(*args, **kwargs)
             sums = self._reduced(self.rollout, dist.ReduceOp.SUM)
@@ -107,7 +105,7 @@ class Recorder:
         return timed
 
     def _add(self, sample: Any, experience: Any) -> None:
-        """Add one micro-batch's sums: rewards, lengths, and how far engine and trainer are apart."""
+        """Add one micro-batch's sums: rewards, lengths, and the gap between engine's and trainer's log-probs."""
         mask = experience.action_mask.bool()
         engine = torch.zeros_like(experience.action_log_probs)
         for row, log_probs in enumerate(sample.engine_log_probs):
@@ -130,7 +128,7 @@ class Recorder:
         self.maxima["gap"] = max(self.maxima.get("gap", 0.0), float(gap.max()))
 
     def _reduced(self, values: dict[str, float], op: Any) -> dict[str, float]:
-        """Over all ranks; every rank has the same names."""
+        """Reduce values over all ranks, which must have the same names."""
         packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(packed, op=op)
         return dict(zip(values, packed.tolist(), strict=True))
@@ -148,7 +146,7 @@ class Recorder:
         }
 
     def _grad_norm(self) -> float:
-        """Of the last optimizer step; LightRFT's FSDP2 strategy keeps none."""
+        """Gradient norm of the last optimizer step; NaN under FSDP2, where LightRFT keeps none."""
         norm = getattr(self.trainer.actor.model, "get_global_grad_norm", lambda: None)()
         return math.nan if norm is None else float(norm)
 
