@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import train_colocate
 from audio_dataset import AudioMultimodalProcessor
 from conftest import made_once, run_script
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from support.training import answers_of, metrics_of, moved, train
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from aqa.audio.decode import SAMPLING_RATE
+from aqa.hosts.runtime import RuntimeHost
 from aqa.patches.slots import GUARD_ROWS, audio_token_count, pack_clip, unpack_clips
 from aqa.policy.forward import encode_clips
 from aqa.policy.model_parts import family_of as forward_family_of
@@ -394,4 +394,4 @@ def test_a_model_that_cannot_be_trained_is_named_without_a_traceback(tmp_path):
     args = build_parser(add_arguments).parse_args(["--pretrain", str(tmp_path)])
     finish(args)
     with pytest.raises(SystemExit, match=r"--pretrain .*model_type 'gpt2' is none of qwen2_audio"):
-        train_colocate.load_actor(args, None)
+        RuntimeHost().load_actor(args, None)

@@ -1,7 +1,6 @@
 """Training on several hosts: two that are made here as namespaces with a virtual cable between, see hosts.py.
 
-The launch script is started on both, as a user would. ``make test-faults`` runs all of it; the ordinary
-suite takes a sample.
+The launch script is started on both, as a user would.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from conftest import EXAMPLE, child_environment
 from hosts import CABLE, Host, Pair, cannot
 from support.training import comparable, end
 
+pytestmark = pytest.mark.faults
 SCRIPT = EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"
 PORT = "20092"
 SETTINGS = {"RBS": 4, "N_SAMPLES": 4, "TBS": 16, "MICRO_TRAIN": 4, "GENERATE_MAX_LEN": 12, "LR": 1e-3, "WARMUP": 0}
@@ -119,7 +119,6 @@ def test_two_hosts_train_as_one_process_and_end_together(hosts, alone, tiny_mode
     assert_equal(found[:2], alone(20, 2, "--engine_type", "hf"))
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
 def test_twenty_steps_are_those_of_one_process(hosts, alone, tiny_model, demo_parquet, tmp_path, engine):
     processes = start(hosts, tmp_path, environment(tiny_model, demo_parquet, 20), "--engine_type", engine)
@@ -133,7 +132,6 @@ def test_twenty_steps_are_those_of_one_process(hosts, alone, tiny_model, demo_pa
     assert_equal(comparable(run_of(tmp_path)), alone(20, 0, "--engine_type", engine))
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("host", [0, 1])
 def test_a_cut_cable_ends_both_hosts(hosts, tiny_model, demo_parquet, tmp_path, host):
     processes = start(hosts, tmp_path, environment(tiny_model, demo_parquet, 400), "--engine_type", "hf")
@@ -151,7 +149,6 @@ def test_a_cut_cable_ends_both_hosts(hosts, tiny_model, demo_parquet, tmp_path, 
     assert seconds < 60
 
 
-@pytest.mark.faults
 def test_the_host_that_the_others_meet_at_dies(hosts, tiny_model, demo_parquet, tmp_path):
     """Node 0, where torchrun's store is; and it dies at the start, before or after the ranks have met."""
     processes = start(hosts, tmp_path, environment(tiny_model, demo_parquet, 400), "--engine_type", "hf")
@@ -170,7 +167,6 @@ def test_the_host_that_the_others_meet_at_dies(hosts, tiny_model, demo_parquet, 
     assert_nothing_is_left(hosts[1])
 
 
-@pytest.mark.faults
 def test_an_engine_a_host(hosts, alone, tiny_model, demo_parquet, tmp_path):
     """Two hosts of two processes: data parallel over the hosts, tensor parallel in vLLM and ZeRO-3 over all four."""
     settings = environment(tiny_model, demo_parquet, 10, MLP_WORKER_GPU=2, ENGINE_TP=2)

@@ -22,7 +22,7 @@ LAYOUTS = {  # of two processes
     "hf, DP 2": ("--engine_type", "hf"),
 }
 CASES = [(sharding, layout) for sharding in SHARDING for layout in LAYOUTS]
-SAMPLE = [("ZeRO-3", "vllm, TP 2"), ("FSDP2", "vllm, DP 2")]
+SAMPLE = [("ZeRO-3", "vllm, TP 2")]  # FSDP2 on two ranks is in test_fsdp.py and test_lora.py
 # 13 rows fill three rollouts of 4 prompts, the rest is left out; 5 rows to evaluate on do not divide among two ranks
 DATA = ("--max_samples", 13, "--eval_steps", 3, "--max_eval_samples", 5)
 BOUND = 1e-4
