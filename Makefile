@@ -57,8 +57,8 @@ test-lightrft: $(READY) ## run the tests inside LightRFT itself: LIGHTRFT_HOME=/
 		LIGHTRFT_HOME="$(LIGHTRFT_HOME)" OMP_NUM_THREADS=1 $(PY) -m pytest tests/lightrft; \
 	fi
 
-bench: $(READY) ## measure each part against its baseline; needs make demo (about 40 minutes)
-	@$(PY) benchmarks/run_all.py --demo_dir $(DEMO_DIR) $(if $(SWIFT_PYTHON),--swift_python $(SWIFT_PYTHON))
+bench: $(READY) ## measure each part against its baseline; needs make demo (about 25 minutes)
+	@$(PY) benchmarks/run_all.py --demo_dir $(DEMO_DIR) $(if $(SWIFT_PYTHON),--swift_python $(SWIFT_PYTHON)) $(if $(LIGHTRFT_HOME),--lightrft_home $(LIGHTRFT_HOME))
 
 soak: $(READY) ## 2,000 steps in one run: memory, time a step, log-probs; needs make demo (about 10 minutes)
 	@$(PY) benchmarks/soak.py --demo_dir $(DEMO_DIR)
