@@ -97,13 +97,8 @@ class AudioMultimodalProcessor:
         for i, ids in enumerate(token_ids):
             self._check_prompt(f"prompt {i}", all_prompts[i], ids, counts[i])
             if audio[i] is not None:
-                key = id(audio[i][0]), audio[i][1]  # prompts about the same file share its waveform
-                if key not in extracted:
-                    extracted[key] = self.extract(audio[i])
-                clip, tokens = extracted[key]
+                ids, clip = self._add_audio(ids, audio[i], extracted)
                 rows += [clip] * n
-                at = ids.index(self.audio_token_id)
-                ids = ids[:at] + [self.audio_token_id] * tokens + ids[at + 1 :]
             prompt_ids.append(ids)
         no_grid = torch.empty((0, 3), dtype=torch.long)
         total = n * len(prompt_ids)
@@ -131,3 +126,14 @@ class AudioMultimodalProcessor:
         placeholders = ids.count(self.audio_token_id)
         if placeholders != clips:
             raise DataError(f"{name} holds {placeholders} audio placeholders for {clips} clips: {text!r}")
+
+    def _add_audio(
+        self, ids: list[int], audio: Waveform, extracted: dict[tuple[int, int], tuple[torch.Tensor, int]]
+    ) -> tuple[list[int], torch.Tensor]:
+        """Expand a prompt's placeholder; return token ids and the clip's rows, taken from ``extracted`` if there."""
+        key = id(audio[0]), audio[1]  # prompts about the same file share its waveform
+        if key not in extracted:
+            extracted[key] = self.extract(audio)
+        clip, tokens = extracted[key]
+        at = ids.index(self.audio_token_id)
+        return ids[:at] + [self.audio_token_id] * tokens + ids[at + 1 :], clip

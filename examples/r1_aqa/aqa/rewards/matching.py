@@ -18,10 +18,10 @@ says nothing about the texts, so the next worker repeats the check.
 Checks that are sure to be cut off are not started (:func:`is_endless`): each would cost the whole limit and a new
 worker.
 
-Only the text rule counts, so that the value may differ from R1-AQA's, for checks that take longer than the limit here
-but less than R1-AQA's 5 s a step, for texts with a number of millions of digits or with brackets nested deeper than
-:data:`MATH_MAX_DEPTH` (which take such times), and for texts longer than :data:`MATH_MAX_CHARS`, more than the 256
-tokens that the recipe allows.
+In three cases only the text rule counts, so the value may differ from R1-AQA's: a check takes longer than the limit
+here but less than R1-AQA's 5 s a step; a text has a number of millions of digits or brackets nested deeper than
+:data:`MATH_MAX_DEPTH` (which take such times); or it is longer than :data:`MATH_MAX_CHARS`. The recipe's limit of 256
+tokens keeps responses shorter than that.
 """
 
 from __future__ import annotations
