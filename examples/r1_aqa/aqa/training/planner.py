@@ -33,7 +33,6 @@ from aqa.training.freezing import is_below
 DOES_NOT_FIT = 3  # exit status
 GIB = 2**30
 PHASES = ("rollout", "log-probs", "backward", "optimizer", "sync")
-STATES = ("weights", "gradients", "optimizer states", "reference model")
 # The configuration of these two models, as far as it differs from transformers' defaults.
 KNOWN = {
     name: {"model_type": "qwen2_audio", "text_config": {"vocab_size": 156_032, "intermediate_size": 11_008}}
@@ -211,14 +210,15 @@ def decoder_layer(s: Sizes, b: int, rows: int, new: int, keys: int, rank: int) -
     :param keys: Tokens that each attends to; from two rows on they are masked, in the weights' type.
     :param rank: Of the adapters; 0: none, and the norms train.
     """
-    tokens, query = rows * new, s.num_attention_heads * s.head_dim
-    passed = 2 * tokens * (4 * s.hidden_size + 4)  # both norms: input in float32, and the reciprocal of its size
-    passed += tokens * (2 * b * query + 4 * s.num_attention_heads)  # queries, output, its log-sum-exp
-    passed += 2 * rows * keys * b * query  # keys and values, repeated for grouped heads
-    passed += tokens * b * s.intermediate_size * 3  # gate, its activation, up
-    passed += rows * new * keys * b * (rows > 1)  # mask
-    norms = 0 if rank else 2 * s.hidden_size  # scaled inputs
-    return passed, passed + tokens * b * (2 * s.hidden_size + s.intermediate_size + norms + 7 * rank)  # layers' inputs
+    tokens, h, inner, query = rows * new, s.hidden_size, s.intermediate_size, s.num_attention_heads * s.head_dim
+    passed = (
+        2 * tokens * (4 * h + 4)  # both norms: input in float32, and the reciprocal of its size
+        + tokens * (2 * b * query + 4 * s.num_attention_heads)  # queries, output, its log-sum-exp
+        + 2 * rows * keys * b * query  # keys and values, repeated for grouped heads
+        + tokens * b * inner * 3  # gate, its activation, up
+        + rows * new * keys * b * (rows > 1)  # mask
+    )
+    return passed, passed + tokens * b * (2 * h + inner + (7 * rank or 2 * h))  # linear layers' inputs, scaled ones
 
 
 def head_bytes(s: Sizes, b: int, tokens: int, trains: bool, cache: float) -> float:
@@ -639,9 +639,8 @@ def _table(plan: Plan) -> list[str]:
 
 def _as_typed(flags: dict[str, Any]) -> str:
     """Flags as on a command line."""
-    words = {True: "--{}", False: "--no-{}", None: "without --{}"}
-    typed = [words[v].format(n) if v is None or isinstance(v, bool) else f"--{n} {v}" for n, v in flags.items()]
-    return " ".join(typed)
+    words = {"True": "--{0}", "False": "--no-{0}", "None": "without --{0}"}
+    return " ".join(words.get(str(value), "--{0} {1}").format(name, value) for name, value in flags.items())
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -655,9 +654,9 @@ def _verdict(plan: Plan) -> list[str]:
     lines = [*textwrap.wrap(f"It does not fit: {'; '.join(why)}.", 80), ""]
     taken, after = suggest(plan)
     if after.missing:
-        gib = math.ceil(gpus.gib)
+        gib = math.ceil(gpus.gib)  # of the smallest GPU on which it fits
         while fit_engine(Plan(after.args, after.sizes, gpus._replace(gib=gib))).missing:
-            gib += 1  # to the smallest GPU that does
+            gib += 1
         flags = f"Even with {_as_typed(new_flags(plan, taken))} it" if taken else "No flag helps: it"
         return [*lines, *textwrap.wrap(f"{flags} takes {gpus.count} x {gib} GiB.", 80)]
     lines.append(f"With these flags it fits: {after.fullest}.")
@@ -679,7 +678,7 @@ def describe(plan: Plan) -> str:
     host = {name: size / GIB for name, size in host_memory(plan).items() if size}
     parts = ", ".join(f"{name} {size:.1f}" for name, size in host.items()) or "nothing"
     below = {
-        "engine": engines[args.engine_type],
+        "engine": engines["hf" if args.engine_type == "hf" else "vllm"],
         "machine": f"{sum(host.values()):.1f} GiB of its memory for each GPU: {parts}",
         "assumed": f"reserve (CUDA, NCCL, fragmentation) {RESERVE / GIB:g} GiB; never compared with a GPU",
     }
@@ -687,11 +686,8 @@ def describe(plan: Plan) -> str:
 
 
 def _wrap(texts: dict[str, str]) -> list[str]:
-    return [
-        line
-        for name, text in texts.items()
-        for line in textwrap.wrap(text, 80, initial_indent=f"{name:<11}", subsequent_indent=" " * 11)
-    ]
+    wrapped = [textwrap.wrap(f"{name:<11}{text}", 80, subsequent_indent=" " * 11) for name, text in texts.items()]
+    return [line for lines in wrapped for line in lines]
 
 
 def as_json(plan: Plan) -> str:
@@ -729,12 +725,7 @@ def find_gpus(args: argparse.Namespace) -> GPUs:
 
 
 def run(args: argparse.Namespace, problems: list[str]) -> int:
-    """Print the plan, on rank 0.
-
-    :param args: Finished flags.
-    :param problems: Of the host's flags.
-    :return: Exit status: 0 it fits, :data:`DOES_NOT_FIT`, 2 wrong use.
-    """
+    """Print the plan, on rank 0, unless the host has found ``problems``; return the exit status (2: wrong use)."""
     if os.environ.get("RANK", "0") != "0":
         return 0
     gpus = find_gpus(args)
