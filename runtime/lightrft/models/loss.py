@@ -19,7 +19,7 @@ class LossSettings:
     """What the flags choose about the loss; see the functions below for each.
 
     :param max_response_length: Tokens; the constant divisor of ``seq-mean-token-sum-norm``.
-    :param use_kl_loss: Add the KL to the loss. False: it is only reported; the trainer may put it into the reward instead.
+    :param use_kl_loss: Add the KL to the loss. False: it is only reported; the trainer may put it into the reward.
     """
 
     eps_clip: float

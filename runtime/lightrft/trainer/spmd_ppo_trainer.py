@@ -1,8 +1,8 @@
 """The GRPO loop.
 
 What differs from the textbook: each rollout is used for one optimizer step. So the weights that sampled are those that
-are trained, the ratio is 1, and old log-probs need no forward pass of their own, except with ``max_epochs > 1`` or KL in
-the reward. The trainer's log-probs are compared with the engine's in every step, and the difference is a metric.
+are trained, the ratio is 1, and old log-probs need no forward pass of their own, except with ``max_epochs > 1`` or KL
+in the reward. The trainer's log-probs are compared with the engine's in every step, and the difference is a metric.
 
 The loss is :func:`lightrft.models.loss.grpo_loss`.
 """
