@@ -22,8 +22,6 @@ MAX_NEW_TOKENS = 16
 def one_by_one(path: str, jobs: list[Any]) -> Callable[[], list[str]]:
     """The published way.
 
-    :param path: Model folder.
-    :param jobs: Questions.
     :return: Answers them all.
     """
     import torch

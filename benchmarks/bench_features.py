@@ -29,7 +29,6 @@ def make_ways(path: str, clips: int = CLIPS) -> dict[str, Callable[[], Any]]:
     """The ways to make the features of a batch; each returns what it keeps.
 
     :param path: Qwen2-Audio folder.
-    :param clips: Clips of the batch.
     """
     from audio_dataset import AudioMultimodalProcessor
     from transformers import AutoProcessor
@@ -67,7 +66,6 @@ def memory_of(path: str, name: str) -> int:
     """Bytes that a way needs on top of a process that is ready for it.
 
     :param path: Qwen2-Audio folder.
-    :param name: The way.
     """
     make_ways(path, 1)[name]()  # what is made once, in torch and transformers
     way = make_ways(path)[name]

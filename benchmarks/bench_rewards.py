@@ -48,8 +48,6 @@ FORM = "Output the final answer in <answer> </answer>."
 def make_samples(questions: int, rng: random.Random) -> list[tuple[str, str, str]]:
     """Draw questions with 8 responses each.
 
-    :param questions: How many.
-    :param rng: Source of randomness.
     :return: Prompt, whole sequence and bare reference of each response.
     """
     samples = []
@@ -70,12 +68,7 @@ def make_samples(questions: int, rng: random.Random) -> list[tuple[str, str, str
 
 
 def respond(choices: list[str], gold: str, rng: random.Random) -> str:
-    """Draw a response.
-
-    :param choices: Of the question.
-    :param gold: The right one.
-    :param rng: Source of randomness.
-    """
+    """Draw a response."""
     said = rng.choice(choices)
     wrong = rng.choice([choice for choice in choices if choice != gold])
     (kind,) = rng.choices(("right", "wrong", "bare", "reasoned", "odd"), (45, 30, 10, 10, 5))

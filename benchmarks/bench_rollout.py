@@ -32,7 +32,6 @@ BASELINE = "vLLM alone"
 def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[], list[list[int]]]]]:
     """Start the engine and what stands around it.
 
-    :param model: Model folder.
     :param rows: Of the dataset: prompt, ``(waveform, rate)``, reference, label.
     :return: The engine, and for each way a function that samples and returns the responses' tokens.
     """
@@ -104,7 +103,6 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
 def measure(engine: Any, ways: dict[str, Callable], rounds: int) -> dict[str, dict[str, float]]:
     """Time the ways in turn.
 
-    :param engine: vLLM engine.
     :param ways: From :func:`make_ways`.
     :param rounds: Interleaved rounds, after one that warms up.
     :return: Way to tokens a second and ratio to the baseline, also in tokens a CPU second.

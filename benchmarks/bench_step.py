@@ -58,7 +58,6 @@ class Way(NamedTuple):
 
     :param script: Words up to the flags.
     :param flags: Flags and values; True for a switch.
-    :param environment: Added to the environment.
     """
 
     script: list[object]
@@ -69,10 +68,8 @@ class Way(NamedTuple):
 def make_questions(folder: Path, count: int, shortest: float, longest: float, seed: int = 0) -> Path:
     """Questions about clips of given lengths, through ``avqa.py`` as a user's.
 
-    :param folder: Where to write.
     :param count: Questions, each with a clip of its own.
     :param shortest: Seconds; lengths are drawn evenly between this
-    :param longest: and this.
     :param seed: Of the clips, questions and lengths.
     :return: Folder of the parquet file.
     """
@@ -105,8 +102,6 @@ def cpu_seconds(process: psutil.Process) -> float:
 def run_script(command: list[object], environment: dict[str, str], metrics: Path | None = None) -> list[float]:
     """Run a command, and end with its message if it fails.
 
-    :param command: Command.
-    :param environment: Added to the environment.
     :param metrics: The ``metrics.jsonl`` that it writes.
     :return: CPU seconds used when each line of that appeared.
     """
@@ -129,9 +124,7 @@ def run_script(command: list[object], environment: dict[str, str], metrics: Path
 def train(way: Way, threads: int, out: Path) -> list[dict[str, float]]:
     """Train some steps.
 
-    :param way: Command.
     :param threads: OpenMP threads of the process.
-    :param out: Folder of the run.
     :return: Metrics of each step after the first :data:`WARM_UP`, with ``cpu/step``, its CPU seconds.
     """
     words = [word for name, v in way.flags.items() for word in ((f"--{name}",) if v is True else (f"--{name}", v))]
@@ -186,7 +179,6 @@ def make_ways(args: argparse.Namespace) -> dict[str, Way]:
 def run_rounds(args: argparse.Namespace, ways: dict[str, Way], names: list[str]) -> tuple[dict, dict[str, float]]:
     """Let the ways train in turn.
 
-    :param names: Metrics to keep.
     :return: Each way's medians by round, and the largest differences between baseline and runtime.
     :raises SystemExit: if those compute different things.
     """

@@ -38,8 +38,6 @@ def build_model(layers: int, width: int, vocabulary: int) -> Any:
     """A random Qwen2-Audio.
 
     :param layers: Of tower and language model.
-    :param width: Of both.
-    :param vocabulary: Tokens.
     """
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
@@ -58,7 +56,6 @@ def build_model(layers: int, width: int, vocabulary: int) -> Any:
 def make_batch(vocabulary: int, text: int, response: int) -> dict[str, torch.Tensor]:
     """8 responses to one prompt with a clip of 10 s.
 
-    :param vocabulary: Tokens to draw from.
     :param text: Text tokens of the prompt.
     :param response: Tokens a response.
     :return: Arguments of ``response_log_probs``.
@@ -83,7 +80,6 @@ def make_batch(vocabulary: int, text: int, response: int) -> dict[str, torch.Ten
 def plain_log_probs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Transformers' forward with a clip a sample, and the log-softmax of all its logits.
 
-    :param model: Unpatched.
     :param batch: From :func:`make_batch`.
     """
     width = batch["response_mask"].shape[1]
@@ -99,10 +95,7 @@ def plain_log_probs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def make_policy(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-    """Our forward.
-
-    :param model: Is patched.
-    """
+    """Our forward."""
     from aqa.common.patch import Patch
     from aqa.patches.actor import patch_policy
 
@@ -113,7 +106,6 @@ def make_policy(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]
 def forward_and_backward(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
     """A micro-batch.
 
-    :param forward: Log-probs.
     :return: These.
     """
     values = forward()
@@ -137,10 +129,7 @@ def run_once(way: str) -> None:
 
 
 def compare_processes(rounds: int) -> dict[str, Any]:
-    """The first part.
-
-    :param rounds: Pairs.
-    """
+    """The first part."""
     results: dict[str, list[list[float]]] = {"plain": [], "ours": []}
     for _ in range(rounds):
         for way, found in results.items():
@@ -168,7 +157,6 @@ def compare_processes(rounds: int) -> dict[str, Any]:
 def compare_measures(rounds: int) -> dict[str, dict[str, float]]:
     """The second part.
 
-    :param rounds: Pairs.
     :return: Seconds, and CPU seconds, without a measure divided by those with all, for each.
     """
     from aqa.policy import forward

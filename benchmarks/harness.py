@@ -27,7 +27,6 @@ sys.path[1:1] = [str(EXAMPLE), str(ROOT / "runtime"), str(ROOT / "tests")]
 class Seconds(NamedTuple):
     """What a piece of work took.
 
-    :param wall: Seconds on the clock.
     :param cpu: CPU seconds of this process, all threads; other work on the machine distorts these less.
     """
 
@@ -38,7 +37,6 @@ class Seconds(NamedTuple):
 def make_parser(description: str, rounds: int | None = None, demo: bool = True) -> argparse.ArgumentParser:
     """A parser with the flags that most benchmarks have.
 
-    :param description: The script's docstring.
     :param rounds: Default of ``--rounds``; None leaves the flag out.
     :param demo: Add ``--demo_dir``; :func:`parse` checks it.
     """
@@ -71,7 +69,6 @@ def timed(work: Callable[[], Any]) -> tuple[Seconds, Any]:
 def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Seconds]]:
     """Time several ways in turn, so that other load on the machine slows all of them down alike.
 
-    :param ways: Name to work.
     :param rounds: Rounds that count; one more before them warms up.
     """
     found: dict[str, list[Seconds]] = {name: [] for name in ways}

@@ -26,11 +26,9 @@ MAX_NORM, BETAS = 1.0, (0.9, 0.95)
 def sample(model: Any, processor: Any, rows: list[Any], n: int, max_new_tokens: int) -> dict[str, Any]:
     """A micro-batch of responses.
 
-    :param model: Policy.
     :param processor: Qwen2-Audio processor.
     :param rows: Prompts: text, (waveform, rate), reference, label.
     :param n: Responses a prompt.
-    :param max_new_tokens: Longest response.
     :return: What :func:`log_probs` takes: sequences ``(batch, length)``, the response mask ``(batch, response width)``
         and each sequence's own features ``(batch, n_mels, 3000)``.
     """
@@ -71,7 +69,6 @@ def sample(model: Any, processor: Any, rows: list[Any], n: int, max_new_tokens: 
 def log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Log-probs of the response tokens, from logits of all positions.
 
-    :param model: Policy or reference model.
     :param batch: From :func:`sample`.
     :return: ``(batch, response width)`` float32.
     """
@@ -93,7 +90,6 @@ def grpo_loss(
     """GRPO's loss of an on-policy micro-batch, and the mean KL of its tokens.
 
     :param values: Log-probs of the policy ``(batch, width)``.
-    :param reference: Of the reference model.
     :param advantages: ``(batch,)``.
     :param mask: 1 at response tokens.
     :param kl_coef: Weight of the KL (k3).
@@ -107,8 +103,6 @@ def grpo_loss(
 def compare(model: Any, ref: Any, batch: dict[str, Any], kl_coef: float, n: int) -> dict[str, float]:
     """Log-probs, loss and gradient of one micro-batch, here and in the runtime, with advantages from -1 to 1.
 
-    :param model: Policy.
-    :param ref: Reference model.
     :param batch: From :func:`sample`.
     :param kl_coef: Weight of the KL.
     :param n: Responses a prompt.

@@ -83,7 +83,6 @@ def take_turns(long: Run, fresh: Run, steps: int, bar: tqdm) -> None:
     """Let a long run make its last steps, and a fresh one its steps from 200 on, in turns.
 
     :param long: Stopped, :data:`COMPARED` steps before its end.
-    :param fresh: Just begun.
     :param steps: Steps of the long run, which ``bar`` counts.
     """
     fresh.until(COMPARED)
@@ -123,8 +122,6 @@ def training_flags(demo_dir: Path, steps: int) -> list[str]:
 def train_both(flags: list[str], steps: int, folder: Path) -> tuple[Run, Run]:
     """Train the long run and, beside its last steps, the fresh one.
 
-    :param flags: Of both.
-    :param steps: Of the long run.
     :param folder: Gets a folder of each.
     :return: Long and fresh run, both ended.
     """

@@ -40,7 +40,6 @@ def write_rows(parquet: Path, path: Path) -> int:
     """Rows in ms-swift's format.
 
     :param parquet: Folder that ``avqa.py`` wrote.
-    :param path: JSON lines to write.
     :return: Number of rows.
     """
     import pandas

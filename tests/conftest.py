@@ -29,9 +29,7 @@ def run_script(script: str, *args: object, check: bool = True, **kwargs) -> subp
     """Run one of the example's scripts in a process of its own.
 
     :param script: Path below examples/r1_aqa.
-    :param args: Arguments.
     :param check: Fail the test, with the output, if it fails.
-    :param kwargs: For subprocess.run.
     """
     command = [sys.executable, str(EXAMPLE / script), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=child_environment(), **kwargs)
@@ -41,12 +39,7 @@ def run_script(script: str, *args: object, check: bool = True, **kwargs) -> subp
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that all workers of ``pytest -n`` use and the first that needs it makes.
-
-    :param tmp_path_factory: pytest's.
-    :param name: Of the folder.
-    :param make: Fills it.
-    """
+    """A folder that all workers of ``pytest -n`` use and the first that needs it makes."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     folder, done = root / name, root / f"{name}.done"

@@ -99,8 +99,6 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     """Replace a function by what is made of it.
 
-    :param owner: Module or class.
-    :param name: Function.
     :param make: Gets the original, returns the replacement.
     """
     original = getattr(owner, name)

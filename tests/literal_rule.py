@@ -15,7 +15,6 @@ def response_of(prompt: str, sequence: str) -> str:
     """What the model said in its turn: all behind the prompt, up to the first mark of a turn.
 
     :param prompt: The prompt exactly as the sequence begins.
-    :param sequence: Prompt and everything generated.
     """
     assert sequence.startswith(prompt)
     said = sequence[len(prompt) :]

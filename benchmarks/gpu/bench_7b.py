@@ -55,7 +55,6 @@ def build_model(size: str, device: torch.device, dtype: torch.dtype) -> Any:
 
     :param size: Of :data:`SIZES`.
     :param device: Where its weights are made.
-    :param dtype: Of its weights.
     """
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
@@ -83,7 +82,6 @@ def make_batch(response: int, clips: int, device: torch.device) -> dict[str, tor
 
     :param response: Tokens a response.
     :param clips: 1, or 8 for one encoding a response.
-    :param device: Where it is put.
     :return: Arguments of ``response_log_probs``.
     """
     generator = torch.Generator().manual_seed(1)
@@ -109,7 +107,6 @@ def rollout(model: Any, response: int, device: torch.device) -> dict[str, float]
 
     :param model: From :func:`build_model`.
     :param response: Tokens a response.
-    :param device: Where it runs.
     :return: Tokens a second, mean and largest absolute difference.
     """
     from audio_dataset import AudioMultimodalProcessor
@@ -161,11 +158,7 @@ def rollout(model: Any, response: int, device: torch.device) -> dict[str, float]
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time, until the device is done.
-
-    :param work: To run.
-    :param device: Where it runs.
-    """
+    """Wall time, until the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -178,9 +171,6 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 def matrix_peak(device: torch.device, dtype: torch.dtype, size: int, rounds: int) -> float:
     """Floating-point operations a second of a matrix product.
 
-    :param device: Where.
-    :param dtype: Of the matrices.
-    :param size: Of the square matrices.
     :param rounds: The best of so many.
     """
     a = torch.randn(size, size, device=device).to(dtype)
@@ -188,11 +178,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, size: int, rounds: int
 
 
 def peak_memory(device: torch.device, work: Callable[[], Any]) -> int:
-    """Most bytes in use during some work: of the GPU's memory or, on a CPU, of this process.
-
-    :param device: Where it runs.
-    :param work: To run.
-    """
+    """Most bytes in use during some work: of the GPU's memory or, on a CPU, of this process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         work()
@@ -217,9 +203,7 @@ def by_kind(events: list[tuple[str, float]]) -> dict[str, float]:
 def profile(step: Callable[[], Any], ideal: float, device: torch.device, folder: Path) -> dict[str, float]:
     """Where the time of one step goes.
 
-    :param step: To run.
     :param ideal: Seconds that its operations need at the measured peak.
-    :param device: Where it runs.
     :param folder: Gets ``step.png`` and ``trace.json``.
     :return: Seconds by kind; ``idle`` is when nothing ran on the GPU.
     """
@@ -314,7 +298,6 @@ def measures(
     :param model: From :func:`build_model`.
     :param step: Forward and backward of a batch.
     :param response: Tokens a response.
-    :param device: Where it runs.
     """
     from aqa.policy import forward, token_log_probs
     from aqa.policy.tower_cache import share_tower_outputs

@@ -38,11 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def most_allocated(work: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that are allocated while something runs, beside those before.
-
-    :param work: To run.
-    :param device: Where it allocates.
-    """
+    """Most bytes that are allocated while something runs, beside those before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -63,7 +59,6 @@ def compare(name: str, size: str, device: torch.device) -> float:
 
     :param name: Of :data:`CASES`.
     :param size: ``real`` or ``small``.
-    :param device: Where it runs.
     :return: Planned bytes over measured ones.
     """
     case = CASES[name]

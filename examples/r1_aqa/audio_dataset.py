@@ -45,7 +45,6 @@ class AudioPromptDataset(Dataset):
     audio (``audio_path`` empty, no audio part) is a text-only prompt.
 
     :param dataset: ``datasets.Dataset`` (or any sequence of mappings) with the columns of ``avqa.py``.
-    :param tokenizer: Tokenizer.
     :param processor: Qwen2-Audio processor.
     :param max_length: Longest prompt in tokens, a clip's placeholder counted as one.
     :param strategy: Its ``args`` name the columns (``input_key``, ``images_key``, ``reference_key``, ``label_key``).
@@ -147,7 +146,6 @@ class AudioPromptDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """One prompt.
 
-        :param index: Row.
         :return: Prompt text, (waveform ``(samples,)`` float32, 16000) or None, reference, label, tags if ``tagged``.
         :raises AudioError: if the file does not decode.
         """
@@ -156,7 +154,6 @@ class AudioPromptDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, ...]]:
         """A batch of prompts, its clips decoded in parallel; what a ``DataLoader`` asks for.
 
-        :param indices: Rows.
         :return: As :meth:`__getitem__`, one entry a row. Rows of the same file share its waveform.
         :raises AudioError: if a file does not decode.
         """

@@ -156,7 +156,6 @@ def check_gpu(smi: str, error: str, torch: str) -> Finding:
     """GPUs and driver, and whether torch can use them.
 
     :param smi: Output of nvidia-smi, one line per GPU; "" without nvidia-smi.
-    :param error: Why nvidia-smi failed.
     :param torch: Output of :data:`TORCH`; "" if torch is missing or cannot be imported.
     """
     if error:

@@ -279,7 +279,6 @@ def load_prompts(
     """Read and check one split of the sources. Training data is mixed, evaluation data is concatenated.
 
     :param source: Files or folders, separated by commas.
-    :param limit: Most rows.
     """
     from audio_dataset import AudioPromptDataset
     from datasets import concatenate_datasets

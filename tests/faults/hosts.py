@@ -35,7 +35,6 @@ class Host:
 
     The kernel then kills whatever runs in it, and takes its network down, whatever has happened here.
 
-    :param name: Its name.
     :param address: Its address on the cable.
     :param hosts_file: Put in place of ``/etc/hosts``.
     """
@@ -53,19 +52,11 @@ class Host:
         self._inside = ["nsenter", "--target", self.first, *NAMESPACES]
 
     def ip(self, *arguments: str) -> None:
-        """Run ``ip`` in its network.
-
-        :param arguments: Of it.
-        """
+        """Run ``ip`` in its network."""
         self.run("ip", *arguments)
 
     def start(self, command: Sequence[object], folder: Path, **kwargs: Any) -> subprocess.Popen:
-        """Start a command on it.
-
-        :param command: With arguments.
-        :param folder: To start it in.
-        :param kwargs: For Popen.
-        """
+        """Start a command on it."""
         # nsenter leaves the folder when it enters the mounts
         command = [*self._inside, "env", f"--chdir={folder}", *map(str, command)]
         self.started.append(subprocess.Popen(command, **kwargs))
@@ -74,7 +65,6 @@ class Host:
     def run(self, *command: object) -> str:
         """Run a command on it.
 
-        :param command: With arguments.
         :return: What it prints.
         """
         command = [*self._inside, *map(str, command)]

@@ -49,7 +49,6 @@ def make_run(folder: Path, steps: int = 30, slower: float = 1.0, rollouts: bool 
     """A run's folder.
 
     :param folder: Made.
-    :param steps: Its length.
     :param slower: Below 1 it learns slower.
     :param rollouts: With trajectories and clips, hostile ones among them.
     """

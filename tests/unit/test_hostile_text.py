@@ -100,10 +100,7 @@ class Sample(NamedTuple):
     """One response to score.
 
     :param family: What kind of hostility it is.
-    :param choices: The question's choices.
-    :param gold: The right one.
     :param response: What the model generated, without its prompt.
-    :param label: Rule.
     """
 
     family: str

@@ -84,7 +84,6 @@ def train_rows(clips: list[tuple[str, str]], count: int, rng: np.random.Generato
     """Ask about the training clips, every clip about equally often and never in the order of the classes.
 
     :param clips: File name and class of each clip.
-    :param count: Number of questions.
     :return: Rows of R1-AQA's JSON lines.
     """
     rounds = -(-count // len(clips))

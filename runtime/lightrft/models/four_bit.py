@@ -65,10 +65,7 @@ def _compare_scales(
 
 
 def unpacked(parameter: nn.Parameter) -> torch.Tensor:
-    """A parameter's value: of a 4-bit one what the forward pass makes of it, of any other itself, not copied.
-
-    :param parameter: Whole.
-    """
+    """A parameter's value: of a 4-bit one what the forward pass makes of it, of any other itself, not copied."""
     state = getattr(parameter, "quant_state", None)  # bitsandbytes' Params4bit alone has one
     if state is None:
         return parameter.data

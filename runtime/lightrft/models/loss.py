@@ -162,7 +162,6 @@ def rollout_weights(
     :param mask: ``(batch, length)``, 1 at response tokens.
     :param method: ``tis``: each token weighs its ratio of the two, at most ``limit``; ``mis``: each response weighs the
         product of its tokens' ratios, and nothing above ``limit``.
-    :param limit: Largest weight.
     :return: Weights ``(batch, length)`` without gradient, and where the limit took hold, ``(batch, length)`` bool.
     :raises ValueError: if the method is unknown.
 

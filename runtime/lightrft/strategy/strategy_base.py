@@ -377,7 +377,6 @@ class StrategyBase(ABC):
     ) -> None:
         """Write a checkpoint for resuming, aside and then renamed; delete the oldest beyond ``max_num``.
 
-        :param max_num: Checkpoints to keep.
         :param client_state: Stored with it and returned by :meth:`load_ckpt`: tensors and plain values.
         :raises SaveError: if it could not be written, on any rank; the earlier ones are as they were.
         """

@@ -21,7 +21,6 @@ Whole = Callable[[Sequence[nn.Parameter]], AbstractContextManager[list[torch.Ten
 class Piece(NamedTuple):
     """A weight of a checkpoint, and what it is made of.
 
-    :param name: In the checkpoint.
     :param parameters: Its parameter; of an adapted layer also those of the adapter.
     :param layer: The adapted layer, to be merged; else None.
     """

@@ -42,7 +42,6 @@ def overlong_penalty(lengths: torch.Tensor, max_length: int, buffer: int, factor
 
     :param lengths: Response tokens ``(responses,)``.
     :param buffer: Tokens before it over which the penalty grows.
-    :param factor: The whole penalty.
     :return: ``(responses,)`` float32, 0 or less.
 
     Source: Yu et al., DAPO (2025), equation 13.

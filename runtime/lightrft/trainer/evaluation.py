@@ -30,8 +30,6 @@ class Evaluation:
     ids of the answers to this rank's prompts, at least one and on all ranks equally often; the metrics are the same on
     every rank.
 
-    :param maker: Asks the engine.
-    :param max_new_tokens: Longest answer.
     :param dataloader: This rank's prompts to score by the reward, unshuffled; None: none.
     :param evaluators: What else is measured.
     """
@@ -153,7 +151,6 @@ class BestModel:
     def keep(self, metrics: dict[str, float], step: int, save: Callable[[str], None]) -> None:
         """Keep the model if it is better than the best so far; of equal ones the first stays.
 
-        :param metrics: Of an evaluation.
         :param save: Writes the model into a folder, on all ranks together.
         :raises KeyError: if the evaluation does not have the metric.
         :raises SaveError: if it could not be written; the best so far is then as it was.

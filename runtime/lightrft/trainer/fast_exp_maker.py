@@ -47,7 +47,6 @@ def get_images_num(all_images: Sequence[Any]) -> list[int]:
 class FastExperienceMaker:
     """Makes experiences of a batch of prompts.
 
-    :param actor: Policy.
     :param initial_model: Reference model, or None.
     :param reward_fn: LightRFT's signature, see :meth:`score`.
     :param needs_old_log_probs: The update is not on-policy, or KL is part of the reward.
@@ -92,9 +91,7 @@ class FastExperienceMaker:
     ) -> list[Experience]:
         """Rollout, rewards, log-probs and advantages for this rank's prompts.
 
-        :param all_prompts: Rendered prompts.
         :param all_images: What the image slot carries, one entry a prompt; None for text.
-        :param all_labels: Reward rules.
         :param step: Rollout step, which the sampling seeds depend on.
         :param all_tags: Further names under which metrics count each prompt.
         :return: ``n`` experiences a prompt, a group's next to each other.

@@ -19,11 +19,9 @@ class Experience:
     :param engine_log_probs: The engine's log-probs of them ``(response length,)`` float32.
     :param truncated: The response hit the token limit.
     :param clips: Rows of each clip of the prompt, ``(rows, n_mels)``; the responses of a group share the tensors.
-    :param label: Reward rule.
     :param tags: Further names under which metrics count it, such as its data set.
     :param source: What trajectories record of the prompt beside its text, such as the audio's file.
     :param response: Decoded response, for trajectories.
-    :param reward_metrics: Its parts.
     :param old_log_probs: Under the policy that sampled; None where the update is on-policy.
     :param ref_log_probs: Under the reference model; None without KL.
     :param advantages: ``(response length,)`` float32.

@@ -26,7 +26,6 @@ class ResumePoint:
 
     Rollouts after it, whose gradients have only been accumulated, are done again.
 
-    :param step: Rollout step.
     :param kl_coef: Weight of the KL after it.
     :param health: State of :class:`~lightrft.trainer.health.Health` after it.
     """

@@ -89,7 +89,6 @@ class SPMDPPOTrainerVL:
     :param kl_target: Adapt the KL's weight, ``init_kl_coef`` at first, towards this KL; None keeps it.
     :param save_hf_ckpt: Also write Hugging Face folders at ``save_steps``.
     :param disable_ds_ckpt: Write no checkpoints for resuming.
-    :param max_new_tokens: Longest response.
     :param logit_bias: Bias on token ids at sampling, which log-probs take into account.
     """
 
@@ -184,7 +183,6 @@ class SPMDPPOTrainerVL:
     ) -> dict[str, float]:
         """Train. Arguments as in LightRFT; ``args`` and ``num_update_steps_per_episodes`` are not needed here.
 
-        :param prompts_dataloader: This rank's prompts.
         :param eval_dataloader: Prompts for ``eval_steps``, or None.
         :param consumed_samples: Prompts that a resumed run has already used, over all ranks.
         :return: Metrics of the last step.
@@ -329,7 +327,6 @@ class SPMDPPOTrainerVL:
     def update(self, items: list[Experience], step: int) -> tuple[dict[str, float], dict[str, float], bool]:
         """Forward and backward over all micro-batches; the optimizer steps whenever its batch is full.
 
-        :param items: This rank's experiences.
         :return: Sums and maxima for the metrics, and whether the optimizer stepped.
         :raises FloatingPointError: if a loss or gradient is not finite, unless ``--on_anomaly skip``.
         """

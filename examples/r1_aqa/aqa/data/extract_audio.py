@@ -165,7 +165,6 @@ def is_whole(path: Path) -> bool:
 def convert(source: Path, draft: Path) -> None:
     """Decode the first audio stream of a file, 30 s at most, which is what the model hears.
 
-    :param source: Video or sound.
     :param draft: Where the WAV goes.
     :raises ClipError: if the file gives no sound that can be used.
     :raises ExtractError: if the disk is full or ffmpeg cannot be started.

@@ -28,7 +28,6 @@ class UnpackError(RuntimeError):
 class Member(NamedTuple):
     """A file in an archive.
 
-    :param name: Its name there.
     :param size: Bytes, as the archive says.
     :param open: Opens its content; None for what is no plain file.
     """

@@ -96,7 +96,6 @@ def load_processor(model: Model) -> Any:
 def family_of(model: Model) -> Any:
     """What the runtime knows of a model's family; None for Qwen2-Audio, which needs nothing of it.
 
-    :param model: The model.
     :raises EvalError: if this example does not know the family, or runs without the runtime.
     """
     from transformers import AutoConfig

@@ -54,7 +54,6 @@ def check_host() -> None:
 def not_installed(*packages: str) -> list[str]:
     """What this Python lacks; imports nothing.
 
-    :param packages: Needed.
     :return: One message about all that are missing, or none.
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]

@@ -18,7 +18,6 @@ from aqa.patches.strategy import send_audio
 def patch_strategy_for_audio(strategy: Any, processor: Any = None, files: dict[str, str] | None = None) -> Patch:
     """Make a strategy send audio to the engine, and save the processor with the model.
 
-    :param strategy: LightRFT strategy.
     :param processor: If given, every folder that ``save_model`` writes also gets its files, which transformers and
         vLLM need to load an audio model.
     :param files: Further files for these folders: name to text.

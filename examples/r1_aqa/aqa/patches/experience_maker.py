@@ -40,7 +40,6 @@ class NamedClip(tuple):
 
         :param wave: Samples ``(samples,)``.
         :param rate: In Hz.
-        :param path: The file.
         """
         clip = cls((wave, rate))
         clip.path = path

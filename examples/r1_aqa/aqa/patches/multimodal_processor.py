@@ -75,11 +75,9 @@ class AudioMultimodalProcessor:
 
         :param all_prompts: Prompt texts with one placeholder per clip.
         :param all_images: One ``(waveform, rate)`` or None per prompt.
-        :param all_references: Gold answers.
         :param images_num: Clips per prompt, as ``get_images_num`` counted them; None: they are counted here.
         :param n_samples_per_prompt: Every output list repeats each prompt's entry this many times in a row.
         :param all_videos: Must be None or hold only None.
-        :param videos_num: Ignored.
         :return: LightRFT's mapping; ``all_images_pixel_values`` is ``(sum of rows, n_mels)`` or None,
             ``all_images_grid_thw`` is ``(clips, 3)`` with ``(1, 1, rows)``.
         :raises DataError: if a prompt is too long, or its placeholders do not match its clips.

@@ -43,7 +43,6 @@ class Qwen2Audio:
     def tower_states(tower: Any, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """States of all clips' audio tokens ``(sum of tokens, d_model)``.
 
-        :param tower: Audio encoder.
         :param features: Mel spectrograms ``(clips, n_mels, 3000)``, exact in the valid frames and the two after them.
         :param frames: Valid frames ``(clips,)``.
         """

@@ -27,7 +27,6 @@ class TowerCache:
         """The name of a clip: a hash of its contents.
 
         :param features: Mel spectrogram ``(n_mels, width)``.
-        :param frames: Valid frames.
         """
         columns = features[:, : frames + 2].detach().float().contiguous().cpu()
         return hashlib.blake2b(columns.numpy().tobytes(), digest_size=16, key=str(frames).encode()).digest()

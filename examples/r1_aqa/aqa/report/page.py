@@ -50,7 +50,6 @@ _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\
 def write_report(folder: Path, compare_with: Sequence[Path], out: Path, groups: int) -> int:
     """Write the page, and ``metrics.csv`` beside it.
 
-    :param folder: The run's folder.
     :param compare_with: Folders of other runs, and result files of evaluations.
     :param out: File of the page.
     :param groups: Most groups to listen to.
@@ -266,9 +265,6 @@ def show_flag(value: Any) -> str:
 def sample_rollouts(folder: Path, last: int, most: int, room: int = CLIP_BYTES) -> dict[str, Any]:
     """Groups of steps that are spread over the run, with their clips, as many as the page has room for.
 
-    :param folder: The run's folder.
-    :param last: Its last step.
-    :param most: Most groups.
     :param room: Bytes that they may take.
     :return: ``groups``, ``clips``, and ``note``: how much is shown of what there is.
     """

@@ -75,7 +75,6 @@ def extract_response(query: str, prompt: str | None = None) -> str:
 def accuracy_reward_fn(content: str, solution: str) -> float:
     """R1-AQA's accuracy reward, 1.0 or 0.0. Takes bounded time and never raises, on any text and in any thread.
 
-    :param content: Response text.
     :param solution: Reference text, bare (``dog``) or as R1-AQA wraps it (``<answer>dog</answer>``). A bare one is
         wrapped, as R1-AQA's data set does, because ``math_verify`` reads the two differently.
     """
@@ -104,7 +103,6 @@ def format_reward_fn(content: str, enable_think: bool = False) -> float:
 def avqa_combined_reward_fn(sol: str, gt: str, enable_think: bool = False) -> tuple[float, float, float]:
     """Both rewards of one response and their sum.
 
-    :param sol: Response text.
     :param gt: Reference text, bare or wrapped in answer tags.
     :param enable_think: Require the thinking process before the answer.
     :return: (total 0.0 to 2.0, accuracy 0.0 or 1.0, format 0.0 or 1.0).

@@ -24,7 +24,6 @@ def find_problems(
 ) -> list[str]:
     """Everything that is wrong with a configuration, before anything loads.
 
-    :param args: Finished flags.
     :param world_size: Ranks of the run.
     :param local_world_size: Ranks of a node; default: there is but one.
     :param paths: Also look at folders and files, which a plan does not need.

@@ -288,7 +288,6 @@ def finish(args: argparse.Namespace) -> None:
 def has_split(source: str, split: str) -> bool:
     """Whether a source is a file, or a folder with this split.
 
-    :param source: File or folder.
     :param split: Name of the split.
     """
     path = Path(source.strip())

@@ -27,7 +27,6 @@ def freeze(model: Any, parts: list[str]) -> str:
 def is_below(name: str, part: str) -> bool:
     """Whether a parameter belongs to a part of the model.
 
-    :param name: Parameter name.
     :param part: Consecutive parts of its path; ``*``, ``?`` and ``[]`` stand for others.
     """
     path, wanted = name.split(".")[:-1], part.split(".")

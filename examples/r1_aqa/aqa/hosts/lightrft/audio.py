@@ -337,7 +337,6 @@ def write_model(model: nn.Module, weights: dict[str, torch.Tensor], output_dir: 
 
     :param model: The transformers model, for its configurations.
     :param weights: Tensors in CPU memory by their names in the model.
-    :param output_dir: Created if needed.
     """
     from huggingface_hub import save_torch_state_dict
 
