@@ -69,7 +69,7 @@ def make_questions(folder: Path, count: int, shortest: float, longest: float, se
     """Questions about clips of given lengths, through ``avqa.py`` as a user's.
 
     :param count: Questions, each with a clip of its own.
-    :param shortest: Seconds; lengths are drawn evenly between this
+    :param shortest: Seconds; lengths are drawn evenly between this and ``longest``.
     :param seed: Of the clips, questions and lengths.
     :return: Folder of the parquet file.
     """
