@@ -37,11 +37,11 @@ demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (
 report: $(READY) ## one page about a run: RUN=results/..., COMPARE="other runs and result files of eval_mmau.py"
 	@$(PY) examples/r1_aqa/report.py "$(RUN)" $(if $(COMPARE),--compare $(COMPARE))
 
-test: $(READY) ## run the tests (about 6 minutes)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+test: $(READY) ## run the tests (about 8 minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY) ## the same and the slow ones that CI leaves out (about 20 minutes)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not faults and not docs"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not docs"
 
 test-faults: $(READY) ## kill, stop and confuse runs; thousands of bad rows and responses (about 20 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m faults

@@ -22,10 +22,10 @@ LAYOUTS = {  # of two processes
     "hf, DP 2": ("--engine_type", "hf"),
 }
 CASES = [(sharding, layout) for sharding in SHARDING for layout in LAYOUTS]
-SAMPLE = [("ZeRO-3", "vllm, TP 2")]  # FSDP2 on two ranks is in test_fsdp.py and test_lora.py
 # 13 rows fill three rollouts of 4 prompts, the rest is left out; 5 rows to evaluate on do not divide among two ranks
 DATA = ("--max_samples", 13, "--eval_steps", 3, "--max_eval_samples", 5)
 BOUND = 1e-4
+pytestmark = pytest.mark.slow  # test_training.py runs two of them, and FSDP2 is in test_fsdp.py
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def largest_difference(first: list[dict], second: list[dict]) -> float:
 
 @pytest.mark.parametrize(
     ("sharding", "layout"),
-    [pytest.param(*case, id=" ".join(case), marks=[pytest.mark.slow] * (case not in SAMPLE)) for case in CASES],
+    [pytest.param(*case, id=" ".join(case)) for case in CASES],
 )
 def test_two_processes_give_the_metrics_of_one(alone, tiny_model, demo_parquet, tmp_path, sharding, layout):
     train(tiny_model, demo_parquet, tmp_path, *SHARDING[sharding], *LAYOUTS[layout], *DATA, processes=2)

@@ -125,7 +125,7 @@ def test_gradients_are_those_of_the_merged_weight(actor):
     [
         (("--zero_stage", 2), 1),
         pytest.param(("--zero_stage", 3), 2, marks=pytest.mark.slow),
-        (("--fsdp",), 2),
+        pytest.param(("--fsdp",), 2, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -94,6 +94,7 @@ def peaks():
     return dict(map(json.loads, results))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["DeepspeedStrategy", "FSDPStrategy"])
 def test_memory_beyond_the_shard_is_at_most_the_bucket(peaks, strategy):
     """Weights are checked in the processes: all of them, equal to those of the model as it was."""
