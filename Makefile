@@ -37,7 +37,7 @@ demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (
 report: $(READY) ## one page about a run: RUN=results/..., COMPARE="other runs and result files of eval_mmau.py"
 	@$(PY) examples/r1_aqa/report.py "$(RUN)" $(if $(COMPARE),--compare $(COMPARE))
 
-test: $(READY) ## run the tests (about 8 minutes)
+test: $(READY) ## run the tests (about 9 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY) ## the same and the slow ones that CI leaves out (about 20 minutes)

@@ -1,6 +1,6 @@
 """Two processes give one process's metrics, for each way to shard, each layout of the engine, and each engine.
 
-The ordinary suite takes a sample, `make test-all` all of them (8 minutes).
+`make test-all` runs them (8 minutes).
 """
 
 from __future__ import annotations
