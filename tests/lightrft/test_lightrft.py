@@ -173,7 +173,7 @@ def _(module):
 WHOLE_QUERY = """
 from lightrft_launcher import after_import
 
-@after_import("reward_models_utils")
+@after_import("aqa.rewards.r1_aqa")
 def _(module):
     module.extract_response = lambda query, prompt=None: query
 """
