@@ -100,8 +100,8 @@ def problems(tmp_path):
         flags = {"pretrain": str(model), "prompt_data": str(data)} | flags
         command = []
         for name, value in flags.items():
-            if value is True:
-                command.append(f"--{name}")
+            if isinstance(value, bool):
+                command.append(f"--{name}" if value else f"--no-{name}")
             elif value is not None:
                 command.append(f"--{name}={value}")
         args = build_parser(add_arguments).parse_args(command)

@@ -5,7 +5,7 @@ Rollouts (vLLM) and training (DeepSpeed) share the processes. Three things diffe
 unweighted sum of accuracy and format, 0 to 2; each rollout batch gets one optimizer step, so the ratio is 1 and the
 clip never active; the KL to the start model, by the k3 estimator, is a term of the loss.
 
-One process:      python examples/r1_aqa/train_colocate.py --pretrain MODEL --prompt_data DATA --use_kl_loss
+One process:      python examples/r1_aqa/train_colocate.py --pretrain MODEL --prompt_data DATA
 Memory needed:    python examples/r1_aqa/train_colocate.py --plan --pretrain MODEL ...
 Many GPUs:        torchrun --nproc-per-node 8 examples/r1_aqa/train_colocate.py ...
 R1-AQA's values:  bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
@@ -28,7 +28,7 @@ from aqa.audio.prefetch import PrefetchLoader
 from aqa.hosts.current import current_host, describe_host
 from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
-from aqa.training.flag_rules import find_problems
+from aqa.training.flag_rules import find_problems, find_warnings
 from aqa.training.flags import build_parser, finish, has_split
 from aqa.training.run_config import write_config, write_report
 from aqa.training.summary import summary
@@ -60,6 +60,8 @@ def train(args: argparse.Namespace) -> None:
 
     reward_fn = find_reward(args.reward)
     strategy.print(banner(args, strategy))
+    for warning in find_warnings(args):
+        strategy.print(f"WARNING: {warning}")
     if strategy.is_rank_0():
         problem = write_config(args, build_parser(add_arguments), describe_host(), describe_devices(strategy))
         if problem:

@@ -383,3 +383,40 @@ def test_the_manual_knows_the_weights_of_lightrfts_own_reward(checkout):
     example = (checkout / "examples" / "gsm8k_geo3k" / "reward_models_utils.py").read_text(encoding="utf-8")
     (default,) = set(re.findall(r"format_weight: float = ([\d.]+)", example))
     assert list(map(float, weights)) == [1 - float(default), float(default)]
+
+
+ADVANTAGES = """
+import json, os, sys
+from types import SimpleNamespace
+import torch
+sys.path[:0] = [os.getcwd(), "examples/r1_aqa"]
+from aqa.hosts.lightrft.fixes import patch_for_import
+patch_for_import()
+from lightrft.trainer import advantage_calculator as calculator
+config = SimpleNamespace(n_samples_per_prompt=4, advantages_norm=False, advantage_clip=0, dynamic_sampling=False)
+mask = torch.tensor([[1, 1]] + [[1, 0]] * 7).bool()
+last = mask.sum(-1) - 1
+found = {}
+for name in ("group_norm", "rloo", "reinforce_baseline", "reinforce"):
+    one = calculator.get_advantage_calculator(name, config)
+    experience = SimpleNamespace(action_mask=mask, info={"reward": torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0])})
+    _, [rewards] = one.preprocess_rewards(experience.info["reward"], [experience], 2)
+    of_tokens = torch.zeros(8, 2)
+    of_tokens[torch.arange(8), last] = rewards
+    experience.advantages, _, _ = one.compute(experience, of_tokens, 1.0, {})
+    [experience] = calculator.normalize_advantages_cross_batch([experience], name, SimpleNamespace())
+    found[name] = experience.advantages[mask].tolist()
+print("FOUND", json.dumps(found))
+"""
+
+
+def test_lightrfts_own_estimators_give_the_hand_worked_advantages(checkout, tmp_path):
+    """The numbers of test_advantages.py: rewards 1 0 0 0 and 0 0 0 0, two tokens in the first response."""
+    script = tmp_path / "advantages.py"
+    script.write_text(ADVANTAGES)
+    [line] = re.findall("FOUND (.*)", launch(checkout, script, home=checkout).stdout)
+    found = json.loads(line)
+    assert found["group_norm"] == pytest.approx([1.5] * 2 + [-0.5] * 3 + [0.0] * 4)  # without R1-AQA's 1e-4
+    assert found["rloo"] == pytest.approx([1.0] * 2 + [-1 / 3] * 3 + [0.0] * 4)
+    assert found["reinforce_baseline"] == pytest.approx([1.788854] * 2 + [-0.894427] * 3 + [-0.223607] * 4, abs=1e-5)
+    assert found["reinforce"] == pytest.approx([1.870829] * 2 + [-0.534522] * 7, abs=1e-5)

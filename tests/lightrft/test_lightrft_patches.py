@@ -330,6 +330,7 @@ def make_trainer(tmp_path):
         SimpleNamespace(engine_log_probs=[[-1.0, -2.5, -3.0], [-1.0, -1.0]], truncated=[True, False]),
         SimpleNamespace(engine_log_probs=[[-1.0, -2.0, -3.0], [-1.25, -1.0]], truncated=[False, False]),
     ]
+    rates = [0.0, 1e-6, 2e-6]  # of the optimizer steps; the scheduler moves on during ppo_train
     maker = SimpleNamespace(
         generate_samples=lambda: samples,
         make_experience_list=lambda: maker._make_experience_list_by_model(maker.generate_samples()),
@@ -339,8 +340,9 @@ def make_trainer(tmp_path):
         strategy=strategy,
         experience_maker=maker,
         actor=SimpleNamespace(model=SimpleNamespace(get_global_grad_norm=lambda: 0.75)),
+        actor_scheduler=SimpleNamespace(get_last_lr=lambda: rates[:1]),
         trajectory_saver=None,
-        ppo_train=lambda: strategy.update_engine_weights(None),
+        ppo_train=lambda: (strategy.update_engine_weights(None), rates.pop(0)),
         save_logs_and_checkpoints=lambda *_, **__: trainer.evaluate() if trainer.evaluate_now else None,
         evaluate=lambda: maker.make_experience_list() and {},
         evaluate_now=False,
@@ -355,7 +357,7 @@ def test_metrics_of_a_step_are_the_responses_means(tmp_path, capsys, process_gro
             trainer.evaluate_now = step == 2
             trainer.experience_maker.make_experience_list()
             trainer.ppo_train()
-            status = {"kl": 0.25, "policy_loss": 0.5, "actor_lr": 1e-6}
+            status = {"kl": 0.25, "policy_loss": 0.5, "actor_lr": 5e-7}
             trainer.save_logs_and_checkpoints(trainer.strategy.args, step, SimpleNamespace(total=4), status)
     first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert first["step"] == 1
@@ -364,7 +366,7 @@ def test_metrics_of_a_step_are_the_responses_means(tmp_path, capsys, process_gro
     assert first["rollout/logprob_gap_mean"] == pytest.approx(0.75 / 10)
     assert first["rollout/logprob_gap_max"] == 0.5
     assert (first["train/kl"], first["train/policy_loss"], first["train/grad_norm"]) == (0.25, 0.5, 0.75)
-    assert first["train/lr"] == 1e-6
+    assert (first["train/lr"], second["train/lr"]) == (0.0, 1e-6)
     assert first["time/data"] == 0.25
     assert {"time/rollout", "time/logprobs", "time/train", "time/sync", "time/step"} < first.keys()
     assert "eval/reward" not in first and second["eval/reward"] == 1.0
@@ -429,6 +431,7 @@ GOOD = {
         ({"fused_linear_logprob": True}, "--fused_linear_logprob"),
         ({"on_anomaly": "stop"}, "--on_anomaly stop"),
         ({"advantage_estimator": "dr_grpo"}, "--advantage_estimator dr_grpo"),
+        ({"advantage_estimator": "reinforce++"}, "use reinforce, which is the same there"),
         ({"eps_clip_high": 0.3}, "--eps_clip_high 0.3"),
         ({"use_gspo": True}, "--use_gspo"),
         ({"rollout_correction": "tis"}, "--rollout_correction tis"),

@@ -20,7 +20,7 @@ METRICS += [f"rollout/{name}" for name in ("truncated_fraction", "logprob_gap_me
 METRICS += [f"train/{name}" for name in ("policy_loss", "kl", "clip_fraction", "grad_norm", "lr")]
 SMALL = shlex.split("""
     --rollout_batch_size 4 --n_samples_per_prompt 4 --train_batch_size 16 --micro_train_batch_size 8
-    --micro_rollout_batch_size 8 --generate_max_len 12 --actor_learning_rate 1e-3 --lr_warmup_ratio 0 --use_kl_loss
+    --micro_rollout_batch_size 8 --generate_max_len 12 --actor_learning_rate 1e-3 --lr_warmup_ratio 0
     --no-report
 """)
 # what a strategy of the runtime reads of the flags

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from aqa.training.flag_rules import find_warnings
 from aqa.training.flags import (
     ESTIMATORS,
     LOSS_AGG_MODES,
@@ -43,6 +44,7 @@ def test_the_defaults_are_r1_aqas_and_valid(problems):
     assert (args.rollout_batch_size, args.n_samples_per_prompt, args.train_batch_size) == (16, 8, 128)
     assert (args.prompt_max_len, args.generate_max_len, args.temperature) == (512, 256, 1.0)
     assert (args.init_kl_coef, args.kl_estimator, args.actor_learning_rate) == (0.04, "k3", 1e-6)
+    assert args.use_kl_loss
 
 
 SMALL = {
@@ -234,11 +236,13 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
         ({"reward": "exat"}, "--reward exat: must be one of r1_aqa", {"reward": "exact"}),
         ({"reward": ":f"}, "or module:function", {"reward": "mine:f"}),
         ({"lora_rank": 4, "freeze_prefix": "audio_tower"}, "choose --target_modules", {"freeze_prefix": None}),
-        ({"use_kl_loss": True, "init_kl_coef": 0.0}, "--use_kl_loss with --init_kl_coef 0", {"use_kl_loss": None}),
-        ({"use_kl_loss": True, "init_kl_coef": 0.0}, "drop one of the two", {"init_kl_coef": 0.04}),
         ({"kl_target": 6.0, "init_kl_coef": 0.0}, "--kl_target 6.0 needs a start value", {"init_kl_coef": 0.1}),
-        ({"use_kl_loss": True, "kl_estimator": "k1"}, "the reference model; use k3 or k2", {"kl_estimator": "k2"}),
-        ({"use_kl_loss": True, "kl_estimator": "k1"}, "not depend on the reference model", {"kl_estimator": "k3"}),
+        ({"kl_estimator": "k1"}, "does not depend on the reference model; use k3 or k2", {"kl_estimator": "k2"}),
+        ({"kl_estimator": "k1"}, "put the KL into the reward", {"use_kl_loss": False}),
+        ({"use_kl_loss": False}, "kl_estimator k3: .* cancels to first order", {"kl_estimator": "k1"}),
+        ({"use_kl_loss": False, "kl_estimator": "k2"}, "k2: .* use --kl_estimator k1", {"use_kl_loss": True}),
+        ({"use_kl_loss": False}, "k3: in the reward", {"init_kl_coef": 0.0}),
+        ({"advantage_estimator": "reinforce_baseline", "gamma": 0.9}, "--gamma 0.9 with", {"gamma": 1.0}),
         ({"adam_offload": True, "zero_stage": 0}, "DeepSpeed would ignore it", {"zero_stage": 2}),
         ({"param_offload": True}, "--param_offload with --zero_stage 2: only ZeRO-3", {"zero_stage": 3}),
         ({"param_offload": True, "fsdp": True}, "with --fsdp use --fsdp_cpu", {"param_offload": None}),
@@ -265,6 +269,22 @@ def test_rules_between_flags(problems, flags, message, remedy):
     assert len(found) == 1, found
     assert re.search(message, found[0]), found[0]
     assert problems(**flags | remedy) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], None),
+        (["--advantage_estimator", "dr_grpo"], "use seq-mean-token-sum-norm"),
+        (["--advantage_estimator", "dr_grpo", "--loss_agg_mode", "seq-mean-token-sum-norm"], None),
+        (["--use_gspo"], "--eps_clip 3e-4 --eps_clip_high 4e-4"),  # Zheng et al. (2025), section 5.1
+        (["--use_gspo", "--eps_clip", "3e-4", "--eps_clip_high", "4e-4"], None),
+    ],
+)
+def test_flags_that_are_not_quite_their_method(flags, said):
+    warnings = find_warnings(build_parser(add_arguments).parse_args(flags))
+    assert len(warnings) == (said is not None)
+    assert said is None or said in warnings[0]
 
 
 def test_the_hf_engine_has_no_tensor_parallelism(problems):

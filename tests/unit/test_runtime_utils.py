@@ -21,6 +21,7 @@ from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.actor_al import load_model
 from lightrft.strategy.checkpoint import begin, commit, newest, rotate, write_hf_folder
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
+from lightrft.strategy.strategy_base import rate_factor
 from lightrft.trainer.spmd_ppo_trainer import hand_back_memory
 from lightrft.utils import blending_datasets, get_tokenizer_processor_vl
 from lightrft.utils import metrics as metrics_module
@@ -460,3 +461,20 @@ def test_freed_memory_goes_back_to_the_system():
     before = resident()
     hand_back_memory()
     assert resident() < before - 200
+
+
+@pytest.mark.parametrize(
+    ("step", "warmup", "factor"),
+    # 12 steps: warm-up 1/4 2/4 3/4 4/4; then 0.1 + 0.9 (1 + cos(pi (step - 4) / 8)) / 2
+    [
+        (0, 4, 0.25),
+        (3, 4, 1.0),
+        (4, 4, 1.0),
+        (8, 4, 0.55),
+        (10, 4, 0.1 + 0.45 * (1 - 2**-0.5)),
+        (12, 4, 0.1),
+        (0, 0, 1.0),
+    ],
+)
+def test_no_step_of_the_schedule_has_the_learning_rate_0(step, warmup, factor):
+    assert rate_factor(step, warmup, 12) == pytest.approx(factor)

@@ -108,7 +108,7 @@ def train(out: Path, seed: int, prompts: int, flags: list[str]) -> None:
         *("--rollout_batch_size", prompts, "--n_samples_per_prompt", N_SAMPLES),
         *("--train_batch_size", prompts * N_SAMPLES, "--micro_train_batch_size", 4 * N_SAMPLES),
         *("--micro_rollout_batch_size", 4 * N_SAMPLES, "--generate_max_len", 16),
-        *("--actor_learning_rate", 1e-3, "--init_kl_coef", 0.04, "--use_kl_loss", "--seed", seed),
+        *("--actor_learning_rate", 1e-3, "--seed", seed),
         *("--zero_stage", 2, "--save_trajectories", "--no-report"),  # main makes it, with the evaluations
         *flags,
     )

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import get_scheduler
 
 from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling
 from lightrft.engines.hf_engine import HFEngine
@@ -131,7 +131,7 @@ class StrategyBase(ABC):
         """Undo :meth:`offload_model`."""
 
     def optimizer_and_schedule(self, parameters: Iterable[tuple[str, nn.Parameter]], max_steps: int) -> tuple[Any, Any]:
-        """AdamW, and warm-up and a cosine to a tenth of the learning rate."""
+        """AdamW with the schedule of :func:`rate_factor`."""
         args, decay, no_decay = self.args, [], []
         for name, parameter in parameters:
             (no_decay if exempt_from_decay(name) else decay).append(parameter)
@@ -139,13 +139,8 @@ class StrategyBase(ABC):
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=args.actor_learning_rate, betas=tuple(args.adam_betas)
         )
-        scheduler = get_scheduler(
-            "cosine_with_min_lr",
-            optimizer,
-            num_warmup_steps=math.ceil(max_steps * args.lr_warmup_ratio),
-            num_training_steps=max_steps,
-            scheduler_specific_kwargs={"min_lr": args.actor_learning_rate * 0.1},
-        )
+        warmup = math.ceil(max_steps * args.lr_warmup_ratio)
+        scheduler = LambdaLR(optimizer, lambda step: rate_factor(step, warmup, max_steps))
         return optimizer, scheduler
 
     @property
@@ -437,6 +432,19 @@ class StrategyBase(ABC):
         failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(failure)) if text]
         if failures:
             raise SaveError("; ".join(failures))
+
+
+def rate_factor(step: int, warmup: int, total: int) -> float:
+    """What the peak learning rate is multiplied by: a linear warm-up, then half a cosine down to a tenth.
+
+    :param step: Optimizer steps made so far.
+    :param warmup: Steps of the warm-up. The first has ``1 / warmup`` and not 0, which would waste its rollout.
+    :param total: Optimizer steps of the run.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def exempt_from_decay(name: str) -> bool:

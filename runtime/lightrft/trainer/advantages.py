@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce")
-WHITENED = ("rloo", "reinforce_baseline", "reinforce++", "reinforce")  # over the batch, as LightRFT does
+WHITENED = ("reinforce_baseline", "reinforce++", "reinforce")  # over all response tokens of the rollout
 STD_EPS = 1e-4  # R1-AQA's; also keeps rounding noise in a group of equal rewards from being blown up
 
 
@@ -13,14 +13,16 @@ def shape_rewards(rewards: torch.Tensor, estimator: str, n_samples: int) -> torc
     """Rewards relative to their group, one value a response.
 
     :param rewards: ``(prompts * n_samples,)``, a group's responses next to each other.
-    :param estimator: ``group_norm`` (minus mean, over standard deviation: GRPO), ``dr_grpo`` and
-        ``reinforce_baseline`` (minus mean; only the second is whitened later), ``rloo`` (minus the mean of the others),
-        ``reinforce++`` and ``reinforce`` (unchanged).
+    :param estimator: ``group_norm`` (minus mean, over standard deviation: GRPO), ``dr_grpo`` (minus mean), ``rloo``
+        (minus the mean of the others), ``reinforce_baseline`` (minus mean) and ``reinforce++`` (unchanged); the
+        advantages of the last two are whitened later. ``reinforce`` is LightRFT's name for ``reinforce++``, not
+        Williams' estimator, which has no baseline.
     :return: ``(prompts * n_samples,)``.
     :raises ValueError: if the estimator is unknown.
 
     Sources: Shao et al., DeepSeekMath (2024), section 4.1; Liu et al., Understanding R1-Zero-Like Training (2025), for
-    Dr. GRPO; Ahmadian et al., Back to Basics (2024).
+    Dr. GRPO; Ahmadian et al., Back to Basics (2024), section 3.3, for RLOO; Hu et al., REINFORCE++ (2025), for the last
+    three. LightRFT's functions of the same names give the same values, but for its 1e-9 in place of :data:`STD_EPS`.
     """
     groups = rewards.reshape(-1, n_samples)
     if estimator == "group_norm":

@@ -266,6 +266,7 @@ class SPMDPPOTrainerVL:
         items = self.experience_maker.make_experience_list(*prompts, step, all_tags=tags)
         train_started = time.perf_counter()
         self.progress.phase("train")
+        rate = self.scheduler.get_last_lr()[0]  # before the update, after which it is the next step's
         sums, maxima, stepped = self.update(items, step)
         sync_started = time.perf_counter()
         if stepped:
@@ -279,7 +280,7 @@ class SPMDPPOTrainerVL:
             "time/sync": ended - sync_started,
             "time/step": waited + ended - started,
         }
-        metrics = self._metrics(items, sums, maxima)
+        metrics = self._metrics(items, sums, maxima) | {"train/lr": rate}
         anomaly = self._finish_step(metrics, items, step, stepped)
         if anomaly:
             raise AnomalyError(anomaly)
@@ -297,7 +298,6 @@ class SPMDPPOTrainerVL:
         metrics = step_metrics(sums, maxima)
         metrics |= tag_metrics(reduce_by_name(tag_sums(items), self.strategy.device), "rollout", sums["responses"])
         metrics["train/grad_norm"] = maxima["grad_norm"]
-        metrics["train/lr"] = self.scheduler.get_last_lr()[0]
         return metrics
 
     def _finish_step(self, metrics: dict[str, float], items: list[Experience], step: int, stepped: bool) -> str | None:

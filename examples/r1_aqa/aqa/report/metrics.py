@@ -141,7 +141,7 @@ METRICS = {
     "train/lr": Metric(
         "Learning rate",
         "",
-        "of the next optimizer step",
+        "of the step's optimizer step",
         "Not the shape you wanted: --lr_warmup_ratio, and --num_episodes, which sets its end.",
     ),
     "samples_per_second": Metric(

@@ -124,16 +124,23 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
         # --quiet is a flag of the runtime only
         (getattr(args, "quiet", False) and args.verbose, "--quiet with --verbose: drop one of the two"),
         (
-            args.use_kl_loss and args.init_kl_coef == 0,
-            "--use_kl_loss with --init_kl_coef 0 asks for a KL of no weight: drop one of the two",
-        ),
-        (
             args.kl_target is not None and args.init_kl_coef == 0,
             f"--kl_target {args.kl_target} needs a start value: set --init_kl_coef above 0",
         ),
         (
-            args.use_kl_loss and args.kl_estimator == "k1",
-            "--use_kl_loss with --kl_estimator k1: its gradient does not depend on the reference model; use k3 or k2",
+            args.init_kl_coef > 0 and args.use_kl_loss and args.kl_estimator == "k1",
+            "--kl_estimator k1 as a loss: its gradient does not depend on the reference model; use k3 or k2, or put "
+            "the KL into the reward with --no-use_kl_loss",
+        ),
+        (
+            args.init_kl_coef > 0 and not args.use_kl_loss and args.kl_estimator != "k1",
+            f"--no-use_kl_loss with --kl_estimator {args.kl_estimator}: in the reward its gradient cancels to first "
+            "order, so it would hardly hold the model back; use --kl_estimator k1, or --use_kl_loss",
+        ),
+        (
+            estimator == "reinforce_baseline" and args.gamma != 1,
+            f"--gamma {args.gamma} with --advantage_estimator reinforce_baseline: REINFORCE++-baseline does not "
+            "discount (LightRFT ignores the flag); drop it",
         ),
         (
             args.wandb_table_steps > 0 and not args.use_wandb,
@@ -149,6 +156,23 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
         ),
     )
     return [problem for wrong, problem in rules if wrong]
+
+
+def find_warnings(args: argparse.Namespace) -> list[str]:
+    """What is allowed, but is not the method that its flag is named after; one entry a difference, with the remedy."""
+    warnings = []
+    constant = "seq-mean-token-sum-norm"
+    if args.advantage_estimator == "dr_grpo" and args.loss_agg_mode != constant:
+        warnings.append(
+            f"--advantage_estimator dr_grpo with --loss_agg_mode {args.loss_agg_mode}: Dr. GRPO divides the sum over "
+            f"a response's tokens by a constant, so that long wrong answers do not weigh less; use {constant}"
+        )
+    if args.use_gspo and args.eps_clip > 0.01:
+        warnings.append(
+            f"--use_gspo with --eps_clip {args.eps_clip}: the ratio of a response hardly leaves 1 so far; GSPO's paper "
+            "has --eps_clip 3e-4 --eps_clip_high 4e-4"
+        )
+    return warnings
 
 
 def _four_bit_problems(args: argparse.Namespace) -> list[str]:

@@ -162,7 +162,13 @@ def _add_sampling_flags(g: Any) -> None:
 
 
 def _add_grpo_flags(g: Any) -> None:
-    g.add_argument("--advantage_estimator", choices=ESTIMATORS, default="group_norm", help="group_norm is GRPO")
+    g.add_argument(
+        "--advantage_estimator",
+        choices=ESTIMATORS,
+        default="group_norm",
+        help="group_norm is GRPO; dr_grpo; rloo; reinforce_baseline is REINFORCE++-baseline; reinforce and reinforce++ "
+        "are REINFORCE++ by LightRFT's and the paper's name; gae and cpgd are refused",
+    )
     g.add_argument(
         "--reward",
         default="r1_aqa",
@@ -194,13 +200,23 @@ def _add_grpo_flags(g: Any) -> None:
     g.add_argument("--gamma", type=float, default=1.0, help="discount a token")
     g.add_argument("--init_kl_coef", type=float, default=0.04, help="weight of the KL to the start model; 0: none")
     g.add_argument("--kl_target", type=float, help="adapt the weight so that the KL stays near this")
-    g.add_argument("--kl_estimator", choices=("k1", "k2", "k3"), default="k3", help="k3 is GRPO's")
-    g.add_argument("--use_kl_loss", action=BOOL, default=False, help="KL as a loss (GRPO), else in the reward")
+    g.add_argument(
+        "--kl_estimator",
+        choices=("k1", "k2", "k3"),
+        default="k3",
+        help="k3 is GRPO's; as a loss k2 or k3, in the reward k1",
+    )
+    g.add_argument(
+        "--use_kl_loss",
+        action=BOOL,
+        default=True,
+        help="KL as a term of the loss (GRPO); --no-use_kl_loss puts it into the reward, token by token",
+    )
 
 
 def _add_optimizer_flags(g: Any) -> None:
     g.add_argument("--actor_learning_rate", type=float, default=1e-6, help="peak learning rate")
-    g.add_argument("--lr_warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
+    g.add_argument("--lr_warmup_ratio", type=float, default=0.03, help="share of the optimizer steps that warm up")
     g.add_argument("--l2", type=float, default=0.0, help="weight decay")
     g.add_argument("--adam_betas", type=float, nargs=2, default=(0.9, 0.95), help="Adam's decay rates")
     g.add_argument("--max_norm", type=float, default=1.0, help="gradient norm to clip at")

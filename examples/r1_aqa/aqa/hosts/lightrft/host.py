@@ -91,8 +91,11 @@ class LightRFTHost:
         ]
         if args.lora_rank > 0:
             problems.append(f"--lora_rank {args.lora_rank}: LightRFT would send the engine adapters unmerged; drop it")
-        if args.advantage_estimator == "dr_grpo":
-            problems.append("--advantage_estimator dr_grpo: LightRFT has no such thing; use group_norm")
+        problems += [
+            f"--advantage_estimator {name}: LightRFT has no such thing; use {instead}"
+            for name, instead in (("dr_grpo", "group_norm"), ("reinforce++", "reinforce, which is the same there"))
+            if args.advantage_estimator == name
+        ]
         if args.dynamic_sampling:
             problems.append("--dynamic_sampling: LightRFT only drops groups of rewards 0 or 1, not those of 2; drop it")
         problems += [

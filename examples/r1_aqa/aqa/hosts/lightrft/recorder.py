@@ -48,7 +48,12 @@ class Recorder:
         self.maxima: dict[str, float] = {}
         self.times: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
+        self._begin_step()
+
+    def _begin_step(self) -> None:
         self.started = time.perf_counter()
+        # LightRFT's own "actor_lr" is read after the scheduler's step, so it is the next step's
+        self.rate = self.trainer.actor_scheduler.get_last_lr()[0]
 
     def watch(self, patch: Patch) -> None:
         """Wrap the methods of the trainer that are measured."""
@@ -162,13 +167,13 @@ class Recorder:
             "train/policy_loss": status.get("policy_loss", math.nan),
             "train/kl": status.get("kl", math.nan),
             "train/grad_norm": self._grad_norm(),
-            "train/lr": status.get("actor_lr", math.nan),
+            "train/lr": self.rate,
             **maxima,
             "samples_per_second": responses / maxima["time/step"],
             **self.evaluation,
         }
         self.rollout, self.maxima, self.times, self.evaluation = {}, {}, {}, {}
-        self.started = time.perf_counter()
+        self._begin_step()
         if dist.get_rank() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
