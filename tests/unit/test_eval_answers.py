@@ -94,10 +94,65 @@ CASES = [
     ("a dog and a horse", ANIMALS, "a dog and a horse", "not the one it begins with"),
     ("Fourteen", NUMBERS, "fourteen", "of equal choices either"),
 ]
+SOUNDS = ["(A) engine", "(B) beep", "(C) rain", "(D) heavy rain"]
+HEADS = ["A. ", "A) ", "A: ", "a. ", "[a] ", "A - ", "**A.** ", "`A)` ", "1) ", "1. ", "(1) "]
+HEADS += ["\uff08A\uff09", "A\uff0e", "A\u3001", "\u3010A\u3011"]  # full width
+SHUFFLED = ["(C) engine", "(A) beep", "(B) rain"]
+AUTHORS = ["A. Smith", "B. Jones", "J. Smith"]
+DECIMALS = ["1.5", "2.7", "3.1"]
+RATIOS = ["1:2", "2:3", "3:5"]
+NUMBERED = ["1) 2", "2) 1", "3) 7"]
+# The choices themselves carry letters or numbers.
+LABELLED = [
+    ("<answer>beep</answer>", SOUNDS, "(B) beep", "the text alone"),
+    ("Beep.", SOUNDS, "(B) beep", "in any case, with a stop"),
+    ("**beep**", SOUNDS, "(B) beep", "bold"),
+    ("<answer>B</answer>", SOUNDS, "(B) beep", "the letter alone"),
+    ("b.", SOUNDS, "(B) beep", "the same, lower case, with a stop"),
+    ("`B`", SOUNDS, "(B) beep", "the same as code"),
+    ("**B**...", SOUNDS, "(B) beep", "the same in bold, with dots"),
+    ("\uff08B\uff09", SOUNDS, "(B) beep", "the same in full-width brackets"),
+    ("\uff22", SOUNDS, "(B) beep", "the same as a full-width letter"),
+    ("(B) beep", SOUNDS, "(B) beep", "as printed"),
+    ("B) beep", SOUNDS, "(B) beep", "another bracket"),
+    ("B: beep", SOUNDS, "(B) beep", "a colon"),
+    ("B - beep", SOUNDS, "(B) beep", "a dash"),
+    ("**B.** beep", SOUNDS, "(B) beep", "a bold letter before a plain text"),
+    ("\u3010B\u3011beep", SOUNDS, "(B) beep", "lenticular brackets"),
+    ("B) beep, as it is short", SOUNDS, "(B) beep", "letter, its text, and a reason"),
+    ("The answer is: beep", SOUNDS, "(B) beep", "in a sentence that announces it"),
+    ("It is rain.", SOUNDS, "(C) rain", "the official rule would find it right if the choices had no letters"),
+    ("It is heavy rain.", SOUNDS, "(D) heavy rain", "the longer choice, not the one within"),
+    ("(A) beep", SOUNDS, "(A) beep", "the prompt shows the letters, so letter and text contradict each other"),
+    ("A, because of the beep", SOUNDS, "A, because of the beep", "the same in a sentence: not guessed"),
+    ("beep or rain", SOUNDS, "beep or rain", "two choices are no answer"),
+    ("E", SOUNDS, "E", "there is no fifth choice"),
+    ("a beeping", SOUNDS, "a beeping", "a word that begins with a choice is another word"),
+    ("A", SHUFFLED, "(A) beep", "the letter that is shown, not the place in the list"),
+    ("rain", SHUFFLED, "(B) rain", "the text alone"),
+    ("A dog", ["A dog", "A cat"], "A dog", "an article is no label"),
+    ("dog", ["A dog", "A cat"], "dog", "nor is it left out"),
+    ("Smith", AUTHORS, "Smith", "initials out of order are no labels"),
+    ("7", DECIMALS, "7", "the digits before a point are no labels"),
+    ("3", RATIOS, "3", "nor those before a colon"),
+    ("2", NUMBERED, "2", "the text of one choice and the number of another: not guessed"),
+    ("(C) 3) 7", NUMBERED, "3) 7", "a letter where numbers are shown"),
+    ("7", NUMBERED, "3) 7", "the text of one, and no number"),
+    ("beep", ["(A) beep", "(B) beep"], "beep", "two choices with that text"),
+    *(
+        (said, [f"{head}engine", head.translate(str.maketrans("Aa1", "Bb2")) + "beep"], f"{head}engine", "label")
+        for head in HEADS
+        for said in ("engine", "Engine.", "(1)" if "1" in head else "(A)", f"{head}engine")
+    ),
+]
 R1_AQA = re.compile(r"<answer>(.*?)</answer>")
 
 
-@pytest.mark.parametrize(("response", "choices", "expected", "why"), CASES, ids=[f"{c[3]}: {c[0]!r}" for c in CASES])
+@pytest.mark.parametrize(
+    ("response", "choices", "expected", "why"),
+    CASES + LABELLED,
+    ids=[f"{c[3]}: {c[0]!r}" for c in CASES + LABELLED],
+)
 def test_table(response, choices, expected, why):
     answer = extract_answer(response, choices)
     assert answer.text == expected, why

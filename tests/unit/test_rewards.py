@@ -23,6 +23,7 @@ from conftest import EXAMPLE, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aqa.data.prompts import choices_in, render_prompt
 from aqa.rewards import matching
 from aqa.rewards import r1_aqa as rewards
 from aqa.rewards.matching import MathChecker, MathCheckUnavailable, first_answer, may_hold_math
@@ -482,6 +483,48 @@ def pay(name, response, reference="2 dogs", label="avqa_rule"):
 )
 def test_rewards_by_hand(name, response, label, reward):
     assert pay(name, response, label=label)[0].tolist() == [reward]
+
+
+SOUNDS = ["(A) rain", "(B) beep", "(C) 3"]
+ASKED = f"<|im_start|>user\n<|AUDIO|>{render_prompt('What is it?', SOUNDS, False)}<|im_end|>\n{HEADER}"
+
+
+@pytest.mark.parametrize(
+    ("said", "prompt", "accuracy"),
+    [
+        ("(B) beep", ASKED, 1),  # the reference itself
+        ("beep", ASKED, 1),
+        ("B", ASKED, 1),
+        ("**B.**", ASKED, 1),
+        ("rain", ASKED, 0),  # names another choice
+        ("(A) beep", ASKED, 0),  # contradicts itself
+        ("B or A", ASKED, 0),
+        ("", ASKED, 0),
+        ("beep", HEADER, 0),  # a prompt of other words: which choices there are is not known
+    ],
+)
+def test_an_answer_that_names_the_right_choice_is_the_gold_answer(said, prompt, accuracy):
+    """To all rewards by name; R1-AQA's own rule compares strings, and is measured beside them."""
+    query = f"{prompt}<answer>{said}</answer><|im_end|>"
+    for name in ("r1_aqa", *NAMED):
+        total, metrics = find_reward(name)([], ["avqa_rule"], [query], ["(B) beep"], {})
+        literal = float(said == "(B) beep")
+        assert total.tolist() == [1 + (literal if name == "r1_aqa" else accuracy)], name
+        assert metrics["accuracy_reward"].tolist() == [literal]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choices"),
+    [
+        (render_prompt("q?", [3, None, "it's", "]. Output it"], True), ["3", "None", "it's", "]. Output it"]),
+        (render_prompt("q?", [], False), None),
+        ("Please choose the answer from the following options: [a, b]. Output the final answer", None),
+        ("Please choose the answer from the following options: __import__('os'). Output the final answer", None),
+        ("Which one?", None),
+    ],
+)  # fmt: skip
+def test_choices_are_read_from_the_prompt(prompt, choices):
+    assert choices_in(prompt) == choices
 
 
 def test_what_r1_aqa_counts_is_measured_whatever_is_paid():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from functools import lru_cache
 from typing import Any
 
 # R1-AQA's own sentences: results can be compared with theirs only while these stay as they are.
@@ -19,6 +21,18 @@ def render_prompt(question: str, choices: list, enable_think: bool) -> str:
     """
     options = OPTIONS_SENTENCE.format(choices=choices)
     return f"{question.replace('video', 'audio')} {options} {THINK_SENTENCE if enable_think else ANSWER_SENTENCE}"
+
+
+@lru_cache(maxsize=1024)
+def choices_in(prompt: str) -> list[str] | None:
+    """The choices that :func:`render_prompt` has printed, as text; None where the prompt is worded otherwise."""
+    head, tail = OPTIONS_SENTENCE.split("{choices}")
+    start, end = prompt.find(head) + len(head), prompt.rfind(f"{tail} Output the ")
+    try:
+        choices = ast.literal_eval(prompt[start:end]) if len(head) <= start < end else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return list(map(str, choices)) if isinstance(choices, list) and choices else None
 
 
 def render_chat(processor: Any, messages: list[dict[str, Any]]) -> str:

@@ -9,30 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aqa.evaluation.items import Benchmark, EvalError, read_rows, several
+from aqa.rewards.choices import is_right
 
 Z95 = 1.959963984540054  # standard normal quantile at 97.5 %
 
 
 # ------------------------------------------------------------------------------------------------------------- the rule
-def words(text: str) -> set[str]:
-    """The words that the rule compares."""
-    return set(re.findall(r"\w+", text.lower()))
-
-
-def is_right(prediction: str, answer: str, choices: Sequence[str]) -> bool:
-    """The official rule: whether a prediction means the answer, the right choice's text."""
-    said, wanted = words(prediction), words(answer)
-    forbidden = set().union(*map(words, choices)) - wanted
-    return bool(said) and wanted <= said and not said & forbidden
-
-
 @dataclass(frozen=True)
 class Verdicts:
     """A result file, judged."""

@@ -1,8 +1,10 @@
 """Rewards by name: R1-AQA's, some others, and a user's own ``module:function``.
 
 A reward is a function ``(response, reference, think) -> number``: the response's text without special tokens, the gold
-answer, and whether the thinking process was asked for. Accuracy and format by R1-AQA's rule are measured as well,
-whatever the reward, so that runs with different rewards can be compared.
+answer, and whether the thinking process was asked for. To the rewards of :data:`NAMED`, an answer that names the right
+one of the prompt's choices, such as "B" or "beep" for "(B) beep", is the gold answer, as it is to the evaluation.
+Accuracy and format by R1-AQA's rule are measured as well, whatever the reward, so that runs with different rewards can
+be compared.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from typing import Any
 
 import torch
 
-from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, texts_equal
-from aqa.rewards.r1_aqa import avqa_combined_reward_fn, format_reward_fn, reward_fn, score_batch
+from aqa.common.constants import ASSISTANT_HEADER
+from aqa.data.prompts import choices_in
+from aqa.rewards.choices import find_choice
+from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, first_answer, texts_equal
+from aqa.rewards.r1_aqa import avqa_combined_reward_fn, extract_response, format_reward_fn, reward_fn, score_batch
 
 Reward = Callable[[str, str, bool], float]
 BRIEF_WORDS = 64  # words allowed before the length penalty starts
@@ -75,21 +80,41 @@ def find_reward(name: str) -> Callable[..., tuple[torch.Tensor, dict[str, torch.
     """
     if name == "r1_aqa":
         return reward_fn
-    return score_batch_with(NAMED[name] if name in NAMED else _import(name))
+    return score_batch_with(NAMED[name], named_references) if name in NAMED else score_batch_with(_import(name))
 
 
-def score_batch_with(reward: Reward) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+def named_references(queries: Sequence[str], refs: Sequence[str]) -> list[str]:
+    """The references, each replaced by the response's own answer where that names the reference among the choices.
+
+    :param queries: Whole decoded sequences; the choices are read from their prompts.
+    """
+    references = []
+    for query, reference in zip(queries, refs, strict=True):
+        choices = choices_in(query.partition(ASSISTANT_HEADER)[0])
+        if choices is not None:
+            response = extract_response(query)
+            answer = first_answer(response)
+            answer = (response if answer is None else answer).strip()
+            if find_choice(answer, choices) == reference:
+                reference = answer
+        references.append(reference)
+    return references
+
+
+def score_batch_with(
+    reward: Reward, references: Callable[[Sequence[str], Sequence[str]], Sequence[str]] | None = None
+) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Make a function that scores a batch from a reward that scores one response.
 
     :param reward: As the module's docstring describes it.
+    :param references: What the reward gets in place of the references; None: the references.
     """
 
     def score(response: str, reference: str, think: bool) -> tuple[float, float, float]:
         total = reward(response, reference, think)
         if isinstance(total, bool) or not isinstance(total, (int, float)) or not math.isfinite(total):
             raise ValueError(f"--reward: it must return a finite number, not {total!r}, for {response!r}")
-        _, accuracy, form = avqa_combined_reward_fn(response, reference, think)
-        return float(total), accuracy, form
+        return float(total), 0.0, 0.0
 
     def chosen(
         model_reward_list: Sequence[torch.Tensor],
@@ -98,7 +123,10 @@ def score_batch_with(reward: Reward) -> Callable[..., tuple[torch.Tensor, dict[s
         refs: Sequence[str],
         label_map: Mapping[str, int] | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return score_batch(model_reward_list, labels, queries, refs, score)
+        _, measured = reward_fn(model_reward_list, labels, queries, refs, label_map)
+        paid = refs if references is None else references(queries, refs)
+        total, _ = score_batch(model_reward_list, labels, queries, paid, score)
+        return total, measured | {"rule_reward": total.clone()}
 
     return chosen
 
