@@ -6,6 +6,8 @@ Import it first: it puts the example, the runtime and the tests' literal reward 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import os
 import statistics
@@ -94,6 +96,18 @@ def peak_bytes() -> int:
     """Peak resident bytes of this process since :func:`forget_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def allocated(work: Callable[[], Any]) -> tuple[int, int]:
+    """Most bytes that torch allocates on the CPU while something runs, and bytes that stay."""
+    from torch.profiler import ProfilerActivity, profile  # it loads slowly, and few benchmarks need it
+
+    gc.collect()  # else memory of an earlier model that is freed meanwhile counts as negative
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = list(itertools.accumulate(size for _, size in sorted(events, key=lambda event: event[0])))
+    return max(sizes, default=0), sizes[-1] if sizes else 0
 
 
 class Report:

@@ -15,43 +15,38 @@ Not run on a GPU yet.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_7b import AUDIO, AUDIO_TOKENS, BATCH, SIZES, TEXT, build_model, make_batch
-from harness import make_parser
-from torch.profiler import ProfilerActivity, profile
+from bench_7b import AUDIO, BATCH, SIZES, TEXT, build_model, make_batch
+from harness import allocated, make_parser
 
+from aqa.training.flags import build_parser, finish
 from aqa.training.freezing import freeze
-from aqa.training.planner import GIB, Lengths, count, micro_batch, parameters, sizes_of, trained
+from aqa.training.planner import GIB, Plan, sizes_of
 from lightrft.models.lora import add_adapters
+from lightrft.utils import add_arguments
 
 RESPONSE, TOLERANCE = 256, 0.15
-CASES: dict[str, dict[str, Any]] = {
-    "all parameters": {},
-    "checkpointing": {"gradient_checkpointing": True},
-    "frozen tower": {"freeze_prefix": ["audio_tower"]},
-    "LoRA": {"lora_rank": 16},
+FLAGS = f"--n_samples_per_prompt {BATCH} --prompt_max_len {TEXT + 1} --plan_clip_seconds 10".split()
+FLAGS += ["--generate_max_len", str(RESPONSE)]
+CASES = {
+    "all parameters": [],
+    "checkpointing": ["--gradient_checkpointing"],
+    "frozen tower": ["--freeze_prefix"],
+    "LoRA": ["--lora_rank", "16"],
 }
 
 
 def most_allocated(work: Callable[[], Any], device: torch.device) -> int:
     """Most bytes that are allocated while something runs, beside those before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
-        now += size
-        most = max(most, now)
-    return most
+    if device.type != "cuda":
+        return allocated(work)[0]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def compare(name: str, size: str, device: torch.device) -> float:
@@ -61,11 +56,9 @@ def compare(name: str, size: str, device: torch.device) -> float:
     :param size: ``real`` or ``small``.
     :return: Planned bytes over measured ones.
     """
-    case = CASES[name]
     bf16 = device.type == "cuda"
-    flags = {"bf16": bf16, "gradient_checkpointing": False, "lora_rank": 0, "freeze_prefix": (), "load_in_4bit": False}
-    flags |= {"target_modules": ["language_model"], "n_samples_per_prompt": BATCH}
-    args = argparse.Namespace(**(flags | case))
+    args = build_parser(add_arguments).parse_args([*FLAGS, *CASES[name], *["--bf16"] * bf16])
+    finish(args)
     model = build_model(size, device, torch.bfloat16 if bf16 else torch.float32)
     sizes = sizes_of({part: model.config.to_dict()[part] for part in ("audio_config", "text_config")})
     if args.freeze_prefix:
@@ -74,7 +67,7 @@ def compare(name: str, size: str, device: torch.device) -> float:
         add_adapters(model, args.lora_rank, 16, args.target_modules, "random")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    some = trained(sizes, args)
+    plan = Plan(args, sizes, 1, 80)
     train = [p for p in model.parameters() if p.requires_grad]
     batch = make_batch(RESPONSE, 1, device) | {"logit_bias": {AUDIO: -100.0}}  # as in training
     optimizer = torch.optim.AdamW(train) if args.lora_rank else None  # of all parameters it would not fit
@@ -86,12 +79,11 @@ def compare(name: str, size: str, device: torch.device) -> float:
 
     step()  # gradients and moments are there from now on, as in a second micro-batch
     b = 2 if bf16 else 4
-    base = count(parameters(sizes)) + (count(some) if args.lora_rank else 0)
-    kept = b * (base + count(some) * (3 if optimizer is not None else 1))
+    kept = plan.model + b * plan.values * (1 if optimizer is None else 4)  # gradients; the adapters, their moments
     held = torch.cuda.memory_allocated() if bf16 else sum(p.numel() * b for p in [*model.parameters(), *train])
     held += 0 if bf16 or optimizer is None else sum(2 * p.numel() * b for p in train)
     measured = held + most_allocated(step, device)
-    planned = kept + sum(micro_batch(sizes, args, BATCH, some, Lengths(1, 10.0, TEXT + AUDIO_TOKENS, RESPONSE)))
+    planned = kept + sum(plan.micro_batch(BATCH))
     print(
         f"{name:<16} measured {measured / GIB:8.3f}  planned {planned / GIB:8.3f} GiB  ratio {planned / measured:.3f}"
     )

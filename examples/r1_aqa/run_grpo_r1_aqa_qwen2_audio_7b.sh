@@ -59,7 +59,7 @@ fi
 
 plan=0
 for argument in "$@"; do
-    case "$argument" in --plan | --plan=*) plan=1 ;; esac
+    if [ "$argument" = --plan ]; then plan=1; fi
 done
 
 # bfloat16 and ZeRO-3 are for GPUs; a CPU trains the demo's model in float32

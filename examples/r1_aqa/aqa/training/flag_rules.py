@@ -183,7 +183,7 @@ def _four_bit_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--load_in_4bit with --fsdp: FSDP2 cannot split packed weights; drop --fsdp")
     if args.zero_stage == 3:
         problems.append("--load_in_4bit with --zero_stage 3: ZeRO-3 cannot split packed weights; use --zero_stage 2")
-    if args.plan is None and importlib.util.find_spec("bitsandbytes") is None:
+    if not args.plan and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
     return problems
 

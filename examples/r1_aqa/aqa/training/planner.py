@@ -31,11 +31,9 @@ from aqa.training.freezing import is_below
 DOES_NOT_FIT = 3  # exit status
 GIB = 2**30
 PHASES = ("rollout", "log-probs", "backward", "optimizer", "sync")
-# The configuration of these two models, as far as it differs from transformers' defaults.
-KNOWN = {
-    name: {"model_type": "qwen2_audio", "text_config": {"vocab_size": 156_032, "intermediate_size": 11_008}}
-    for name in ("Qwen/Qwen2-Audio-7B-Instruct", "Qwen/Qwen2-Audio-7B")
-}
+# The configuration of two models, as far as it differs from transformers' defaults.
+SEVEN_B = {"model_type": "qwen2_audio", "text_config": {"vocab_size": 156_032, "intermediate_size": 11_008}}
+KNOWN = {"Qwen/Qwen2-Audio-7B-Instruct": SEVEN_B, "Qwen/Qwen2-Audio-7B": SEVEN_B}
 TOWER, PROJECTOR, TEXT = "model.audio_tower", "model.multi_modal_projector.linear", "model.language_model"
 TOKENS_A_SECOND, MOST_SECONDS = 25, 30  # of audio; the tower takes 30 s at most
 LOGITS = 2**25  # token_log_probs.LOGITS_AT_ONCE, repeated because that module loads torch
@@ -94,7 +92,7 @@ def read_sizes(pretrain: str) -> Sizes:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         known = " or ".join(KNOWN)
-        raise SizeError(f"--pretrain {pretrain}: no config.json ({error}); name a model's folder, or {known}") from None
+        raise SizeError(f"--pretrain {pretrain}: no config.json ({error}); name a folder, or {known}") from None
     if config.get("model_type") != "qwen2_audio":
         raise SizeError(f"{path}: model_type {config.get('model_type')!r}; only qwen2_audio can be planned")
     return sizes_of(config)
@@ -195,7 +193,7 @@ class Plan:
     """
 
     def __init__(self, args: argparse.Namespace, sizes: Sizes, gpus: int, gib: float) -> None:
-        self.args, self.sizes, self.gpus, self.gib, self.limit = args, sizes, gpus, gib, gib * GIB
+        self.args, self.sizes, self.gpus, self.limit = args, sizes, gpus, gib * GIB
         self.b = 2 if args.bf16 else 4  # bytes a value
         self.parameters, self.trained = parameters(sizes), trained(sizes, args)
         self.values, self.training = count(self.trained), {p.block for p in self.trained}
@@ -220,42 +218,37 @@ class Plan:
             self.engine, self.least = self.at_once * sequence, sequence
 
         self.rows = self._rows()
-        self.totals = {phase: sum(row[i] for row in self.rows.values()) for i, phase in enumerate(PHASES)}
-        phase = max(PHASES, key=self.totals.__getitem__)
-        self.headline = f"{self.totals[phase] / GIB:.2f} of {gib:g} GiB, in {phase}"
-        if self.totals[phase] <= self.limit and self.engine < self.least:
+        self.totals = [sum(column) for column in zip(*self.rows.values(), strict=True)]
+        most = max(self.totals[:-1])
+        self.headline = f"{most / GIB:.2f} of {gib:g} GiB, in {PHASES[self.totals.index(most)]}"
+        if most <= self.limit and self.engine < self.least:
             has = f"--engine_mem_util {args.engine_mem_util:g} gives the engine {self.engine / GIB:.2f} GiB"
             self.headline = f"{has}, and to start it takes {self.least / GIB:.2f}"
         # bytes that are missing, of all phases and of the engine's share together; 0: it fits
-        too_much = sum(max(0.0, total - self.limit) for total in self.totals.values())
+        too_much = sum(max(0.0, total - self.limit) for total in self.totals[:-1])
         self.missing = too_much + max(0.0, self.least - self.engine)
 
     def changed(self, flags: dict[str, Any]) -> Plan:
         """The same with other flags."""
-        return Plan(argparse.Namespace(**(vars(self.args) | flags)), self.sizes, self.gpus, self.gib)
+        return Plan(argparse.Namespace(**(vars(self.args) | flags)), self.sizes, self.gpus, self.limit / GIB)
 
     def _rows(self) -> dict[str, tuple[float, ...]]:
         """Bytes of each component on a GPU in each of :data:`PHASES`, and in the machine's memory for each GPU."""
-        args, b, model = self.args, self.b, self.model
-        stage = None if args.fsdp else args.zero_stage
-        (weights, gradients, optimizer), moved, whole, sharded = self._states()
+        args, b, stage = self.args, self.b, None if self.args.fsdp else self.args.zero_stage
+        sharded, largest = args.fsdp or stage == 3, max((math.prod(p.shape) for p in self.trained), default=0)
+        (weights, gradients, optimizer), moved, whole = self._states()
 
         # over several rollouts an optimizer step, gradients stay; ZeRO-3's are a buffer that always does
         stays = gradients if stage == 3 or args.train_batch_size > self.responses else 0
         share = self.values / (1 if stage == 0 else self.gpus)
-        at_once = min(share, SUB_GROUP) if stage == 3 else share  # values that a step updates together
-        step = gradients
-        if args.fsdp_cpu_offload if args.fsdp else args.adam_offload and stage:
-            at_once = 0
-        elif stage == 3 or (b == 2 and not args.fsdp):  # copied to float32; ZeRO-2 lets go of the others
-            step = 4 * at_once + (0 if stage == 2 else gradients)
+        at_once = min(share, SUB_GROUP if stage == 3 else share) * (optimizer > 0)  # values that are updated together
+        step = gradients + 4 * at_once * (stage == 3)  # copied to float32
 
-        reference = model / (self.gpus if sharded else 1) if args.init_kl_coef > 0 and args.lora_rank == 0 else 0
-        beside = 0 if args.fsdp and args.fsdp_cpu_offload else reference
+        reference = self.model / (self.gpus if sharded else 1) * (args.init_kl_coef > 0 and args.lora_rank == 0)
+        beside = reference * (not args.fsdp or not args.fsdp_cpu_offload)
         waits = beside * sharded  # a whole one is in the machine's memory from the backward pass on
 
-        scores = args.init_kl_coef > 0 or args.max_epochs > 1
-        log_probs = self._forward(args.micro_rollout_batch_size) if scores else 0
+        log_probs = self._forward(args.micro_rollout_batch_size) * (args.init_kl_coef > 0 or args.max_epochs > 1)
         saved, work = self.micro_batch(args.micro_train_batch_size)
         buffers = [0.0] * 5
         if args.fsdp:
@@ -264,16 +257,17 @@ class Plan:
         elif stage == 3:
             buffers = [b * (BUCKET + live) for live in (0, *[min(LIVE, whole / b)] * 2, 0, 0)]
         elif stage == 2:
-            buffers = [b * max(math.prod(p.shape) for p in self.trained) * args.adam_offload] * 5
+            buffers = [b * largest * args.adam_offload] * 5
             buffers[2] += 2 * b * BUCKET  # one bucket is filled while the other is reduced
-        elif self.gpus > 1:
-            buffers[3] = b * min(BUCKET, self.values)
+        else:
+            buffers[2] = 4 * largest * (b == 2)  # a gradient on its way into the sum, which is in float32
+            buffers[3] = 4 * min(BUCKET, self.values) * (self.gpus > 1)
         buffers[0] += whole * (sharded and not self.vllm)  # the hf engine generates with gathered weights
 
         # weights for vLLM: gathered in buckets, or merged with an adapter; LightRFT, without the flag, has no buckets
         bucket = getattr(args, "sync_bucket_mb", 0) * 2**20 if sharded else 0
-        largest = b * max(math.prod(p.shape) for p in self.parameters)
-        sync = max(largest, min(bucket, model)) if self.vllm and (sharded or args.lora_rank) else 0
+        matrix = b * max(math.prod(p.shape) for p in self.parameters)
+        sync = max(matrix, min(bucket, self.model)) if self.vllm and (sharded or args.lora_rank) else 0
         sleeps = self.vllm and args.enable_engine_sleep
         asleep = ENGINE_ASLEEP if sleeps else self.engine * self.vllm
         return {
@@ -283,38 +277,38 @@ class Plan:
             "reference model": (beside, beside, waits, waits, waits, reference - waits),
             "activations": (0, log_probs, saved, 0, 0, 0),
             "work space": (0, 0, work, 4 * at_once, sync, 0),  # in the optimizer: AdamW over all parameters at once
-            "sharding buffers": (*buffers, 0),
+            "buffers": (*buffers, 0),
             "engine": (self.engine, *[asleep] * 3, self.engine * self.vllm, self.engine_weights * sleeps),
-            "reserve": (*[RESERVE] * 5, 0),
+            "reserve, assumed": (*[RESERVE] * 5, 0),
         }
 
-    def _states(self) -> tuple[list[float], list[float], float, bool]:
+    def _states(self) -> tuple[list[float], list[float], float]:
         """What training keeps.
 
         :return: Bytes of weights, gradients and optimizer on a GPU; the same in the machine's memory; the weights of
-            the whole model, as one GPU would hold them; whether each GPU has a share of them.
+            the whole model, as one GPU would hold them.
         """
         args, b, gpus, values, moved = self.args, self.b, self.gpus, self.values, [0.0, 0.0, 0.0]
         if args.fsdp:  # all is sharded, and what trains is float32
             frozen = self.model - (0 if args.lora_rank else b * values)
             kept = [(frozen + 4 * values) / gpus, 4 * values / gpus, 8 * values / gpus]
-            return *((moved, kept) if args.fsdp_cpu_offload else (kept, moved)), frozen + b * values, True
+            return *((moved, kept) if args.fsdp_cpu_offload else (kept, moved)), frozen + b * values
         linear = count(p for p in self.parameters if p.is_linear and p.block.startswith(TEXT))
         packed = linear * (b - NF4) * args.load_in_4bit  # bytes that 4 bits a value save
         whole = self.model - packed + (b * values if args.lora_rank else 0)
-        stage = args.zero_stage
-        share = values / (1 if stage == 0 else gpus)
+        stage, share = args.zero_stage, values / (gpus if args.zero_stage else 1)
         # master weights also where the weights are float32: only plain data parallelism has none of its own
-        kept = [whole, b * share, (8 if stage == 0 and b == 4 else 12) * share]
+        kept = [whole, 4 * share, (8 if stage == 0 and b == 4 else 12) * share]
         if stage == 3:
             small = b * count(p for p in self.parameters if math.prod(p.shape) < PERSISTENT)  # these stay whole
             kept[0] = small + (whole - small) / gpus
             if getattr(args, "param_offload", False):  # LightRFT has no such flag
                 kept[0], moved[0] = small, kept[0] - small
         if args.adam_offload and stage:
-            # gradients are there in float32 and in the weights' type; ZeRO-2 has the new weights there, too
-            kept[1:], moved[1:] = [0, 0], [(4 + b * (2 if stage == 2 else 1)) * share, kept[2]]
-        return kept, moved, whole, stage == 3
+            stays = stage == 2 and b == 2  # gradients are added up in float32: here on the GPU, else in the machine
+            held = 4 + 4 * (not stays) + b * (stage == 2)  # the step's gradients, those; ZeRO-2's new weights
+            kept[1:], moved[1:] = [4 * share * stays, 0], [held * share, kept[2]]
+        return kept, moved, whole
 
     def _fsdp_units(self) -> tuple[list[float], float]:
         """Bytes that FSDP2 gathers and moves at a time. ``FSDPStrategy.shard``'s units are each layer, the embedding
@@ -323,11 +317,11 @@ class Plan:
         :return: What is whole while a unit runs (it, the next one, the rest), in the forward and the backward pass; on
             top of it the buffer that a unit comes in, or a unit's gradients and their copy in float32.
         """
-        every, training = Counter[str](), Counter[str]()
-        for units, some in ((every, {*self.parameters, *self.trained}), (training, self.trained)):
-            for p in some:
-                is_unit = ".layers." in p.block or p.block.endswith(("embed_tokens", "lm_head"))
-                units[p.block if is_unit else ""] += math.prod(p.shape)
+        every, training, trains = Counter[str](), Counter[str](), set(self.trained)
+        for p in trains.union(self.parameters):
+            is_unit = ".layers." in p.block or p.block.endswith(("embed_tokens", "lm_head"))
+            every[p.block if is_unit else ""] += math.prod(p.shape)
+            training[p.block if is_unit else ""] += math.prod(p.shape) * (p in trains)
         rest, first = every.pop(""), max(every.values())
         layer = max(values for block, values in every.items() if ".layers." in block)  # runs before or after an end
         return [self.b * (rest + first + layer)] * 2, max(self.b * first, (self.b + 4) * max(training.values()))
@@ -357,9 +351,8 @@ class Plan:
                 cache += size * (whole - 1) * self.token / s.num_hidden_layers
         # gradients of a layer's inner values, of the larger pass, and of one of its matrices (or the matrix, unpacked)
         layer += max(rows * new for rows, new, _ in passes) * b * 2 * s.intermediate_size
-        decoder_trains = any(block.startswith(f"{TEXT}.layers") for block in self.training)
-        if self.args.load_in_4bit or (self.args.lora_rank == 0 and decoder_trains):
-            layer += s.intermediate_size * s.hidden_size * b
+        trains = self.args.lora_rank == 0 and any(block.startswith(f"{TEXT}.layers") for block in self.training)
+        layer += s.intermediate_size * s.hidden_size * b * (trains or self.args.load_in_4bit)
         return saved, max(layer, self._head(scored, cache))
 
     def _stages(self, clips: int, passes: list[tuple[int, int, int]]) -> list[tuple[str, float, float, float]]:
@@ -399,19 +392,15 @@ class Plan:
         return passed, passed + tokens * b * (2 * h + inner + (7 * rank or 2 * h))
 
     def _head(self, tokens: int, cache: float) -> float:
-        """Largest work space of ``TokenLogProbs``: chunks of logits, and the gradient of the head's weight.
-
-        :param tokens: That are scored.
-        :param cache: Bytes that the forward pass holds and the backward pass does not.
-        """
+        """Largest work space of ``TokenLogProbs``: chunks of logits with the forward's cache, the head's gradient."""
         s, b, half = self.sizes, self.b, 2 if self.b == 2 else 0
         weight, rows = s.vocab_size * s.hidden_size * ("lm_head" in self.training), max(1, LOGITS // s.vocab_size)
         chunk, hidden = min(tokens, rows) * s.vocab_size, tokens * b * s.hidden_size
         forward = cache + chunk * (10 if half else 12)  # logits, with the bias of some tokens, and their log-softmax
-        logits = chunk * (8 + half)  # in float32, their softmax, and this in the weights' type
+        logits = hidden + chunk * (8 + half)  # in float32, their softmax, and this in the weights' type
         # over several chunks the gradient is summed in float32, with a chunk's own in both types on top
         summed, gradient = (4 * weight, weight * (8 + half)) if tokens > rows else (0, weight * b)
-        return max(forward, hidden + logits + summed, hidden + chunk * (4 + half) + gradient)
+        return max(forward, logits + summed, hidden + chunk * (4 + half) + gradient)
 
     def _forward(self, size: int) -> float:
         """Bytes of a log-prob forward: keys and values of all layers, one layer's inner values, a chunk of logits."""
@@ -429,8 +418,8 @@ def suggest(plan: Plan) -> tuple[dict[str, Any], Plan]:
     :return: The flags, and the plan with them; if that one does not fit either, with all flags that help.
     """
     args, split = plan.args, plan.gpus > 1 and not plan.args.fsdp
-    stage = 3 if split and not args.load_in_4bit else args.zero_stage or 2  # plain data parallelism cannot offload
-    offload = {"fsdp_cpu_offload" if args.fsdp else "adam_offload": True, "zero_stage": args.zero_stage or stage}
+    stage = 3 if split and not args.load_in_4bit else args.zero_stage or 2
+    offload = {"adam_offload": True, "zero_stage": args.zero_stage or stage}  # not in plain data parallelism
     adapters = {"lora_rank": 16, "freeze_prefix": None, "adam_offload": False, "fsdp_cpu_offload": False}
     fitting = [size for size in range(plan.responses, 0, -1) if plan.responses // plan.gpus % size == 0]
     ladder: list[dict[str, Any]] = [  # the cheapest first
@@ -439,7 +428,7 @@ def suggest(plan: Plan) -> tuple[dict[str, Any], Plan]:
         *[{"micro_train_batch_size": size} for size in fitting if size < args.micro_train_batch_size],
         {"gradient_checkpointing": True},
         *[{"zero_stage": stage}] * split,
-        *[offload, adapters] * (args.lora_rank == 0),
+        *[{"fsdp_cpu_offload": True} if args.fsdp else offload, adapters] * (args.lora_rank == 0),
         *[{"load_in_4bit": True, "zero_stage": min(2, args.zero_stage)}] * (not args.fsdp),
         {"engine_type": "hf", "engine_tp_size": 1},
         {"engine_mem_util": 0.1},  # of the hf engine: it generates fewer responses at once
@@ -463,27 +452,22 @@ def suggest(plan: Plan) -> tuple[dict[str, Any], Plan]:
 
 def fit_engine(plan: Plan) -> Plan:
     """Give vLLM the largest share, in steps of 0.05, beside what training keeps, but enough to start."""
-    awake = [phase for i, phase in enumerate(PHASES) if plan.rows["engine"][i] == plan.engine]
-    room = plan.limit - max(plan.totals[phase] for phase in awake) + plan.engine
-    if not plan.vllm or not plan.missing or plan.least <= plan.engine <= room:
-        return plan
+    awake = [total for total, engine in zip(plan.totals, plan.rows["engine"], strict=True) if engine == plan.engine]
+    room = plan.limit - max(awake) + plan.engine
     share = max(math.floor(room / plan.limit * 20), math.ceil(plan.least / plan.limit * 20)) / 20
-    return plan.changed({"engine_mem_util": share}) if share < 1 else plan
+    helps = plan.vllm and plan.missing and share < 1 and not plan.least <= plan.engine <= room
+    return plan.changed({"engine_mem_util": share}) if helps else plan
 
 
 def describe(plan: Plan, source: str) -> str:
-    """The plan for a person.
-
-    :param source: Where number and memory of the GPUs are from.
-    """
+    """The plan for a person; ``source`` says where number and memory of the GPUs are from."""
     args, share = plan.args, plan.responses // plan.gpus
-    kind = ["FSDP2" if args.fsdp else f"ZeRO-{args.zero_stage}", "bf16" if args.bf16 else "fp32"]
-    kind += [f"LoRA of rank {args.lora_rank}"] * (args.lora_rank > 0)
     switches = ("load_in_4bit", "adam_offload", "param_offload", "fsdp_cpu_offload", "gradient_checkpointing")
-    kind += [name for name in switches if getattr(args, name, False)]  # LightRFT has no --param_offload
+    kind = ["FSDP2" if args.fsdp else f"ZeRO-{args.zero_stage}", "bf16" if args.bf16 else "fp32"]
+    kind += [name for name in ("lora_rank", *switches) if getattr(args, name, False)]  # LightRFT lacks --param_offload
     above = [
         f"model      {args.pretrain}: {count(plan.parameters):,} parameters, {plan.values:,} train",
-        f"GPUs       {plan.gpus} x {plan.gib:g} GiB ({source}); {', '.join(kind)}",
+        f"GPUs       {plan.gpus} x {plan.limit / GIB:g} GiB ({source}); {', '.join(kind)}",
         f"longest    {plan.prompt} tokens of prompt ({plan.clips} x {plan.seconds:g} s of audio), "
         f"{plan.response} of response",
         f"batch      {args.rollout_batch_size} prompts x {args.n_samples_per_prompt} = {plan.responses} responses a "
@@ -492,47 +476,35 @@ def describe(plan: Plan, source: str) -> str:
         f"engine     {args.engine_type}: {max(0, plan.at_once):.0f} sequences of full length at once, "
         f"{share * args.engine_tp_size} in a rollout",
     ]
-    cells = {"GiB": [*PHASES, "machine"]}
-    sums = {"total": [sum(column) for column in zip(*plan.rows.values(), strict=True)]}
-    for name, row in (plan.rows | sums).items():
-        cells |= {name: [f"{size / GIB:.2f}" if size else "-" for size in row]} if any(row) else {}
-    cells[""] = ["over" if total > plan.limit else "" for total in plan.totals.values()]
-    table = [(f"{name:<18}" + "".join(f"{cell:>10}" for cell in row)).rstrip() for name, row in cells.items()]
-    below = f"Machine: its memory for each GPU. Reserve (CUDA, NCCL, fragmentation): assumed. {_verdict(plan)}"
-    texts = [*above, "", *filter(None, table), "", *below.splitlines()]
-    return "\n".join(textwrap.fill(text, 80, subsequent_indent=" " * 11) if len(text) > 80 else text for text in texts)
+    table = {"GiB a GPU": [*PHASES, "machine"]}
+    for name, row in (plan.rows | {"total": plan.totals}).items():
+        table |= {name: [f"{size / GIB:.2f}" if size else "-" for size in row]} if any(row) else {}
+    table[""] = ["over" if total > plan.limit else "" for total in plan.totals[:-1]]
+    lines = [(f"{name:<18}" + "".join(f"{cell:>10}" for cell in row)).rstrip() for name, row in table.items()]
 
-
-def _verdict(plan: Plan) -> str:
-    if not plan.missing:
-        return f"It fits: {plan.headline}."
-    flags, after = suggest(plan)
-    words = {"True": "--{0}", "False": "--no-{0}", "None": "without --{0}"}
-    typed = " ".join(words.get(str(value), "--{0} {1}").format(name, value) for name, value in flags.items())
-    remedy = (
-        f"{'Even with' if after.missing else 'It fits with'} {typed}: {after.headline}" if flags else "No flag helps"
-    )
-    return f"It does not fit: {plan.headline}.\n{remedy}."
-
-
-def find_gpus(args: argparse.Namespace) -> tuple[int, float, str]:
-    """Number, GiB and source: ``--plan_gpus`` and ``--plan_gpu_gib``, WORLD_SIZE, nvidia-smi; else R1-AQA's 8 x 80."""
-    listed: list[float] = []
-    if shutil.which("nvidia-smi") and None in (args.plan_gpus, args.plan_gpu_gib):
-        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        done = subprocess.run(query, capture_output=True, text=True)
-        listed = [float(line) / 1024 for line in done.stdout.split() if line.isdecimal()] if not done.returncode else []
-    number = args.plan_gpus or int(os.environ.get("WORLD_SIZE", 0)) or len(listed) or 8
-    source = "as found" if listed else "assumed: --plan_gpus, --plan_gpu_gib"
-    source = "as asked" if args.plan_gpus and args.plan_gpu_gib else source
-    return number, args.plan_gpu_gib or min(listed, default=80.0), source
+    below = [f"It fits: {plan.headline}."]
+    if plan.missing:
+        flags, after = suggest(plan)
+        words = {"True": "--{0}", "False": "--no-{0}", "None": "without --{0}"}
+        typed = " ".join(words.get(str(value), "--{0} {1}").format(name, value) for name, value in flags.items())
+        remedy = f"{'Even with' if after.missing else 'It fits with'} {typed}: {after.headline}."
+        below = [f"It does not fit: {plan.headline}.", remedy if flags else "No flag helps."]
+    wrapped = [textwrap.fill(text, 80, subsequent_indent=" " * 11) for text in above]
+    return "\n".join([*wrapped, "", *filter(None, lines), "", *(textwrap.fill(text, 80) for text in below)])
 
 
 def run(args: argparse.Namespace, problems: list[str]) -> int:
     """Print the plan, on rank 0, unless the host has found ``problems``; return the exit status (2: wrong use)."""
     if os.environ.get("RANK", "0") != "0":
         return 0
-    gpus, gib, source = find_gpus(args)
+    listed: list[float] = []
+    if shutil.which("nvidia-smi") and None in (args.plan_gpus, args.plan_gpu_gib):
+        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        done = subprocess.run(query, capture_output=True, text=True)
+        listed = [float(line) / 1024 for line in done.stdout.split() if line.isdecimal()] if not done.returncode else []
+    gpus = args.plan_gpus or int(os.environ.get("WORLD_SIZE", 0)) or len(listed) or 8  # as R1-AQA
+    gib = args.plan_gpu_gib or min(listed, default=80.0)
+    asked = "as asked" if args.plan_gpus and args.plan_gpu_gib else "assumed: --plan_gpus, --plan_gpu_gib"
     problems = [*find_problems(args, gpus, paths=False), *problems]
     if not args.pretrain:
         problems.append("--pretrain is missing: a model folder or hub name")
@@ -544,5 +516,5 @@ def run(args: argparse.Namespace, problems: list[str]) -> int:
     if problems:
         print(f"{len(problems)} problems with this configuration:", *problems, sep="\n  - ", file=sys.stderr)
         return 2
-    print(describe(plan, source))
+    print(describe(plan, "as found" if listed else asked))
     return DOES_NOT_FIT if plan.missing else 0
