@@ -5,7 +5,8 @@
 #   PATH_TO_YOUR_BASE_MODEL=... PATH_TO_YOUR_AVQA_DATASET=... bash examples/r1_aqa/run_grpo_r1_aqa_qwen2_audio_7b.sh
 #
 # Further arguments are passed to train_colocate.py. --plan prints what the whole launch would need on its GPUs, and
-# starts nothing. RESUME=1 continues the newest run of the experiment from its last checkpoint.
+# starts nothing. RESUME=1 continues the run that RUN_ID names, else the newest with this EXPERIMENT_NAME, EPISODE, KL
+# and LR, from its last checkpoint; train_colocate.py refuses other settings than it was begun with.
 # The exit status is the training's, or 138, 143 or 130 if SIGUSR1, SIGTERM or Ctrl-C ended it after it saved its state.
 # A wandb key comes from the environment (WANDB_API_KEY) or from a login; it never appears on a command line.
 set -euo pipefail
@@ -79,21 +80,33 @@ if [ "$MLP_WORKER_NUM" -gt 1 ] && [ -z "${RUN_ID:-}" ]; then
     echo "RUN_ID is not set: all $MLP_WORKER_NUM nodes must name the same run, e.g. RUN_ID=first" >&2
     exit 2
 fi
-RUN_ID="${RUN_ID:-$(date +%Y%m%d_%H%M%S)}"
-run="${EXPERIMENT_NAME}-ep${EPISODE}-kl${KL}-lr${LR}-${RUN_ID}"
-save_path="results/${EXPERIMENT_NAME}/${run}"
+results="results/${EXPERIMENT_NAME}"
+settings="${EXPERIMENT_NAME}-ep${EPISODE}-kl${KL}-lr${LR}"
+run="${settings}-${RUN_ID:-$(date +%Y%m%d_%H%M%S)}"
 resume=()
-if [ "${RESUME:-0}" = 1 ]; then             # continue the newest run of the experiment that has a checkpoint
-    latest="$(ls -t "results/${EXPERIMENT_NAME}"/*/_actor/latest 2>/dev/null | head -n 1 || true)"
-    if [ -n "$latest" ]; then
-        save_path="${latest%/_actor/latest}"
-        run="${save_path##*/}"
+if [ "${RESUME:-0}" = 1 ]; then
+    number='[0-9.]+(e[-+]?[0-9]+)?'
+    found=""
+    while read -r latest; do                # from the newest to the oldest
+        name="${latest%/_actor/latest}"
+        name="${name##*/}"
+        if [ "$name" = "$run" ] || { [ -z "${RUN_ID:-}" ] && [[ "$name" == "$settings"-* ]]; }; then
+            found="$name"
+            break
+        # a run of this name that was begun with other settings: train_colocate.py says which may be changed
+        elif [[ "$name" =~ ^"$EXPERIMENT_NAME"-ep$number-kl$number-lr$number-"${RUN_ID:-}"$ ]]; then
+            found="${found:-$name}"
+        fi
+    done < <(ls -t "$results"/*/_actor/latest 2>/dev/null)
+    if [ -n "$found" ]; then
+        run="$found"
         resume=(--load_checkpoint)
-        echo "resuming $save_path"
+        echo "resuming $results/$run"
     else
-        echo "RESUME=1, but results/${EXPERIMENT_NAME} holds no checkpoint: starting from the beginning"
+        echo "RESUME=1, but no run $settings-${RUN_ID:-*} in $results has a checkpoint: starting from the beginning"
     fi
 fi
+save_path="$results/$run"
 flags=(
     --pretrain "$PATH_TO_YOUR_BASE_MODEL"
     --prompt_data "$PATH_TO_YOUR_AVQA_DATASET"

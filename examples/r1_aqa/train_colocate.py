@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
 from aqa.training.flag_rules import find_problems, find_warnings
 from aqa.training.flags import build_parser, finish, has_split
-from aqa.training.run_config import write_config, write_report
+from aqa.training.run_config import describe_program, write_report
+from aqa.training.run_folder import RunFolder, open_run
 from aqa.training.summary import summary
 
 # atexit runs handlers last-registered first, so this one runs last, when all else that uses gloo has ended
@@ -41,10 +43,17 @@ HOST.prepare_import()
 from lightrft.utils import add_arguments  # noqa: E402
 
 WRONG_USE = 2  # exit status
+NOTHING_LEFT = (
+    "nothing left to do: this run has ended, its model is in {0}; to train it further, give more --num_episodes and "
+    "--allow_changes num_episodes"
+)
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train and save, from validated flags."""
+def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: RunFolder | None) -> None:
+    """Train and save, from validated flags.
+
+    :param folder: The run's folder on rank 0, None on other ranks.
+    """
     HOST.prepare(args)
     from lightrft.strategy import get_strategy
 
@@ -62,10 +71,6 @@ def train(args: argparse.Namespace) -> None:
     strategy.print(banner(args, strategy))
     for warning in find_warnings(args):
         strategy.print(f"WARNING: {warning}")
-    if strategy.is_rank_0():
-        problem = write_config(args, build_parser(add_arguments), describe_host(), describe_devices(strategy))
-        if problem:
-            strategy.print(problem)
 
     # ---- models
     HOST.status("loading the models ...")
@@ -74,19 +79,30 @@ def train(args: argparse.Namespace) -> None:
     # ---- data
     HOST.status("checking the data ...")
     data = load_data(args, strategy, actor)
+    max_steps = count_steps(args, strategy, len(data.prompts))
+    total = len(data.prompts) * args.rollout_batch_size * args.num_episodes  # prompts
+    if args.load_checkpoint and has_ended(on_rank_0(lambda: folder.trained()), total):
+        HOST.say(NOTHING_LEFT.format(args.save_path))
+        return
 
     # ---- optimizer
-    max_steps = count_steps(args, strategy, len(data.prompts))
     (actor, optimizer, scheduler), _, _, initial_model = strategy.prepare_models_and_optimizers(
         actor, None, [], initial_model, args, max_steps
     )
     if args.fsdp and initial_model is not None:
         strategy.offload_model(initial_model)
     states = resume(args, strategy, actor, optimizer, scheduler) if args.load_checkpoint else None
+    done = states["consumed_samples"] if states else 0  # prompts
+    has_ended(done, total)
+    about = describe_program(args, parser, describe_host(), describe_devices(strategy))
+    run, lines = on_rank_0(lambda: (folder.run, folder.begin(done, about)))
+    for line in lines:
+        strategy.print(line)
 
     # ---- rollout engine, and audio in place of images
     HOST.status(f"starting {args.engine_type} ...")
-    patch_strategy_for_audio(strategy, data.processor, model_notes(data.asked_to_think))
+    notes = model_notes(run, data.asked_to_think)
+    patch_strategy_for_audio(strategy, data.processor, notes)
     strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
     strategy.report_memory("with models and engine")
     models = [model for model in (actor, initial_model) if model is not None]
@@ -105,9 +121,10 @@ def train(args: argparse.Namespace) -> None:
         prompts_dataloader=data.prompts,
         pretrain_dataloader=None,
         eval_dataloader=data.evaluation,
-        consumed_samples=states["consumed_samples"] if states else 0,
+        consumed_samples=done,
         num_update_steps_per_episodes=max_steps // args.num_episodes,
     )
+    notes |= model_notes(run, data.asked_to_think, total)
     strategy.save_model(actor, data.tokenizer, args.save_path)
     if strategy.is_rank_0():
         HOST.say(summary(args.save_path))
@@ -158,22 +175,73 @@ def count_steps(args: argparse.Namespace, strategy: Any, batches: int) -> int:
     return steps
 
 
+def has_ended(trained: int, total: int) -> bool:
+    """Whether a resumed run has nothing left to do.
+
+    :param trained: Prompts that its model or checkpoint was trained on.
+    :param total: Prompts that the flags ask for.
+    :raises SystemExit: if these are fewer.
+    """
+    if trained > total:
+        raise SystemExit(
+            f"--load_checkpoint: this run was trained on {trained} prompts already, and rows, --max_samples and "
+            f"--num_episodes now make {total}: give at least as many, or start a new run with another --save_path"
+        )
+    return trained == total
+
+
 def resume(args: argparse.Namespace, strategy: Any, actor: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """Load the newest checkpoint.
+    """Load the newest checkpoint; learning rate, weight decay, betas and the weight of the KL stay those of the flags.
 
     :return: Its state beside the weights; ``consumed_samples`` is the number of prompts already used.
     """
-    folder = os.path.join(args.ckpt_path, "_actor")
-    path, states = strategy.load_ckpt(actor.model, folder, optimizer=optimizer, scheduler=scheduler)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in scheduler.optimizer.param_groups]
+    rates = list(scheduler.base_lrs)
+    path, states = strategy.load_ckpt(
+        actor.model, os.path.join(args.ckpt_path, "_actor"), optimizer=optimizer, scheduler=scheduler
+    )
+    # a checkpoint brings back its own; without a change of flags these are the same
+    scheduler.base_lrs = rates
+    scheduler._last_lr = [b * f(scheduler.last_epoch) for b, f in zip(rates, scheduler.lr_lambdas, strict=True)]
+    for group, ours, rate in zip(scheduler.optimizer.param_groups, groups, scheduler._last_lr, strict=True):
+        group |= ours | {"lr": rate}
+    if args.kl_target is None:
+        states["kl_coef"] = args.init_kl_coef
     strategy.print(f"resumed {path}: {states['consumed_samples']} prompts were already used")
     return states
 
 
-def model_notes(asked_to_think: float) -> dict[str, str]:
-    """A file for the saved model's folder: the share of training prompts that ask for thinking, for eval_mmau.py."""
+def on_rank_0(action: Callable[[], Any]) -> Any:
+    """Do something with the run's files on rank 0. Collective.
+
+    :return: What it returns, on all ranks.
+    :raises SystemExit: on all ranks, if it fails.
+    """
+    import torch.distributed as dist
+
+    answer = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = action()
+        except (OSError, SystemExit) as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise SystemExit(answer[1])
+    return answer[0]
+
+
+def model_notes(run: str, asked_to_think: float, prompts: int | None = None) -> dict[str, str]:
+    """A file for a saved model's folder.
+
+    :param run: The run's id.
+    :param asked_to_think: Share of training prompts that ask for thinking, for eval_mmau.py.
+    :param prompts: Prompts that the final model was trained on; the names of other folders tell their step.
+    """
     from aqa.evaluation.checkpoints import NOTES_FILE
 
-    return {NOTES_FILE: json.dumps({"asked_to_think": asked_to_think}) + "\n"}
+    note = {"asked_to_think": asked_to_think, "run": run} | ({} if prompts is None else {"prompts": prompts})
+    return {NOTES_FILE: json.dumps(note) + "\n"}
 
 
 def make_trainer(
@@ -412,7 +480,8 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
 def main() -> None:
     """Parse, validate, train."""
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # torchrun ignores it, which its ranks inherit
-    args = build_parser(add_arguments).parse_args()
+    parser = build_parser(add_arguments)
+    args = parser.parse_args()
     finish(args)
     if args.plan:
         from aqa.training import planner
@@ -428,7 +497,8 @@ def main() -> None:
         HOST.leave(SystemExit(text))
         raise SystemExit(WRONG_USE)
     try:
-        train(args)
+        with open_run(args, parser) as folder:
+            train(args, parser, folder)
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         status = exit_status(error)
         if status is not None:

@@ -151,7 +151,8 @@ def test_refused_without_bitsandbytes_but_planned(monkeypatch):
 def test_training_and_resuming(tiny_model, demo_parquet, tmp_path, engine):
     more = ("--lora_rank", 4, "--load_in_4bit", "--max_samples", 12, "--save_steps", 2, "--engine_type", engine)
     train(tiny_model, demo_parquet, tmp_path / "run", *more)
-    train(tiny_model, demo_parquet, tmp_path / "run", *more, "--num_episodes", 2, "--load_checkpoint")
+    resume = ("--num_episodes", 2, "--load_checkpoint", "--allow_changes", "num_episodes")
+    train(tiny_model, demo_parquet, tmp_path / "run", *more, *resume)
     rows = metrics_of(tmp_path / "run")
     assert len(rows) >= 6
     assert max(row["rollout/logprob_gap_max"] for row in rows) < 1e-4

@@ -162,7 +162,11 @@ def test_a_full_disk_costs_one_checkpoint_at_most(whole, tiny_model, demo_parque
     folder = out / "_actor"
     assert "File too large" in shown, shown[-3000:]
     assert processes > 1 or "Traceback (most recent call last)" not in shown, shown[-3000:]  # torchrun has its own
-    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".py") == ["latest", "step_000002"]
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".py") == [
+        "latest",
+        "run.json",
+        "step_000002",
+    ]
     assert damage(folder / "step_000002") is None
     if action == "warn":
         assert process.returncode == 0 and "step 4 could not be saved (rank 0: " in shown, shown[-3000:]
@@ -256,7 +260,8 @@ def test_the_launch_script_saves_on_a_signal_and_resumes(tiny_model, demo_parque
     assert process.returncode == 138 and "SIGUSR1: step" in shown, shown[-2000:]
     [run] = tmp_path.glob("results/*/*")
     done = len(metrics_of(run))
-    process = subprocess.Popen([*command, "1"], env=environment | {"RESUME": "1", "MAX_SAMPLES": "16"}, **pipes)
+    command += ["1", "--allow_changes", "num_episodes", "max_samples"]
+    process = subprocess.Popen(command, env=environment | {"RESUME": "1", "MAX_SAMPLES": "16"}, **pipes)
     shown = end(process)
     assert process.returncode == 0 and f"resuming {run.relative_to(tmp_path)}" in shown, shown[-2000:]
     assert [record["step"] for record in metrics_of(run)] == list(range(1, max(done, 4) + 1))

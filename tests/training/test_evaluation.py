@@ -222,8 +222,8 @@ def make_best(tmp_path, monkeypatch):
     said = []
     strategy = SimpleNamespace(together=together, is_rank_0=lambda: True, print=said.append, said=said)
 
-    def make(resumed=True, remembered=None, metric=METRIC):
-        return BestModel(strategy, tmp_path / "best", metric, resumed, remembered)
+    def make(remembered=None, metric=METRIC):
+        return BestModel(strategy, tmp_path / "best", metric, remembered)
 
     make.said = said
     return make
@@ -239,13 +239,13 @@ def keep(best, step, value):
     best.keep({METRIC: value}, step, save)
 
 
-def kept(tmp_path, folder="best"):
-    record = json.loads((tmp_path / folder / "best.json").read_text())
-    return (tmp_path / folder / "weights").read_text(), record["step"], record["metric"], record["value"]
+def kept(tmp_path):
+    record = json.loads((tmp_path / "best" / "best.json").read_text())
+    return (tmp_path / "best" / "weights").read_text(), record["step"], record["metric"], record["value"]
 
 
 def test_a_better_model_takes_the_place_of_the_best(make_best, tmp_path):
-    best = make_best(resumed=False)
+    best = make_best()
     for step, value in ((1, 0.5), (2, 0.4), (3, 0.5), (4, 0.75), (5, float("nan"))):
         keep(best, step, value)
         expected = 1 if step < 4 else 4
@@ -254,7 +254,7 @@ def test_a_better_model_takes_the_place_of_the_best(make_best, tmp_path):
 
 
 def test_a_resumed_run_keeps_a_better_one(make_best, tmp_path):
-    keep(make_best(resumed=False), 9, 0.9)
+    keep(make_best(), 9, 0.9)
     # from a checkpoint that is older than the best, or knows it
     for remembered in (None, {"step": 9, "metric": METRIC, "value": 0.9}):
         best = make_best(remembered=remembered)
@@ -262,12 +262,6 @@ def test_a_resumed_run_keeps_a_better_one(make_best, tmp_path):
         assert kept(tmp_path) == ("of step 9", 9, METRIC, 0.9)
     keep(best, 10, 0.95)
     assert kept(tmp_path)[1] == 10
-
-
-def test_a_new_run_moves_an_earlier_ones_aside(make_best, tmp_path):
-    for step in (9, 8):
-        keep(make_best(resumed=False), step, step / 10)
-    assert kept(tmp_path)[1] == 8 and kept(tmp_path, "best.old")[1] == 9
 
 
 @pytest.mark.parametrize(
@@ -281,7 +275,7 @@ def test_a_new_run_moves_an_earlier_ones_aside(make_best, tmp_path):
 )
 def test_killed_at_the_renames(make_best, tmp_path, left, found):
     for name, step in left.items():
-        keep(make_best(resumed=False), step, 0.5)
+        keep(make_best(), step, 0.5)
         (tmp_path / "best").rename(tmp_path / f"{name} made")
     for name in left:
         (tmp_path / f"{name} made").rename(tmp_path / name)
@@ -292,7 +286,7 @@ def test_killed_at_the_renames(make_best, tmp_path, left, found):
 
 
 def test_killed_while_writing(make_best, tmp_path):
-    keep(make_best(resumed=False), 2, 0.5)
+    keep(make_best(), 2, 0.5)
     (tmp_path / "best.part").mkdir()
     (tmp_path / "best.part" / "weights").write_text("half")
     assert make_best().record["step"] == 2
@@ -300,7 +294,7 @@ def test_killed_while_writing(make_best, tmp_path):
 
 
 def test_a_failed_save_leaves_the_best(make_best, tmp_path):
-    best = make_best(resumed=False)
+    best = make_best()
     keep(best, 2, 0.5)
 
     def save(folder):
@@ -319,7 +313,7 @@ def test_a_folder_that_is_gone_is_said(make_best):
 
 
 def test_another_metric_is_refused(make_best):
-    keep(make_best(resumed=False), 9, 0.9)
+    keep(make_best(), 9, 0.9)
     with pytest.raises(SystemExit, match="holds the best by eval/mmau/accuracy, which cannot be compared"):
         make_best(metric="eval/reward")
     with pytest.raises(KeyError, match="no such metric; it has eval/mmau/accuracy"):

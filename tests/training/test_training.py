@@ -132,7 +132,8 @@ def test_resume_continues_after_the_checkpoint(run, tiny_model, demo_parquet, de
     weights = (out / "best" / "model.safetensors").read_bytes()
     assert [path.name for path in (out / "_actor").iterdir() if path.is_dir()] == ["step_000004"]  # rotated
     every = ("--eval_steps", 4, "--keep_best", *benchmark_of(demo_data))
-    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, "--num_episodes", 2, "--load_checkpoint", *every)
+    more = ("--load_checkpoint", "--allow_changes", "num_episodes")
+    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, "--num_episodes", 2, *more, *every)
     assert "16 prompts were already used" in done.stdout
     assert [record["step"] for record in metrics_of(out)] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert json.loads((out / "best" / "best.json").read_text()) == better

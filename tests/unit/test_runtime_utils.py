@@ -423,9 +423,6 @@ def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path):
     writer.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records == [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}, {"step": 3, "x": 30.0}]
-    MetricsWriter(tmp_path, args).close()  # a new run in the same folder
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
-    assert len((tmp_path / "metrics.jsonl.old").read_text().splitlines()) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ processor

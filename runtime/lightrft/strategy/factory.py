@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,10 @@ def get_strategy(args: Any) -> StrategyBase:
     console.rank = int(os.environ.get("RANK", "0"))
     console.quiet, console.verbose = args.quiet, args.verbose
     if console.log_file is None:
-        console.redirect(Path(args.save_path) / "logs" / f"rank{console.rank}.log")
+        log = Path(args.save_path) / "logs" / f"rank{console.rank}.log"
+        if not args.load_checkpoint and log.exists():  # an earlier run's
+            log.rename(log.with_stem(f"{log.stem}.{datetime.fromtimestamp(log.stat().st_mtime):%Y%m%d-%H%M%S}"))
+        console.redirect(log)
     console.status("importing torch, DeepSpeed and what they need ...")
     # torch and DeepSpeed print while they are imported: import them now that their output goes to the log
     from lightrft.utils import rank_watch

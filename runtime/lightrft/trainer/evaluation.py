@@ -110,20 +110,17 @@ class BestModel:
     The record in the folder is newer than the checkpoint's, and wins. A killed run leaves the old folder or the new
     one, complete.
 
-    :param folder: Where to; a new run moves an earlier run's aside (``.old``).
+    :param folder: Where to; a record in it is this run's own.
     :param metric: What is compared; more is better.
-    :param resumed: This run goes on with an earlier one.
     :param remembered: What the checkpoint says: step, metric and value; None: of none.
     :raises SystemExit: if the folder's model was chosen by another metric.
     """
 
-    def __init__(
-        self, strategy: Strategy, folder: Path, metric: str, resumed: bool, remembered: dict[str, Any] | None
-    ) -> None:
+    def __init__(self, strategy: Strategy, folder: Path, metric: str, remembered: dict[str, Any] | None) -> None:
         self.strategy = strategy
         self.folder = folder
         self.metric = metric
-        strategy.together(lambda: self._tidy(resumed), strategy.is_rank_0())
+        strategy.together(self._tidy, strategy.is_rank_0())
         record = folder / BEST_RECORD
         mine = json.loads(record.read_text(encoding="utf-8")) if strategy.is_rank_0() and record.is_file() else None
         self.record: dict[str, Any] | None = gather_objects(mine)[0]
@@ -135,15 +132,12 @@ class BestModel:
         if self.record is None and remembered is not None:
             strategy.print(f"note: {folder} is gone, the model of step {remembered['step']}: the next one is the best")
 
-    def _tidy(self, resumed: bool) -> None:
+    def _tidy(self) -> None:
         aside, old = self._beside(checkpoint.PART), self._beside(f".old{checkpoint.PART}")
         if old.exists() and not self.folder.exists():  # killed between two renames; the new folder is complete
             (aside if aside.exists() else old).rename(self.folder)
         for left_over in (aside, old):
             shutil.rmtree(left_over, ignore_errors=True)
-        if not resumed and self.folder.exists():
-            shutil.rmtree(self._beside(".old"), ignore_errors=True)
-            self.folder.rename(self._beside(".old"))
 
     def _beside(self, suffix: str) -> Path:
         return self.folder.with_name(self.folder.name + suffix)

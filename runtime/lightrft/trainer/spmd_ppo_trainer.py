@@ -197,11 +197,9 @@ class SPMDPPOTrainerVL:
         evaluation = Evaluation(self.experience_maker, self.max_new_tokens, eval_dataloader, self.evaluators)
         run = Path(self.args.save_path)
         if self.args.keep_best is not None:
-            best = BestModel(self.strategy, run / "best", self.args.keep_best, first > 0, self.restored_best)
+            best = BestModel(self.strategy, run / "best", self.args.keep_best, self.restored_best)
             self.saver.best = best
         writer = MetricsWriter(run, self.args, first) if self.strategy.is_rank_0() else None
-        if writer is not None and first == 0:
-            trajectories.set_aside(run)
         self.progress = Progress(total, first, self.strategy.is_rank_0())
         self.experience_maker.on_phase = self.progress.phase
         if self.args.dynamic_sampling:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +45,3 @@ def save(run: Path, step: int, samples: list[dict[str, Any]]) -> None:
     with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-
-def set_aside(run: Path) -> None:
-    """Keep an older run's samples as ``trajectories.old``, as its metrics are kept as ``metrics.jsonl.old``."""
-    folder = run / FOLDER
-    if folder.exists():
-        old = folder.with_name(FOLDER + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)

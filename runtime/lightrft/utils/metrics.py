@@ -21,7 +21,7 @@ class MetricsWriter:
     """Writes one record a step. Made on rank 0 only.
 
     A resumed run goes on in the same ``metrics.jsonl`` and the same wandb run; records of steps that it will repeat
-    are removed. A new run in an old folder keeps the old file as ``metrics.jsonl.old``.
+    are removed.
 
     :param args: The run's arguments: ``use_wandb``, ``wandb_*``, ``use_tensorboard``. ``WANDB_MODE`` makes wandb
         offline or disabled.
@@ -31,12 +31,9 @@ class MetricsWriter:
     def __init__(self, folder: Path, args: Any, done: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if path.exists():
-            if done == 0:
-                path.replace(folder / "metrics.jsonl.old")
-            else:
-                keep_steps(path, done)
-        self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
+        if done and path.exists():
+            keep_steps(path, done)
+        self._file = path.open("ab", buffering=0)
         self._pending: list[bytes] = []  # records that could not be written yet
         self._wandb = self._tensorboard = None
         if args.use_wandb:

@@ -113,6 +113,7 @@ def render(
         run=runs[0],
         tiles=tiles(runs[0]),
         tables=[(run, metric_rows(run)) for run in runs],
+        sessions=session_rows(runs[0]),
         settings=settings(runs),
         evaluation=evaluation,
         listening=rollouts,
@@ -250,6 +251,24 @@ def settings(runs: Sequence[Run]) -> dict[str, Any]:
         "changed": {name: values for name, values in flags.items() if name in changed or len(set(values)) > 1},
         "all": flags,
     }
+
+
+def session_rows(run: Run) -> list[tuple[str, ...]]:
+    """Start, end, how it ended, steps, ranks and machine, and changed settings of each session of a run."""
+    rows = []
+    for session in (run.config or {}).get("sessions", ()):
+        changes = (f"{name}: {old} → {new}" for name, (old, new) in session.get("changes", {}).items())
+        rows.append(
+            (
+                session["started"],
+                session.get("ended", ""),
+                session.get("how", "killed, or still running"),
+                f"{session['first_step']} to {session.get('last_step', '?')}" if "first_step" in session else "?",
+                f"{session['ranks']} on {session['machine']}" if "ranks" in session else "?",
+                "; ".join(changes),
+            )
+        )
+    return rows
 
 
 def show_flag(value: Any) -> str:

@@ -231,7 +231,14 @@ def _add_output_flags(g: Any) -> None:
     g.add_argument("--save_hf_ckpt", action=BOOL, default=False, help="with each checkpoint a Hugging Face folder too")
     g.add_argument("--disable_ds_ckpt", action=BOOL, default=False, help="no checkpoints for resuming")
     g.add_argument("--max_ckpt_num", type=int, default=3, help="checkpoints to keep")
-    g.add_argument("--load_checkpoint", action=BOOL, default=False, help="resume from --ckpt_path")
+    g.add_argument("--load_checkpoint", action=BOOL, default=False, help="resume the run from --ckpt_path")
+    g.add_argument(
+        "--allow_changes",
+        nargs="+",
+        metavar="NAME",
+        help="settings that a resumed run may change, such as num_episodes; any other change of what is trained is "
+        "refused",
+    )
     g.add_argument(
         "--on_anomaly",
         choices=("warn", "stop", "skip"),

@@ -1,4 +1,4 @@
-"""The settings of a run in ``run_config.json``, written at its start, and ``report.html``, written at its end."""
+"""What ``run_config.json`` says of the program, and ``report.html``, written at the end of a run."""
 
 from __future__ import annotations
 
@@ -9,42 +9,27 @@ import platform
 import subprocess
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from aqa.common.files import write_atomically
 from aqa.common.versions import installed_versions
 
 CONFIG = "run_config.json"  # config.json is the model's
 REPORT_SECONDS = 300  # most time for the report at the end of a run
 
 
-def write_config(args: argparse.Namespace, parser: argparse.ArgumentParser, host: str, devices: str) -> str | None:
-    """Write flags, versions and machine. Nothing of the environment is written: it holds the keys.
-
-    :param parser: Knows the defaults.
-    :return: A warning if the file cannot be written, on a full disk for instance; the training goes on.
-    """
-    flags = {name: getattr(args, name) for name in vars(parser.parse_args([]))}
-    changed = sorted(name for name, value in flags.items() if value != parser.get_default(name))
-    record = {
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+def describe_program(args: argparse.Namespace, parser: argparse.ArgumentParser, host: str, devices: str) -> dict:
+    """Versions, machine, and which flags are not at their default. Nothing of the environment, which holds the keys."""
+    return {
         "host": host,
         "code": code_version(),
         "devices": devices,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version()} | installed_versions(),
-        "changed": changed,
-        "flags": flags,
+        "changed": sorted(
+            name for name in vars(parser.parse_args([])) if getattr(args, name) != parser.get_default(name)
+        ),
     }
-    path = Path(args.save_path) / CONFIG
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(record, indent=2, default=str) + "\n")
-    except OSError as error:
-        return f"WARNING: {path} cannot be written ({error})"
-    return None
 
 
 def code_version() -> str:
@@ -80,6 +65,6 @@ def write_report(run: Path) -> str:
 
 
 def read_config(run: Path) -> dict[str, Any] | None:
-    """What :func:`write_config` wrote into a run's folder; None for a run without it."""
+    """A run's ``run_config.json``; None for a run without it."""
     path = run / CONFIG
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

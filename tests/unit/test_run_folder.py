@@ -1,0 +1,329 @@
+"""A run's folder belongs to one run: what a new one moves aside, what a resumed one may change, who may train there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import train_colocate
+from conftest import EXAMPLE, run_script
+
+from aqa.report.page import session_rows
+from aqa.report.run_data import Run
+from aqa.training.flag_rules import find_problems
+from aqa.training.flags import build_parser, finish
+from aqa.training.run_folder import EARLIER, FIXED, FREE, open_run
+from lightrft.utils import add_arguments
+
+PARSER = build_parser(add_arguments)
+# by which files a run is told from another: a file for each thing that a run writes
+FILES = ["model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "best/best.json", "report.html"]
+FILES += ["metrics.jsonl", "trajectories/step_000001.jsonl", "hf_step_000002/config.json", "eval/a.json", "metrics.csv"]
+FILES += ["logs/rank0.20260101-000000.log", "wandb_run_id.txt", "adapter/adapter_config.json", "chat_template.jinja"]
+CHECKPOINT = ["_actor/latest", "_actor/step_000002/weights"]
+
+
+@pytest.fixture
+def session(tmp_path):
+    """``session(flag=value, ...)``: a session's work on its folders, without the training. Returns id and messages."""
+    for name, text in (("model/config.json", "{}"), ("model/model.safetensors", "w"), ("data/train.parquet", "12")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def work(prompts=0, trained=8, files=(), **flags):
+        given = {
+            "pretrain": tmp_path / "model",
+            "prompt_data": tmp_path / "data",
+            "save_path": tmp_path / "run",
+        } | flags
+        command = []
+        for name, value in given.items():
+            values = value if isinstance(value, list) else [value]
+            command += [f"--{name}", *([] if value is True else map(str, values))]
+        args = PARSER.parse_args(command)
+        finish(args)
+        with open_run(args, PARSER) as folder:
+            notes = folder.begin(prompts, {})
+            note = train_colocate.model_notes(folder.run, 0.0, trained)["r1_aqa.json"]
+            for name in (*files, *(["r1_aqa.json"] if files else [])):
+                path = Path(args.ckpt_path if name.startswith("_actor") else args.save_path) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(note if path.name == "r1_aqa.json" else f"{name} of {folder.run}")
+            folder.work_done = folder.trained()
+        return folder.run, "\n".join(notes), folder
+
+    return work
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------------- new runs
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_new_run_moves_everything_of_the_older_one_aside(session, tmp_path, apart):
+    places = {"ckpt_path": tmp_path / "checkpoints"} if apart else {}
+    out, ckpt = tmp_path / "run", tmp_path / ("checkpoints" if apart else "run")
+    first, _, _ = session(files=[*FILES, *CHECKPOINT], **places)
+    (out / "my notes.txt").touch()
+    older = {**content(out), **content(ckpt)}
+    second, said, _ = session(files=["model.safetensors", "config.json"], **places)
+    assert first != second and str(out / EARLIER / first) in said and str(ckpt / EARLIER / first) in said
+    aside = {**content(out / EARLIER / first), **content(ckpt / EARLIER / first)}
+    assert aside == {name: text for name, text in older.items() if name != "my notes.txt"}
+    left = [name for name in content(out) if not name.startswith(EARLIER)]
+    assert sorted(left) == sorted(
+        ["config.json", "model.safetensors", "my notes.txt", "r1_aqa.json", "run_config.json"]
+        + ([] if apart else ["_actor/run.json"])
+    )
+    # the severe case: the older run's checkpoints cannot be resumed into the newer run's model any more
+    args = PARSER.parse_args(["--save_path", str(out), "--ckpt_path", str(ckpt), "--load_checkpoint"])
+    assert any("holds no checkpoint" in problem for problem in find_problems(args, 1))
+    places = {"save_path": out / EARLIER / first, "ckpt_path": ckpt / EARLIER / first}
+    assert session(load_checkpoint=True, prompts=4, **places)[0] == first  # but where it is now, the run goes on
+
+
+def test_runs_of_an_older_version_are_moved_aside_by_their_date(session, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.jsonl", "model.safetensors", "config.json"):
+        (tmp_path / "run" / name).write_text("old")
+        os.utime(tmp_path / "run" / name, (0, 86400 * 365))
+    session()
+    [place] = (tmp_path / "run" / EARLIER).iterdir()
+    assert place.name.startswith("1971-01-01".replace("-", "")) and len(content(place)) == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "message"),
+    [
+        (["config.json", "model.safetensors"], {}, "holds config.json, model.safetensors, which no run"),
+        (["best/x"], {}, "holds best, which no run"),
+        (["metrics.jsonl", "best/config.json"], {"pretrain": "run/best"}, "--pretrain run/best lies there"),
+        (["metrics.jsonl", "config.json"], {"pretrain": "run"}, "--pretrain run lies there"),
+        (["train.parquet"], {"prompt_data": "run"}, "--prompt_data run lies there"),
+        (["metrics.jsonl", "eval/q.json"], {"eval_benchmark": "run/eval/q.json"}, "--eval_benchmark run/eval/q"),
+    ],
+)  # fmt: skip
+def test_folders_that_are_no_runs_and_what_is_read_stay_where_they_are(
+    session, tmp_path, monkeypatch, files, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("precious")
+    before = content(tmp_path / "run")
+    with pytest.raises(SystemExit, match=message):
+        session(**flags)
+    assert content(tmp_path / "run") == before
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+CHANGES = {
+    "actor_learning_rate": 2e-6,
+    "seed": 7,
+    "n_samples_per_prompt": 4,
+    "rollout_batch_size": 8,
+    "train_batch_size": 256,
+    "num_episodes": 3,
+    "max_samples": 100,
+    "lr_warmup_ratio": 0.5,
+    "init_kl_coef": 0.1,
+    "temperature": 0.5,
+    "advantage_estimator": "rloo",
+    "reward": "exact",
+    "max_norm": 2.0,
+    "adam_betas": [0.9, 0.99],
+    "lora_alpha": 8,
+    "engine_type": "hf",
+    "bf16": True,
+    "lora_rank": 8,
+    "zero_stage": 3,
+    "fsdp": True,
+    "freeze_prefix": "audio_tower",
+}
+
+
+def test_changed_settings_are_refused_unless_they_are_named(session):
+    session(files=CHECKPOINT)
+    for name, value in CHANGES.items():
+        allowed = {"allow_changes": [name]} if name in FIXED else {}
+        with pytest.raises(SystemExit, match=f"- {name}: .*, now") as refused:
+            session(load_checkpoint=True, **{name: value}, **allowed)
+        assert (f"--allow_changes {name} if this is meant" in str(refused.value)) == (name not in FIXED)
+    may = {name: value for name, value in CHANGES.items() if name not in FIXED}
+    _, said, _ = session(load_checkpoint=True, allow_changes=list(may), **may)
+    assert said.count("changed   ") == len(may) and "actor_learning_rate: 1e-06, from now on 2e-06" in said
+    session(load_checkpoint=True, **may)  # these are the run's settings now
+    with pytest.raises(SystemExit, match="actor_learning_rate: 2e-06, now 1e-06"):
+        session(load_checkpoint=True)
+    with pytest.raises(SystemExit, match="--allow_changes sed: no such flag"):
+        session(load_checkpoint=True, **may, allow_changes=["sed", "seed"])
+    assert set(vars(PARSER.parse_args([]))) >= {*FREE, *FIXED}  # all are flags
+
+
+def test_the_number_of_ranks_is_compared(session, monkeypatch):
+    session(files=CHECKPOINT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="ranks: 1, now 2"):
+        session(load_checkpoint=True)
+    session(load_checkpoint=True, allow_changes=["ranks"])
+
+
+def test_model_and_data_are_compared_by_content(session, tmp_path):
+    session(files=CHECKPOINT, eval_steps=5)
+    for name in ("data", "model"):
+        shutil.move(tmp_path / name, tmp_path / f"moved_{name}")
+    moved = {"prompt_data": tmp_path / "moved_data", "pretrain": tmp_path / "moved_model"}
+    session(load_checkpoint=True, save_steps=7, **moved)
+    (tmp_path / "moved_data" / "train.parquet").write_text("21")  # the rows in another order
+    with pytest.raises(SystemExit, match=r"prompt_data: .*data \(content \w+\), now .*moved_data \(content \w+\)\n"):
+        session(load_checkpoint=True, **moved)
+    session(load_checkpoint=True, **moved, allow_changes=["prompt_data"])
+    (tmp_path / "moved_model" / "model.safetensors").write_text("v")
+    with pytest.raises(SystemExit, match="the weights are the checkpoint's"):
+        session(load_checkpoint=True, **moved, allow_changes=["pretrain"])
+
+
+def test_one_changed_part_of_a_large_file_is_noticed(session, tmp_path):
+    with (tmp_path / "model" / "model.safetensors").open("wb") as file:
+        file.truncate(40 * 2**20)
+    session(files=CHECKPOINT)
+    for place in (0, 40 * 2**20 - 1):
+        with (tmp_path / "model" / "model.safetensors").open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        with pytest.raises(SystemExit, match="pretrain"):
+            session(load_checkpoint=True)
+
+
+def test_folder_and_checkpoints_must_be_of_one_run(session, tmp_path):
+    first, _, _ = session(files=CHECKPOINT)
+    second, _, _ = session(files=["config.json"], save_path=tmp_path / "other")
+    before = content(tmp_path / "other")
+    with pytest.raises(SystemExit, match=f"checkpoints of run {first}, and .* the folder of run {second}"):
+        session(load_checkpoint=True, save_path=tmp_path / "other", ckpt_path=tmp_path / "run")
+    assert content(tmp_path / "other") == before
+    places = {"save_path": tmp_path / "third", "ckpt_path": tmp_path / "run"}
+    assert session(load_checkpoint=True, **places)[0] == first  # goes on in a folder of its own
+
+
+def test_runs_of_an_older_version_resume_with_a_note(session, tmp_path):
+    for name in CHECKPOINT:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    for name in ("config.json", "model.safetensors"):  # perhaps another run's
+        (tmp_path / "run" / name).write_text("a finished model")
+    _, said, folder = session(load_checkpoint=True)
+    assert "none are compared" in said and folder.work_done == 0
+    assert len(list((tmp_path / "run" / EARLIER).glob("*/model.safetensors"))) == 1
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run" / "_actor").mkdir(parents=True)
+    config = {"started": "2026-01-01", "flags": {"seed": 42, "num_episodes": 5}}  # an older version knew fewer flags
+    (tmp_path / "run" / "run_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="num_episodes: 5, now 1"):
+        session(load_checkpoint=True)
+    _, said, _ = session(load_checkpoint=True, num_episodes=5)
+    assert "only flags are compared" in said
+
+
+def test_a_run_that_has_ended_is_not_trained_further_and_none_becomes_shorter(session):
+    _, _, folder = session(files=["config.json"], trained=8)
+    assert folder.work_done == 8
+    assert train_colocate.has_ended(8, 8) and not train_colocate.has_ended(8, 12)
+    with pytest.raises(SystemExit, match=r"trained on 8 prompts already, and .* now make 4"):
+        train_colocate.has_ended(8, 4)
+
+
+# ------------------------------------------------------------------------------------------------ two trainings, places
+def test_a_second_training_is_refused(session, tmp_path):
+    (tmp_path / "model" / "processor_config.json").touch()
+    command = ["--pretrain", tmp_path / "model", "--prompt_data", tmp_path / "data", "--engine_type", "hf"]
+    command += ["--save_path", tmp_path / "a", "--ckpt_path", tmp_path / "b"]
+    args = PARSER.parse_args(list(map(str, command)))
+    with open_run(args, PARSER):
+        before = content(tmp_path / "a")
+        done = run_script("train_colocate.py", *command, check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"error: --save_path {tmp_path / 'a'} is in use by process {os.getpid()} on host" in done.stderr
+        with pytest.raises(SystemExit, match=f"--ckpt_path {tmp_path / 'b'} is in use by"):
+            session(ckpt_path=tmp_path / "b")
+        assert content(tmp_path / "a") == before
+    assert not list(tmp_path.rglob("run.lock"))
+
+
+def test_a_place_that_cannot_be_written_is_named(session, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"--save_path .*file/run: cannot be written"):
+        session(save_path=tmp_path / "file" / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------- sessions
+def test_each_session_is_recorded_and_shown(session, tmp_path):
+    session(files=CHECKPOINT)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3}\n')
+    args = {"load_checkpoint": True, "prompts": 32, "num_episodes": 2, "allow_changes": ["num_episodes"]}
+    session(**args)
+    config = json.loads((tmp_path / "run" / "run_config.json").read_text())
+    assert [each["first_step"] for each in config["sessions"]] == [1, 3]  # 32 prompts are 2 steps of 16
+    config["sessions"][0] = {k: v for k, v in config["sessions"][0].items() if k not in ("ended", "how", "last_step")}
+    rows = session_rows(Run(tmp_path, "run", [1], {}, config, 0))
+    assert rows[0][1:4] == ("", "killed, or still running", "1 to ?")
+    assert rows[1][2:4] == ("finished", "3 to 3") and rows[1][5] == "num_episodes: 1 → 2"
+
+
+@pytest.mark.parametrize(
+    ("error", "how"),
+    [
+        (SystemExit(143), "SIGTERM"),
+        (SystemExit(4), "--on_anomaly stop"),
+        (SystemExit("no such metric"), "no such metric"),
+        (ValueError("a\nb"), "ValueError: a"),
+    ],
+)
+def test_how_a_session_ended(tmp_path, error, how):
+    args = PARSER.parse_args([f"--save_path={tmp_path}", "--pretrain=a/b", f"--prompt_data={tmp_path / 'data'}"])
+    finish(args)
+    with pytest.raises(type(error)), open_run(args, PARSER) as folder:
+        folder.begin(0, {})
+        raise error
+    config = json.loads((tmp_path / "run_config.json").read_text())
+    assert config["sessions"][0]["how"] == how
+
+
+# -------------------------------------------------------------------------------------------------------- launch script
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "exp-ep1-kl0.04-lr1e-6-newer"),
+        ({"LR": "2e-6"}, "exp-ep1-kl0.04-lr2e-6-second"),
+        ({"EPISODE": "2"}, None),  # nobody trained so: a new run
+        ({"RUN_ID": "first"}, "exp-ep1-kl0.04-lr1e-6-first"),
+        ({"RUN_ID": "second"}, "exp-ep1-kl0.04-lr2e-6-second"),  # whose settings train_colocate.py compares
+        ({"RUN_ID": "second", "EPISODE": "2"}, "exp-ep1-kl0.04-lr2e-6-second"),
+        ({"RUN_ID": "er"}, None),  # is no other run's end
+        ({"EXPERIMENT_NAME": "another"}, None),
+    ],
+)
+def test_the_launch_script_resumes_the_run_that_its_variables_name(tmp_path, settings, expected):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/bash\n[ "$1" = -c ] || echo "told: $*"\n')
+    stub.chmod(0o755)
+    names = ["exp-ep1-kl0.04-lr1e-6-first", "exp-ep1-kl0.04-lr1e-6-newer", "exp-ep1-kl0.04-lr2e-6-second"]
+    for age, name in enumerate(names):  # the newest of all is the one with another learning rate
+        latest = tmp_path / "results" / "exp" / name / "_actor" / "latest"
+        latest.parent.mkdir(parents=True)
+        latest.touch()
+        os.utime(latest, (1000 + age, 1000 + age))
+    variables = {"EXPERIMENT_NAME": "exp", "RESUME": "1", "PYTHON": stub, "PATH_TO_YOUR_AVQA_DATASET": "x"}
+    environment = os.environ | {name: str(value) for name, value in (variables | settings).items()}
+    command = ["bash", str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [told] = [line for line in done.stdout.splitlines() if line.startswith("told: ")]
+    path = told.split("--save_path results/")[1].split()[0]
+    assert ("--load_checkpoint" in told) == (expected is not None)
+    assert path == f"exp/{expected}" if expected else path.split("/")[1] not in names
