@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,9 +313,10 @@ def test_a_folder_that_is_gone_is_said(make_best):
     assert "is gone, the model of step 9" in make_best.said[0]
 
 
-def test_another_metric_is_refused(make_best):
+def test_another_metric_is_refused(make_best, tmp_path):
     keep(make_best(), 9, 0.9)
     with pytest.raises(SystemExit, match="holds the best by eval/mmau/accuracy, which cannot be compared"):
         make_best(metric="eval/reward")
     with pytest.raises(KeyError, match="no such metric; it has eval/mmau/accuracy"):
-        make_best(resumed=False, metric="eval/reward").keep({METRIC: 0.1, "time/eval": 1.0}, 1, None)
+        shutil.rmtree(tmp_path / "best")
+        make_best(metric="eval/reward").keep({METRIC: 0.1, "time/eval": 1.0}, 1, None)
