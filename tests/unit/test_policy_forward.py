@@ -1,7 +1,9 @@
 """The policy's log-probs and gradients against plain transformers: one unpadded sample, one clip, full logits."""
 
 import copy
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from aqa.patches.slots import audio_token_count, pack_clip, unpack_clips
 from aqa.policy import forward as policy_forward
 from aqa.policy.forward import encode_clips
+from aqa.policy.packing import divide_groups
 from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import make_micro_batch
@@ -158,14 +161,17 @@ def test_each_different_clip_is_encoded_once(policy, monkeypatch):
     assert seen == [2]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient_checkpointing"])
-def test_gradients_of_shared_clips_equal_the_naive_ones(plain, checkpointing):
+@pytest.mark.parametrize(
+    ("attention", "checkpointing"), [("sdpa", False), ("sdpa", True), ("eager", True)], ids=["plain", "gc", "eager gc"]
+)
+def test_gradients_of_shared_clips_equal_the_naive_ones(plain, attention, checkpointing):
     """The loss is a weighted sum of log-probs, the weights as different as advantages are.
 
     In float64, because gradients add up along other paths; the log-probs themselves are made in float32.
     """
     model = copy.deepcopy(plain).double()
     policy = copy.deepcopy(plain).double().train()
+    policy.set_attn_implementation(attention)
     actor = as_actor(policy, temperature=0.9)
     if checkpointing:
         actor.gradient_checkpointing_enable({"use_reentrant": False})
@@ -202,6 +208,43 @@ def test_gradients_of_shared_clips_equal_the_naive_ones(plain, checkpointing):
         assert error < 1e-5, f"{name}: relative error {error}"
         compared += 1
     assert compared == sum(1 for _ in policy.parameters()) - 1
+
+
+def test_the_decoder_gets_each_prompt_once_and_each_response_once(policy):
+    prompts = [make_item(101, 1, [9])[0], make_item(None, 2, [9])[0]]
+    items = [
+        dataclasses.replace(prompt, response_ids=torch.arange(8, 8 + length))
+        for prompt, lengths in zip(prompts, [(5, 3, 5, 1), (4, 5)], strict=True)
+        for length in lengths
+    ]
+    shapes = []
+    hook = policy.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    try:
+        forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
+    finally:
+        hook.remove()
+    # the last token of a response predicts nothing; two rows, the second padded to the first's width
+    first, second = len(prompts[0].prompt_ids) + 4 + 2 + 4 + 0, len(prompts[1].prompt_ids) + 3 + 4
+    assert shapes == [(2, max(first, second))]
+
+
+def rows_of(prompt: int, lengths: list[int], hidden: int = 4096) -> list[list[int]]:
+    config = SimpleNamespace(
+        hidden_size=hidden, num_attention_heads=32, num_key_value_heads=32, intermediate_size=11008
+    )
+    valid = torch.zeros(len(lengths), prompt + max(lengths), dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        valid[row, : prompt + length] = True
+    return divide_groups([list(range(len(lengths)))], valid, prompt, config)
+
+
+def test_long_responses_get_rows_of_their_own():
+    """With the sizes of the 7B model a prompt costs 340 tokens; pairs of tokens count at several thousands."""
+    assert rows_of(340, [24] * 8) == [list(range(8))]
+    assert rows_of(340, [256] * 8) == [list(range(8))]
+    assert len(rows_of(340, [16_000] * 8)) == 8
 
 
 @pytest.mark.parametrize("frames", [*range(3, 16), 100, 101, 102, 103, 2996, 2997, 2998, 2999, 3000])

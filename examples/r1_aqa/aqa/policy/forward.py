@@ -5,7 +5,7 @@ on either host, with transformers 4.57 and 5. It differs from transformers' own 
 
 - a clip is encoded once, however many sequences of the micro-batch share it;
 - the tower works on the valid frames and not on 30 s of padding (``policy.model_parts``);
-- a prompt that several responses share goes through the language model once, and its keys and values are reused;
+- a prompt that several responses share goes through the language model once (``policy.packing``);
 - audio goes to the placeholders of the *prompt*, so that a placeholder which the model samples cannot shift it;
 - logits are computed for response positions only, and a chunk at a time (``policy.token_log_probs``).
 """
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import DynamicCache
 
 from aqa.common.constants import MAX_FRAMES
 from aqa.policy.model_parts import Parts, family_of
+from aqa.policy.packing import Packing, divide_groups, pack
 from aqa.policy.token_log_probs import token_log_probs
 
 
@@ -93,7 +93,7 @@ def response_log_probs(
     """Log-probabilities of the response tokens under the distribution they were sampled from.
 
     :param sequences: Token ids ``(batch, length)``: padding, prompt, response, padding; the last
-        ``response_mask.shape[1]`` columns, two or more, are the response region.
+        ``response_mask.shape[1]`` columns are the response region.
     :param attention_mask: ``(batch, length)``, 1 at tokens.
     :param response_mask: ``(batch, response length)``, 1 at response tokens.
     :param features: Different clips ``(clips, n_mels, 3000)``; None for text alone.
@@ -104,55 +104,42 @@ def response_log_probs(
     :return: ``(batch, response length)`` float32, 0 where ``response_mask`` is 0.
     :raises ValueError: if the prompt's placeholders do not match the clips.
     """
-    width = response_mask.shape[1]
-    split = sequences.shape[1] - width
+    split = sequences.shape[1] - response_mask.shape[1]
     _, _, decoder, head = parts_of(model)
     is_audio = sequences == model.config.audio_token_id
     is_audio[:, split:] = False  # placeholders of the prompt only
-    packed, clip_rows, row_clips = _audio_of_rows(model, is_audio.sum(1).tolist(), features, frames, clip_index)
-    # This does not depend on the data, because under ZeRO-3 all ranks must run the same modules. Gradient checkpointing
-    # computes activations twice, and the second time the cache would already be filled.
-    shared = len(sequences) > 1 and not (model.training and decoder.gradient_checkpointing)
-    rows, group = list(range(len(sequences))), []
-    if shared:
-        tokens = sequences[:, :split].masked_fill(attention_mask[:, :split] == 0, -1)
-        rows, group = group_prompts(tokens, row_clips)
-    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-    columns = slice(0, split if shared else None)
-    embeds = model.get_input_embeddings()(sequences[rows, columns])
-    if packed is not None:
-        order = torch.cat([clip_rows[clip] for row in rows for clip in row_clips[row]] or [clip_rows[0][:0]])
-        audio = packed.to(embeds.dtype)[order]
-        embeds = embeds.masked_scatter(is_audio[rows, columns].unsqueeze(-1), audio)
+    audio, clip_rows, row_clips = _audio_of_rows(model, is_audio.sum(1).tolist(), features, frames, clip_index)
+    packing = _pack(decoder.config, sequences, attention_mask, split, row_clips)
+    source = packing.source.to(sequences.device)
+    embeds = model.get_input_embeddings()(sequences.flatten()[source])
+    if audio is not None:
+        order = torch.cat([clip_rows[clip] for row in packing.first for clip in row_clips[row]] or [clip_rows[0][:0]])
+        here = is_audio.flatten()[source] & (packing.segments == 0).to(source.device)
+        embeds = embeds.masked_scatter(here.unsqueeze(-1), audio.to(embeds.dtype)[order])
         # keeps the tower in the graph on every rank; without it ZeRO-3 hangs when one rank has no audio
-        embeds = embeds + 0.0 * packed.sum()
-    output = decoder(
+        embeds = embeds + 0.0 * audio.sum()
+    hidden = decoder(
         inputs_embeds=embeds,
-        attention_mask=attention_mask[rows, columns],
-        position_ids=position_ids[rows, columns],
-        past_key_values=DynamicCache(config=decoder.config) if shared else None,
-        use_cache=shared,
-    )
-    hidden = output.last_hidden_state[:, split - 1 :]
-    if shared:
-        index = torch.tensor(group, device=sequences.device)
-        hidden = hidden[index]
-        cache = output.past_key_values
-        cache.batch_select_indices(index)
-        continued = decoder(  # the response without its last token, after the keys and values of its group's prompt
-            inputs_embeds=model.get_input_embeddings()(sequences[:, split:-1]),
-            attention_mask=attention_mask[:, :-1],
-            position_ids=position_ids[:, split:-1],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        hidden = torch.cat([hidden, continued], 1)
-    else:
-        hidden = hidden[:, :-1]
+        attention_mask=packing.attention_mask(embeds.device, decoder.config._attn_implementation, embeds.dtype),
+        position_ids=packing.positions.to(embeds.device),
+        use_cache=False,
+    ).last_hidden_state
     chosen = response_mask.bool()
-    log_probs = token_log_probs(head, hidden[chosen], sequences[:, split:][chosen], temperature, logit_bias)
+    hidden = hidden.flatten(0, 1)[packing.predictors.to(chosen.device)[chosen]]
+    log_probs = token_log_probs(head, hidden, sequences[:, split:][chosen], temperature, logit_bias)
     return log_probs.new_zeros(chosen.shape).masked_scatter(chosen, log_probs)
+
+
+def _pack(
+    config: Any, sequences: torch.Tensor, attention_mask: torch.Tensor, split: int, row_clips: list[tuple[int, ...]]
+) -> Packing:
+    """Rows in which sequences with the same prompt share it, where the decoder's attention takes such a mask."""
+    valid = attention_mask.bool().cpu()
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())  # transformers 4.57 may have no types
+    if config._attn_implementation not in ("sdpa", "eager") or sliding:
+        return pack(valid, split, [[row] for row in range(len(valid))])
+    groups = group_prompts(sequences[:, :split].cpu().masked_fill(~valid[:, :split], -1), row_clips)
+    return pack(valid, split, divide_groups(groups, valid, split, config))
 
 
 def _audio_of_rows(
@@ -203,19 +190,14 @@ def _audio_of_rows(
     return packed, clip_rows, row_clips
 
 
-def group_prompts(prompts: torch.Tensor, row_clips: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+def group_prompts(prompts: torch.Tensor, row_clips: list[tuple[int, ...]]) -> list[list[int]]:
     """Find the sequences that share their prompt: the same tokens and the same clips.
 
     :param prompts: Prompt tokens, -1 at padding ``(batch, prompt width)``.
     :param row_clips: Clips of each sequence.
-    :return: The first sequence of each group, and the group of each sequence.
+    :return: The sequences of each group.
     """
-    known: dict[tuple, int] = {}
-    rows, group = [], []
+    groups: dict[tuple, list[int]] = {}
     for row, (tokens, clips) in enumerate(zip(prompts.tolist(), row_clips, strict=True)):
-        key = (tuple(tokens), clips)
-        if key not in known:
-            known[key] = len(rows)
-            rows.append(row)
-        group.append(known[key])
-    return rows, group
+        groups.setdefault((tuple(tokens), clips), []).append(row)
+    return list(groups.values())

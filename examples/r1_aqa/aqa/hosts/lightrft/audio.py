@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from aqa.common.constants import MAX_AUDIO_TOKENS
@@ -107,17 +106,14 @@ def audio_forward(
     if audio_values is not None:
         clips = unpack_clips(audio_values, image_grid_thw)
         audio = {"features": clips.features, "frames": clips.frames, "clip_index": clips.index}
-    width = max(num_actions, 2)  # the policy's forward needs at least two columns
-    if width > num_actions:
-        sequences, attention_mask = F.pad(sequences, (0, 1)), F.pad(attention_mask, (0, 1))
     log_probs = actor.model(
         sequences=sequences,
         attention_mask=attention_mask.long(),
-        response_mask=attention_mask[:, -width:],
+        response_mask=attention_mask[:, -num_actions:],
         temperature=getattr(actor, "temperature", 1.0),
         logit_bias=getattr(actor, "logit_bias", {}),
         **{name: value.to(sequences.device) for name, value in audio.items()},
-    )[:, :num_actions]
+    )
     return (log_probs, {}) if return_output else log_probs
 
 
