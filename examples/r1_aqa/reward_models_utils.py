@@ -4,7 +4,7 @@ The rule is in ``aqa/rewards/r1_aqa.py``, the comparison of answers in ``aqa/rew
 the lookup of ``--reward`` in ``aqa/rewards/named.py``.
 """
 
-from aqa.rewards.named import find_reward
+from aqa.rewards.named import RewardError, find_reward
 from aqa.rewards.r1_aqa import (
     PLAIN_LABEL,
     THINK_LABEL,
@@ -19,6 +19,7 @@ from aqa.rewards.r1_aqa import (
 __all__ = [
     "PLAIN_LABEL",
     "THINK_LABEL",
+    "RewardError",
     "accuracy_reward_fn",
     "avqa_combined_reward_fn",
     "extract_response",

@@ -42,7 +42,7 @@ HOST = current_host()
 HOST.prepare_import()
 from lightrft.utils import add_arguments  # noqa: E402
 
-WRONG_USE = 2  # exit status
+FAILED, WRONG_USE = 1, 2  # exit statuses
 NOTHING_LEFT = (
     "nothing left to do: this run has ended, its model is in {0}; to train it further, give more --num_episodes and "
     "--allow_changes num_episodes"
@@ -516,7 +516,10 @@ def exit_status(error: BaseException) -> int | None:
     if isinstance(error, SystemExit):
         return WRONG_USE if isinstance(error.code, str) else None
     from audio_dataset import AudioError, DataError
+    from reward_models_utils import RewardError
 
+    if isinstance(error, RewardError):
+        return FAILED
     return WRONG_USE if isinstance(error, (DataError, AudioError)) else HOST.exit_status(error)
 
 
@@ -526,9 +529,10 @@ def report_error(error: BaseException, debug: bool) -> None:
     :param debug: Print the traceback, too.
     """
     from audio_dataset import AudioError
+    from reward_models_utils import RewardError
 
     # a file that could be opened at the start fails later, and only on the rank that decodes it
-    alone = isinstance(error, AudioError)
+    alone = isinstance(error, (AudioError, RewardError))
     if not (alone or HOST.speaks_for_node()):
         return
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1

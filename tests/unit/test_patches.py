@@ -365,7 +365,8 @@ def make_rollout_strategy(answer, rank=0, world_size=1):
         return answer(kwargs)
 
     args = SimpleNamespace(seed=5, enable_engine_sleep=False, micro_rollout_batch_size=2)
-    return SimpleNamespace(args=args, rank=rank, world_size=world_size, gather_and_generate=gather_and_generate), asked
+    ranks = {"rank": rank, "world_size": world_size, "device": torch.device("cpu")}
+    return SimpleNamespace(args=args, gather_and_generate=gather_and_generate, **ranks), asked
 
 
 def echo(tokens):

@@ -27,7 +27,7 @@ from aqa.data.prompts import choices_in, render_prompt
 from aqa.rewards import matching
 from aqa.rewards import r1_aqa as rewards
 from aqa.rewards.matching import MathChecker, MathCheckUnavailable, first_answer, may_hold_math
-from aqa.rewards.named import NAMED, find_reward
+from aqa.rewards.named import NAMED, RewardError, find_reward
 from aqa.training.flags import REWARDS
 
 HEADER = "<|im_start|>assistant\n"
@@ -560,17 +560,93 @@ def test_a_module_of_ones_own_may_have_any_name(tmp_path, module):
     assert done.stdout.splitlines() == ["7.0", f"report 3 {EXAMPLE}"]
 
 
-def test_a_function_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
-        "def shout(response, reference, think):\n    return 3.5 if response.isupper() else 0\n"
-        "def broken(response, reference, think):\n    return float('nan')\n"
-        "LIMIT = 3\n"
-    )
+OWN = """
+import sys, time
+from decimal import Decimal
+import numpy as np, torch
+
+VALUES = {
+    "shout": lambda response: 3.5 if response.isupper() else 0,
+    "numpy": lambda _: np.float32(0.25), "integer": lambda _: np.int64(2), "array": lambda _: np.array(1.5),
+    "tensor": lambda _: torch.tensor(0.5, requires_grad=True), "flag": lambda _: np.True_,
+    "decimal": lambda _: Decimal("0.75"),
+    "nan": lambda _: float("nan"), "huge": lambda _: 1e39, "endless": lambda _: 10**400, "none": lambda _: None,
+    "text": lambda _: "1.0", "list": lambda _: [1.0], "vector": lambda _: torch.ones(1), "complex": lambda _: 1j,
+    "complex_tensor": lambda _: torch.tensor(1j), "exits": lambda _: sys.exit(0), "stops": lambda _: interrupt(),
+    "loud": lambda _: print("x" * 1_500) or print("y" * 1_500, file=sys.stderr) or 1.0,
+    "raises": lambda _: {}["gone"],
+}
+LIMIT = 3
+
+def interrupt():
+    raise KeyboardInterrupt
+
+def __getattr__(name):
+    return lambda response, reference, think: VALUES[name](response)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(OWN)
+    (tmp_path / "leaves.py").write_text("import sys\n\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
-    assert pay("my_rewards:shout", "DOGS")[0].tolist() == [3.5]
-    assert pay("my_rewards:shout", "dogs")[0].tolist() == [0.0]
-    with pytest.raises(ValueError, match="must return a finite number, not nan, for 'dogs'"):
-        pay("my_rewards:broken", "dogs")
-    for name in ("my_rewards:gone", "nowhere_to_be_found:shout", "my_rewards:LIMIT"):
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    {"shout": 3.5, "numpy": 0.25, "integer": 2, "array": 1.5, "tensor": 0.5, "flag": 1, "decimal": 0.75}.items(),
+)
+def test_a_reward_of_ones_own_returns_any_kind_of_number(own, name, number):
+    assert pay(f"my_rewards:{name}", "DOGS")[0].tolist() == [number]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    {
+        "nan": "returned nan",
+        "huge": "returned 1e+39",
+        "endless": "returned 1000",
+        "none": "returned None",
+        "text": "returned '1.0'",
+        "list": "returned [1.0]",
+        "vector": "returned tensor([1.])",
+        "complex": "returned 1j",
+        "complex_tensor": "returned tensor(0.+1.j)",
+        "exits": "ended with SystemExit(0)",
+        "stops": "ended with KeyboardInterrupt()",
+    }.items(),
+)
+def test_a_reward_without_a_number_is_named_with_its_sample(own, name, what):
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # as while training, where Ctrl-C raises nothing
+    try:
+        with pytest.raises(RewardError) as caught:
+            pay(f"my_rewards:{name}", "a DOG", "2 dogs")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert str(caught.value).startswith(f"--reward my_rewards:{name}: {what}")
+    assert "'a DOG' (answer '2 dogs')" in str(caught.value)
+
+
+def test_a_reward_that_raises_keeps_its_traceback_and_gets_a_note(own):
+    with pytest.raises(KeyError, match="gone") as caught:
+        pay("my_rewards:raises", "dogs")
+    assert caught.value.__notes__ == ["raised by --reward my_rewards:raises for the response 'dogs' (answer '2 dogs')"]
+    with pytest.raises(KeyboardInterrupt):  # which is Ctrl-C where nobody has taken it over
+        pay("my_rewards:stops", "dogs")
+
+
+def test_what_a_reward_prints_is_limited_per_batch(own, capsys):
+    texts = [f"{HEADER}dogs"] * 8
+    for _ in range(2):
+        find_reward("my_rewards:loud")([], None, texts, ["dogs"] * 8, {})
+        shown = capsys.readouterr()
+        left_out = 2 * (8 * 1_501 - 2_000)
+        assert len(shown.err) == 2_000
+        assert shown.out[2_000:] == f"\n... and {left_out} characters more by --reward my_rewards:loud, left out\n"
+
+
+def test_a_reward_that_cannot_be_imported_is_named(own):
+    for name in ("my_rewards:LIMIT", "nowhere_to_be_found:shout", "re:gone", "leaves:pay"):
         with pytest.raises(SystemExit, match=re.escape(f"--reward {name}: ")):
             find_reward(name)

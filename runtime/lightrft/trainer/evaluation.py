@@ -91,9 +91,9 @@ class Evaluation:
             items = self.maker.rollout(*prompts, self.greedy, step=0, all_tags=tags)
             items = items[:left]
             left -= len(items)
+            self.maker.score(items)  # collective, so also without items
             if not items:
                 continue
-            self.maker.score(items)
             for total, part in ((sums, reward_sums(items)), (tagged, tag_sums(items))):
                 for name, value in part.items():
                     total[name] += value

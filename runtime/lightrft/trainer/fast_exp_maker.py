@@ -21,6 +21,7 @@ from lightrft.trainer.advantages import (
     whiten,
 )
 from lightrft.trainer.replay_buffer import Experience, MicroBatch, make_micro_batch
+from lightrft.utils.preemption import stop_request
 from lightrft.utils.protocols import Actor, Strategy, Tokenizer
 
 
@@ -234,18 +235,24 @@ class FastExperienceMaker:
 
         The reward function gets what LightRFT gives it: whole decoded sequences, special tokens included.
 
+        Collective: a signal interrupts the reward function, and the ranks stop together.
+
         :param items: From :meth:`rollout`; changed in place.
         :raises FloatingPointError: if a reward is not finite.
         """
         decode = self.tokenizer.batch_decode
         queries = decode([torch.cat([item.prompt_ids, item.response_ids]) for item in items], skip_special_tokens=False)
-        rewards, metrics = self.reward_fn(
-            model_reward_list=[],
-            labels=[item.label for item in items],
-            queries=queries,
-            refs=[item.reference for item in items],
-            label_map=self.reward_fn_label_map,
+        scores = stop_request.interrupt(
+            lambda: self.reward_fn(
+                model_reward_list=[],
+                labels=[item.label for item in items],
+                queries=queries,
+                refs=[item.reference for item in items],
+                label_map=self.reward_fn_label_map,
+            )
         )
+        stop_request.check(self.strategy.device)  # so that scores are None on no rank
+        rewards, metrics = scores
         if not torch.isfinite(rewards).all():
             raise FloatingPointError(f"the reward function returned {rewards.tolist()}")
         responses = decode([item.response_ids for item in items], skip_special_tokens=False)

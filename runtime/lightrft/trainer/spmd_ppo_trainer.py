@@ -236,13 +236,15 @@ class SPMDPPOTrainerVL:
         self, evaluation: Evaluation, writer: MetricsWriter | None, step: int, total: int, metrics: dict[str, float]
     ) -> None:
         """Evaluate, report, save and stop, as far as each is due."""
-        if evaluation.due(step, total, self.args.eval_steps):
-            self.progress.phase("evaluate")
-            metrics |= evaluation(step)
-            self.saver.keep_best(metrics, step)
-        if writer is not None:
-            writer.write(step, metrics, self.samples)
-            self.progress.step(*step_lines(step, total, metrics))
+        try:
+            if evaluation.due(step, total, self.args.eval_steps):
+                self.progress.phase("evaluate")
+                metrics |= evaluation(step)
+                self.saver.keep_best(metrics, step)
+        finally:  # the step is done, even if a signal or an error ends its evaluation
+            if writer is not None:
+                writer.write(step, metrics, self.samples)
+                self.progress.step(*step_lines(step, total, metrics))
         if step % MEMORY_STEPS == 0:
             hand_back_memory()
         if self.args.save_steps > 0 and step % self.args.save_steps == 0:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+T = TypeVar("T")
 SAME_CTRL_C = 1.0  # seconds; the terminal and torchrun both send the signal of one Ctrl-C
 
 
-class StopError(Exception):
-    """The run was asked to end."""
+class StopError(BaseException):
+    """The run was asked to end. No Exception, which a user's reward may catch."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -28,17 +31,60 @@ class StopRequest:
     def __init__(self) -> None:
         self.number = 0
         self._since = 0.0
+        self._listening = False
+        self._may_interrupt = False
 
     def install(self) -> None:
         """Listen, from now to the end of the process."""
         for number in SIGNALS:
             signal.signal(number, self._receive)
+        self._listening = True
+
+    def before_fork(self) -> None:
+        """Hold signals back, because Python forgets those that reach a child before its own first instruction."""
+        if self._listening:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def after_fork_in_parent(self) -> None:
+        """Let them come again."""
+        if self._listening:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def after_fork_in_child(self) -> None:
+        """Undo :meth:`install` in a child, such as a worker of a reward's ``multiprocessing.Pool``.
+
+        SIGTERM must end it, which is how a pool ends its workers. What is sent to the whole process group (Ctrl-C by a
+        terminal, SIGUSR1 by Slurm) is its parent's: a pool waits for ever for the result of a worker that has died.
+        """
+        if self._listening:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._listening = self._may_interrupt = False
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.number == 0:
             self.number, self._since = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > SAME_CTRL_C:
             os._exit(128 + number)
+        if self._may_interrupt:
+            raise StopError(self.number)
+
+    def interrupt(self, function: Callable[[], T]) -> T | None:
+        """Call a user's code, which may sleep or wait, and leave it as soon as a signal comes.
+
+        Follow it with :meth:`check`, which ends the run on all ranks.
+
+        :return: What the function returns; None after a signal.
+        """
+        try:
+            self._may_interrupt = True
+            return function() if self.number == 0 else None
+        except StopError:
+            return None
+        finally:
+            self._may_interrupt = False
 
     def check(self, device: torch.device) -> None:
         """Stop if any rank was asked to. Collective.
@@ -47,7 +93,7 @@ class StopRequest:
         :raises StopError: on all ranks, if a signal has come to one.
         """
         number = self.number
-        if dist.get_world_size() > 1:
+        if dist.is_initialized() and dist.get_world_size() > 1:
             flag = torch.tensor([number], device=device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             number = int(flag)
@@ -56,3 +102,8 @@ class StopRequest:
 
 
 stop_request = StopRequest()
+os.register_at_fork(
+    before=stop_request.before_fork,
+    after_in_parent=stop_request.after_fork_in_parent,
+    after_in_child=stop_request.after_fork_in_child,
+)

@@ -10,15 +10,16 @@ be compared.
 from __future__ import annotations
 
 import importlib
-import math
+import io
 import os
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -32,6 +33,8 @@ Reward = Callable[[str, str, bool], float]
 BRIEF_WORDS = 64  # words allowed before the length penalty starts
 LONGEST_WORD = 20  # characters; a longer word counts as several, so that leaving out spaces does not pay
 LONGEST_COST = 0.5  # the most that length can cost
+LONGEST_OUTPUT = 2_000  # characters that a reward may print while it scores one batch
+LARGEST = torch.finfo(torch.float32).max  # rewards are float32
 
 EXAMPLE = str(Path(__file__).resolve().parents[2])
 USER = "user_reward"  # a package that is made for the user's module, so that it takes nobody else's name
@@ -80,7 +83,9 @@ def find_reward(name: str) -> Callable[..., tuple[torch.Tensor, dict[str, torch.
     """
     if name == "r1_aqa":
         return reward_fn
-    return score_batch_with(NAMED[name], named_references) if name in NAMED else score_batch_with(_import(name))
+    if name in NAMED:
+        return score_batch_with(NAMED[name], name, named_references)
+    return score_batch_with(_import(name), name)
 
 
 def named_references(queries: Sequence[str], refs: Sequence[str]) -> list[str]:
@@ -101,20 +106,35 @@ def named_references(queries: Sequence[str], refs: Sequence[str]) -> list[str]:
     return references
 
 
+class RewardError(Exception):
+    """A reward that ends the process, or that returns no number; the message names it, the value and the sample."""
+
+
 def score_batch_with(
-    reward: Reward, references: Callable[[Sequence[str], Sequence[str]], Sequence[str]] | None = None
+    reward: Reward, name: str, references: Callable[[Sequence[str], Sequence[str]], Sequence[str]] | None = None
 ) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Make a function that scores a batch from a reward that scores one response.
 
     :param reward: As the module's docstring describes it.
+    :param name: As given to ``--reward``.
     :param references: What the reward gets in place of the references; None: the references.
     """
 
     def score(response: str, reference: str, think: bool) -> tuple[float, float, float]:
-        total = reward(response, reference, think)
-        if isinstance(total, bool) or not isinstance(total, (int, float)) or not math.isfinite(total):
-            raise ValueError(f"--reward: it must return a finite number, not {total!r}, for {response!r}")
-        return float(total), 0.0, 0.0
+        sample = f"for the response {response!r:.300} (answer {reference!r:.100})"
+        try:
+            value = reward(response, reference, think)
+        except Exception as error:
+            error.add_note(f"raised by --reward {name} {sample}")
+            raise
+        except (SystemExit, GeneratorExit, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                raise  # Ctrl-C, and not the reward
+            raise RewardError(f"--reward {name}: ended with {error!r} {sample}; it must return a number") from error
+        total = as_number(value)
+        if total is None:
+            raise RewardError(f"--reward {name}: returned {value!r:.100} {sample}; it must return a finite number")
+        return total, 0.0, 0.0
 
     def chosen(
         model_reward_list: Sequence[torch.Tensor],
@@ -125,10 +145,60 @@ def score_batch_with(
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         _, measured = reward_fn(model_reward_list, labels, queries, refs, label_map)
         paid = refs if references is None else references(queries, refs)
-        total, _ = score_batch(model_reward_list, labels, queries, paid, score)
+        with limited_output(name):
+            total, _ = score_batch(model_reward_list, labels, queries, paid, score)
         return total, measured | {"rule_reward": total.clone()}
 
     return chosen
+
+
+def as_number(value: Any) -> float | None:
+    """A reward's value as a float; None if it is no finite number.
+
+    Whatever Python can make a number of is one (bool, NumPy's scalars, tensors without dimensions), but no text.
+    """
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+    if isinstance(value, (str, bytes, bytearray)) or getattr(value, "ndim", 0) != 0:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a complex tensor
+        return None
+    return number if abs(number) <= LARGEST else None  # False for NaN, too
+
+
+class _LimitedStream(io.TextIOBase):
+    """Passes on the first :data:`LONGEST_OUTPUT` characters and counts the others."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._left = LONGEST_OUTPUT
+        self.dropped = 0
+
+    def write(self, text: str) -> int:
+        self._stream.write(text[: self._left])
+        self.dropped += max(0, len(text) - self._left)
+        self._left = max(0, self._left - len(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+@contextmanager
+def limited_output(name: str) -> Iterator[None]:
+    """Limit what Python code prints meanwhile: a reward that prints each response would fill the log.
+
+    :param name: Of the reward, for the note about what is left out.
+    """
+    out, err = _LimitedStream(sys.stdout), _LimitedStream(sys.stderr)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
+    finally:
+        if out.dropped or err.dropped:
+            print(f"\n... and {out.dropped + err.dropped} characters more by --reward {name}, left out", flush=True)
 
 
 def _import(name: str) -> Any:
@@ -139,6 +209,8 @@ def _import(name: str) -> Any:
         raise SystemExit(
             f"--reward {name}: {error}; it must be module:function, the module in {os.getcwd()} or on PYTHONPATH"
         ) from error
+    except SystemExit as error:  # whose status could be 0, as if the training had succeeded
+        raise SystemExit(f"--reward {name}: importing {module} ended with {error!r}") from error
     if not callable(found):
         raise SystemExit(f"--reward {name}: is {found!r:.80}, no function of (response, reference, think)")
     return found

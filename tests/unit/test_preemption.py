@@ -1,0 +1,64 @@
+"""runtime/lightrft/utils/preemption.py: what a signal does to a user's reward, and to the processes that it forks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PROGRAM = """
+import multiprocessing, os, signal, sys, threading, time
+import torch
+from lightrft.utils.preemption import StopError, stop_request
+
+def sleeps():
+    try:
+        time.sleep(60)
+    except Exception:  # as rewards do that score whatever fails as 0
+        pass
+
+def in_a_pool():
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        while True:  # signals to the whole group, which its workers survive
+            pool.map(time.sleep, [0.1] * 4)
+
+def in_many_pools():
+    for _ in range(100):  # a worker may be ended before it has begun
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            pool.map(abs, [1])
+    return 1.0
+
+stop_request.install()
+if len(sys.argv) > 2:
+    threading.Timer(1.0, os.killpg, (0, getattr(signal, sys.argv[2]))).start()
+print(stop_request.interrupt(globals()[sys.argv[1]]))
+try:
+    stop_request.check(torch.device("cpu"))
+except StopError as stop:
+    sys.exit(stop.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("reward", "number", "status"),
+    [
+        ("in_many_pools", None, 0),
+        ("in_a_pool", "SIGINT", 130),
+        ("in_a_pool", "SIGUSR1", 138),
+        ("in_a_pool", "SIGTERM", 143),
+        ("sleeps", "SIGTERM", 143),
+    ],
+)
+def test_a_reward_that_forks_or_sleeps_ends_and_obeys(reward, number, status):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, reward, *filter(None, [number])],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "runtime")},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        start_new_session=True,
+    )
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ("None\n" if number else "1.0\n")
+    assert "Traceback" not in done.stderr
