@@ -29,8 +29,8 @@ def actions() -> list[argparse.Action]:
 @pytest.mark.parametrize(
     ("world", "rollout", "n", "train", "micro"),
     # the table of the original example's manual, and R1-AQA's own eight GPUs
-    [(1, 16, 8, 128, 4), (8, 16, 8, 128, 4), (1, 4, 4, 32, 4), (1, 4, 4, 16, 4)],
-    ids=["default", "default on 8", "dry-run", "1-GPU"],
+    [(1, 16, 8, 128, 4), (8, 16, 8, 128, 4), (1, 4, 4, 32, 4), (1, 4, 4, 16, 4), (8, 16, 8, 32, 4)],
+    ids=["default", "default on 8", "dry-run", "1-GPU", "PPO-like on 8"],
 )
 def test_documented_batch_sizes_are_valid(problems, world, rollout, n, train, micro):
     flags = {"rollout_batch_size": rollout, "n_samples_per_prompt": n, "train_batch_size": train}
@@ -59,8 +59,20 @@ SMALL = {
 @pytest.mark.parametrize(
     ("world", "flags", "message", "remedy"),
     [
-        (1, {"train_batch_size": 8}, "= 4 x 4 = 16; use --train_batch_size 16", {"train_batch_size": 16}),
-        (1, {"train_batch_size": 15}, "--train_batch_size 15 must be at least", {"train_batch_size": 16}),
+        (
+            1,
+            {"train_batch_size": 15},
+            "15: .* whole part of the 16 .*; use --train_batch_size 8",
+            {"train_batch_size": 8},
+        ),
+        (1, {"train_batch_size": 2}, "2: .* micro-batches of 4 .*; use --train_batch_size 4", {"train_batch_size": 4}),
+        (2, {"train_batch_size": 4}, "on each of 2 ranks; use --train_batch_size 8", {"train_batch_size": 8}),
+        (
+            1,
+            {"loss_agg_mode": "token-mean", "train_batch_size": 32},
+            "token-mean with --train_batch_size 32: .* rollouts of 16 responses, .* use --train_batch_size 16",
+            {"train_batch_size": 16},
+        ),
         (
             1,
             {"train_batch_size": 24},
@@ -89,7 +101,7 @@ SMALL = {
             1,
             {"max_epochs": 2, "train_batch_size": 32},
             "--max_epochs 2 repeats .* use --train_batch_size 16",
-            {"train_batch_size": 16},
+            {"train_batch_size": 8},
         ),
         (4, {"engine_tp_size": 3}, "--engine_tp_size 3 does not divide the 4 ranks", {"engine_tp_size": 2}),
     ],

@@ -88,7 +88,7 @@ def test_spread_of_rewards():
     sums = spread_sums(items, 2)
     assert sums == {"squares": 11.0, "groups": 3.0, "groups_alike": 2.0}
     rest = {"responses": 6.0, "rollout/reward": 7.0, "rollout/response_length": 6.0, "gap": 0.0, "policy_loss": 0.0}
-    rest |= {"micro_batches": 1.0, "kl": 0.0, "clipped": 0.0, "tokens": 6.0, "gap_tokens": 6.0}
+    rest |= {"micro_batches": 1.0, "kl": 0.0, "clipped": 0.0, "tokens": 6.0, "sampled_tokens": 8.0, "entropy": 2.0}
     rest |= {"train/not_finite": 0.0}
     metrics = step_metrics(sums | rest, {"gap": 0.0, "time/step": 1.0})
     assert metrics["rollout/groups_without_spread"] == pytest.approx(2 / 3)

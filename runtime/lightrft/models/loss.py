@@ -51,7 +51,7 @@ def grpo_loss(
     :param engine_log_probs: Under the policy that sampled, by the rollout engine.
     :param ref_log_probs: Under the reference model; None: no KL.
     :param advantages: Of each token; a response's are equal unless KL or a discount is part of its reward.
-    :param mask: Bool, True at response tokens.
+    :param mask: Bool, True at the tokens that are trained on; a response without any counts as one whose loss is 0.
     :param kl_coef: Weight of the KL.
     :param tokens_per_micro_batch: See :func:`aggregate`.
     :return: Scalar loss, and scalars without gradient: ``policy_loss``, and the sums over tokens ``tokens``,
@@ -96,11 +96,11 @@ def aggregate(
 
     :param values: ``(batch, length)``.
     :param mask: ``(batch, length)``, 1 at response tokens.
-    :param mode: ``seq-mean-token-mean`` (mean of each response, then of the responses: GRPO), ``token-mean`` (every
-        token of a rollout weighs the same: DAPO), ``seq-mean-token-sum``, or ``seq-mean-token-sum-norm`` (the sum
-        divided by the constant ``max_response_length``: Dr. GRPO).
-    :param tokens_per_micro_batch: For ``token-mean``: the response tokens of the rollout divided by its micro-batches,
-        so that micro-batches with more tokens weigh more.
+    :param mode: ``seq-mean-token-mean`` (mean of each response, then of the responses: GRPO), ``token-mean`` (all
+        tokens of an optimizer step weigh the same: DAPO), ``seq-mean-token-sum``, or ``seq-mean-token-sum-norm`` (the
+        sum divided by the constant ``max_response_length``: Dr. GRPO).
+    :param tokens_per_micro_batch: For ``token-mean``: the response tokens of the optimizer step divided by its
+        micro-batches, so that micro-batches with more tokens weigh more.
     :param max_response_length: For ``seq-mean-token-sum-norm``.
     :return: Scalar.
     :raises ValueError: if the mode is unknown.

@@ -1,8 +1,10 @@
 """The GRPO loop.
 
-What differs from the textbook: each rollout is used for one optimizer step. So the weights that sampled are those that
-are trained, the ratio is 1, and old log-probs need no forward pass of their own, except with ``max_epochs > 1`` or KL
-in the reward. The trainer's log-probs are compared with the engine's in every step, and the difference is a metric.
+What differs from the textbook: by default each rollout is used for one optimizer step. So the weights that sampled are
+those that are trained, the ratio is 1, and old log-probs need no forward pass of their own. With ``max_epochs > 1`` or
+a ``train_batch_size`` below the rollout's responses there are several optimizer steps a rollout, as in PPO: old
+log-probs are computed before the first of them and stay. The trainer's log-probs are compared with the engine's in
+every rollout, and the difference is a metric.
 
 The loss is :func:`lightrft.models.loss.grpo_loss`.
 """
@@ -48,9 +50,9 @@ MEMORY_STEPS = 50  # steps between two calls of hand_back_memory
 class UpdateTotals:
     """What one rank's micro-batches add up to.
 
-    :param sums: Of :func:`~lightrft.models.loss.grpo_loss`'s statistics and of the log-prob gap; keys are the same on
-        every rank, so that they can be added up over ranks.
-    :param maxima: Over micro-batches: ``gap``, and ``grad_norm``, which is NaN until the optimizer has stepped.
+    :param sums: Of :func:`~lightrft.models.loss.grpo_loss`'s statistics, of the log-prob gap and of the entropy; keys
+        are the same on every rank, so that they can be added up over ranks.
+    :param maxima: ``gap`` over micro-batches, and ``grad_norm`` over optimizer steps: NaN until one was made.
     :param stepped: Whether the optimizer has stepped.
     """
 
@@ -64,12 +66,23 @@ class UpdateTotals:
             self.sums[name] += float(value)
         self.sums["micro_batches"] += 1
 
-    def add_gap(self, gap: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Count how far the engine's log-probs are from the trainer's: ``(batch, length)``, 0 at padding."""
-        gap = gap.cpu()
+    def add_sampling(self, trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) -> None:
+        """Count how far the engine's log-probs are from the trainer's, and what the entropy is estimated from.
+
+        :param trainer: Log-probs under the policy that sampled ``(batch, length)``; ``engine`` likewise.
+        :param mask: ``(batch, length)``, True at sampled tokens.
+        """
+        gap = ((trainer - engine).abs() * mask).cpu()
         self.sums["gap"] += float(gap.sum())
-        self.sums["gap_tokens"] += float(tokens)
+        self.sums["entropy"] -= float((trainer * mask).sum())
+        self.sums["sampled_tokens"] += float(mask.sum())
         self.maxima["gap"] = max(self.maxima["gap"], float(gap.max()))
+
+    def add_step(self, norm: float) -> None:
+        """Count an optimizer step with a gradient of this norm."""
+        self.stepped = True
+        if math.isnan(self.maxima["grad_norm"]) or norm > self.maxima["grad_norm"]:
+            self.maxima["grad_norm"] = norm
 
 
 class SPMDPPOTrainerVL:
@@ -144,6 +157,7 @@ class SPMDPPOTrainerVL:
         warn = console.warn if strategy.is_rank_0() else lambda _: None
         self.health = Health(torch.bfloat16 if args.bf16 else torch.float32, args.on_anomaly, warn)
         self.guard = strategy.step_guard(actor.model)
+        self.losses_not_finite = 0.0  # micro-batches of the present optimizer step, on this rank
         start = ResumePoint(0, init_kl_coef, self.health.state())
         self.saver = RunSaver(strategy, actor, tokenizer, save_hf_ckpt, disable_ds_ckpt, warn, start)
         self.evaluators: list[Evaluator] = []  # what is measured every eval_steps beside the reward, see Evaluation
@@ -153,6 +167,7 @@ class SPMDPPOTrainerVL:
         for model in filter(None, (actor, initial_model)):
             model.temperature, model.logit_bias = temperature, logit_bias
         kl_in_reward = initial_model is not None and not args.use_kl_loss
+        several_steps = args.train_batch_size < args.rollout_batch_size * args.n_samples_per_prompt
         self.experience_maker = FastExperienceMaker(
             actor=actor,
             initial_model=initial_model,
@@ -168,7 +183,7 @@ class SPMDPPOTrainerVL:
                 max_tokens=max_new_tokens,
                 logit_bias=logit_bias,
             ),
-            needs_old_log_probs=max_epochs > 1 or kl_in_reward,
+            needs_old_log_probs=max_epochs > 1 or several_steps or kl_in_reward,
         )
 
     # ------------------------------------------------------------ loop
@@ -327,38 +342,51 @@ class SPMDPPOTrainerVL:
     def update(self, items: list[Experience], step: int) -> tuple[dict[str, float], dict[str, float], bool]:
         """Forward and backward over all micro-batches; the optimizer steps whenever its batch is full.
 
+        The run may stop before the first optimizer step of a rollout and after the last one: in between, the weights
+        are neither those of the resume point nor those of the next.
+
         :return: Sums and maxima for the metrics, and whether the optimizer stepped.
         :raises FloatingPointError: if a loss or gradient is not finite, unless ``--on_anomaly skip``.
         """
-        names = ["policy_loss", "kl", "clipped", "tokens", "micro_batches", "gap", "gap_tokens", "train/not_finite"]
+        names = ["policy_loss", "kl", "clipped", "tokens", "micro_batches", "train/not_finite"]
+        names += ["gap", "entropy", "sampled_tokens"]
         if self.args.rollout_correction != "none":
             names += ["weights", "limited"]
         totals = UpdateTotals(dict.fromkeys(names, 0.0))
         size = self.micro_train_batch_size
         parts = [items[i : i + size] for i in range(0, len(items), size)]
-        tokens = {"all": float(sum(len(item.response_ids) for item in items))}
-        reduce_metrics(tokens, {}, self.strategy.device)
-        tokens_per_micro_batch = tokens["all"] / (len(parts) * self.strategy.world_size)
+        tokens_per_micro_batch = self._tokens_per_micro_batch(parts)
         self.actor.train()
         for epoch in range(self.max_epochs):
             for number, part in enumerate(parts):
-                if not totals.stepped:  # the weights still are those of the resume point: the run may stop here
+                if not totals.stepped:
                     stop_request.check(self.strategy.device)
                 place = f"step {step}, epoch {epoch}, micro-batch {number}"
-                due = self._backward(part, tokens_per_micro_batch, totals, measure_gap=epoch == 0, place=place)
+                due = self._backward(part, tokens_per_micro_batch[number], totals, first=epoch == 0, place=place)
                 if due:
-                    totals.maxima["grad_norm"] = self._optimizer_step(items, totals, step)
-                    totals.stepped = True
+                    totals.add_step(self._optimizer_step(items, totals, step))
                 else:
                     self.actor.model.step()
         return totals.sums, totals.maxima, totals.stepped
 
+    def _tokens_per_micro_batch(self, parts: list[list[Experience]]) -> list[float]:
+        """For each micro-batch, the response tokens of its optimizer step over the step's micro-batches of all ranks.
+
+        Where an optimizer step spans several rollouts these are the rollout's, and nothing uses them (flag_rules).
+        """
+        size = min(self.strategy.accumulation, len(parts))
+        tokens: dict[int, float] = dict.fromkeys(range(len(parts) // size), 0.0)
+        for number, part in enumerate(parts):
+            tokens[number // size] += sum(len(item.response_ids) for item in part)
+        reduce_metrics(tokens, {}, self.strategy.device)
+        return [tokens[number // size] / (size * self.strategy.world_size) for number in range(len(parts))]
+
     def _backward(
-        self, part: list[Experience], tokens_per_micro_batch: float, totals: UpdateTotals, measure_gap: bool, place: str
+        self, part: list[Experience], tokens_per_micro_batch: float, totals: UpdateTotals, first: bool, place: str
     ) -> bool:
         """Forward and backward of a micro-batch.
 
-        :param measure_gap: The weights still are those that sampled, so trainer and engine can be compared.
+        :param first: This is the first pass over the rollout.
         :param place: For the error message.
         :return: Whether the optimizer steps next.
         """
@@ -368,7 +396,12 @@ class SPMDPPOTrainerVL:
         def padded(name: str) -> torch.Tensor:  # (batch, length)
             return pad_tokens([getattr(item, name) for item in part], mask.shape[1], self.strategy.device)
 
+        trained = mask
+        if self.args.mask_truncated:
+            ended = torch.tensor([not item.truncated for item in part], device=mask.device)
+            trained = mask & ended[:, None]
         log_probs = forward(self.actor, batch)
+        # under the policy that sampled, also where the optimizer has stepped since
         old = log_probs.detach() if part[0].old_log_probs is None else padded("old_log_probs")  # None: on-policy
         engine_log_probs = padded("engine_log_probs")
         loss, statistics = grpo_loss(
@@ -377,7 +410,7 @@ class SPMDPPOTrainerVL:
             engine_log_probs,
             None if part[0].ref_log_probs is None else padded("ref_log_probs"),
             padded("advantages"),
-            mask,
+            trained,
             self.loss_settings,
             self.kl_ctl.value,
             tokens_per_micro_batch,
@@ -390,32 +423,34 @@ class SPMDPPOTrainerVL:
         self.actor.model.backward(loss)
         if not finite:
             totals.sums["train/not_finite"] += 1
+            self.losses_not_finite += 1
             return due
         totals.add(statistics)
-        if measure_gap:
-            totals.add_gap((old - engine_log_probs).abs() * mask, statistics["tokens"])
+        if first:
+            totals.add_sampling(old, engine_log_probs, mask)
         return due
 
     def _optimizer_step(self, items: list[Experience], totals: UpdateTotals, step: int) -> float:
-        """Let the optimizer step, unless ``--on_anomaly skip`` finds something wrong with the step so far.
+        """Let the optimizer step, unless ``--on_anomaly skip`` finds something wrong with the rollout so far, or with
+        a loss of this optimizer step.
 
         :return: The gradient's norm before clipping; NaN if it was not finite.
         :raises FloatingPointError: if it was not, unless such steps are to be skipped.
         """
         skip, discard = self.health.action == "skip", False
         if skip:
-            sums = self._rollout_sums(items) | totals.sums
+            sums = self._rollout_sums(items) | totals.sums | {"train/not_finite": self.losses_not_finite}
             maxima = {"gap": totals.maxima["gap"], "time/step": math.nan}
             reduce_metrics(sums, maxima, self.strategy.device)
             discard = bool(self.health.signs(step_metrics(sums, maxima)))
-        norm = self.guard.step(discard)
+        norm, self.losses_not_finite = self.guard.step(discard), 0.0
         if not self.guard.applied:
             self.health.skipped += 1
         if is_usable(norm):
             return norm
         if not skip:
-            raise FloatingPointError(f"the gradient of step {step} is not finite; the weights are as before it")
-        if self.strategy.is_rank_0() and not totals.sums["train/not_finite"]:
+            raise FloatingPointError(f"a gradient of step {step} is not finite; it was not applied")
+        if self.strategy.is_rank_0() and not sums["train/not_finite"]:
             totals.sums["train/not_finite"] += 1  # all ranks see the same norm: count it once
         return math.nan
 

@@ -64,14 +64,15 @@ def step_metrics(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, 
     """
     metrics = {name: value / sums["responses"] for name, value in sums.items() if name.startswith("rollout/")}
     # NaN where no micro-batch had a finite loss
-    tokens, gap_tokens = sums["tokens"] or math.nan, sums["gap_tokens"] or math.nan
+    tokens, sampled = sums["tokens"] or math.nan, sums["sampled_tokens"] or math.nan
     variance = sums["squares"] / sums["responses"] - metrics["rollout/reward"] ** 2
     metrics |= {
         "rollout/reward_std": math.sqrt(variance) if variance > 1e-9 else 0.0,
         "rollout/groups_without_spread": sums["groups_alike"] / sums["groups"],
-        "rollout/logprob_gap_mean": sums["gap"] / gap_tokens,
+        "rollout/logprob_gap_mean": sums["gap"] / sampled,
         "rollout/logprob_gap_max": maxima["gap"],
         "train/policy_loss": sums["policy_loss"] / (sums["micro_batches"] or math.nan),
+        "train/entropy": sums["entropy"] / sampled,
         "train/kl": sums["kl"] / tokens,
         "train/clip_fraction": sums["clipped"] / tokens,
         **({"train/correction_weight": sums["weights"] / tokens} if "weights" in sums else {}),

@@ -98,21 +98,29 @@ METRICS = {
     "train/policy_loss": Metric(
         "Policy loss",
         "",
-        "mean over micro-batches; near 0 by construction where updates are on-policy",
-        "Not a measure of progress: look at reward. Far from 0 with --max_epochs 1: report it.",
+        "mean over micro-batches; near 0 by construction where a rollout has one optimizer step",
+        "Not a measure of progress: look at reward. Far from 0 with one optimizer step a rollout: report it.",
+    ),
+    "train/entropy": Metric(
+        "Entropy",
+        "nats a token",
+        "estimated as minus the mean log p of the sampled tokens under the policy that sampled, at --temperature",
+        "Near 0: the responses of a group are alike and teach nothing; a lower learning rate, higher --temperature or "
+        "--eps_clip_high. Rises steadily: the policy drifts into noise; lower the learning rate.",
     ),
     "train/kl": Metric(
         "KL to the start model",
         "nats a token",
-        "mean estimate by --kl_estimator over the sampled tokens",
+        "mean estimate by --kl_estimator over the tokens that are trained on",
         "Runs away (above 1): lower the learning rate or raise --init_kl_coef. Stays 0: nothing is learned, or the "
         "learning rate is too low to see.",
     ),
     "train/clip_fraction": Metric(
         "Clipped",
         "share",
-        "tokens at which the ratio was clipped; 0 while updates are on-policy",
-        "Above 0.2 with --max_epochs 2 or more: fewer epochs or a lower learning rate.",
+        "tokens at which the ratio was clipped; 0 where a rollout has one optimizer step",
+        "Above 0.2 with several optimizer steps a rollout: fewer of them (--train_batch_size, --max_epochs), or a "
+        "lower learning rate.",
     ),
     "train/correction_weight": Metric(
         "Correction weight",
@@ -135,13 +143,13 @@ METRICS = {
     "train/grad_norm": Metric(
         "Gradient norm",
         "",
-        "before clipping; null in a step without optimizer step",
+        "before clipping, the largest of the step's optimizer steps; null in a step without one",
         "Peaks above --max_norm are clipped. Grows steadily: lower the learning rate. 0: all groups without spread.",
     ),
     "train/lr": Metric(
         "Learning rate",
         "",
-        "of the step's optimizer step",
+        "of the step's first optimizer step",
         "Not the shape you wanted: --lr_warmup_ratio, and --num_episodes, which sets its end.",
     ),
     "samples_per_second": Metric(

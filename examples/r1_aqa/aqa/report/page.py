@@ -35,6 +35,7 @@ PANELS = (
     ("Accuracy", ("rollout/accuracy_reward", "eval/accuracy_reward"), False),
     ("Format", ("rollout/format_reward", "eval/format_reward"), False),
     ("KL", ("train/kl",), False),
+    ("Entropy", ("train/entropy",), False),
     ("Groups without spread", ("rollout/groups_without_spread",), False),
     ("Response length", ("rollout/response_length", "eval/response_length"), False),
     ("Gradient norm", ("train/grad_norm",), False),

@@ -221,21 +221,30 @@ def _batch_problems(args: argparse.Namespace, world: int, local: int) -> list[st
                 f"--{name} {size} does not divide the {share} responses of a rank "
                 f"({rollout} prompts x {n} samples / {world} ranks); {fitting} does"
             )
-    if train < responses:
+    if train < responses and (responses % train or train % (micro * world)):
+        whole = micro * world if share % micro == 0 else responses  # the smallest optimizer step
+        fitting = max((d for d in range(whole, train + 1, whole) if responses % d == 0), default=whole)
         problems.append(
-            f"--train_batch_size {train} must be at least --rollout_batch_size x --n_samples_per_prompt "
-            f"= {rollout} x {n} = {responses}; use --train_batch_size {responses}"
+            f"--train_batch_size {train}: an optimizer step must be a whole part of the {responses} responses of a "
+            f"rollout ({rollout} prompts x {n} samples), in micro-batches of {micro} on each of {world} ranks; "
+            f"use --train_batch_size {fitting}"
         )
-    elif train % responses:
+    elif train > responses and train % responses:
         problems.append(
             f"--train_batch_size {train} is no multiple of --rollout_batch_size x --n_samples_per_prompt "
             f"= {rollout} x {n} = {responses}: an optimizer step would end inside a rollout; "
             f"use --train_batch_size {_up(train, responses)}"
         )
-    if args.max_epochs > 1 and train != responses:
+    if args.max_epochs > 1 and train > responses:
         problems.append(
-            f"--max_epochs {args.max_epochs} repeats each rollout batch, so an optimizer step must be one rollout: "
+            f"--max_epochs {args.max_epochs} repeats each rollout batch, so an optimizer step must not span several: "
             f"use --train_batch_size {responses}"
+        )
+    if args.loss_agg_mode == "token-mean" and train > responses:
+        problems.append(
+            f"--loss_agg_mode token-mean with --train_batch_size {train}: an optimizer step would span several "
+            f"rollouts of {responses} responses, whose tokens are not known when the first one is trained on; use "
+            f"--loss_agg_mode seq-mean-token-sum-norm, or use --train_batch_size {responses}"
         )
     return problems
 

@@ -146,7 +146,12 @@ def _add_data_flags(g: Any) -> None:
 def _add_batch_flags(g: Any) -> None:
     g.add_argument("--rollout_batch_size", type=int, default=16, help="prompts a rollout, over all ranks")
     g.add_argument("--n_samples_per_prompt", type=int, default=8, help="responses a prompt (the group)")
-    g.add_argument("--train_batch_size", type=int, default=128, help="responses an optimizer step, over all ranks")
+    g.add_argument(
+        "--train_batch_size",
+        type=int,
+        default=128,
+        help="responses an optimizer step, over all ranks; fewer than a rollout's: several steps a rollout, as in PPO",
+    )
     g.add_argument("--micro_train_batch_size", type=int, default=4, help="responses in one forward and backward")
     g.add_argument("--micro_rollout_batch_size", type=int, default=8, help="responses in one log-prob forward")
     g.add_argument("--num_episodes", type=int, default=1, help="passes over the data")
@@ -196,6 +201,13 @@ def _add_grpo_flags(g: Any) -> None:
     g.add_argument("--overlong_buffer", action=BOOL, default=False, help="lower the reward near the token limit (DAPO)")
     g.add_argument("--overlong_buffer_len", type=int, default=64, help="tokens before the limit over which it falls")
     g.add_argument("--overlong_buffer_penalty_factor", type=float, default=1.0, help="by how much at the limit")
+    g.add_argument(
+        "--mask_truncated",
+        action=BOOL,
+        default=False,
+        help="train on no response that hit --generate_max_len; it still counts in its group's advantages and in the "
+        "mean over responses or tokens (DAPO's overlong filtering)",
+    )
     g.add_argument("--loss_agg_mode", choices=LOSS_AGG_MODES, default="seq-mean-token-mean", help="averaging of tokens")
     g.add_argument("--gamma", type=float, default=1.0, help="discount a token")
     g.add_argument("--init_kl_coef", type=float, default=0.04, help="weight of the KL to the start model; 0: none")

@@ -248,7 +248,8 @@ class Plan:
         beside = reference * (not args.fsdp or not args.fsdp_cpu_offload)
         waits = beside * sharded  # a whole one is in the machine's memory from the backward pass on
 
-        log_probs = self._forward(args.micro_rollout_batch_size) * (args.init_kl_coef > 0 or args.max_epochs > 1)
+        scores = args.init_kl_coef > 0 or args.max_epochs > 1 or args.train_batch_size < self.responses
+        log_probs = self._forward(args.micro_rollout_batch_size) * scores
         saved, work = self.micro_batch(args.micro_train_batch_size)
         buffers = [0.0] * 5
         if args.fsdp:

@@ -86,7 +86,12 @@ class LightRFTHost:
             problems.append(f"--loss_agg_mode {args.loss_agg_mode}: LightRFT ignores it; use seq-mean-token-mean")
         problems += [
             f"--{flag} {getattr(args, flag)}: LightRFT has no such thing; drop it"
-            for flag, neutral in (("eps_clip_high", None), ("use_gspo", False), ("rollout_correction", "none"))
+            for flag, neutral in (
+                ("eps_clip_high", None),
+                ("use_gspo", False),
+                ("rollout_correction", "none"),
+                ("mask_truncated", False),
+            )
             if getattr(args, flag) != neutral
         ]
         if args.lora_rank > 0:

@@ -122,6 +122,7 @@ class Recorder:
             "responses": float(len(mask)),
             "tokens": float(mask.sum()),
             "gap": float(gap.sum()),
+            "entropy": -float((experience.action_log_probs * mask).sum()),
             "reward": float(experience.info["reward"].sum()),
             "response_length": float(mask.sum()),
             "truncated_fraction": float(sum(sample.truncated)),
@@ -159,12 +160,13 @@ class Recorder:
         sums = self._reduced(self.rollout, dist.ReduceOp.SUM)
         maxima = self._reduced(self.maxima | self.times, dist.ReduceOp.MAX)
         responses = sums.pop("responses")
-        tokens, gap = sums.pop("tokens"), sums.pop("gap")
+        tokens, gap, entropy = sums.pop("tokens"), sums.pop("gap"), sums.pop("entropy")
         metrics = {f"rollout/{name}": value / responses for name, value in sums.items() if name != "rule_reward"}
         metrics |= {
             "rollout/logprob_gap_mean": gap / tokens,
             "rollout/logprob_gap_max": maxima.pop("gap"),
             "train/policy_loss": status.get("policy_loss", math.nan),
+            "train/entropy": entropy / tokens,
             "train/kl": status.get("kl", math.nan),
             "train/grad_norm": self._grad_norm(),
             "train/lr": self.rate,
