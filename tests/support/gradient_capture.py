@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 LEARNING_RATE = 1.0  # a step then is the gradient itself
+PLAIN = ("prompt_ids", "response_ids", "reward", "reward_metrics", "truncated", "engine_log_probs", "advantages")
 
 
 def vowels(response: str, reference: str, think: bool) -> float:
@@ -25,18 +26,39 @@ def plain_sgd(strategy, parameters, max_steps):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
+def distort_engine(maker_class) -> None:
+    """Let the engine report log-probs that are off by up to 0.3, so that a rollout correction has something to do."""
+    rollout = maker_class.rollout
+
+    def distorted(self, *args, **kwargs):
+        items = rollout(self, *args, **kwargs)
+        for item in items:
+            places = torch.arange(len(item.response_ids)) + item.response_ids
+            item.engine_log_probs = item.engine_log_probs + 0.3 * torch.sin(places.float())
+        return items
+
+    maker_class.rollout = distorted
+
+
 def record_updates(trainer_class, path: Path) -> None:
     """Write, at rank 0, all ranks' responses of each update, and the weights before it and after each step."""
     from lightrft.utils.distributed import gather_objects
+    from lightrft.utils.weight_names import is_adapter
 
     records, update, optimizer_step = [], trainer_class.update, trainer_class._optimizer_step
 
     def weights_of(trainer):
-        return {name: w.cpu().clone() for name, w in trainer.strategy.named_weights(trainer.actor.model)}
+        """Checkpoint name and value of all weights, adapters merged; live name and value of adapters."""
+        strategy, model = trainer.strategy, trainer.actor.model
+        merged = {name: w.cpu().clone() for name, w in strategy.named_weights(model)}
+        named = {name: p for name, p in strategy.unwrap_model(model).named_parameters() if is_adapter(name)}
+        if not named:
+            return merged, {}
+        with strategy.whole(list(named.values())) as values:
+            return merged, {name: value.cpu().clone() for name, value in zip(named, values, strict=True)}
 
     def recording_update(self, items, step):
-        names = ("prompt_ids", "response_ids", "reward", "advantages")
-        plain = [{name: getattr(item, name) for name in names} | item.source for item in items]
+        plain = [{name: getattr(item, name) for name in PLAIN} | item.source for item in items]
         ranks = gather_objects(plain)
         records.append({"kl_coef": self.kl_ctl.value, "ranks": ranks, "weights": [weights_of(self)]})
         result = update(self, items, step)
@@ -58,8 +80,11 @@ if __name__ == "__main__":
     sys.path[:0] = [str(script.parent), str(script.parents[2] / "runtime")]
     sys.argv = sys.argv[2:]
     from lightrft.strategy.strategy_base import StrategyBase
+    from lightrft.trainer.fast_exp_maker import FastExperienceMaker
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
 
     StrategyBase.optimizer_and_schedule = plain_sgd
+    if "--rollout_correction" in sys.argv:
+        distort_engine(FastExperienceMaker)
     record_updates(SPMDPPOTrainerVL, records)
     runpy.run_path(str(script), run_name="__main__")
