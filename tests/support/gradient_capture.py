@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-LEARNING_RATE = 1.0  # a step then is the gradient itself
 PLAIN = ("prompt_ids", "response_ids", "reward", "reward_metrics", "truncated", "engine_log_probs", "advantages")
 
 
@@ -22,7 +21,7 @@ def vowels(response: str, reference: str, think: bool) -> float:
 
 def plain_sgd(strategy, parameters, max_steps):
     """In place of ``StrategyBase.optimizer_and_schedule``."""
-    optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=strategy.args.actor_learning_rate)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 

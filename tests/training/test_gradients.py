@@ -17,7 +17,6 @@ import pytest
 import torch
 from conftest import EXAMPLE, ROOT, child_environment, made_once, run_script
 from safetensors.torch import save_file
-from support.gradient_capture import LEARNING_RATE
 from support.training import metrics_of
 from transformers import (
     AutoTokenizer,
@@ -32,15 +31,16 @@ SETUP = (
     *("--max_samples", 8, "--rollout_batch_size", 4, "--n_samples_per_prompt", 4, "--train_batch_size", 16),
     *("--micro_train_batch_size", 4, "--micro_rollout_batch_size", 4, "--generate_max_len", 20, "--temperature", 1.7),
     *("--reward", "gradient_capture:vowels", "--engine_type", "hf", "--max_norm", 0, "--init_kl_coef", 0.04),
-    "--no-report",
+    *("--no-report", "--actor_learning_rate", 1.0),  # of plain SGD: a step is the gradient itself
 )
-TWO_STEPS = ("--train_batch_size", 8)  # of half a rollout each
+TWO_STEPS = ("--train_batch_size", 8, "--actor_learning_rate", 0.2)  # of half a rollout each, and not too far
 K1 = ("--no-use_kl_loss", "--kl_estimator", "k1", "--gamma", 0.95)
 CUT = ("--mask_truncated", "--generate_max_len", 12)  # the model cuts some responses off, and ends others
-GSPO = ("--use_gspo", "--eps_clip", 3e-3, "--eps_clip_high", 4e-3)
+GSPO = ("--use_gspo", "--eps_clip", 0.05, "--eps_clip_high", 0.06)
 TIS = ("--rollout_correction", "tis", "--rollout_correction_limit", 1.2)
+MIS = ("--rollout_correction", "mis", "--rollout_correction_limit", 1.2)
 OVERLONG = ("--overlong_buffer", "--overlong_buffer_len", 10)
-CLIPPED = ("--max_norm", 0.1)
+CLIPPED = ("--max_norm", 0.3)
 # processes, flags: each flag of a method is in one case at least, with one process or two, on each way to shard
 CASES = {
     "token-mean, clip-higher, two steps a rollout on two ranks": (
@@ -81,7 +81,7 @@ CASES = {
     ),
     "REINFORCE, MIS, k1 in the reward, two steps": (
         1,
-        ("--advantage_estimator", "reinforce", "--rollout_correction", "mis", *K1, *TWO_STEPS),
+        ("--advantage_estimator", "reinforce", *MIS, *K1, *TWO_STEPS),
     ),
     "two rollouts a step, truncated masked": (1, ("--train_batch_size", 32, *CUT)),
     "LoRA on ZeRO-3": (2, ("--lora_rank", 2, "--lora_alpha", 4, "--zero_stage", 3)),
@@ -272,7 +272,9 @@ class Oracle:
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         factor = min(1.0, self.args["max_norm"] / norm) if self.args["max_norm"] else 1.0
         old = recorded[1] or {name: parameter.detach() for name, parameter in model.named_parameters()}
-        return old, {name: -LEARNING_RATE * factor * gradient for name, gradient in gradients.items()}
+        return old, {
+            name: -self.args["actor_learning_rate"] * factor * gradient for name, gradient in gradients.items()
+        }
 
     def compare(self, before, after, items, kl_coef):
         """Size of an optimizer step, and its relative error; what does not train must not move."""
