@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -136,11 +137,14 @@ def test_an_engine_lies_within_a_node(problems, world, local, tp, remedy):
     assert larger % tp == 0
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("rollout", [3, 4, 6])
-@pytest.mark.parametrize("n", [2, 5])
-@pytest.mark.parametrize("train", [6, 20, 48])
-@pytest.mark.parametrize("micro", [1, 4, 7])
+@pytest.mark.parametrize(
+    ("world", "rollout", "n", "train", "micro"),
+    [
+        sizes
+        for number, sizes in enumerate(product((1, 2, 3, 4), (3, 4, 6), (2, 5), (6, 20, 48), (1, 4, 7)))
+        if number % 5 == 0
+    ],
+)
 def test_whatever_is_wrong_with_batch_sizes_following_the_advice_ends_well(problems, world, rollout, n, train, micro):
     """Apply each message's own number until nothing is left to say, at most once a flag."""
     flags = {
@@ -392,35 +396,31 @@ def test_freeze_prefix_alone_means_the_tower():
     assert parse("--freeze_prefix", "multi_modal_projector") == ["multi_modal_projector"]
 
 
-@pytest.mark.parametrize("action", actions(), ids=lambda a: a.dest)
-def test_every_flag_has_a_help_text(action):
-    assert action.help
-    assert len(action.help) > 8
+def test_every_flag_has_a_help_text():
+    assert [action.dest for action in actions() if len(action.help or "") <= 8] == []
 
 
 BOOLEANS = sorted({a.dest for a in actions() if a.nargs == 0})
 
 
-@pytest.mark.parametrize("dest", BOOLEANS)
-def test_every_boolean_can_be_switched_on_and_off(dest):
+def test_every_boolean_can_be_switched_on_and_off():
     """Also where a script in front has already given the flag: the last one wins."""
     parser = build_parser(add_arguments)
-    options = [option for a in parser._actions if a.dest == dest for option in a.option_strings]
-    for value in (True, False):
-        reachable = {bool(getattr(parser.parse_args([option]), dest)) for option in options}
-        assert value in reachable, f"{options} never make {dest} {value}"
+    for dest in BOOLEANS:
+        options = [option for a in parser._actions if a.dest == dest for option in a.option_strings]
+        assert {bool(getattr(parser.parse_args([option]), dest)) for option in options} == {True, False}, dest
 
 
 def test_there_are_the_booleans_that_there_should_be():
     assert {"bf16", "use_kl_loss", "gradient_checkpointing", "enable_engine_sleep", "verbose"} <= set(BOOLEANS)
 
 
-@pytest.mark.parametrize("dest", sorted({a.dest for a in actions()}))
-def test_every_flag_is_read_by_something(dest):
+def test_every_flag_is_read_by_something():
     """Checking a value, as flags.py does, is not yet using it."""
     sources = [*(ROOT / "examples" / "r1_aqa").rglob("*.py"), *(ROOT / "runtime").rglob("*.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.name != "flags.py")
-    assert re.search(rf"\b(args|config)\.{dest}\b", text), f"nothing reads args.{dest}"
+    read = set(re.findall(r"\b(?:args|config)\.(\w+)", text))
+    assert {a.dest for a in actions()} - read == set()
 
 
 def test_the_choices_are_those_of_the_runtime():

@@ -299,7 +299,8 @@ def _add_output_flags(g: Any) -> None:
 def _add_planning_flags(g: Any) -> None:
     g.add_argument(
         "--plan",
-        action="store_true",
+        action=BOOL,
+        default=False,
         help="load nothing; print memory a GPU, the batch's arithmetic and what to change so that it fits, and end",
     )
     g.add_argument("--plan_gpus", type=int, help="GPUs to plan for; default: WORLD_SIZE or those here, else 8")
