@@ -60,11 +60,6 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     # this precedes the other imports, because the runtime redirects what libraries print to its log
     strategy = get_strategy(args)
 
-    from audio_dataset import (
-        patch_actor_for_audio,
-        patch_experience_maker_for_audio,
-        patch_strategy_for_audio,
-    )
     from reward_models_utils import find_reward
 
     reward_fn = find_reward(args.reward)
@@ -94,25 +89,15 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     states = resume(args, strategy, actor, optimizer, scheduler) if args.load_checkpoint else None
     done = states["consumed_samples"] if states else 0  # prompts
     has_ended(done, total)
-    about = describe_program(args, parser, describe_host(), describe_devices(strategy))
-    run, lines = on_rank_0(lambda: (folder.run, folder.begin(done, about)))
-    for line in lines:
+    for line in on_rank_0(
+        lambda: folder.begin(done, describe_program(args, parser, describe_host(), describe_devices(strategy)))
+    ):
         strategy.print(line)
 
-    # ---- rollout engine, and audio in place of images
-    HOST.status(f"starting {args.engine_type} ...")
-    notes = model_notes(run, data.asked_to_think)
-    patch_strategy_for_audio(strategy, data.processor, notes)
-    strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
-    strategy.report_memory("with models and engine")
-    models = [model for model in (actor, initial_model) if model is not None]
-    for model in models:
-        patch_actor_for_audio(model)
-    HOST.share_tower(args, strategy, models)
-    if args.lora_rank > 0 and args.init_kl_coef > 0:
-        initial_model = HOST.without_adapters(actor)
+    # ---- rollout engine, trainer
+    notes = model_notes(folder, data.asked_to_think)
+    initial_model = start_engine(args, strategy, data, notes, actor, initial_model)
     trainer = make_trainer(args, strategy, data, reward_fn, actor, initial_model, optimizer, scheduler)
-    patch_experience_maker_for_audio(trainer.experience_maker, data.processor, data.tokenizer, args.prompt_max_len)
     HOST.complete_trainer(trainer, data.prompts, data.evaluators, states)
 
     # ---- train and save
@@ -124,9 +109,10 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
         consumed_samples=done,
         num_update_steps_per_episodes=max_steps // args.num_episodes,
     )
-    notes |= model_notes(run, data.asked_to_think, total)
+    notes |= model_notes(folder, data.asked_to_think, total)
     strategy.save_model(actor, data.tokenizer, args.save_path)
-    if strategy.is_rank_0():
+    if folder is not None:
+        folder.end()  # before the report, which shows it
         HOST.say(summary(args.save_path))
         if args.report:
             HOST.say(write_report(Path(args.save_path)))
@@ -195,7 +181,8 @@ def resume(args: argparse.Namespace, strategy: Any, actor: Any, optimizer: Any, 
 
     :return: Its state beside the weights; ``consumed_samples`` is the number of prompts already used.
     """
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in scheduler.optimizer.param_groups]
+    kept = ("initial_lr", "betas", "weight_decay")
+    groups = [{name: group[name] for name in kept} for group in scheduler.optimizer.param_groups]
     rates = list(scheduler.base_lrs)
     path, states = strategy.load_ckpt(
         actor.model, os.path.join(args.ckpt_path, "_actor"), optimizer=optimizer, scheduler=scheduler
@@ -224,24 +211,45 @@ def on_rank_0(action: Callable[[], Any]) -> Any:
         try:
             answer[0] = action()
         except (OSError, SystemExit) as error:
-            answer[1] = str(error)
+            answer[1] = str(error) if isinstance(error, SystemExit) else f"the run's folder cannot be written: {error}"
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
         raise SystemExit(answer[1])
     return answer[0]
 
 
-def model_notes(run: str, asked_to_think: float, prompts: int | None = None) -> dict[str, str]:
-    """A file for a saved model's folder.
+def model_notes(folder: RunFolder | None, asked_to_think: float, prompts: int | None = None) -> dict[str, str]:
+    """A file for a saved model's folder, which rank 0 writes.
 
-    :param run: The run's id.
+    :param folder: The run's; None on other ranks.
     :param asked_to_think: Share of training prompts that ask for thinking, for eval_mmau.py.
     :param prompts: Prompts that the final model was trained on; the names of other folders tell their step.
     """
     from aqa.evaluation.checkpoints import NOTES_FILE
 
-    note = {"asked_to_think": asked_to_think, "run": run} | ({} if prompts is None else {"prompts": prompts})
+    note = {"asked_to_think": asked_to_think, "run": folder and folder.run, "prompts": prompts}
     return {NOTES_FILE: json.dumps(note) + "\n"}
+
+
+def start_engine(
+    args: argparse.Namespace, strategy: Any, data: Data, notes: dict[str, str], actor: Any, initial_model: Any
+) -> Any:
+    """Start the rollout engine, and let it and the models take audio in place of images.
+
+    :param notes: Files for every model's folder.
+    :return: The reference model: with LoRA, the actor without its adapters.
+    """
+    from audio_dataset import patch_actor_for_audio, patch_strategy_for_audio
+
+    HOST.status(f"starting {args.engine_type} ...")
+    patch_strategy_for_audio(strategy, data.processor, notes)
+    strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
+    strategy.report_memory("with models and engine")
+    models = [model for model in (actor, initial_model) if model is not None]
+    for model in models:
+        patch_actor_for_audio(model)
+    HOST.share_tower(args, strategy, models)
+    return HOST.without_adapters(actor) if args.lora_rank > 0 and args.init_kl_coef > 0 else initial_model
 
 
 def make_trainer(
@@ -255,11 +263,13 @@ def make_trainer(
     scheduler: Any,
 ) -> Any:
     """LightRFT's trainer. There is no critic and no reward model: advantages come from groups, rewards from rules."""
+    from audio_dataset import patch_experience_maker_for_audio
+
     from aqa.patches.experience_maker import BANNED
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
 
     audio_token_id = data.tokenizer.convert_tokens_to_ids(data.processor.audio_token)
-    return SPMDPPOTrainerVL(
+    trainer = SPMDPPOTrainerVL(
         strategy=strategy,
         actor=actor,
         critic=None,
@@ -287,6 +297,8 @@ def make_trainer(
         logit_bias={audio_token_id: BANNED},
         **HOST.trainer_arguments(args, data.processor),
     )
+    patch_experience_maker_for_audio(trainer.experience_maker, data.processor, data.tokenizer, args.prompt_max_len)
+    return trainer
 
 
 # ----------------------------------------------------------------------------------------------------------------- data

@@ -30,6 +30,8 @@ def test_no_finished_model_is_written_over(tiny_model, demo_parquet, tmp_path):
     done = train(tiny_model, demo_parquet, out, *HF, "--max_samples", 4)
     aside = out / "earlier" / first
     assert f"is now in {aside}" in done.stdout and files(aside) == older
+    [log] = (aside / "logs").iterdir()
+    assert "step 2/2" in log.read_text() and "step 2/2" not in (out / "logs" / "rank0.log").read_text()
     newer = files(out)
     assert not [name for name in newer if name.startswith("_actor/step")]
     done = train(tiny_model, demo_parquet, out, *HF, "--load_checkpoint", check=False)

@@ -48,7 +48,7 @@ def session(tmp_path):
         finish(args)
         with open_run(args, PARSER) as folder:
             notes = folder.begin(prompts, {})
-            note = train_colocate.model_notes(folder.run, 0.0, trained)["r1_aqa.json"]
+            note = train_colocate.model_notes(folder, 0.0, trained)["r1_aqa.json"]
             for name in (*files, *(["r1_aqa.json"] if files else [])):
                 path = Path(args.ckpt_path if name.startswith("_actor") else args.save_path) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,15 +162,16 @@ def test_changed_settings_are_refused_unless_they_are_named(session):
         session(load_checkpoint=True)
     with pytest.raises(SystemExit, match="--allow_changes sed: no such flag"):
         session(load_checkpoint=True, **may, allow_changes=["sed", "seed"])
-    assert set(vars(PARSER.parse_args([]))) >= {*FREE, *FIXED}  # all are flags
+    assert set(vars(PARSER.parse_args([]))) | {"ranks"} >= {*FREE, *FIXED}  # all are flags
 
 
-def test_the_number_of_ranks_is_compared(session, monkeypatch):
-    session(files=CHECKPOINT)
+def test_what_a_change_would_not_reach_is_refused(session, monkeypatch):
+    session(files=CHECKPOINT, kl_target=0.1)
+    with pytest.raises(SystemExit, match=r"init_kl_coef: 0.04, now 0.1 \(--kl_target has adapted it since\)"):
+        session(load_checkpoint=True, kl_target=0.1, init_kl_coef=0.1, allow_changes=["init_kl_coef"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="ranks: 1, now 2"):
-        session(load_checkpoint=True)
-    session(load_checkpoint=True, allow_changes=["ranks"])
+    with pytest.raises(SystemExit, match=r"ranks: 1, now 2 .*by as many ranks"):
+        session(load_checkpoint=True, kl_target=0.1, allow_changes=["ranks"])
 
 
 def test_model_and_data_are_compared_by_content(session, tmp_path):

@@ -63,7 +63,7 @@ _FORM = "a checkpoint fits this form of the parameters only"
 FIXED = {
     "pretrain": "the weights are the checkpoint's; another start model needs a new run (another --save_path)",
     **dict.fromkeys(("bf16", "lora_rank", "target_modules", "freeze_prefix", "load_in_4bit"), _FORM),
-    **dict.fromkeys(("fsdp", "zero_stage"), "a checkpoint is read by what wrote it"),
+    **dict.fromkeys(("fsdp", "zero_stage", "ranks"), "a checkpoint is read by what wrote it, and by as many ranks"),
 }
 ENDS = {
     4: "--on_anomaly stop",
@@ -143,7 +143,8 @@ class RunFolder:
             self.notes.append("note: an older version wrote this run: only flags are compared, not model and data")
         self.record["run"] = theirs or self.run
         found = differences(old, self.record, defaults)
-        if refusal := refuse(found, self.args.allow_changes or [], [*self.record["flags"], "ranks"]):
+        fixed = FIXED | ({"init_kl_coef": "--kl_target has adapted it since"} if self.args.kl_target else {})
+        if refusal := refuse(found, fixed, self.args.allow_changes or [], [*self.record["flags"], "ranks"]):
             raise SystemExit(refusal)
         self.changes = found
         self.notes += [f"changed   {name}: {a}, from now on {b}" for name, (a, b) in found.items()]
@@ -152,7 +153,7 @@ class RunFolder:
     def trained(self) -> int:
         """Prompts that the final model in the folder was trained on; 0 if there is none of this run."""
         note = _read(self.save / NOTES_FILE) or {}
-        return note.get("prompts", 0) if note.get("run") == self.run and _has_model(self.save) else 0
+        return note.get("prompts") or 0 if note.get("run") == self.run and _has_model(self.save) else 0
 
     def begin(self, prompts: int, about: dict[str, Any]) -> list[str]:
         """Make the folder this run's, and record the session.
@@ -183,9 +184,9 @@ class RunFolder:
             write_atomically(self.ckpt / CHECKPOINTS / RECORD, json.dumps(self.record, indent=2) + "\n")
         return self.notes
 
-    def end(self, error: BaseException | None) -> None:
-        """Record how the session ended, if it has begun."""
-        if self.config is None:
+    def end(self, error: BaseException | None = None) -> None:
+        """Record how the session ended, if it has begun and this is not recorded yet."""
+        if self.config is None or "ended" in self.config["sessions"][-1]:
             return
         how = "finished"
         if isinstance(error, SystemExit) and isinstance(error.code, int):
@@ -266,7 +267,7 @@ def open_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Itera
         except BaseException as error:
             folder.end(error)
             raise
-        folder.end(None)
+        folder.end()
 
 
 # ------------------------------------------------------------------------------------------------------------ comparing
@@ -295,22 +296,25 @@ def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, An
     return found
 
 
-def refuse(found: dict[str, list[str]], allowed: Iterable[str], known: Iterable[str]) -> str | None:
+def refuse(
+    found: dict[str, list[str]], fixed: dict[str, str], allowed: Iterable[str], known: Iterable[str]
+) -> str | None:
     """Why a run cannot be resumed with changed settings.
 
     :param found: From :func:`differences`.
+    :param fixed: Settings that cannot be changed, and why.
     :param allowed: What ``--allow_changes`` names.
     :param known: What it may name.
     :return: None if it can.
     """
     if unknown := sorted(set(allowed) - set(known)):
         return f"--allow_changes {' '.join(unknown)}: no such flag; give names without dashes, such as num_episodes"
-    left = {name: values for name, values in found.items() if name in FIXED or name not in allowed}
+    left = {name: values for name, values in found.items() if name in fixed or name not in allowed}
     if not left:
         return None
-    lines = [f"  - {name}: {old}, now {new}" + (f" ({FIXED[name]})" if name in FIXED else "")
+    lines = [f"  - {name}: {old}, now {new}" + (f" ({fixed[name]})" if name in fixed else "")
              for name, (old, new) in left.items()]  # fmt: skip
-    may = " ".join(name for name in left if name not in FIXED)
+    may = " ".join(name for name in left if name not in fixed)
     remedy = "Give them as they were" + (f", or --allow_changes {may} if this is meant" if may else "")
     return "\n".join(["--load_checkpoint: this run was trained with other settings:", *lines, remedy + "."])
 
