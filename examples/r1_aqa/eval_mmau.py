@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from aqa.common.files import write_atomically
+from aqa.common.lock import lock
 from aqa.common.versions import installed_versions
 from aqa.evaluation.answers import Answer, extract_answer
 from aqa.evaluation.checkpoints import Model, asked_to_think, resolve_model
@@ -200,6 +201,21 @@ def evaluate(args: argparse.Namespace) -> None:
     announce(args, benchmark, items, model, trained_to_think)
 
     out.parent.mkdir(parents=True, exist_ok=True)
+    with lock(out.with_suffix(".lock"), f"--out_file {out}"):
+        ask_and_score(args, benchmark, items, model, trained_to_think)
+
+
+def ask_and_score(
+    args: argparse.Namespace, benchmark: Benchmark, items: Sequence[Item], model: Model, trained_to_think: float | None
+) -> None:
+    """Ask the questions, write and score the answers; the files beside ``--out_file`` are this process's alone.
+
+    :param trained_to_think: Share of the model's training rows that asked for the thinking process; None: unknown.
+    :raises EvalError: for what the user can correct.
+    """
+    out = Path(args.out_file)
+    if out.exists() and not args.overwrite:
+        raise EvalError(f"--out_file {out}: another evaluation has just written it; --overwrite replaces it")
     partial = PartialFile(out.with_suffix(".partial.jsonl"), identity(args, benchmark, model))
     if args.overwrite:
         partial.remove()
@@ -317,6 +333,11 @@ def ask(
         else:
             engine = VLLMEngine(model, processor, settings, jobs)
         loaded = time.monotonic()
+        if model.identity() != partial.identity["model"]:
+            raise EvalError(
+                f"--model_path {args.model_path}: its weights changed while they were being loaded; start again when "
+                "the training that writes them has ended"
+            )
         finished = set(done)
         with progress_bar(screen, "answering", len(jobs), len(finished)) as bar:
             for answered in engine.answer(jobs, finished):
@@ -415,8 +436,7 @@ def score_file(argv: Sequence[str]) -> None:
     verdicts = judge_file(args.file, args.benchmark)
     scores = score(verdicts)
     print(score_table(scores, f"{verdicts.benchmark.title}, official rule: {args.file} ({verdicts.key})"))
-    if args.out_file:
-        write_atomically(args.out_file, to_json(scores))
+    write_beside(args.out_file, to_json(scores), [args.file])
 
 
 def compare_files(argv: Sequence[str]) -> None:
@@ -445,8 +465,19 @@ def compare_files(argv: Sequence[str]) -> None:
             for path, v in ((args.first, first), (other, second))
         )
         print(comparison_table(comparisons[str(other)], names), end="\n\n" if other != args.others[-1] else "\n")
-    if args.out_file:
-        write_atomically(args.out_file, to_json({"first": str(args.first), "second": comparisons}))
+    write_beside(args.out_file, to_json({"first": str(args.first), "second": comparisons}), [args.first, *args.others])
+
+
+def write_beside(out: Path | None, text: str, results: Sequence[Path]) -> None:
+    """Write what was computed of result files, if a file is named for it.
+
+    :raises EvalError: if that is one of the result files.
+    """
+    if out is None:
+        return
+    if out.exists() and any(out.samefile(result) for result in results):
+        raise EvalError(f"--out_file {out}: is a result file itself; name another")
+    write_atomically(out, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

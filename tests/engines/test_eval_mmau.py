@@ -20,6 +20,7 @@ import torch
 from conftest import EXAMPLE, run_script
 from safetensors.torch import load_file, save_file
 
+from aqa.common.lock import lock
 from aqa.data.prompts import render_chat, render_prompt
 from aqa.evaluation import engines
 from aqa.evaluation.checkpoints import Model, resolve_model
@@ -187,6 +188,26 @@ def test_a_partial_file_of_other_settings_is_refused(tmp_path):
     PartialFile(tmp_path / "p", {"engine": "hf", "think": False}).append([(0, "a")])
     with pytest.raises(EvalError, match=r"1 responses(?s:.*)engine: 'hf' then, 'vllm' now(?s:.*)--overwrite"):
         PartialFile(tmp_path / "p", {"engine": "vllm", "think": False}).load()
+
+
+def test_responses_of_another_model_in_a_partial_file_are_refused(tmp_path):
+    """Both models' evaluations had the file open at once: the head is the first one's, a line the second one's."""
+    first, second = (PartialFile(tmp_path / "p", {"model": [name]}) for name in "ab")
+    first.append([(0, "bell")])
+    second.append([(1, "rain")])
+    first.append([(2, "horn")])
+    with pytest.raises(
+        EvalError, match=r"p: damaged: 1 of 3 responses are of another model .*item 1.*--overwrite"
+    ):
+        first.load()
+
+
+def test_a_second_evaluation_into_the_same_file_is_refused(tmp_path, flags, questions, capsys):
+    out = tmp_path / "out.json"
+    with lock(tmp_path / "out.lock", "the first"):
+        status, text = run_main(capsys, *flags, "--data_file", questions, "--out_file", out, "--overwrite")
+    assert status == 2 and f"--out_file {out} is in use by process {os.getpid()}" in text
+    assert not out.exists() and not out.with_suffix(".partial.jsonl").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- models

@@ -18,6 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aqa.common.lock import lock
+
 R1_ROW = {
     "id": 183,
     "video_name": "-HG3Omg_89c_000030",
@@ -389,6 +391,19 @@ def test_whatever_the_rows_each_is_written_or_reported(run, lines):
     indices = [r["extra_info"]["index"] for r in written] + [problem["index"] for problem in report["problems"]]
     assert sorted(indices) == list(range(sum(bool(line.strip()) for line in data.splitlines())))
     assert report["rows"]["written"] == len(written) and report["rows"]["bad"] == len(report["problems"])
+
+
+def test_what_a_killed_run_left_is_removed_and_a_running_one_is_not_disturbed(run):
+    run.out.mkdir()
+    left = [".train.parquet.0123abcd.tmp", ".report.json.89abcdef.part"]  # of an earlier version, of this one
+    kept = [".train.parquet.tmp", "notes.part", ".bashrc"]
+    for name in left + kept:
+        (run.out / name).write_text("x")
+    with lock(run.out / ".lock", "the first"):
+        assert run([row(0)], "--no_check_audio") == 2
+    assert sorted(os.listdir(run.out)) == sorted(left + kept)
+    assert run([row(0)], "--no_check_audio") == 0
+    assert sorted(os.listdir(run.out)) == sorted(["train.parquet", "report.json", *kept])
 
 
 def cpu_of_children() -> float:

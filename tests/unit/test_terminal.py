@@ -22,6 +22,7 @@ METRICS = {
     "rollout/accuracy_reward": 0.5,
     "rollout/response_length": 8.04,
     "train/kl": 0.08151,
+    "rollout/logprob_gap_mean": 1.4e-8,
     "rollout/logprob_gap_max": 1.4e-6,
     "time/data": 0.004,
     "time/rollout": 0.531,
@@ -70,7 +71,7 @@ def on_terminal(log: Path, *arguments: str, **variables: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ the lines
 def test_the_line_of_a_step():
     assert step_lines(98, 100, METRICS) == [
-        "step  98/100  reward 1.226  acc 0.500  len 8.0  kl 0.0815  gap 1e-06  1.3 s"
+        "step  98/100  reward 1.23  acc 0.50  len 8.0  kl 0.082  avg gap 1e-08  1.3 s"
     ]
 
 
@@ -87,9 +88,10 @@ def test_verbose_adds_the_phases(monkeypatch):
 
 
 numbers = st.floats(-999.0, 9999.0) | st.just(float("nan"))
+METRIC_VALUES = dict.fromkeys(METRICS, numbers) | {"rollout/logprob_gap_mean": st.floats(0.0, 9999.0)}
 
 
-@given(st.integers(1, 9_999), st.fixed_dictionaries(dict.fromkeys(METRICS, numbers)), st.booleans())
+@given(st.integers(1, 9_999), st.fixed_dictionaries(METRIC_VALUES), st.booleans())
 def test_lines_fit_80_columns(step, metrics, verbose):
     progress.console.verbose = verbose
     try:

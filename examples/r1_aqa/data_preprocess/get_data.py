@@ -22,7 +22,6 @@ missing, what is broken and why.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shlex
@@ -30,9 +29,8 @@ import shutil
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,8 @@ _HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent))  # the folder of the package aqa
 
 from aqa.common.console import progress, say, say_problems  # noqa: E402
-from aqa.common.files import write_files  # noqa: E402
+from aqa.common.files import write_atomically  # noqa: E402
+from aqa.common.lock import lock  # noqa: E402
 from aqa.data.extract_audio import ExtractError, extract_all, index_media, missing_tools  # noqa: E402
 from aqa.data.rows import AvqaError, parse_records, read_records  # noqa: E402
 from aqa.data.unpack_audio import UnpackError, is_safe, unpack  # noqa: E402
@@ -132,7 +131,8 @@ def get_avqa(args: argparse.Namespace) -> None:
             f"--media {args.media}: no file of a clip that is asked for, such as {next(iter(rows_of))!a}; files must "
             "be named <youtube id>_<second>.mp4 (or .webm, .wav, ...)"
         )
-    with only_one(args.out_dir):
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    with lock(args.out_dir / ".lock", f"--out_dir {args.out_dir}"):
         audios.mkdir(exist_ok=True)
         if (free := shutil.disk_usage(audios).free) < found * CLIP_BYTES:
             say(f"WARNING: {found} clips of 10 s take {found * CLIP_BYTES / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
@@ -197,7 +197,8 @@ def get_mmau(args: argparse.Namespace) -> None:
     if unsafe := [name for name in names if not isinstance(name, str) or not is_safe(name)]:
         raise DataError(f"{args.questions}: {benchmark.audio_key} {unsafe[0]!a} is no path below a folder")
     say(f"{benchmark.title}: {len(rows)} questions on {len(names)} recordings")
-    with only_one(args.out_dir):
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    with lock(args.out_dir / ".lock", f"--out_dir {args.out_dir}"):
         if args.archive is not None:
             with progress("unpacking", len(names)) as advance:
                 unpacked, others = unpack(args.archive, names, args.out_dir, advance)
@@ -260,24 +261,7 @@ def show_next(script: str, *arguments: object) -> None:
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Replace ``report.json`` in one piece."""
-    text = json.dumps(report, indent=1).encode("ascii")
-    write_files(str(folder), {"report.json": lambda file: file.write(text)})
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Keep a second run out of a folder while one works in it.
-
-    :param folder: Made if missing.
-    :raises DataError: if another run has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"--out_dir {folder}: another get_data.py is at work there; wait for it") from error
-        yield
+    write_atomically(folder / "report.json", json.dumps(report, indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

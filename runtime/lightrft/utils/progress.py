@@ -48,9 +48,9 @@ def step_lines(step: int, total: int, metrics: dict[str, float]) -> list[str]:
     """The lines of a step: its own; with ``--verbose`` one of its phases; one of its evaluation if there was one."""
     m = metrics
     lines = [
-        f"step {step:>{len(str(total))}}/{total}  reward {fit(m['rollout/reward'], 3)}  "
-        f"acc {fit(m['rollout/accuracy_reward'], 3)}  len {fit(m['rollout/response_length'], 1, 4)}  "
-        f"kl {fit(m['train/kl'], 4, 6)}  gap {m['rollout/logprob_gap_max']:.0e}  {fit(m['time/step'], 1, 4)} s"
+        f"step {step:>{len(str(total))}}/{total}  reward {fit(m['rollout/reward'], 2, 4)}  "
+        f"acc {fit(m['rollout/accuracy_reward'], 2, 4)}  len {fit(m['rollout/response_length'], 1, 4)}  "
+        f"kl {fit(m['train/kl'], 4)}  avg gap {m['rollout/logprob_gap_mean']:.0e}  {fit(m['time/step'], 1, 4)} s"
     ]
     if console.verbose:
         phases = "  ".join(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+from aqa.common.lock import lock
+
+DRAFT = re.compile(r"\..+\.[0-9a-f]{8}\.(part|tmp)")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -15,33 +20,52 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     :param content: Text is written as UTF-8.
     """
     draft = path.with_name(path.name + ".part")
-    draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    draft.replace(path)
+    try:
+        draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
-def write_files(folder: str, writers: dict[str, Callable[[BinaryIO], object]], obsolete: Sequence[str] = ()) -> None:
+def write_files(
+    folder: Path, what: str, writers: dict[str, Callable[[BinaryIO], object]], obsolete: Sequence[str] = ()
+) -> None:
     """Write several files so that either all are new or all are as they were.
 
     :param folder: Made if missing.
+    :param what: The folder as the user knows it, such as ``--local_save_dir parquet``.
     :param writers: By file name, a function that writes the content to an open binary file.
     :param obsolete: Names of files to remove just before the new ones take their places.
+    :raises LockedError: if another process is writing there.
     :raises OSError: if a file cannot be written; the folder is then as before.
     """
-    os.makedirs(folder, exist_ok=True)
-    token = os.urandom(4).hex()  # two runs, perhaps on two machines, may write to one folder at the same time
-    drafts = {name: os.path.join(folder, f".{name}.{token}.tmp") for name in writers}
-    try:
-        for name, write in writers.items():
-            with open(drafts[name], "wb") as file:  # not tempfile, whose files only their owner may read
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in obsolete:
-            if os.path.lexists(os.path.join(folder, name)):
-                os.remove(os.path.join(folder, name))
-        for name, draft in drafts.items():
-            os.replace(draft, os.path.join(folder, name))
-    finally:
-        for draft in drafts.values():
-            if os.path.lexists(draft):
-                os.remove(draft)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock", what):
+        remove_drafts(folder.glob(".*"))
+        drafts = {name: draft_of(folder / name) for name in writers}
+        try:
+            for name, write in writers.items():
+                with drafts[name].open("wb") as file:  # not tempfile, whose files only their owner may read
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            for name in obsolete:
+                (folder / name).unlink(missing_ok=True)
+            for name, draft in drafts.items():
+                draft.replace(folder / name)
+        finally:
+            for draft in drafts.values():
+                draft.unlink(missing_ok=True)
+
+
+def draft_of(target: Path) -> Path:
+    """A name for a file until it is whole; one that nobody else writes to."""
+    return target.with_name(f".{target.name}.{os.urandom(4).hex()}.part")
+
+
+def remove_drafts(paths: Iterable[Path]) -> None:
+    """Remove those files that have a name of :func:`draft_of`, or an earlier version's: killed runs have left them."""
+    for path in list(paths):
+        if DRAFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ SETTLE = 0.2  # seconds in which a process that has created or taken over a lock
 PATIENCE = 60.0  # seconds without a touch after which an owner on another host counts as dead
 
 
-class LockedError(RuntimeError):
+class LockedError(OSError):
     """Another living process holds the lock; the message says which, and what to do."""
 
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from aqa.common.files import draft_of, remove_drafts
 from aqa.data.rows import RowError, wav_name_of_video
 
 SECONDS = 120.0  # a clip of 10 s takes a tenth of a second; the rest is for a slow network file system
@@ -101,13 +102,11 @@ def extract_all(
     :return: One outcome for each name, in order.
     :raises ExtractError: if the disk is full or ffmpeg cannot be started.
     """
-    token = os.urandom(4).hex()  # an ffmpeg that outlived a killed run may still write to that run's drafts
-    for draft in folder.glob(".*.part"):
-        draft.unlink(missing_ok=True)
+    remove_drafts(folder.glob(".*"))
     pool = ThreadPoolExecutor(workers)
 
     def one(name: str) -> Outcome:
-        outcome = extract(name, media.get(name, []), folder, token)
+        outcome = extract(name, media.get(name, []), folder)
         advance()
         return outcome
 
@@ -117,18 +116,18 @@ def extract_all(
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: those that are running end, no more begin
 
 
-def extract(name: str, sources: list[Path], folder: Path, token: str) -> Outcome:
+def extract(name: str, sources: list[Path], folder: Path) -> Outcome:
     """Make one clip, from the first of its files that holds it.
 
     :param sources: Files to try, in order.
-    :param token: Part of the draft's name.
     :raises ExtractError: if the disk is full or ffmpeg cannot be started.
     """
-    target, draft = folder / name, folder / f".{name}.{token}.part"
+    target = folder / name
     if is_whole(target):
         return Outcome(name, skipped=True)
     if not sources:
         return Outcome(name, "missing", "no file of this clip below the media folder")
+    draft = draft_of(target)  # an ffmpeg that outlived a killed run may still write to that run's draft
     problems = []
     for source in sources:
         try:

@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO
 
 from aqa.audio.probe import Clip, probe_clip, probe_clips
@@ -191,7 +192,8 @@ def write(
     # The old validation.parquet is always removed first. A run that is killed between two files then leaves one file
     # too few, which is noticed, and never an old and a new part that share a clip, which is not.
     stale = os.path.lexists(os.path.join(args.local_save_dir, VALIDATION_FILE))
-    write_files(args.local_save_dir, writers, obsolete=[VALIDATION_FILE, QUESTIONS_FILE])
+    folder = Path(args.local_save_dir)
+    write_files(folder, f"--local_save_dir {folder}", writers, obsolete=[VALIDATION_FILE, QUESTIONS_FILE])
     say_summary(args.local_save_dir, report, removed=stale and not validation)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
+from aqa.common.files import draft_of, remove_drafts
+
 MAX_FILE = 256 * 2**20  # bytes of one recording; 30 s of 192 kHz, 8 channels, 24 bit are half of it
 MAX_ALL = 64 * 2**30  # bytes of everything in an archive, taken or not: unpacking a bomb takes hours
 MAX_MEMBERS = 1_000_000
@@ -58,7 +60,7 @@ def unpack(
     by_path = {str(PurePosixPath(name)): name for name in wanted}
     by_name = {PurePosixPath(name).name: name for name in wanted}
     unpacked = others = total = 0
-    token = os.urandom(4).hex()
+    remove_drafts(folder.rglob(".*"))
     try:
         for count, member in enumerate(members_of(archive), start=1):
             total += member.size
@@ -78,7 +80,7 @@ def unpack(
                     raise UnpackError(
                         f"{archive}: {member.name!a} is {member.size} bytes, at most {MAX_FILE} are taken"
                     )
-                write(member, target, token)
+                write(member, target)
                 unpacked += 1
             advance()
     except DAMAGE as error:
@@ -89,15 +91,14 @@ def unpack(
     return unpacked, others
 
 
-def write(member: Member, target: Path, token: str) -> None:
+def write(member: Member, target: Path) -> None:
     """Write a recording to a draft, then rename it.
 
-    :param token: Part of the draft's name.
     :raises UnpackError: if it is longer than the archive says.
     :raises EOFError: if it is shorter.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{token}.part")
+    draft = draft_of(target)
     try:
         with member.open() as source, draft.open("xb") as file:
             left = member.size

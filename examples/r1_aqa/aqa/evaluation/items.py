@@ -203,8 +203,9 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
 class PartialFile:
     """Finished responses of a run that has not ended: JSON lines, appended and flushed as they come.
 
-    The first line holds what the responses depend on (model, data, prompt, engine), so that a run with other settings
-    does not continue them. A last line that a kill has cut is dropped, and its item is asked again.
+    The first line holds what the responses depend on (model, data, prompt, engine), and every other line a hash of it,
+    so that a run with other settings does not continue them. A last line that a kill has cut is dropped, and its item
+    is asked again.
 
     :param identity: What the responses depend on; its values are texts, numbers or lists of texts.
     """
@@ -212,6 +213,7 @@ class PartialFile:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
         self.identity = json.loads(json.dumps(identity))  # as load() will read it
+        self.key = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:12]
 
     def load(self) -> dict[int, str]:
         """Read what an earlier run finished, and cut off a torn last line.
@@ -240,6 +242,12 @@ class PartialFile:
                 several(f"{self.path}: {len(lines) - 1} responses of an unfinished run with other settings", details)
                 + "\nRepeat that run's flags to finish it, or give --overwrite to drop it."
             )
+        foreign = [line["index"] for line in lines[1:] if line.get("of") != self.key]
+        if foreign:
+            raise EvalError(
+                f"{self.path}: damaged: {len(foreign)} of {len(lines) - 1} responses are of another model or of "
+                f"other settings (item {foreign[0]}); give --overwrite to ask all anew"
+            )
         return {line["index"]: line["raw_output"] for line in lines[1:]}
 
     @staticmethod
@@ -249,7 +257,7 @@ class PartialFile:
     def append(self, responses: Iterable[tuple[int, str]]) -> None:
         """Add finished responses: item index and raw response."""
         new = not self.path.exists() or self.path.stat().st_size == 0
-        lines = [{"index": index, "raw_output": raw} for index, raw in responses]
+        lines = [{"index": index, "raw_output": raw, "of": self.key} for index, raw in responses]
         with self.path.open("ab") as file:
             file.write("".join(json.dumps(line) + "\n" for line in ([self.identity] if new else []) + lines).encode())
 

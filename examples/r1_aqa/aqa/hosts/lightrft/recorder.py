@@ -187,7 +187,7 @@ class Recorder:
         print(
             f"\nstep {step:>{len(str(total))}}/{total}  reward {m['rollout/reward']:.3f}  "
             f"acc {m['rollout/accuracy_reward']:.3f}  len {m['rollout/response_length']:.1f}  kl {m['train/kl']:.4f}  "
-            f"gap {m['rollout/logprob_gap_mean']:.0e}  {m['time/step']:.1f} s",
+            f"avg gap {m['rollout/logprob_gap_mean']:.0e}  {m['time/step']:.1f} s",
             flush=True,
         )
         limit = GAP_WARNING[self.args.bf16]
