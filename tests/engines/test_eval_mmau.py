@@ -196,9 +196,7 @@ def test_responses_of_another_model_in_a_partial_file_are_refused(tmp_path):
     first.append([(0, "bell")])
     second.append([(1, "rain")])
     first.append([(2, "horn")])
-    with pytest.raises(
-        EvalError, match=r"p: damaged: 1 of 3 responses are of another model .*item 1.*--overwrite"
-    ):
+    with pytest.raises(EvalError, match=r"p: damaged: 1 of 3 responses are of another model .*item 1.*--overwrite"):
         first.load()
 
 
