@@ -67,5 +67,5 @@ lint: $(READY) ## check style and which package may import which
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	@PYTHONPATH=examples/r1_aqa:runtime $(VENV)/bin/lint-imports
 
-clean: ## remove .venv and results
-	rm -rf $(VENV) results rft_logs
+clean: ## remove .venv and the demo; your own runs and logs stay
+	rm -rf $(VENV) results/demo

@@ -41,6 +41,16 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.parametrize("script", [make_data, make_model])
+@pytest.mark.parametrize("names", [["config.json", "model-1.safetensors"], ["model.safetensors", "r1_aqa.json"]])
+def test_what_the_demo_has_not_made_is_not_replaced(tmp_path, script, names):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit, match="has not made this folder"):
+        script.main(["--out_dir", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
 # --- sounds
 
 

@@ -1,3 +1,21 @@
 """Built-in demo: a tiny Qwen2-Audio and a synthetic audio question answering set, made on the spot from a seed."""
 
+from pathlib import Path
+
 FAMILIES = {"qwen2_audio": "Qwen2-Audio", "qwen2_5_omni": "Qwen2.5-Omni"}  # value of --family: name of the model
+TINY = 50_000_000  # bytes; the demo's own files are smaller
+
+
+def refuse_foreign(out_dir: Path, own: str) -> None:
+    """Make sure that a folder may be replaced: the demo has made it, or it is empty.
+
+    :param own: A file that such a folder of the demo has.
+    :raises SystemExit: if it may not.
+    """
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return
+    file = out_dir / own
+    if not file.is_file() or file.stat().st_size > TINY or (out_dir / "r1_aqa.json").exists():  # of a trained model
+        raise SystemExit(
+            f"--out_dir {out_dir}: the demo has not made this folder and will not replace it; choose another"
+        )

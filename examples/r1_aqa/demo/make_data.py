@@ -24,6 +24,7 @@ import numpy as np
 import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from demo import refuse_foreign
 from demo.sounds import CLASSES, SAMPLING_RATE, synthesize
 
 QUESTIONS = (
@@ -134,11 +135,12 @@ def test_rows(clips: list[tuple[str, str]], rng: np.random.Generator) -> list[di
 def make_data(out_dir: Path, seed: int, train_questions: int, train_clips: int, test_questions: int) -> None:
     """Write the whole data folder; it appears under its name only once it is complete.
 
-    :param out_dir: Folder to write; replaced if it exists.
+    :param out_dir: Folder to write; one of the demo is replaced.
     :param seed: Seed of everything drawn. Training and test set have streams of their own.
     :param train_clips: Number of training clips; questions share them.
     :param test_questions: Number of test questions and test clips.
     """
+    refuse_foreign(out_dir, "demo-test.json")
     train_rng, test_rng = (np.random.default_rng([seed, stream]) for stream in range(len(SPLITS)))
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as temporary:

@@ -47,7 +47,7 @@ from aqa.data.prompts import ANSWER_SENTENCE, OPTIONS_SENTENCE
 from aqa.data.rows import AvqaError, parse_records, read_records
 from aqa.hosts.locate import find_host
 from aqa.policy.forward import parts_of
-from demo import FAMILIES
+from demo import FAMILIES, refuse_foreign
 from demo.warm_start import draw_warm_start_example, warm_start
 
 PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
@@ -283,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Make the demo's tiny model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if the demo has made it")
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_audio", help="what kind of model")
     parser.add_argument(
         "--rows", type=Path, help="R1-AQA's JSON lines, whose questions and options it shall know; otherwise the demo's"
@@ -300,6 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.warm_start_steps < 0 or args.warm_start_batch_size < 1:
         raise SystemExit("--warm_start_steps must be at least 0 and --warm_start_batch_size at least 1.")
+    refuse_foreign(args.out_dir, "model.safetensors")
     start = time.perf_counter()
     disable_progress_bar()
     if args.family == "qwen2_5_omni":

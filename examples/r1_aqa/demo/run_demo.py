@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -50,7 +49,6 @@ def main() -> None:
 
     before = evaluate(out, out / "model", "before")
     print(f"before training: accuracy {before:.3f} on held-out sounds", flush=True)
-    shutil.rmtree(out / "run", ignore_errors=True)
     train(out, args.seed, args.prompts, args.train_flags)
     after = evaluate(out, out / "run", "after")
     silent = evaluate(out, out / "run", "silent", "--silent_audio")
