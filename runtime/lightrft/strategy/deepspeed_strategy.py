@@ -36,6 +36,9 @@ class DeepspeedStrategy(StrategyBase):
             "gradient_accumulation_steps": self.accumulation,
             "zero_optimization": zero,
             "bf16": {"enabled": args.bf16},
+            # micro-batches add up in float32; stage 0 refuses the first of these, see prepare_training
+            "data_types": {"grad_accum_dtype": "fp32" if args.zero_stage else None},
+            "communication_data_type": None if args.zero_stage else "fp32",
             "gradient_clipping": args.max_norm,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -69,6 +72,10 @@ class DeepspeedStrategy(StrategyBase):
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.get_ds_train_config()
         )
         Storage(engine)
+        if self.args.zero_stage == 0:
+            for parameter in engine.module.parameters():
+                if parameter.requires_grad:
+                    parameter.grad_dtype = torch.float32  # autograd itself adds up in it, whatever the weights are
         return engine, optimizer, scheduler
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
