@@ -39,6 +39,7 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
     import vllm
     from audio_dataset import patch_experience_maker_for_audio, patch_strategy_for_audio
 
+    from aqa.data.prompts import end_tokens
     from aqa.patches.experience_maker import BANNED
     from aqa.patches.strategy import build_audio_inputs
     from aqa.rewards.r1_aqa import reward_fn
@@ -56,7 +57,8 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
     strategy.engine_mp_group = None
     patch_strategy_for_audio(strategy)
     bias = {tokenizer.convert_tokens_to_ids(processor.audio_token): BANNED}
-    sampling = Sampling(n=SAMPLES, max_tokens=MAX_NEW_TOKENS, logit_bias=bias)
+    ends = end_tokens(tokenizer, str(model))
+    sampling = Sampling(n=SAMPLES, max_tokens=MAX_NEW_TOKENS, end_ids=tuple(ends), logit_bias=bias)
     maker = FastExperienceMaker(None, None, tokenizer, strategy, KLController(0), reward_fn, {}, sampling, False)
     patch_experience_maker_for_audio(maker, processor, tokenizer, 512)
     prompts, clips, references, labels = zip(*rows, strict=True)
@@ -65,7 +67,13 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
 
     def params(n: int, seed: int) -> Any:
         return vllm.SamplingParams(
-            n=n, max_tokens=MAX_NEW_TOKENS, logit_bias=bias, seed=seed, logprobs=0, detokenize=False
+            n=n,
+            max_tokens=MAX_NEW_TOKENS,
+            logit_bias=bias,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            stop_token_ids=ends,
         )
 
     def alone() -> list[list[int]]:

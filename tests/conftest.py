@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -111,8 +112,25 @@ def problems(tmp_path):
     return find
 
 
+@pytest.fixture(scope="session")
+def sampling_model(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model with Qwen2-Audio-7B-Instruct's generation config and what others add to theirs; of its end tokens
+    all but the first are words that the model often says.
+    """
+    folder = tmp_path_factory.mktemp("sampling_model")
+    for file in tiny_model.iterdir():
+        (folder / file.name).symlink_to(file)
+    words = json.loads((tiny_model / "tokenizer.json").read_text())["model"]["vocab"]
+    config = {"do_sample": True, "repetition_penalty": 1.1, "temperature": 0.7, "top_k": 20, "top_p": 0.5}
+    config |= {"eos_token_id": [2, words["bell"], words["beep"]], "pad_token_id": 0, "min_new_tokens": 3}
+    config |= {"suppress_tokens": [5, 6], "no_repeat_ngram_size": 2, "max_new_tokens": 5}
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture(scope="module")
-def parts(tiny_model) -> tuple:
+def parts(sampling_model) -> tuple:
     """Actor with the audio patch, tokenizer and processor of the tiny model; in a process group of one."""
     import torch
 
@@ -122,19 +140,19 @@ def parts(tiny_model) -> tuple:
     from lightrft.utils.processor import get_tokenizer_processor_vl
 
     init_process_group(torch.device("cpu"))
-    actor = ActorAL(str(tiny_model), bf16=False)
+    actor = ActorAL(str(sampling_model), bf16=False)
     patch_actor_for_audio(actor)
-    return actor, *get_tokenizer_processor_vl(str(tiny_model), actor.model)
+    return actor, *get_tokenizer_processor_vl(str(sampling_model), actor.model)
 
 
 @pytest.fixture(scope="module")
-def vllm_engine(tiny_model, parts):
+def vllm_engine(sampling_model, parts):
     """vLLM with the tiny model's weights, in this process."""
     import torch
 
     from lightrft.engines.vllm_engine import VLLMEngine
 
-    return VLLMEngine(str(tiny_model), torch.float32, max_model_len=1400, seed=0)
+    return VLLMEngine(str(sampling_model), torch.float32, max_model_len=1400, seed=0)
 
 
 @pytest.fixture(scope="module")

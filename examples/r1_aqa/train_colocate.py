@@ -265,6 +265,7 @@ def make_trainer(
     """LightRFT's trainer. There is no critic and no reward model: advantages come from groups, rewards from rules."""
     from audio_dataset import patch_experience_maker_for_audio
 
+    from aqa.data.prompts import end_tokens
     from aqa.patches.experience_maker import BANNED
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
 
@@ -294,6 +295,8 @@ def make_trainer(
         max_new_tokens=args.generate_max_len,
         temperature=args.temperature,
         top_p=args.top_p,
+        top_k=args.top_k,
+        end_token_ids=end_tokens(data.tokenizer, args.pretrain),
         logit_bias={audio_token_id: BANNED},
         **HOST.trainer_arguments(args, data.processor),
     )

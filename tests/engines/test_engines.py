@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import torch
 from support.rollouts import QUESTION, gaps, perturbed, prompt_of, rollout
 
 from aqa.audio.decode import SAMPLING_RATE, load_audio
-from aqa.data.prompts import render_chat
+from aqa.data.prompts import end_tokens, render_chat
 from aqa.hosts.targets import patch_experience_maker_for_audio
 from aqa.patches.strategy import build_audio_inputs
 from aqa.rewards.r1_aqa import reward_fn
@@ -163,34 +165,44 @@ def test_the_audio_placeholder_cannot_be_sampled(vllm_engine, parts, noises):
     assert all((item.response_ids == placeholder).all() for item in forced)
 
 
-def test_hf_engine_equals_vllm(vllm_engine, parts, noises, monkeypatch):
-    """Greedy tokens are the same, and so are their log-probs; sampled log-probs are those of the trainer."""
-    actor, _, processor = parts
-    monkeypatch.setattr(actor.model.generation_config, "use_cache", False)  # as in a folder saved while training
-
-    class Whole:
-        def __enter__(self):
-            return actor.model
-
-        def __exit__(self, *_):
-            pass
-
-    engine = HFEngine(processor, Whole, batch_size=3)
+def test_nothing_but_the_sampling_decides(vllm_engine, parts, sampling_model, noises):
+    """Both engines draw from the trainer's distribution and give the same greedy answers, whatever the checkpoint's
+    generation config says, and end at each of its end tokens.
+    """
+    actor, tokenizer, processor = parts
+    actor.model.generation_config.use_cache = False  # as in a folder saved while training
+    checkpoints = actor.model.generation_config.to_dict()
+    assert checkpoints["repetition_penalty"] == 1.1
+    ends = end_tokens(tokenizer, sampling_model)
+    assert ends == [0, 2, *sorted(tokenizer.convert_tokens_to_ids(["bell", "beep"]))]
+    hf = HFEngine(processor, lambda: contextlib.nullcontext(actor.model), batch_size=3)
     prompts = [prompt_of(processor), prompt_of(processor, "Short?"), *[prompt_of(processor)] * 2]
-    ours, _ = rollout(engine, parts, noises[:4], prompts, n=1, temperature=0.0)
-    theirs, _ = rollout(vllm_engine, parts, noises[:4], prompts, n=1, temperature=0.0)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.response_ids.tolist() == b.response_ids.tolist()
-        torch.testing.assert_close(a.engine_log_probs, b.engine_log_probs, atol=1e-3, rtol=0)  # kernels differ
-    encoded = []
-    tower = actor.model.model.audio_tower
+    tower, encoded = actor.model.model.audio_tower, []
     handle = tower.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
-    sampled, bias = rollout(engine, parts, noises[:4], prompts, n=2, seed=5)
+    greedy, last = [], set()
+    for engine in (hf, vllm_engine):
+        sample = functools.partial(rollout, engine, parts, noises[:4], prompts, n=2, seed=5, end_ids=tuple(ends))
+        encoded.clear()
+        drawn, bias = sample()
+        assert engine is not hf or encoded == [2, 2, 1]  # of the rows 0 0 1, 1 2 2, 3 3: a clip once a batch
+        assert [i.response_ids.tolist() for i in sample()[0]] == [i.response_ids.tolist() for i in drawn]
+        hot, _ = sample(n=8, temperature=1.5)
+        assert max(gaps(parts, drawn, bias)) < 1e-4
+        for item in drawn + hot:
+            *before, at_end = item.response_ids.tolist()
+            assert not set(before) & set(ends)
+            assert item.truncated is (at_end not in ends) and (not item.truncated or len(before) == 11)
+            last.add(at_end)
+        narrow, _ = sample(n=8, temperature=1.5, top_k=1)  # the likeliest token alone, with log-prob 0
+        assert all((item.engine_log_probs.abs() < 1e-6).all() for item in narrow)
+        greedy.append(sample(n=1, temperature=0.0)[0])
+        assert [i.response_ids.tolist() for i in narrow[::8]] == [i.response_ids.tolist() for i in greedy[-1]]
     handle.remove()
-    assert encoded == [2, 2, 1]  # of the rows 0 0 1, 1 2 2, 3 3: a clip once a batch
-    assert max(gaps(parts, sampled, bias)) < 1e-4
-    again, _ = rollout(engine, parts, noises[:4], prompts, n=2, seed=5)
-    assert [i.response_ids.tolist() for i in sampled] == [i.response_ids.tolist() for i in again]
+    assert last & set(ends[2:])  # words that end a response have been sampled
+    assert actor.model.generation_config.to_dict() == checkpoints
+    for ours, theirs in zip(*greedy, strict=True):
+        assert ours.response_ids.tolist() == theirs.response_ids.tolist()
+        torch.testing.assert_close(ours.engine_log_probs, theirs.engine_log_probs, atol=1e-4, rtol=0)
 
 
 @pytest.fixture
@@ -212,7 +224,9 @@ def maker(vllm_engine, parts):
 
     device = torch.device("cpu")
     strategy = SimpleNamespace(args=args, rank=0, world_size=1, device=device, gather_and_generate=generate)
-    sampling = Sampling(n=4, max_tokens=12, logit_bias={tokenizer.convert_tokens_to_ids("<|AUDIO|>"): -100.0})
+    sampling = Sampling(
+        n=4, max_tokens=12, end_ids=(2,), logit_bias={tokenizer.convert_tokens_to_ids("<|AUDIO|>"): -100.0}
+    )
     actor.logit_bias = sampling.logit_bias
     made = FastExperienceMaker(actor, None, tokenizer, strategy, KLController(0), reward_fn, {}, sampling, True)
     with patch_experience_maker_for_audio(made, processor, tokenizer, 512):

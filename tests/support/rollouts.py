@@ -27,7 +27,13 @@ def rollout(engine, parts, clips, prompts, **sampling):
     _, tokenizer, processor = parts
     audio = processor.audio_token
     bias = {tokenizer.convert_tokens_to_ids(audio): -100.0}
-    settings = {"n": 2, "max_tokens": 12, "logit_bias": bias, "seed": 3} | sampling
+    settings = {
+        "end_ids": (tokenizer.eos_token_id,),
+        "n": 2,
+        "max_tokens": 12,
+        "logit_bias": bias,
+        "seed": 3,
+    } | sampling
     data = AudioMultimodalProcessor(tokenizer, processor, 512).process_multimodal_batch(prompts, clips, None, None, 1)
     rows = data["all_images_pixel_values"].split(data["all_images_grid_thw"].prod(-1).tolist())
     outputs = engine.generate(build_audio_inputs(prompts, clips), [Sampling(**settings)] * len(prompts))
@@ -37,7 +43,7 @@ def rollout(engine, parts, clips, prompts, **sampling):
         assert output.prompt_token_ids == data["all_prompt_token_ids"][prompt]  # token for token
         ids = torch.tensor(output.prompt_token_ids)
         response = torch.tensor(output.output_token_ids)
-        items.append(Experience("", ids, response, output.output_log_probs, False, [rows[prompt]], "", ""))
+        items.append(Experience("", ids, response, output.output_log_probs, output.truncated, [rows[prompt]], "", ""))
     return items, bias
 
 

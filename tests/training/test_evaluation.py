@@ -88,7 +88,7 @@ def evaluate_rows(strategy, rows, size):
         batches, size, sampler=sampler, collate_fn=lambda rows: tuple(map(list, zip(*rows, strict=True)))
     )
     maker = FakeMaker(strategy)
-    return Evaluation(maker, 8, loader, [])(1), maker.calls
+    return Evaluation(maker, loader, [])(1), maker.calls
 
 
 def check_rank(rank, port, folder, failures):

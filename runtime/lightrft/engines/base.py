@@ -12,12 +12,13 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample, the same for every engine.
+    """How to sample, and nothing else decides it: no engine takes anything from the checkpoint's generation config.
 
     :param n: Responses a prompt.
     :param temperature: 0 is greedy.
-    :param top_k: Candidates; -1 for all.
+    :param top_k: Most likely tokens that are drawn from; -1 for all. Applied before ``top_p``.
     :param max_tokens: Longest response, in tokens.
+    :param end_ids: The first of these token ids ends a response; without any, it ends at ``max_tokens``.
     :param logit_bias: Added to the logits of these token ids; -100 forbids a token.
     :param seed: Sample ``i`` of a prompt uses ``seed + i``. None: not reproducible.
     """
@@ -27,6 +28,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = -1
     max_tokens: int = 256
+    end_ids: tuple[int, ...] = ()
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None
 
@@ -40,7 +42,7 @@ class RolloutOutput:
     """One response.
 
     :param prompt_token_ids: The prompt as the engine saw it, placeholders expanded.
-    :param output_token_ids: Sampled tokens, the end-of-turn token included if it was sampled.
+    :param output_token_ids: Sampled tokens, the token that ended it included.
     :param output_log_probs: Log-probability of each sampled token under the sampling distribution, float32.
     :param truncated: The response ended because it reached the token limit.
     """

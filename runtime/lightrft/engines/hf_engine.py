@@ -40,12 +40,15 @@ class HFEngine:
         rows = [(prompt, s, i) for prompt, s in enumerate(sampling) for i in range(s.n)]
         outputs = []
         with self.policy() as model:
-            training = model.training
+            training, checkpoints = model.training, model.generation_config
             model.eval()
+            # generate fills in what a configuration leaves open from the model's: repetition_penalty, min_length, ...
+            model.generation_config = GenerationConfig()
             try:
                 for start in range(0, len(rows), self.batch_size):
                     outputs += self._batch(model, prompts, rows[start : start + self.batch_size])
             finally:
+                model.generation_config = checkpoints  # saved with the model
                 model.train(training)
         return outputs
 
@@ -75,7 +78,7 @@ class HFEngine:
             max_new_tokens=first.max_tokens,
             do_sample=False,  # _Sampler adds the noise; generate then takes the argmax
             use_cache=True,  # the trained model's configuration switches the cache off
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=list(first.end_ids) or None,
             pad_token_id=tokenizer.pad_token_id,
         )
         sequences = model.generate(
@@ -90,10 +93,9 @@ class HFEngine:
         outputs = []
         for i in range(len(rows)):
             response = sequences[i, width:].tolist()
-            ended = tokenizer.eos_token_id in response
-            length = response.index(tokenizer.eos_token_id) + 1 if ended else len(response)
+            length = next((at for at, token in enumerate(response, 1) if token in first.end_ids), None)
             prompt = ids[i][mask[i].bool()].tolist()
-            outputs.append(RolloutOutput(prompt, response[:length], log_probs[i, :length].cpu(), not ended))
+            outputs.append(RolloutOutput(prompt, response[:length], log_probs[i, :length].cpu(), length is None))
         return outputs
 
     def _inputs(self, prompts: list[Any]) -> Any:

@@ -70,6 +70,7 @@ class VLLMEngine:
             enable_sleep_mode=self._can_sleep,
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, with bias and temperature
             disable_log_stats=True,
+            generation_config="vllm",  # no defaults from the checkpoint: Sampling says all
             seed=seed,
             # the responses of a group share whole blocks of their prompt: of 32 tokens on the CPU, not 128
             **({"gpu_memory_utilization": memory_utilization} if on_gpu else {"block_size": 32}),
@@ -86,6 +87,8 @@ class VLLMEngine:
                 top_p=s.top_p,
                 top_k=s.top_k,
                 max_tokens=s.max_tokens,
+                ignore_eos=True,  # vLLM would add the end tokens of tokenizer and checkpoint
+                stop_token_ids=list(s.end_ids),
                 logit_bias=s.logit_bias or None,
                 seed=s.seed,
                 logprobs=0,

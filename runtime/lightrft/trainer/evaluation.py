@@ -7,10 +7,10 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightrft.engines.base import Sampling
 from lightrft.strategy import checkpoint
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, split_tags
 from lightrft.trainer.step_metrics import reward_sums, tag_metrics, tag_sums
@@ -34,12 +34,10 @@ class Evaluation:
     :param evaluators: What else is measured.
     """
 
-    def __init__(
-        self, maker: FastExperienceMaker, max_new_tokens: int, dataloader: Any, evaluators: Sequence[Evaluator]
-    ) -> None:
+    def __init__(self, maker: FastExperienceMaker, dataloader: Any, evaluators: Sequence[Evaluator]) -> None:
         self.maker = maker
         self.strategy = maker.strategy
-        self.greedy = Sampling(n=1, temperature=0.0, max_tokens=max_new_tokens, logit_bias=maker.sampling.logit_bias)
+        self.greedy = replace(maker.sampling, n=1, temperature=0.0)
         self.dataloader = dataloader
         self.evaluators = evaluators
 

@@ -16,7 +16,7 @@ import math
 import random
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -102,6 +102,7 @@ class SPMDPPOTrainerVL:
     :param kl_target: Adapt the KL's weight, ``init_kl_coef`` at first, towards this KL; None keeps it.
     :param save_hf_ckpt: Also write Hugging Face folders at ``save_steps``.
     :param disable_ds_ckpt: Write no checkpoints for resuming.
+    :param end_token_ids: Any of them ends a response.
     :param logit_bias: Bias on token ids at sampling, which log-probs take into account.
     """
 
@@ -132,6 +133,8 @@ class SPMDPPOTrainerVL:
         max_new_tokens: int,
         temperature: float,
         top_p: float,
+        top_k: int,
+        end_token_ids: Sequence[int],
         logit_bias: dict[int, float],
     ) -> None:
         self.strategy, self.args = strategy, strategy.args
@@ -180,7 +183,9 @@ class SPMDPPOTrainerVL:
                 n=args.n_samples_per_prompt,
                 temperature=temperature,
                 top_p=top_p,
+                top_k=top_k,
                 max_tokens=max_new_tokens,
+                end_ids=tuple(end_token_ids),
                 logit_bias=logit_bias,
             ),
             needs_old_log_probs=max_epochs > 1 or several_steps or kl_in_reward,
@@ -209,7 +214,7 @@ class SPMDPPOTrainerVL:
         stop_request.install()
         if first and not self.saver.disable_ds_ckpt:
             self.saver.finish_interrupted_save()
-        evaluation = Evaluation(self.experience_maker, self.max_new_tokens, eval_dataloader, self.evaluators)
+        evaluation = Evaluation(self.experience_maker, eval_dataloader, self.evaluators)
         run = Path(self.args.save_path)
         if self.args.keep_best is not None:
             best = BestModel(self.strategy, run / "best", self.args.keep_best, self.restored_best)

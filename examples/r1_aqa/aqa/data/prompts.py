@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ from typing import Any
 OPTIONS_SENTENCE = "Please choose the answer from the following options: {choices}."
 ANSWER_SENTENCE = "Output the final answer in <answer> </answer>."
 THINK_SENTENCE = "Output the thinking process in <think> </think> and final answer in <answer> </answer>."
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def render_prompt(question: str, choices: list, enable_think: bool) -> str:
@@ -52,3 +54,20 @@ def render_chat(processor: Any, messages: list[dict[str, Any]]) -> str:
             content = [{k: v for k, v in part.items() if v is not None} for part in content]
         clean.append({"role": message["role"], "content": content})
     return processor.apply_chat_template(clean, tokenize=False, add_generation_prompt=True)
+
+
+def end_tokens(tokenizer: Any, model: str) -> list[int]:
+    """Ids of the tokens that end a response, the same in training and evaluation and for every engine: the chat's end
+    of turn, and the end tokens of tokenizer and checkpoint.
+
+    :param model: Folder or hub name; its ``generation_config.json`` may name several.
+    """
+    from transformers import GenerationConfig
+
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
+    ids.add(tokenizer.eos_token_id)
+    with contextlib.suppress(OSError):  # a checkpoint need not have a generation_config.json
+        named = GenerationConfig.from_pretrained(model).eos_token_id
+        ids.update(named if isinstance(named, list) else [named])
+    return sorted(ids - {None})

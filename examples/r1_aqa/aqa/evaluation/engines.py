@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from aqa.common.constants import HOP_LENGTH, SAMPLING_RATE
-from aqa.data.prompts import render_chat
+from aqa.data.prompts import end_tokens, render_chat
 from aqa.evaluation.checkpoints import Model
 from aqa.evaluation.items import EvalError
 from aqa.hosts.current import current_host, describe_host
@@ -30,7 +30,6 @@ from aqa.hosts.locate import find_host
 if TYPE_CHECKING:
     from aqa.audio.reader import AudioReader
 
-END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 VLLM_WINDOW = 512  # requests that vLLM holds at once: always enough to fill its batch, and bounded memory
 
 
@@ -124,20 +123,6 @@ def render(processor: Any, prompt: str) -> str:
     return text
 
 
-def end_tokens(processor: Any, model: Model) -> list[int]:
-    """Tokens that end a response: the chat's end of turn, and the end tokens of tokenizer and checkpoint."""
-    from transformers import GenerationConfig
-
-    tokenizer = processor.tokenizer
-    vocabulary = tokenizer.get_vocab()
-    ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
-    ids.add(tokenizer.eos_token_id)
-    with contextlib.suppress(OSError):  # a checkpoint need not have a generation_config.json
-        named = GenerationConfig.from_pretrained(model.path).eos_token_id
-        ids.update(named if isinstance(named, list) else [named])
-    return sorted(ids - {None})
-
-
 def decode(processor: Any, token_ids: Sequence[int]) -> str:
     """The text of a response's tokens, which may include end and padding."""
     return processor.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -215,15 +200,13 @@ class HFEngine:
         self.processor = processor
         self.batch_size = settings.batch_size
         self.inputs = AudioMultimodalProcessor(processor.tokenizer, processor, prompt_max_len=sys.maxsize)
-        ends = end_tokens(processor, model)
+        ends = end_tokens(processor.tokenizer, model.path)
         pad = processor.tokenizer.pad_token_id
         self.pad_token_id = ends[0] if pad is None else pad
-        # generate() takes what a call does not set from the model's generation_config, which may sample
+        # generate() takes what a call does not set from the model's generation_config, so this replaces all of it
         self.model.generation_config = transformers.GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
             eos_token_id=ends,
             pad_token_id=self.pad_token_id,
             suppress_tokens=[self.inputs.audio_token_id],
@@ -293,7 +276,8 @@ class HFEngine:
             is_audio = (ids == self.inputs.audio_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(is_audio, audio.to(embeds.dtype))
             # given embeddings instead of ids, generate() returns the new tokens alone
-            tokens = self.model.generate(inputs_embeds=embeds, attention_mask=mask)
+            how = self.model.generation_config
+            tokens = self.model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=how)
         return [decode(self.processor, row) for row in tokens.tolist()]
 
 
@@ -380,7 +364,7 @@ class VLLMEngine:
         self.params = vllm.SamplingParams(
             temperature=0.0,
             max_tokens=settings.max_new_tokens,
-            stop_token_ids=end_tokens(processor, model),
+            stop_token_ids=end_tokens(processor.tokenizer, model.path),
             logit_bias={processor.tokenizer.convert_tokens_to_ids(processor.audio_token): -math.inf},
             detokenize=False,
         )

@@ -13,8 +13,7 @@ from aqa.audio.decode import SAMPLING_RATE, probe_all
 from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
 from aqa.audio.reader import AudioReader
 from aqa.evaluation.answers import extract_answer
-from aqa.evaluation.checkpoints import Model
-from aqa.evaluation.engines import decode, end_tokens, render
+from aqa.evaluation.engines import decode, render
 from aqa.evaluation.items import EvalError, make_items, read_rows, result_rows, several, write_rows
 from aqa.evaluation.scoring import judge, score
 from lightrft.utils.distributed import gather_objects
@@ -52,7 +51,6 @@ class BenchmarkEvaluator:
             raise SystemExit(f"--eval_benchmark: {error}") from error
         load = functools.partial(self.reader.load, silence_ok=True)  # digital silence is no error here
         self.clips = WaveformCache(load, args.audio_cache_mib * 2**20)
-        self.ends = set(end_tokens(processor, Model(args.pretrain, args.pretrain)))
 
     def _check(self, args: Namespace) -> None:
         if not all(item.row.get("answer") for item in self.items):
@@ -92,7 +90,7 @@ class BenchmarkEvaluator:
             with ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode") as pool:
                 waves = list(pool.map(self.clips, [str(self.items[i].audio) for i in part]))
             tokens = ask([self.prompts[i] for i in part], [(wave, SAMPLING_RATE) for wave in waves])
-            answers |= {i: self.text(ids) for i, ids in zip(part, tokens, strict=True)}
+            answers |= {i: decode(self.processor, ids) for i, ids in zip(part, tokens, strict=True)}
         responses = {i: text for share in reversed(gather_objects(answers)) for i, text in share.items()}
         raw = [responses[item.index] for item in self.items]
         predictions = [
@@ -105,11 +103,6 @@ class BenchmarkEvaluator:
         main = scores["by"].get(self.benchmark.breakdowns[0], {})
         by_value = {f"eval/{self.path.stem}/{value}": entry["accuracy"] for value, entry in main.items()}
         return {self.metric: scores["accuracy"]} | by_value
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        """Decode tokens up to the first that ends an answer; ``eval_mmau.py`` generates no further than that."""
-        end = next((i for i, token in enumerate(token_ids) if token in self.ends), len(token_ids))
-        return decode(self.processor, token_ids[:end])
 
     def _write(self, results: list[dict[str, Any]], step: int) -> None:
         try:

@@ -49,6 +49,7 @@ def _range_problems(args: argparse.Namespace) -> list[str]:
             ("max_eval_samples", args.max_eval_samples >= 1, "1 or more"),
             ("temperature", 0 < args.temperature <= 2, "above 0 and at most 2 (vLLM's limit)"),
             ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+            ("top_k", args.top_k == -1 or args.top_k >= 1, "-1 (all tokens) or 1 and more"),
             ("eps_clip", 0 < args.eps_clip < math.inf, "above 0"),
             ("eps_clip_high", args.eps_clip_high is None or 0 < args.eps_clip_high < math.inf, "above 0"),
             ("rollout_correction_limit", 0 < args.rollout_correction_limit < math.inf, "above 0"),

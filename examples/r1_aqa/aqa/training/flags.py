@@ -163,6 +163,12 @@ def _add_sampling_flags(g: Any) -> None:
     g.add_argument("--generate_max_len", type=int, default=256, help="longest response in tokens")
     g.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
     g.add_argument("--top_p", type=float, default=1.0, help="nucleus mass; below 1 the log-prob gap includes the cut")
+    g.add_argument(
+        "--top_k",
+        type=int,
+        default=-1,
+        help="most likely tokens to draw from, -1: all; as with --top_p, the log-prob gap includes the cut",
+    )
     g.add_argument("--seed", type=int, default=42, help="seed of everything random")
 
 
