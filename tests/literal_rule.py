@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 
-END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|im_start|>")
+END_OF_TURN = ("<|im_end|>", "<|endoftext|>")
+SPECIAL = re.compile(r"<\|im_start\|>|<\|AUDIO\|>|<\|audio_[be]os\|>")
 
 
 def response_of(prompt: str, sequence: str) -> str:
-    """What the model said in its turn: all behind the prompt, up to the first mark of a turn.
+    """What the model said in its turn: all behind the prompt, up to the first end of a turn, without special tokens.
 
     :param prompt: The prompt exactly as the sequence begins.
     """
@@ -20,7 +21,7 @@ def response_of(prompt: str, sequence: str) -> str:
     said = sequence[len(prompt) :]
     for mark in END_OF_TURN:
         said = said.split(mark)[0]
-    return said
+    return SPECIAL.sub("", said)
 
 
 def said_in_tags(text: str) -> str:

@@ -14,6 +14,7 @@ from aqa.rewards.r1_aqa import (
     format_reward_fn,
     label_doubts,
     reward_fn,
+    special_tokens,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "format_reward_fn",
     "label_doubts",
     "reward_fn",
+    "special_tokens",
 ]

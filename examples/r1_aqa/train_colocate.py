@@ -22,6 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,7 @@ def make_trainer(
 
     from aqa.data.prompts import end_tokens
     from aqa.patches.experience_maker import BANNED
+    from aqa.rewards.r1_aqa import special_tokens
     from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
 
     audio_token_id = data.tokenizer.convert_tokens_to_ids(data.processor.audio_token)
@@ -282,7 +284,7 @@ def make_trainer(
         actor_scheduler=scheduler,
         critic_scheduler=None,
         tokenizer=data.tokenizer,
-        reward_fn=reward_fn,
+        reward_fn=partial(reward_fn, special=special_tokens(data.tokenizer)),
         reward_fn_label_map={},
         max_epochs=args.max_epochs,
         micro_train_batch_size=args.micro_train_batch_size,

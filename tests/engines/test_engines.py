@@ -252,7 +252,8 @@ def test_rows_without_audio_may_be_mixed_in(maker, parts, noises):
         ("<answer>hum</answer><|im_end|>", "avqa_rule", 1.0),  # wrong, in the right form
         ("<answer> </answer>", "avqa_rule", 1.0),  # the prompt's own tags
         ("hum<|im_end|>\n<|im_start|>assistant\n<answer>bell</answer><|im_end|>", "avqa_rule", 0.0),  # a second turn
-        ("<|im_start|>assistant\n<answer>bell</answer><|im_end|>", "avqa_rule", 0.0),
+        ("<|audio_eos|><answer>bell</answer><|im_end|>", "avqa_rule", 2.0),  # R1-AQA decodes without control tokens
+        ("<|im_start|>assistant\n<answer>bell</answer><|im_end|>", "avqa_rule", 1.0),  # mere text before the answer
         ("<think>a ring</think> <answer>bell</answer><|im_end|>", "avqa_think_rule", 2.0),
         ("<answer>bell</answer><|im_end|>", "avqa_think_rule", 1.0),  # right, without the thinking
     ],

@@ -176,7 +176,7 @@ from lightrft_launcher import after_import
 
 @after_import("aqa.rewards.r1_aqa")
 def _(module):
-    module.extract_response = lambda query, prompt=None: query
+    module.extract_response = lambda query, special: query
 """
 
 

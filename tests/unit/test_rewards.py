@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import literal_rule
 import pytest
 import torch
 from conftest import EXAMPLE, ROOT
@@ -29,6 +30,7 @@ from aqa.rewards import r1_aqa as rewards
 from aqa.rewards.matching import MathChecker, MathCheckUnavailable, first_answer, may_hold_math
 from aqa.rewards.named import NAMED, RewardError, find_reward
 from aqa.training.flags import REWARDS
+from demo.make_model import build_processor
 
 HEADER = "<|im_start|>assistant\n"
 QUESTION = "What barks? Please choose the answer from the following options: ['dog', 'cat']."
@@ -215,25 +217,42 @@ def test_combined_is_the_unweighted_sum():
         (" a\n" + END, " a\n", "white space is the response's own"),
         (f"cat{END}\n{HEADER}<answer>dog</answer>{END}", "cat", "an imitated turn"),
         (f"{END}\n<|im_start|>user\n{QUESTION}{END}\n{HEADER}<answer>dog</answer>{END}", "", "an imitated prompt"),
-        (f"cat{HEADER}<answer>dog</answer>{END}", "cat", "an imitated header without an end of turn"),
-        (f"{HEADER}<answer>dog</answer>{END}", "", "an imitated header at once"),
+        (f"cat{HEADER}<answer>dog</answer>{END}", "catassistant\n<answer>dog</answer>", "a header opens no turn"),
+        ("<|audio_eos|><answer>dog</answer>" + END, "<answer>dog</answer>", "a control token"),
+        ("<|im_<|AUDIO|>end|>dog", "<|im_end|>dog", "what a token leaves behind is mere text"),
         (f"<answer>cat</answer>{PAD}<answer>dog</answer>{END}", "<answer>cat</answer>", "imitated padding"),
     ],
 )
 def test_the_response_is_the_models_first_turn(tail, response, why):
     assert rewards.extract_response(PROMPT + tail) == response, why
-    assert rewards.extract_response(PROMPT + tail, prompt=PROMPT) == response, why
     assert rewards.extract_response(PAD * 5 + PROMPT + tail) == response, f"{why}, prompt padded on the left"
 
 
-def test_with_the_prompt_given_earlier_turns_are_skipped():
-    prompt = prompt_text("How many?").removesuffix(HEADER) + f"{HEADER}<answer>cat</answer>{END}\n" + PROMPT
-    query = prompt.replace("<|AUDIO|>", "<|AUDIO|>" * 25) + f"<answer>dog</answer>{END}\n{HEADER}<answer>eel</answer>"
-    assert rewards.extract_response(query, prompt=prompt) == "<answer>dog</answer>"
-    with pytest.raises(ValueError, match="no assistant header"):
-        rewards.extract_response(query, prompt="Hello")
-    with pytest.raises(ValueError, match="fewer assistant headers"):
-        rewards.extract_response(PROMPT, prompt=prompt)
+def test_every_added_token_is_scored_as_r1_aqa_scores_it():
+    """R1-AQA decodes the sampled ids without special tokens; here the whole decoded sequence is scored."""
+    tokenizer = build_processor().tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|en|>", "<|0.00|>", "[noise]"]})
+    tokenizer.add_tokens(["<tool_call>", "<|fim_prefix|>"])  # added, but not special: decoding keeps them
+    special = rewards.special_tokens(tokenizer)
+    seen = set()
+    for added in tokenizer.get_added_vocab():
+        for response in (
+            f"{added}<answer>dog</answer>",
+            f"<answer>do{added}g</answer>",
+            f"<answer>dog</answer>{added}",
+            f"<ans{added}wer>dog</answer>",
+            f"<answer>dog</answer>{added}<answer>cat</answer>",
+        ):
+            ids = tokenizer(response)["input_ids"]
+            ends = [i for i, token in enumerate(ids) if tokenizer.decode([token]) in (END, PAD)]
+            sampled = ids[: ends[0] + 1] if ends else ids
+            expected = literal_rule.reward(tokenizer.decode(sampled, skip_special_tokens=True), "dog")
+            query = tokenizer.decode(tokenizer(PROMPT)["input_ids"] + sampled + [tokenizer.pad_token_id] * 2)
+            total, _ = rewards.reward_fn([], ["avqa_rule"], [query], ["dog"], {}, special)
+            assert total.item() == expected[0], response
+            seen.add((added, expected[0]))
+    assert {("<|audio_eos|>", 2.0), ("[noise]", 2.0), (END, 0.0)} <= seen
+    assert rewards.extract_response(f"{PROMPT}<|fim_prefix|>dog", special) == "<|fim_prefix|>dog"
 
 
 def test_a_perfect_answer_scores_two_through_the_trainers_call():

@@ -27,7 +27,14 @@ from aqa.common.constants import ASSISTANT_HEADER
 from aqa.data.prompts import choices_in
 from aqa.rewards.choices import find_choice
 from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, first_answer, texts_equal
-from aqa.rewards.r1_aqa import avqa_combined_reward_fn, extract_response, format_reward_fn, reward_fn, score_batch
+from aqa.rewards.r1_aqa import (
+    SPECIAL_TOKENS,
+    avqa_combined_reward_fn,
+    extract_response,
+    format_reward_fn,
+    reward_fn,
+    score_batch,
+)
 
 Reward = Callable[[str, str, bool], float]
 BRIEF_WORDS = 64  # words allowed before the length penalty starts
@@ -88,16 +95,17 @@ def find_reward(name: str) -> Callable[..., tuple[torch.Tensor, dict[str, torch.
     return score_batch_with(_import(name), name)
 
 
-def named_references(queries: Sequence[str], refs: Sequence[str]) -> list[str]:
+def named_references(queries: Sequence[str], refs: Sequence[str], special: Sequence[str]) -> list[str]:
     """The references, each replaced by the response's own answer where that names the reference among the choices.
 
     :param queries: Whole decoded sequences; the choices are read from their prompts.
+    :param special: See :func:`aqa.rewards.r1_aqa.extract_response`.
     """
     references = []
     for query, reference in zip(queries, refs, strict=True):
         choices = choices_in(query.partition(ASSISTANT_HEADER)[0])
         if choices is not None:
-            response = extract_response(query)
+            response = extract_response(query, special)
             answer = first_answer(response)
             answer = (response if answer is None else answer).strip()
             if find_choice(answer, choices) == reference:
@@ -111,13 +119,13 @@ class RewardError(Exception):
 
 
 def score_batch_with(
-    reward: Reward, name: str, references: Callable[[Sequence[str], Sequence[str]], Sequence[str]] | None = None
+    reward: Reward, name: str, references: Callable[..., Sequence[str]] | None = None
 ) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Make a function that scores a batch from a reward that scores one response.
 
     :param reward: As the module's docstring describes it.
     :param name: As given to ``--reward``.
-    :param references: What the reward gets in place of the references; None: the references.
+    :param references: As :func:`named_references`: what the reward gets in place of the references; None: them.
     """
 
     def score(response: str, reference: str, think: bool) -> tuple[float, float, float]:
@@ -142,11 +150,12 @@ def score_batch_with(
         queries: Sequence[str],
         refs: Sequence[str],
         label_map: Mapping[str, int] | None,
+        special: Sequence[str] = SPECIAL_TOKENS,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        _, measured = reward_fn(model_reward_list, labels, queries, refs, label_map)
-        paid = refs if references is None else references(queries, refs)
+        _, measured = reward_fn(model_reward_list, labels, queries, refs, label_map, special)
+        paid = refs if references is None else references(queries, refs, special)
         with limited_output(name):
-            total, _ = score_batch(model_reward_list, labels, queries, paid, score)
+            total, _ = score_batch(model_reward_list, labels, queries, paid, score, special)
         return total, measured | {"rule_reward": total.clone()}
 
     return chosen

@@ -26,50 +26,42 @@ from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, answers_agree
 
 logger = logging.getLogger(__name__)
 
-_TURN_MARKER = re.compile(r"<\|(?:im_end|endoftext|im_start)\|>")
+SPECIAL_TOKENS = ("<|im_start|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")  # where no tokenizer is at hand
+_END = re.compile(r"<\|(?:im_end|endoftext)\|>")
 
 _THINK_OPEN = "<think>"
 _THINK_TO_ANSWER = re.compile(rf"</think>\s*{ANSWER_OPEN}")
 
 
-def extract_response(query: str, prompt: str | None = None) -> str:
-    r"""Cut the response out of a decoded Qwen2-Audio sequence.
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The tokens that decoding with ``skip_special_tokens`` leaves out, as R1-AQA decodes."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
-    A prompt is ChatML and ends with ``<|im_start|>assistant\n``. In this example it has one user turn, so the response
-    begins after the **first** such header. A model may imitate the header, but only later in the text. (If the last
-    header counted, a response could open another turn and be scored on that alone.) A caller whose prompts have earlier
-    assistant turns passes ``prompt``; the response then begins after as many headers as the prompt has.
 
-    The response ends before the next ``<|im_end|>``, ``<|endoftext|>`` (end of sequence and padding) or
-    ``<|im_start|>``. In decoded text a special token and its spelling look the same, so a response that spells out an
-    end of turn ends there, too: the reward ignores the rest. White space is kept, because R1-AQA's format rule depends
-    on it.
+def extract_response(query: str, special: Sequence[str] = SPECIAL_TOKENS) -> str:
+    r"""Cut the response out of a decoded Qwen2-Audio sequence, as R1-AQA's trainer decodes it.
 
-    A query without a header counts as a response alone. A caller that has the exact response does not need this
-    function and calls :func:`avqa_combined_reward_fn`.
+    A prompt is ChatML with one user turn and ends with ``<|im_start|>assistant\n``, so the response begins after the
+    **first** such header. A model may imitate the header, but only later in the text. (If the last header counted, a
+    response could open another turn and be scored on that alone.) A query without a header is a response alone.
+
+    The response ends before the next ``<|im_end|>`` or ``<|endoftext|>`` (end of sequence and padding). Special tokens
+    before that are left out: R1-AQA decodes without them. In decoded text a special token and its spelling look the
+    same, so a response that spells out an end of turn ends there, too: the reward ignores the rest. White space is
+    kept, because R1-AQA's format rule depends on it.
 
     :param query: Whole decoded sequence, or a response alone.
-    :param prompt: Prompt text as rendered by the chat template, with or without expanded audio placeholders.
-    :return: The response without special tokens at its end.
-    :raises ValueError: ``prompt`` is given and has no assistant header, or more of them than the query.
+    :param special: The tokenizer's, see :func:`special_tokens`.
     """
-    headers = 1
-    if prompt is not None:
-        headers = prompt.count(ASSISTANT_HEADER)
-        if headers == 0:
-            raise ValueError(
-                f"the prompt has no assistant header {ASSISTANT_HEADER!r}: is its generation prompt missing?"
-            )
-    start = 0
-    for _ in range(headers):
-        found = query.find(ASSISTANT_HEADER, start)
-        if found < 0:
-            if prompt is not None:
-                raise ValueError(f"the query has fewer assistant headers than its prompt, which has {headers}")
-            break
-        start = found + len(ASSISTANT_HEADER)
-    end = _TURN_MARKER.search(query, start)
-    return query[start : end.start()] if end else query[start:]
+    _, header, response = query.partition(ASSISTANT_HEADER)
+    response = _END.split(response if header else query, 1)[0]
+    return _pattern(tuple(special)).sub("", response)
+
+
+@lru_cache
+def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of the tokens, and the longest where one begins as another does."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def accuracy_reward_fn(content: str, solution: str) -> float:
@@ -121,6 +113,7 @@ def reward_fn(
     queries: Sequence[str],
     refs: Sequence[str],
     label_map: Mapping[str, int] | None,
+    special: Sequence[str] = SPECIAL_TOKENS,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Score a batch; LightRFT calls it in ``RewardComputationEngine._aggregate_rewards``.
 
@@ -130,12 +123,13 @@ def reward_fn(
     :param queries: Whole decoded sequences, special tokens included, length B.
     :param refs: Reference texts, length B.
     :param label_map: Part of LightRFT's signature (label to reward model); unused.
+    :param special: See :func:`extract_response`.
     :return: (rewards, metrics): a float32 tensor of shape (B,), 0 to 2, and tensors of the same shape named
         ``format_reward``, ``accuracy_reward`` and ``rule_reward`` (the total). They are on the device of the model
         scores; without scores, on the current CUDA device if the process has initialised CUDA, else on the CPU.
     :raises ValueError: The lengths differ, or a reference is empty; names the sample.
     """
-    return score_batch(model_reward_list, labels, queries, refs, avqa_combined_reward_fn)
+    return score_batch(model_reward_list, labels, queries, refs, avqa_combined_reward_fn, special)
 
 
 def score_batch(
@@ -144,6 +138,7 @@ def score_batch(
     queries: Sequence[str],
     refs: Sequence[str],
     score: Callable[[str, str, bool], tuple[float, float, float]],
+    special: Sequence[str] = SPECIAL_TOKENS,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Score a batch with any rule for one response; :func:`reward_fn` describes the other parameters and the result.
 
@@ -163,7 +158,7 @@ def score_batch(
         if ASSISTANT_HEADER not in query:
             _warn_no_header()
         try:
-            scores.append(score(extract_response(query), ref, label == THINK_LABEL))
+            scores.append(score(extract_response(query, special), ref, label == THINK_LABEL))
         except ValueError as error:
             raise ValueError(f"sample {index} (label {label!r}): {error}") from error
 
