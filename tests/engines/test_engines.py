@@ -193,6 +193,8 @@ def test_nothing_but_the_sampling_decides(vllm_engine, parts, sampling_model, no
             assert not set(before) & set(ends)
             assert item.truncated is (at_end not in ends) and (not item.truncated or len(before) == 11)
             last.add(at_end)
+        on, _ = sample(n=8, temperature=1.5, end_ids=(tokenizer.eos_token_id,))
+        assert set(ends[2:]) & {token for item in on for token in item.response_ids[:-1].tolist()}
         narrow, _ = sample(n=8, temperature=1.5, top_k=1)  # the likeliest token alone, with log-prob 0
         assert all((item.engine_log_probs.abs() < 1e-6).all() for item in narrow)
         greedy.append(sample(n=1, temperature=0.0)[0])

@@ -98,18 +98,14 @@ def test_log_probs_equal_the_runtimes(wrap, rows):
     torch.testing.assert_close(out, expected[:, :width], rtol=1e-6, atol=1e-6)
 
 
-def test_the_actor_keeps_what_was_sampled_and_is_given_back():
+def test_the_actor_is_given_back():
     actor = LightRFTActor(build_model())
     before = (actor.forward, actor.process_sequences, actor.model.forward)
-    sequences = torch.tensor([[5, 6, 7, 8]])  # cut off: no end of turn
     with Patch() as patch:
         patch_actor(patch, actor)
         patched = actor.forward
         patch_actor(patch, actor)  # applied once
         assert actor.forward is patched
-        kept, attention_mask, action_mask = actor.process_sequences(sequences, 2, EOS, PAD)
-        assert kept.tolist() == [[5, 6, 7, 8]]
-        assert attention_mask.shape == (1, 4) and action_mask.shape == (1, 2)
     assert (actor.forward, actor.process_sequences, actor.model.forward) == before
     assert not {"forward", "process_sequences"} & (set(vars(actor)) | set(vars(actor.model)))
     assert find_actor(Wrapped(Wrapped(actor))) is actor
@@ -280,7 +276,13 @@ def test_the_samples_carry_the_engines_log_probs():
     )
     outputs = [EngineOutput(prompt_token_ids=[1, 2], output_token_ids=[3], output_log_probs=[-0.5], truncated=True)]
     with Patch() as patch:
-        audio.patch_experience_maker(patch, maker, {7: -100.0})
+        audio.patch_experience_maker(patch, maker, {7: -100.0}, [EOS, PAD, 8])
+        # padded prompt; ended by either token, by a third, cut off
+        sequences = [[PAD, 5, 6, EOS, PAD], [4, EOS, 6, PAD, PAD], [4, 5, 8, PAD, PAD], [4, 5, 6, 7, 6]]
+        kept, attention, action = actor.process_sequences(torch.tensor(sequences), 2, EOS, PAD)
+        assert kept.tolist() == sequences
+        assert action.long().tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]]
+        assert attention.tolist() == [[0, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1] * 5]
         for model in (maker.actor, maker.initial_model.module):
             assert (model.temperature, model.logit_bias) == (0.7, {7: -100.0})
         assert maker.strategy.logit_bias == {7: -100.0}
@@ -404,6 +406,7 @@ GOOD = {
     "loss_agg_mode": "seq-mean-token-mean",
     "fused_linear_logprob": False,
     "fsdp": False,
+    "zero_stage": 2,
     "bf16": True,
     "max_norm": 1.0,
     "on_anomaly": "warn",
@@ -424,6 +427,8 @@ GOOD = {
         ({}, None),
         ({"fsdp": True}, None),
         ({"bf16": False}, None),
+        ({"zero_stage": 0, "bf16": False}, None),
+        ({"zero_stage": 0}, "in bfloat16; use stage 2"),
         ({"engine_type": "hf"}, "--engine_type hf"),
         ({"packing_samples": True}, "the audio would be lost"),
         ({"sp_size": 2}, "--sp_size 2"),

@@ -59,18 +59,6 @@ def patch_actor(patch: Patch, actor: Any) -> None:
     if not patch.put(actor, "forward", functools.partial(audio_forward, actor)):
         return
     patch_policy(patch, getattr(actor.model, "module", actor.model))  # DeepSpeed's engine wraps the policy
-    original = actor.process_sequences
-
-    @functools.wraps(original)
-    def process_sequences(sequences: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """The original's masks, and the sequences as they were.
-
-        The original overwrites the last token of a truncated response with an end of turn.
-        """
-        _, attention_mask, action_mask = original(sequences.clone(), *args, **kwargs)
-        return sequences, attention_mask, action_mask
-
-    patch.replace(actor, "process_sequences", process_sequences)
 
 
 def audio_forward(
@@ -175,21 +163,23 @@ def generate_with_audio(
 ) -> list[EngineOutput]:
     """Replaces ``engine_generate_local``: rollouts, with the log-prob of every sampled token.
 
-    :param strategy: LightRFT strategy; its ``logit_bias``, if set, is added at sampling.
+    :param strategy: LightRFT strategy; its ``logit_bias``, if set, is added at sampling, and each of its
+        ``end_token_ids`` ends a response.
     :param sampling_params: vLLM's object or SGLang's dictionary; it is not changed.
     :param prompt_token_ids: Prompts of a batch without any audio.
     :param multi_modal_inputs: Requests of a batch with audio.
     :return: One output per request, in order.
     :raises RuntimeError: if the engine returns too few responses, or an empty one.
     """
-    logit_bias = getattr(strategy, "logit_bias", {})
+    logit_bias, ends = getattr(strategy, "logit_bias", {}), list(getattr(strategy, "end_token_ids", ()))
     requests = multi_modal_inputs
     if requests is None:
         requests = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
     if strategy.inference_engine_type == "sglang":
         from aqa.hosts.lightrft.sglang import generate_with_audio as sglang_generate
 
-        outputs = sglang_generate(strategy.inference_engine, sampling_params, requests, logit_bias)
+        params = sampling_params | {"stop_token_ids": ends}
+        outputs = sglang_generate(strategy.inference_engine, params, requests, logit_bias)
         limit = sampling_params["max_new_tokens"]
         return [
             EngineOutput(
@@ -205,6 +195,7 @@ def generate_with_audio(
         # vLLM up to 0.16 adds the clip's markers itself, so those of the prompt are removed
         requests = [{**request, "prompt": _MARKED.sub(r"\1", request["prompt"])} for request in requests]
     params = sampling_params.clone()
+    params.stop_token_ids = ends
     params.logprobs = 0  # the sampled token's log-prob and no others
     params.logit_bias = {**(params.logit_bias or {}), **logit_bias}
     outputs = strategy.inference_engine.generate(requests, params, use_tqdm=False)
@@ -348,21 +339,40 @@ def write_model(model: nn.Module, weights: dict[str, torch.Tensor], output_dir: 
 
 
 # ----------------------------------------------------------------------------------------------------- experience maker
-def patch_experience_maker(patch: Patch, exp_maker: Any, logit_bias: dict[int, float]) -> None:
+def patch_experience_maker(
+    patch: Patch, exp_maker: Any, logit_bias: dict[int, float], end_token_ids: Sequence[int]
+) -> None:
     """Make LightRFT's ``FastExperienceMaker`` keep the engine's log-probs and not repair image tokens.
 
     Actor and reference model get the sampling's logit bias and temperature, so that their log-probs are those of the
     distribution sampled from.
 
     :param logit_bias: Bias by token id, for the engine and both models.
+    :param end_token_ids: Any of them ends a response.
     """
     if is_patched(exp_maker, "_build_unpacked_sample"):
         return
     patch.replace(exp_maker.strategy, "logit_bias", logit_bias)
+    patch.replace(exp_maker.strategy, "end_token_ids", end_token_ids)
     for model in filter(None, (exp_maker.actor, exp_maker.initial_model)):
         actor = find_actor(model)
         patch.replace(actor, "logit_bias", logit_bias)
         patch.replace(actor, "temperature", exp_maker.strategy.args.temperature)
+
+    def process_sequences(
+        sequences: torch.Tensor, input_len: int, eos_token_id: int, pad_token_id: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Masks of prompt and response, and of the response ``(batch, length - input_len)``, up to its end token.
+
+        The original knows one end token: behind another it counts a token of padding, and it overwrites the last token
+        of a response that was cut off.
+        """
+        is_end = torch.isin(sequences[:, input_len:], torch.tensor(end_token_ids))
+        action_mask = is_end.cumsum(1) - is_end.long() == 0
+        prompt_mask = sequences[:, :input_len].ne(pad_token_id).cumsum(1) > 0  # padded on the left
+        return sequences, torch.cat([prompt_mask, action_mask], 1).long(), action_mask
+
+    patch.replace(find_actor(exp_maker.actor), "process_sequences", process_sequences)
 
     def _fix_qwen_vl_image_tokens(sequences: torch.Tensor, sample: Any, vlm: bool) -> None:
         """Do nothing: there are no image tokens, and :func:`audio_forward` checks the audio tokens."""

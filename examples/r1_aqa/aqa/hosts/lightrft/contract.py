@@ -95,7 +95,7 @@ lightrft.models.actor_al
 lightrft.models.actor_al:ActorAL
     gradient_checkpointing_enable(gradient_checkpointing_kwargs, /) | saves memory
     forward({_FORWARD}) | replaced: exact audio masks
-    process_sequences(sequences, input_len, eos_token_id, pad_token_id, /, **_) | wrapped: keeps the sampled tokens
+    process_sequences(sequences, input_len, eos_token_id, pad_token_id, /, **_) | replaced: masks
 
 lightrft.trainer.fast_exp_maker
     normalize_images(raw_images, /) | replaced: clips are decoded already
@@ -116,7 +116,7 @@ lightrft.trainer.fast_exp_maker:FastExperienceMaker
         n_samples_per_prompt, all_videos=None, videos_num=None) | token ids and mel frames
     generate_samples -> gather_and_generate(*, all_prompt_token_ids, **_) | compares prompts
     _build_unpacked_sample(*, outputs, **_) < generate_samples | wrapped: keeps the engine's log-probs
-    _build_unpacked_sample -> process_sequences(sequences, *_, **__) | keeps the sampled tokens
+    _build_unpacked_sample -> process_sequences(sequences, *_, **__) | masks
     _make_experience_list_by_model(all_samples, /) < make_experience_list | wrapped: metrics
     _make_experience_list_by_model -> actor({_FORWARD}) | log-probs of the actor
     _make_experience_list_by_model -> initial_model({_FORWARD}) | log-probs of the reference model

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from aqa.common.model_type import model_type_of
 from aqa.common.patch import Patch
+from aqa.data.prompts import end_tokens
 from aqa.hosts.lightrft import fixes
 from aqa.hosts.lightrft.contract import check_contract
 
@@ -114,6 +115,8 @@ class LightRFTHost:
             problems.append(f"--on_anomaly {args.on_anomaly}: inside LightRFT a sign is warned of only; drop it")
         if args.fsdp and not args.bf16:
             problems.append("--fsdp trains in bfloat16 whatever the flag says: add --bf16")
+        if args.bf16 and not args.fsdp and args.zero_stage == 0:
+            problems.append("--zero_stage 0 with --bf16: LightRFT would add up micro-batches in bfloat16; use stage 2")
         if args.fsdp and args.max_norm == 0:
             problems.append("--fsdp with --max_norm 0: LightRFT would clip every gradient to zero; use --max_norm 1")
         if args.pretrain and model_type_of(args.pretrain) not in (None, "qwen2_audio"):
@@ -122,6 +125,8 @@ class LightRFTHost:
 
     def prepare(self, args: argparse.Namespace) -> None:
         """See :class:`~aqa.hosts.base.Host`."""
+        if args.bf16 and not args.fsdp:
+            args.grad_accum_dtype = "fp32"  # DeepSpeed would add up the gradients of micro-batches in bfloat16
         complete_flags(args)
         check_contract()
         self.fixes += fixes.patch_for_versions()[1]
@@ -197,7 +202,8 @@ class LightRFTHost:
         from aqa.hosts.lightrft import audio
         from aqa.patches.experience_maker import BANNED
 
-        audio.patch_experience_maker(patch, exp_maker, {audio_token_id: BANNED})
+        ends = end_tokens(exp_maker.tokenizer, exp_maker.strategy.args.pretrain)
+        audio.patch_experience_maker(patch, exp_maker, {audio_token_id: BANNED}, ends)
 
     def patch_actor(self, patch: Patch, actor: Any) -> None:
         """See :class:`~aqa.hosts.base.Host`."""
