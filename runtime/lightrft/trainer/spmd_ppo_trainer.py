@@ -144,7 +144,6 @@ class SPMDPPOTrainerVL:
         self.scheduler = actor_scheduler
         self.max_epochs = max_epochs
         self.micro_train_batch_size = micro_train_batch_size
-        self.max_new_tokens = max_new_tokens
         self.kl_ctl = KLController(init_kl_coef, kl_target)
         self.loss_settings = LossSettings(
             eps_clip=eps_clip,
