@@ -19,6 +19,7 @@ from aqa.evaluation import while_training
 from aqa.evaluation.items import MMAU, make_items
 from aqa.evaluation.while_training import BenchmarkEvaluator
 from aqa.training import gloo_shutdown
+from lightrft.engines.base import Sampling
 from lightrft.strategy.checkpoint import SaveError
 from lightrft.trainer import evaluation
 from lightrft.trainer.evaluation import BestModel, Evaluation
@@ -64,7 +65,7 @@ def test_tag_metrics_by_hand():
 class FakeMaker:
     """Rewards of rows 0, 1, 2, ... are 0, 1, 2, ...; a row's tag is its own."""
 
-    sampling = SimpleNamespace(logit_bias={})
+    sampling = Sampling(n=8)
 
     def __init__(self, strategy):
         self.strategy = strategy
@@ -123,7 +124,8 @@ def check_benchmark(strategy, folder):
         evaluator.benchmark, evaluator.items = MMAU, make_items(rows, MMAU, folder, think=False)
         evaluator.prompts = [row["id"] for row in rows]
         evaluator.batch_size, evaluator.clips = size, lambda path: path
-        evaluator.text = lambda ids: "<answer>" + rows[ids[0]]["choices"][0] + "</answer>"
+        say = lambda ids, **_: "<answer>" + rows[ids[0]]["choices"][0] + "</answer>"  # noqa: E731
+        evaluator.processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=say))
         asked = []
 
         def ask(prompts, images, asked=asked):
@@ -200,9 +202,6 @@ def test_what_cannot_be_asked_is_named_before_training(
     if message is None:
         evaluator = make()
         assert evaluator.metric == "eval/questions/accuracy" and evaluator.batch_size == 8
-        end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        said = processor.tokenizer("<answer>bell</answer>")["input_ids"]
-        assert evaluator.text([*said, end, *said]) == "<answer>bell</answer>"
         return
     with pytest.raises(SystemExit, match=re.escape(message)):
         make()
