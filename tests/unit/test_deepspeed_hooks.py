@@ -59,6 +59,12 @@ for stage in (0, 2, 3):
         assert step(*plain, (1, 1)) and step(*plain, (3, 1))
         end = weights(plain[0], stage)
         print("RESULT", json.dumps([stage, bf16, made, start != end, weights(odd[0], stage) == end]))
+        engine, folder = plain[0], f"{sys.argv[2]}/{stage}{bf16}"
+        DeepspeedStrategy.write_ckpt(None, engine, folder, "step", {})
+        resumed = make(stage, bf16)
+        DeepspeedStrategy.read_ckpt(None, resumed[0], folder, "step")
+        assert step(*plain, (1, 2)) and step(*resumed, (1, 2))
+        print("RESUMED", json.dumps(weights(resumed[0], stage) == weights(engine, stage) != end))
 
 def accumulated(stage, offload, lora, count=32):
     engine, guard = make(stage, True, offload, count, lora)
@@ -90,17 +96,17 @@ ACCUMULATION += [(stage, False, True) for stage in (0, 2, 3)]
 
 
 @pytest.fixture(scope="module")
-def printed():
+def printed(tmp_path_factory):
     flags = json.dumps(FLAGS | {"param_offload": False, "max_norm": 0.5})
     script = SCRIPT.replace("CASES", repr(ACCUMULATION))
     environment = child_environment() | {"PYTHONPATH": str(ROOT / "runtime")}
-    command = [sys.executable, "-c", script, flags]
+    command = [sys.executable, "-c", script, flags, str(tmp_path_factory.mktemp("checkpoints"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return [
         (kind, json.loads(rest))
         for kind, _, rest in (line.partition(" ") for line in done.stdout.splitlines())
-        if kind in ("RESULT", "ERROR")
+        if kind in ("RESULT", "RESUMED", "ERROR")
     ]
 
 
@@ -109,6 +115,10 @@ def test_a_step_left_out_is_one_that_never_was(printed):
     results = [values for kind, values in printed if kind == "RESULT"]
     made = [True, False, False, False, True]
     assert results == [[stage, bf16, made, True, True] for stage in (0, 2, 3) for bf16 in (False, True)]
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(printed):
+    assert [same for kind, same in printed if kind == "RESUMED"] == [True] * 6
 
 
 def test_bf16_gradients_add_up_in_float32(printed):
