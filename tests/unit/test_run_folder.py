@@ -87,11 +87,13 @@ def test_a_new_run_moves_everything_of_the_older_one_aside(session, tmp_path, ap
     assert session(load_checkpoint=True, prompts=4, **places)[0] == first  # but where it is now, the run goes on
 
 
-def test_runs_of_an_older_version_are_moved_aside_by_their_date(session, tmp_path):
+def test_runs_without_an_id_are_moved_aside_by_their_date(session, tmp_path):
     (tmp_path / "run").mkdir()
-    for name in ("metrics.jsonl", "model.safetensors", "config.json"):
+    for name in ("run_config.json", "model.safetensors", "config.json"):  # the first one is no JSON
         (tmp_path / "run" / name).write_text("old")
         os.utime(tmp_path / "run" / name, (0, 86400 * 365))
+    with pytest.raises(SystemExit, match=r"run_config.json: cannot be read .*; put it right, or remove it"):
+        session(load_checkpoint=True)
     session()
     [place] = (tmp_path / "run" / EARLIER).iterdir()
     assert place.name.startswith("1971-01-01".replace("-", "")) and len(content(place)) == 3
@@ -266,14 +268,20 @@ def test_a_place_that_cannot_be_written_is_named(session, tmp_path):
 def test_each_session_is_recorded_and_shown(session, tmp_path):
     session(files=CHECKPOINT)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3}\n')
-    args = {"load_checkpoint": True, "prompts": 32, "num_episodes": 2, "allow_changes": ["num_episodes"]}
+    args = {
+        "load_checkpoint": True,
+        "prompts": 32,
+        "num_episodes": 2,
+        "allow_changes": ["num_episodes"],
+        "save_steps": 7,
+    }
     session(**args)
     config = json.loads((tmp_path / "run" / "run_config.json").read_text())
     assert [each["first_step"] for each in config["sessions"]] == [1, 3]  # 32 prompts are 2 steps of 16
     config["sessions"][0] = {k: v for k, v in config["sessions"][0].items() if k not in ("ended", "how", "last_step")}
     rows = session_rows(Run(tmp_path, "run", [1], {}, config, 0))
     assert rows[0][1:4] == ("", "killed, or still running", "1 to ?")
-    assert rows[1][2:4] == ("finished", "3 to 3") and rows[1][5] == "num_episodes: 1 → 2"
+    assert rows[1][2:4] == ("finished", "3 to 3") and rows[1][5] == "num_episodes: 1 → 2; save_steps: -1 → 7"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from aqa.common.files import write_atomically
 from aqa.common.lock import LockedError, lock
 from aqa.evaluation.checkpoints import NOTES_FILE
 from aqa.training.flags import DATA_SUFFIXES
-from aqa.training.run_config import CONFIG, read_config
+from aqa.training.run_config import CONFIG
 from aqa.training.summary import read_metrics
 
 LOCK, EARLIER, CHECKPOINTS = "run.lock", "earlier", "_actor"
@@ -127,7 +127,7 @@ class RunFolder:
                     )
 
     def _check_resume(self, defaults: dict[str, Any]) -> None:
-        config, record = read_config(self.save), _read(self.ckpt / CHECKPOINTS / RECORD)
+        config, record = _read(self.save / CONFIG), _read(self.ckpt / CHECKPOINTS / RECORD)
         ours, theirs = (part and part.get("run") for part in (config, record))
         if ours != theirs and (config or theirs is None):
             raise SystemExit(
@@ -163,16 +163,22 @@ class RunFolder:
         :return: Lines for the user.
         :raises OSError: if the files cannot be moved or written.
         """
-        old = (read_config(self.save) or {}) if self.args.load_checkpoint else {}
+        old = (_read(self.save / CONFIG) or {}) if self.args.load_checkpoint else {}
         if not self.args.load_checkpoint:
             self._set_aside(self._older_files())
         elif _has_model(self.save) and (_read(self.save / NOTES_FILE) or {}).get("run") != self.run:
             self._set_aside(_matching(self.save, MODEL_FILES))  # nobody knows whose it is
+        flags, before = self.record["flags"], old.get("flags", {})
+        others = {
+            name: [str(value), str(flags[name])]
+            for name, value in before.items()
+            if name not in ("load_checkpoint", "allow_changes", "wandb_run_name") and flags.get(name, value) != value
+        }
         session = {
             "started": self.started,
             "machine": socket.gethostname(),
             "ranks": self.record["ranks"],
-            "changes": self.changes,
+            "changes": others | self.changes,
             "first_step": prompts // self.args.rollout_batch_size + 1,
         }
         sessions = old.get("sessions") or ([{"started": old["started"]}] if "started" in old else [])
@@ -220,7 +226,9 @@ class RunFolder:
         """Rename files of an older run into ``earlier/<id>`` of their folder."""
         if not files:
             return
-        config = read_config(self.save) or _read(self.ckpt / CHECKPOINTS / RECORD) or {}
+        config: dict[str, Any] = {}
+        with suppress(SystemExit):  # a damaged record is moved aside, too
+            config = _read(self.save / CONFIG) or _read(self.ckpt / CHECKPOINTS / RECORD) or {}
         name = config.get("run") or f"{datetime.fromtimestamp(files[-1].lstat().st_mtime):%Y%m%d-%H%M%S}"
         homes = {path: self.save if path.is_relative_to(self.save) else self.ckpt for path in files}
         target, number = name, 1
@@ -388,4 +396,4 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, NotADirectoryError) as error:
-        raise SystemExit(f"{path}: cannot be read ({error})") from None
+        raise SystemExit(f"{path}: cannot be read ({error}); put it right, or remove it") from None
