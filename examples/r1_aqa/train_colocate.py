@@ -211,8 +211,8 @@ def on_rank_0(action: Callable[[], Any]) -> Any:
     if dist.get_rank() == 0:
         try:
             answer[0] = action()
-        except (OSError, SystemExit) as error:
-            answer[1] = str(error) if isinstance(error, SystemExit) else f"the run's folder cannot be written: {error}"
+        except SystemExit as error:
+            answer[1] = str(error)
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
         raise SystemExit(answer[1])

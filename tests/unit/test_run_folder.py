@@ -260,6 +260,9 @@ def test_a_second_training_is_refused(session, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(session, tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "run" / "run_config.json.part").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"--save_path .*/run: cannot be written \(Is a directory\); make room"):
+        session()
     with pytest.raises(SystemExit, match=r"--save_path .*file/run: cannot be written"):
         session(save_path=tmp_path / "file" / "run")
 

@@ -161,8 +161,13 @@ class RunFolder:
         :param prompts: Prompts that a resumed run has already used.
         :param about: Further entries for ``run_config.json``.
         :return: Lines for the user.
-        :raises OSError: if the files cannot be moved or written.
+        :raises SystemExit: if the files cannot be moved or written.
         """
+        with naming(f"--save_path {self.save}"):
+            self._begin(prompts, about)
+        return self.notes
+
+    def _begin(self, prompts: int, about: dict[str, Any]) -> None:
         old = (_read(self.save / CONFIG) or {}) if self.args.load_checkpoint else {}
         if not self.args.load_checkpoint:
             self._set_aside(self._older_files())
@@ -188,7 +193,6 @@ class RunFolder:
         if not self.args.disable_ds_ckpt:
             (self.ckpt / CHECKPOINTS).mkdir(exist_ok=True)
             write_atomically(self.ckpt / CHECKPOINTS / RECORD, json.dumps(self.record, indent=2) + "\n")
-        return self.notes
 
     def end(self, error: BaseException | None = None) -> None:
         """Record how the session ended, if it has begun and this is not recorded yet."""
@@ -243,6 +247,18 @@ class RunFolder:
 
 
 @contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Name the place where something could not be written, or who else writes there."""
+    try:
+        yield
+    except LockedError as error:
+        raise SystemExit(str(error)) from None
+    except OSError as error:
+        remedy = "make room there, see to the rights, or choose another folder"
+        raise SystemExit(f"{place}: cannot be written ({error.strerror}); {remedy}") from None
+
+
+@contextmanager
 def open_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterator[RunFolder | None]:
     """Hold the run's folders during a ``with`` block; on rank 0, None on others, which write only where rank 0 does.
 
@@ -260,14 +276,9 @@ def open_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Itera
             path = Path(getattr(args, flag))
             if flag == "ckpt_path" and path.resolve() == Path(args.save_path).resolve():
                 continue
-            try:
+            with naming(f"--{flag} {path}"):
                 path.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(lock(path / LOCK, f"--{flag} {path}"))
-            except LockedError as error:
-                raise SystemExit(str(error)) from None
-            except OSError as error:
-                raise SystemExit(f"--{flag} {path}: cannot be written ({error.strerror}); choose another folder, or "
-                                 "make room and give yourself the right to write there") from None  # fmt: skip
         folder = RunFolder(args, flags, int(os.environ.get("WORLD_SIZE", "1")))
         folder.check({name: plain(value) for name, value in defaults.items()})
         try:
