@@ -182,6 +182,7 @@ def test_sizes_below_one_are_refused(problems, name, value):
         ("temperature", 0.0, 0.1),
         ("temperature", -1.0, 1.0),
         ("top_p", 0.0, 1.0),
+        ("top_k", 0, -1),
         ("top_p", 1.1, 0.9),
         ("eps_clip", 0.0, 0.2),
         ("eps_clip_high", 0.0, 0.28),
