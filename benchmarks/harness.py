@@ -25,6 +25,8 @@ EXAMPLE = ROOT / "examples" / "r1_aqa"
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path[1:1] = [str(EXAMPLE), str(ROOT / "runtime"), str(ROOT / "tests")]
 
+from aqa.common.arguments import Parser  # noqa: E402
+
 
 class Seconds(NamedTuple):
     """What a piece of work took.
@@ -42,7 +44,7 @@ def make_parser(description: str, rounds: int | None = None, demo: bool = True) 
     :param rounds: Default of ``--rounds``; None leaves the flag out.
     :param demo: Add ``--demo_dir``; :func:`parse` checks it.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if demo:
         parser.add_argument("--demo_dir", type=Path, default=Path("results/demo"), help="where make demo put its files")
     if rounds is not None:
@@ -58,6 +60,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if "demo_dir" in args and not (args.demo_dir / "model").is_dir():
         parser.error(f"--demo_dir: {args.demo_dir}/model is no folder; run make demo first, or name its folder")
+    for name in ("swift_python", "lightrft_home"):
+        path = getattr(args, name, None)
+        if path is not None and not path.exists():
+            parser.error(f"--{name} {path}: does not exist")
     return args
 
 

@@ -92,7 +92,10 @@ def problems(tmp_path):
     from lightrft.utils import add_arguments
 
     model, data = tmp_path / "model", tmp_path / "data"
-    for folder, names in ((model, ("config.json", "processor_config.json")), (data, ("train.parquet",))):
+    for folder, names in (
+        (model, ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")),
+        (data, ("train.parquet",)),
+    ):
         folder.mkdir()
         for name in names:
             (folder / name).touch()

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from aqa.audio.decode import AudioError, probe_all, show
 from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
 from aqa.audio.reader import AudioReader
-from aqa.common.constants import ASSISTANT_HEADER, SAMPLING_RATE
+from aqa.common.constants import SAMPLING_RATE
 from aqa.data.columns import DataError, check_types, read_columns, tags_of
-from aqa.data.prompts import render_chat
+from aqa.data.prompts import prompt_lengths, prompt_problem, render_chat
 from aqa.hosts.targets import patch_actor_for_audio, patch_experience_maker_for_audio, patch_strategy_for_audio
 from aqa.patches.experience_maker import NamedClip
 from aqa.patches.multimodal_processor import AudioMultimodalProcessor
@@ -90,7 +90,8 @@ class AudioPromptDataset(Dataset):
             more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise DataError(
                 f"{len(problems)} problems in {len(self.audio_paths)} rows of training data:\n{shown}{more}\n"
-                "Run data_preprocess/avqa.py again where the audio is; --skip_bad leaves such rows out."
+                "Run data_preprocess/avqa.py again where the audio is: it leaves out rows that cannot be used, with "
+                "--skip_bad also those without audio, with --prompt_max_len and --pretrain those that are too long."
             )
 
     def _check_texts(self) -> list[str]:
@@ -98,16 +99,11 @@ class AudioPromptDataset(Dataset):
         if not self.prompts:
             return ["the data has no row"]
         token = self.processor.audio_token
-        lengths = [len(ids) for ids in self.tokenizer(self.prompts, add_special_tokens=False)["input_ids"]]
+        lengths = prompt_lengths(self.tokenizer, self.prompts)
         for i, (prompt, length) in enumerate(zip(self.prompts, lengths, strict=True)):
-            placeholders, clips = prompt.count(token), int(self.audio_paths[i] is not None)
-            if placeholders != clips:
-                problems.append(f"row {i}: {placeholders} audio placeholders for {clips} clips in {prompt!r}")
-            if prompt.find(ASSISTANT_HEADER) + len(ASSISTANT_HEADER) != len(prompt):
-                problems.append(
-                    f"row {i}: the rewards find the response behind the first {ASSISTANT_HEADER!r}, which must be the "
-                    f"prompt's end (a question cannot hold turn markers): {prompt!r}"
-                )
+            clips = int(self.audio_paths[i] is not None)
+            if problem := prompt_problem(prompt, rendered=True, clips=clips, audio_token=token):
+                problems.append(f"row {i}: {problem}: {prompt!r}")
             if length > self.max_length:
                 problems.append(
                     f"row {i}: {length} prompt tokens, more than --prompt_max_len {self.max_length}; nothing is cut"

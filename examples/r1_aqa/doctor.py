@@ -8,7 +8,6 @@ a bare Python. It imports each package in a process of its own, so a package tha
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from aqa.common.arguments import Parser
 from aqa.common.versions import installed_versions
 
 EXAMPLE = Path(__file__).resolve().parent
@@ -217,7 +217,7 @@ def free_memory() -> int:
 
 def main() -> int:
     """Print the findings; the exit status is 1 if something is missing."""
-    argparse.ArgumentParser(prog="doctor.py", description="List what training needs of this machine.").parse_args()
+    Parser(prog="doctor.py", description="List what training needs of this machine.").parse_args()
     missing = []
     for name, status, text, remedy in find_all():
         print(f"{name:<13}{status:<9}{text}", flush=True)

@@ -25,9 +25,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from aqa.common.arguments import Parser
 from aqa.common.files import write_atomically
 from aqa.common.lock import lock
 from aqa.common.versions import installed_versions
+from aqa.data.rows import show_value
 from aqa.evaluation.answers import Answer, extract_answer
 from aqa.evaluation.checkpoints import Model, asked_to_think, resolve_model
 from aqa.evaluation.items import (
@@ -39,6 +41,7 @@ from aqa.evaluation.items import (
     PartialFile,
     digest,
     make_items,
+    names_choice,
     read_rows,
     result_rows,
     several,
@@ -61,9 +64,7 @@ DEFAULT_BATCH = {"hf": 32, "vllm": 256}
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags of ``run``; the EvalError names every setting that cannot be used."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="eval_mmau.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter
-    )
+    parser = Parser(prog="eval_mmau.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     add_question_flags(parser)
     add_answer_flags(parser)
@@ -88,7 +89,11 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--base_model", help="for a LoRA adapter: the model it was trained on (default: the one it names)")
     g = parser.add_argument_group("benchmark")
-    g.add_argument("--data_file", required=True, help="questions: MMAU's .json or MMAR's .jsonl")
+    g.add_argument(
+        "--data_file",
+        required=True,
+        help="questions: MMAU's .json, MMAR's .jsonl, or R1-AQA's rows as avqa.py reads them",
+    )
     g.add_argument(
         "--audio_dir",
         required=True,
@@ -197,8 +202,9 @@ def evaluate(args: argparse.Namespace) -> None:
     trained_to_think = asked_to_think(model)
     if args.think is None:
         args.think = trained_to_think == 1
-    items = make_items(rows[: args.limit], benchmark, Path(args.audio_dir), args.think, args.confine_audio)
+    items = make_items(rows, benchmark, Path(args.audio_dir), args.think, args.confine_audio, args.limit)
     announce(args, benchmark, items, model, trained_to_think)
+    announce_answers(rows, items)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with lock(out.with_suffix(".lock"), f"--out_file {out}"):
@@ -235,7 +241,7 @@ def ask_and_score(
     predictions = [answer.text for answer in answers]
     results = result_rows(items, zip(predictions, responses, strict=True), benchmark, args.silent_audio)
     scores = None
-    if results[0].get("answer") is not None:
+    if items[0].gold is not None:
         scores = score(judge(results, benchmark)) | describe_answers(answers, responses, args.think)
         scores["bad_audio"] = [items[i].row.get("id") for i in bad]
         scores["digital_silence"] = [items[i].row.get("id") for i in silent]
@@ -262,6 +268,24 @@ def announce(
         print(f"WARNING: the model was trained {habit}, and is asked otherwise", file=sys.stderr)
     if args.silent_audio:
         print("ABLATION: silence of the same length in place of every clip")
+
+
+def announce_answers(rows: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
+    """Print how the file's answers are read, with a warning of those that no prediction can match."""
+    if items[0].gold is None:
+        held = show_value(rows[0].get("answer"))
+        print(f"the answers are withheld (the first is {held}), so nothing will be scored")
+        return
+    read = [(row["answer"], item.gold) for row, item in zip(rows, items, strict=False) if row["answer"] != item.gold]
+    if read:
+        said, gold = map(show_value, read[0])
+        print(f"answers that are numbers or letters of choices are read as their texts: {len(read)}; {said} is {gold}")
+    odd = [
+        f"{item.label}: {show_value(item.gold)}" for item in items if not names_choice(item.gold, item.row["choices"])
+    ]
+    if odd:
+        title = f"WARNING: the answers of {len(odd)} of {len(items)} items are no choice, so no prediction can be right"
+        print(several(title, odd), file=sys.stderr)
 
 
 def report_audio(items: Sequence[Item], bad: dict[int, str], silent: Sequence[int], skip_bad: bool) -> None:
@@ -426,7 +450,7 @@ def describe_run(args: argparse.Namespace, model: Model) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- other commands
 def score_file(argv: Sequence[str]) -> None:
     """The ``score`` command: print the table of a result file, ours or another program's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="eval_mmau.py score", description="Score a result file by the official rule.", epilog=EXIT_STATUS
     )
     parser.add_argument("file", type=Path, help="result file of MMAU or MMAR")
@@ -441,7 +465,7 @@ def score_file(argv: Sequence[str]) -> None:
 
 def compare_files(argv: Sequence[str]) -> None:
     """The ``compare`` command: print a paired table for the first result file and each of the others."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="eval_mmau.py compare",
         description="Compare result files item by item, every other one with the first: accuracies by task, their "
         "difference with a 95 %% interval (in points), the items that only one got right, and McNemar's exact p-value.",

@@ -13,10 +13,12 @@ import argparse
 import os
 from pathlib import Path
 
+from aqa.common.arguments import Parser
+
 
 def main() -> None:
     """Make the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run: holds metrics.jsonl")
     parser.add_argument(
         "--compare",
@@ -30,6 +32,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
     parser.add_argument("--groups", type=int, default=80, help="most groups to listen to (default: %(default)s)")
     args = parser.parse_args()
+    for path in (args.run / "metrics.jsonl", *args.compare):
+        if not path.exists():
+            raise SystemExit(f"report.py: error: {path}: does not exist; the folder of a run holds metrics.jsonl")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # imported here, because numpy, matplotlib and transformers would make --help slow
     from aqa.evaluation.items import EvalError

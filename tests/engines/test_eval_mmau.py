@@ -211,7 +211,8 @@ def test_a_second_evaluation_into_the_same_file_is_refused(tmp_path, flags, ques
 # --------------------------------------------------------------------------------------------------------------- models
 def make_folder(path: Path, *names: str) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    for name in names or ("config.json", "model.safetensors", "processor_config.json", "tokenizer_config.json"):
+    whole = ("config.json", "model.safetensors", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
+    for name in names or whole:
         (path / name).write_text("{}")
     return path
 
@@ -237,6 +238,7 @@ def test_what_is_no_model_is_explained(tmp_path):
     make_folder(tmp_path / "ds/_actor", "latest")
     make_folder(tmp_path / "torn/hf_step_000001", "config.json")
     make_folder(tmp_path / "bare", "config.json", "model.safetensors", "tokenizer_config.json")
+    make_folder(tmp_path / "mute", "config.json", "model.safetensors", "processor_config.json", "tokenizer_config.json")
     make_folder(tmp_path / "whole")
     (tmp_path / "file").touch()
     make_folder(tmp_path / "lora", "adapter_config.json")
@@ -244,6 +246,7 @@ def test_what_is_no_model_is_explained(tmp_path):
         ("ds", None, r"DeepSpeed checkpoint(?s:.*)zero_to_fp32.py .*ds/_actor OUT"),
         ("torn", None, r"hf_step_000001 lacks \*.safetensors"),
         ("bare", None, "processor_config.json .copy it from the start model"),
+        ("mute", None, "tokenizer.json .copy the tokenizer's files"),
         ("none", None, "does not exist"),
         ("file", None, "is a file"),
         ("whole", "x", "not a LoRA adapter"),

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from demo import make_data, make_model, sounds, warm_start
+from demo.tiny_model import build_model, build_processor
 
 PLACEHOLDER = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 
@@ -29,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor():
-    return make_model.build_processor()
+    return build_processor()
 
 
 def read_rows(data: Path) -> tuple[list[dict], list[dict]]:
@@ -210,7 +211,7 @@ def test_tokenizer_of_ones_own_rows(tmp_path) -> None:
     rows.write_text(json.dumps(row))
     own = make_model.read_questions(rows)
     assert own == [("How slow?", options)]
-    tokenizer = make_model.build_processor(rows=own).tokenizer
+    tokenizer = build_processor(rows=own).tokenizer
     text = f"slow {options} <answer>lower</answer>"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
@@ -218,7 +219,7 @@ def test_tokenizer_of_ones_own_rows(tmp_path) -> None:
         (word,) = tokenizer(name)["input_ids"]
         assert ids.count(word) == times
     with pytest.raises(SystemExit, match="cannot write the option 'Größe'"):
-        make_model.build_processor(rows=[("?", ["Größe"])])
+        build_processor(rows=[("?", ["Größe"])])
     with pytest.raises(SystemExit, match=r"rows.jsonl: no usable row; the first: .*audio_path"):
         rows.write_text(json.dumps({name: row[name] for name in row if name != "audio_path"}))
         make_model.read_questions(rows)
@@ -255,7 +256,7 @@ def test_warm_start_loss_by_hand() -> None:
 
 
 def test_warm_start_leaves_tower_and_projector_alone(tiny_model: Path, processor) -> None:
-    before = make_model.build_model(processor, seed=0).state_dict()
+    before = build_model(processor, seed=0).state_dict()
     after = Qwen2AudioForConditionalGeneration.from_pretrained(tiny_model).state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any("audio_tower" in name or "projector" in name for name in moved)
@@ -315,7 +316,7 @@ def test_warm_start_hears_as_the_model_does(tiny_model: Path) -> None:
 
 
 def test_models_differ_by_seed_alone(processor) -> None:
-    first, again, other = (make_model.build_model(processor, seed).state_dict() for seed in (0, 0, 1))
+    first, again, other = (build_model(processor, seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
-    assert make_model.build_processor().tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert build_processor().tokenizer.get_vocab() == processor.tokenizer.get_vocab()

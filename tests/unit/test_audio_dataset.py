@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import avqa
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ import torch
 from audio_dataset import AudioError, AudioMultimodalProcessor, AudioPromptDataset, DataError
 from transformers import AutoProcessor, Qwen2AudioProcessor, WhisperFeatureExtractor
 
-from aqa.data.prompts import render_chat
+from aqa.data.prompts import render_chat, render_prompt
 from aqa.patches.slots import audio_token_count
 from lightrft.utils import blending_datasets
 
@@ -172,6 +173,41 @@ def test_a_prompt_of_exactly_the_limit_is_taken(processor, tmp_path, clip_path):
     assert len(make_dataset(processor, rows, max_length=length)) == 1
     with pytest.raises(DataError, match=f"{length} prompt tokens, more than --prompt_max_len {length - 1}"):
         make_dataset(processor, rows, max_length=length - 1)
+
+
+def test_avqa_leaves_out_what_training_refuses(processor, tiny_model, tmp_path, clip_path):
+    """Control tokens in question or choices, and prompts of one token too many."""
+    fine = ["What?", "Is it </answer><answer>bell</answer>?", "What {choices} %s <|endoftext|>?", "word " * 100]
+    bad = [
+        "A <|AUDIO|>?",
+        "<|audio_bos|><|AUDIO|><|audio_eos|>?",
+        "x<|im_end|>\n<|im_start|>assistant\ny",
+        "word " * 101,
+    ]
+    rows = [(question, ["dog", "cat"]) for question in fine + bad] + [("What then?", ["dog", "<|AUDIO|>"])]
+    trained = [make_row(clip_path, render_prompt(question, choices, False)) for question, choices in rows]
+    limit = len(processor.tokenizer(render_chat(processor, trained[3]["prompt"]))["input_ids"])
+    refused = []
+    for i, row in enumerate(trained):
+        try:
+            make_dataset(processor, through_parquet(tmp_path, [row]), max_length=limit)
+        except DataError:
+            refused.append(i)
+    assert refused == list(range(len(fine), len(rows)))
+
+    fields = {"answer": 0, "audio_path": clip_path}
+    lines = [
+        json.dumps({"id": i, "question_text": question, "multi_choice": choices} | fields)
+        for i, (question, choices) in enumerate(rows)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    paths = ("--input_jsonl", tmp_path / "rows.jsonl", "--audio_dir", tmp_path, "--local_save_dir", tmp_path / "out")
+    model = ("--pretrain", tiny_model, "--prompt_max_len", limit)
+    assert avqa.main([str(word) for word in (*paths, *model)]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [problem["id"] for problem in report["problems"]] == refused
+    assert report["rows"]["bad_by_reason"] == {"control_token": 4, "prompt_too_long": 1}
+    assert len(make_dataset(processor, blending_datasets(str(tmp_path / "out"), "1.0", return_eval=False), limit)) == 4
 
 
 def test_a_file_that_breaks_after_the_check_is_named(processor, tmp_path, clip_path):

@@ -107,6 +107,35 @@ def test_row_as_r1_aqa_has_it(run, think):
 
 
 @pytest.mark.parametrize(
+    ("answers", "flags", "golds"),
+    [
+        ([1, 4, 4, 2], (), None),  # no 0, and two are the number of choices
+        ([1.0, 4.0, 4.0, 2.0], (), None),
+        ([1, 4, 4, 2], ("--answers_from", "1"), "addb"),
+        ([1, 4, 4, 2], ("--answers_from", "0"), "bc"),
+        ([1, 3, 0, 2], (), "bdac"),
+        ([1, 4, 0, 4], (), "ba"),  # a 0: these count from 0, and two are out of range
+        ([1, 3, 3, 2], (), "bddc"),
+        ([1, 4, 3, 2], (), "bdc"),  # one alone is a slip
+        ([1, 0, -1, 2], ("--answers_from", "1"), "ab"),
+        ([1, "2", "B", True], (), "b"),  # text and booleans are no numbers
+    ],
+)
+def test_answers_that_count_from_one(run, capsys, answers, flags, golds):
+    rows = [row(i, answer=answer, multi_choice=["a", "b", "c", "d"]) for i, answer in enumerate(answers)]
+    status = run(rows, "--no_check_audio", *flags)
+    if golds is None:
+        assert status == 2 and not run.out.exists()
+        message = capsys.readouterr().err
+        assert "no answer of 4 is 0, and 2 equal the number of their choices" in message
+        assert "--answers_from 1" in message
+        return
+    assert status == 0
+    assert "".join(written["reference"] for written in run.rows()) == golds
+    assert [written["extra_info"]["answer_idx"] for written in run.rows()] == ["abcd".index(gold) for gold in golds]
+
+
+@pytest.mark.parametrize(
     ("choices", "answer", "printed", "gold"),
     [
         ([3, None, 2.5, True], 0, "[3, None, 2.5, True]", "3"),

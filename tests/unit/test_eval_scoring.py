@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aqa.evaluation.items import MMAR, MMAU, EvalError
+from aqa.evaluation.items import MMAR, MMAU, EvalError, make_items, read_rows, result_rows
 from aqa.evaluation.scoring import (
     compare,
     comparison_table,
@@ -88,6 +88,8 @@ def random_result(rng: random.Random, benchmark) -> list[dict]:
     for i in range(rng.randint(1, 12)):
         choices = [random_text(rng) for _ in range(rng.randint(1, 5))]
         answer = rng.choice([*choices, random_text(rng)])
+        if not rows:  # a file without any real answer is refused
+            choices[0] = answer = "dog"
         prediction = rng.choice([answer, answer.upper(), f"it is {answer}", "", random_text(rng), " ".join(choices)])
         row = {"id": i, "choices": choices, "answer": answer}
         for field in benchmark.breakdowns:
@@ -270,3 +272,91 @@ def test_compare_refuses_what_cannot_be_paired():
         compare(first, judge([row | {"answer": "cat"} for row in rows], MMAU))
     with pytest.raises(EvalError, match="one file is of MMAU, the other of MMAR"):
         compare(first, judge(rows_of("dog", key="answer_prediction"), MMAR))
+
+
+# -------------------------------------------------------------------------------------------------- answers of a file
+LISTS = [["dog", "cat"], ["(A) rain", "(B) bell"], ["one", "two", "three"]]
+REFUSED = "refused"
+
+
+@pytest.mark.parametrize(
+    ("answers", "golds"),
+    [
+        (["dog", "(B) bell", "two"], ["dog", "(B) bell", "two"]),  # as the official scripts expect them
+        (["Dog", "bell", "two."], ["Dog", "(B) bell", "two."]),  # by the official rule, no choice is right for "bell"
+        (["dog", "B", "four"], ["dog", "(B) bell", "four"]),  # four: a warning, as no prediction can be right
+        ([1, 0, 2], ["cat", "(A) rain", "three"]),
+        ([1.0, 0, 2], ["cat", "(A) rain", "three"]),  # a table that once held a gap
+        (["B", "A", "C"], ["cat", "(A) rain", "three"]),
+        (["(b)", "a.", "C)"], ["cat", "(A) rain", "three"]),
+        ([2, 1, 3], "no answer of 3 is 0, and 2 equal the number of their choices.*Subtract 1"),
+        ([1, "(B) bell", 2], r"2 of 3.*item 0 \(id 0\): answer is 1, expected the text of a choice.*item 2"),
+        ([1, 0, 7], r"3 of 3.*item 2 \(id 2\): answer is 7, expected"),
+        (["dog", None, ""], r"2 of 3.*item 1 \(id 1\): answer is None, though.*item 2 \(id 2\): answer is '', though"),
+        (["dog", True, ["two"]], r"2 of 3.*answer is True, expected.*answer is \['two'\], expected"),
+        *((withheld, [None] * 3) for withheld in ([None] * 3, [""] * 3, ["", " ", None], ["?"] * 3, ["hidden"] * 3)),
+        *((withheld, [None] * 3) for withheld in ([-1] * 3, ["N/A", None, "N/A"], ["-"] * 3, [99] * 3)),
+    ],
+)
+def test_how_a_files_answers_are_read(tmp_path, answers, golds):
+    rows = [
+        {"id": i, "question": "?", "choices": choices, "audio_id": "x.wav", "answer": answer}
+        for i, (choices, answer) in enumerate(zip(LISTS, answers, strict=True))
+    ]
+    if isinstance(golds, str):
+        with pytest.raises(EvalError, match=f"(?s){golds}"):
+            make_items(rows, MMAU, tmp_path, False)
+        return
+    items = make_items(rows, MMAU, tmp_path, False)
+    assert [item.gold for item in items] == golds
+    results = result_rows(items, [("dog", "dog")] * 3, MMAU, False)
+    if golds[0] is not None:
+        assert [row["answer"] for row in results] == golds  # what the official script compares
+        return
+    assert [row["answer"] for row in results] == answers  # as it was, to be submitted
+    with pytest.raises(EvalError, match="none of 3 rows has an answer"):
+        judge(results, MMAU)
+
+
+def test_the_first_questions_are_read_as_the_whole_file_is(tmp_path):
+    """The first two answers alone could count from 0."""
+    rows = [
+        {"id": i, "question": "?", "choices": ["a", "b", "c"], "audio_id": "x.wav", "answer": answer}
+        for i, answer in enumerate([1, 2, 3, 3])
+    ]
+    with pytest.raises(EvalError, match="from 1"):
+        make_items(rows, MMAU, tmp_path, False, limit=2)
+
+
+def test_rows_of_r1_aqa_are_questions(tmp_path):
+    row = {
+        "id": 7,
+        "question_text": "What is in the video?",
+        "multi_choice": ["dog", 3, None],
+        "answer": 1,
+        "question_type": "Which",
+    }
+    path = tmp_path / "rows.jsonl"
+
+    def read(*rows):
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return read_rows(path)
+
+    named, raw = row | {"audio_path": "wavs/a.wav"}, row | {"id": 8, "video_name": "b_000030"}
+    benchmark, questions = read(named, raw)
+    assert benchmark is MMAU
+    first = {"id": "7", "audio_id": "wavs/a.wav", "question": row["question_text"], "choices": ["dog", "3", "None"]}
+    assert questions[0] == first | {"answer": "3", "dataset": "AVQA", "task": "Which"}
+    assert questions[1]["audio_id"] == "b_30.wav"  # the name that avqa.py looks for
+    assert make_items(questions, benchmark, tmp_path, False)[0].prompt.startswith("What is in the audio? Please choose")
+    with pytest.raises(EvalError, match=r"1 of 2 rows(?s:.*)line 2: answer_out_of_range"):
+        read(named, raw | {"answer": 5})
+    with pytest.raises(EvalError, match="count the choices from 1"):
+        read(*(named | {"id": i, "answer": 3} for i in range(3)))
+
+
+@pytest.mark.parametrize("start, what", [(b"PAR1x", "a parquet file"), (b"PK\x03\x04", "zip"), (b"\x1f\x8b", "gzip")])
+def test_what_is_no_json_is_said(tmp_path, start, what):
+    (tmp_path / "file").write_bytes(start)
+    with pytest.raises(EvalError, match=f"file: is .*{what}"):
+        read_rows(tmp_path / "file")

@@ -6,9 +6,9 @@
 Written are ``train.parquet``, with ``--val_ratio`` also ``validation.parquet``, and ``report.json``: what was read,
 what was left out and why, and what the audio is like. Files are replaced only once every new one is complete.
 
-Rows that cannot be used (malformed JSON, missing fields, an answer out of range, ...) are left out. Rows whose audio is
-missing or unreadable are kept, because data is often prepared where the sound is not; both are reported.
-``--skip_bad`` leaves the latter out too, ``--strict`` stops at either.
+Rows that cannot be used (malformed JSON, missing fields, an answer out of range, a control token of the model in the
+text, ...) are left out. Rows whose audio is missing or unreadable are kept, because data is often prepared where the
+sound is not; both are reported. ``--skip_bad`` leaves the latter out too, ``--strict`` stops at either.
 """
 
 import argparse
@@ -16,11 +16,14 @@ import gc
 import os
 import sys
 import traceback
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the folder of the package aqa
 
+from aqa.common.arguments import Parser
 from aqa.common.console import say
 from aqa.common.constants import PLAIN_LABEL, THINK_LABEL
+from aqa.common.model_type import missing_tokenizer
 from aqa.data.parquet import build_table
 from aqa.data.prepare_avqa import REPORT_FILE, TRAIN_FILE, VALIDATION_FILE, make_resolver, prepare
 from aqa.data.prompts import render_prompt
@@ -40,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     :param argv: Arguments, those of the process if None.
     :raises AvqaError: naming every setting that cannot be used.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="avqa.py",
         description=__doc__,
         epilog=EXIT_STATUS,
@@ -68,16 +71,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "removes the validation.parquet of an earlier run)",
     )
     files.add_argument("--seed", type=int, default=42, help="decides which clips are for validation (default: 42)")
+    files.add_argument(
+        "--answers_from",
+        type=int,
+        choices=(0, 1),
+        help="the number of the first choice in the field answer (default: 0; a file that seems to count from 1 is "
+        "refused until this says which it is)",
+    )
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
         "--enable_think",
         action="store_true",
         help=f"ask for <think> </think> before the answer, and label the rows {THINK_LABEL} instead of {PLAIN_LABEL}",
     )
+    prompt.add_argument(
+        "--pretrain", help="model that will be trained: rows whose prompt is longer than --prompt_max_len are left out"
+    )
+    prompt.add_argument(
+        "--prompt_max_len",
+        type=int,
+        help="longest prompt in tokens, a clip counted as one, as for train_colocate.py (default: 512 with --pretrain)",
+    )
     add_checks(parser.add_argument_group("checks"))
     args = parser.parse_args(argv)
     for name in ("input_jsonl", "audio_dir", "local_save_dir"):
-        setattr(args, name, os.path.abspath(os.path.expanduser(getattr(args, name))))
+        setattr(args, name, os.path.abspath(getattr(args, name)))
+    if args.pretrain and args.prompt_max_len is None:
+        args.prompt_max_len = 512
     if problems := check_args(args):
         raise AvqaError("\n  ".join(["these settings cannot be used:", *problems]))
     return args
@@ -150,6 +170,16 @@ def check_args(args: argparse.Namespace) -> list[str]:
         problems.append(f"--val_ratio {args.val_ratio}: expected 0 <= ratio < 1, for example 0.02")
     if args.num_workers < 1:
         problems.append(f"--num_workers {args.num_workers}: expected at least 1")
+    if args.pretrain:
+        folder = Path(args.pretrain)
+        if folder.is_dir():
+            problems += [f"--pretrain {folder}: holds no {what}" for what in missing_tokenizer(folder)]
+        elif folder.is_absolute() or args.pretrain.count("/") != 1:
+            problems.append(f"--pretrain {folder}: no such folder")
+    if args.prompt_max_len is not None and not args.pretrain:
+        problems.append(f"--prompt_max_len {args.prompt_max_len}: the model counts the tokens; add --pretrain")
+    if args.prompt_max_len is not None and args.prompt_max_len < 1:
+        problems.append(f"--prompt_max_len {args.prompt_max_len}: expected at least 1")
     if args.skip_bad and args.no_check_audio:
         problems.append("--skip_bad with --no_check_audio: which audio is bad is not known without the check; drop one")
     for flag in ("decode_audio", "sandbox_audio"):

@@ -37,11 +37,12 @@ from typing import Any
 _HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent))  # the folder of the package aqa
 
+from aqa.common.arguments import Parser  # noqa: E402
 from aqa.common.console import progress, say, say_problems  # noqa: E402
 from aqa.common.files import write_atomically  # noqa: E402
 from aqa.common.lock import lock  # noqa: E402
 from aqa.data.extract_audio import ExtractError, extract_all, index_media, missing_tools  # noqa: E402
-from aqa.data.rows import AvqaError, parse_records, read_records  # noqa: E402
+from aqa.data.rows import AvqaError, counts_from_one, parse_records, read_records  # noqa: E402
 from aqa.data.unpack_audio import UnpackError, is_safe, unpack  # noqa: E402
 
 CLIP_BYTES = 320_000  # 10 s of 16 kHz, 16 bit
@@ -63,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     :raises DataError: naming every setting that cannot be used.
     """
     kind: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_STATUS}
-    parser = argparse.ArgumentParser(prog="get_data.py", description=__doc__, **kind)
+    parser = Parser(prog="get_data.py", description=__doc__, **kind)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     commands = parser.add_subparsers(dest="command", required=True, metavar="avqa|mmau")
     avqa = commands.add_parser("avqa", help="sound out of AVQA's videos", description=__doc__, **kind)
@@ -175,7 +176,9 @@ def count_rows(questions: Sequence[Path]) -> tuple[Counter[str], int]:
     rows_of: Counter[str] = Counter()
     unusable = 0
     for path in questions:
-        rows, bad = parse_records(read_records(path.read_bytes(), str(path)), enable_think=False)
+        records = read_records(path.read_bytes(), str(path))
+        first = int(counts_from_one(records) is not None)  # avqa.py asks which it is
+        rows, bad = parse_records(records, enable_think=False, answers_from=first)
         if not rows:
             raise DataError(f"{path}: no usable row among {len(bad)}; is this a file of AVQA's questions?")
         say(f"{path}: {len(rows)} rows" + (f"; {len(bad)} more cannot be used, avqa.py says why" if bad else ""))

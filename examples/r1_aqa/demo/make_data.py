@@ -24,6 +24,7 @@ import numpy as np
 import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aqa.common.arguments import Parser
 from demo import refuse_foreign
 from demo.sounds import CLASSES, SAMPLING_RATE, synthesize
 
@@ -156,7 +157,7 @@ def make_data(out_dir: Path, seed: int, train_questions: int, train_clips: int, 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write the demo's synthetic audio question answering set.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

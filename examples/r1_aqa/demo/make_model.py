@@ -16,77 +16,13 @@ With ``--rows`` the questions and options are those of a file in R1-AQA's format
 """
 
 import argparse
-import os
-import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
-# transformers imports DeepSpeed, which without this variable warns that there is no GPU
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
-    Qwen2AudioProcessor,
-    WhisperFeatureExtractor,
-)
-from transformers.utils.logging import disable_progress_bar
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aqa.common.constants import SAMPLING_RATE
-from aqa.data.prompts import ANSWER_SENTENCE, OPTIONS_SENTENCE
+from aqa.common.arguments import Parser
 from aqa.data.rows import AvqaError, parse_records, read_records
-from aqa.hosts.locate import find_host
-from aqa.policy.forward import parts_of
 from demo import FAMILIES, refuse_foreign
-from demo.warm_start import draw_warm_start_example, warm_start
-
-PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|AUDIO|>",
-    "<|audio_bos|>",
-    "<|audio_eos|>",
-)
-CLIP_SECONDS = 30  # what Qwen2-Audio's tower always works on; vLLM insists on its 3,000 frames
-N_MELS = 128
-TOWER_WIDTH = 64
-# A part is an audio if it has one of the keys, whatever the value: that is how Qwen2-Audio's template decides.
-CHAT_TEMPLATE = """\
-{%- set clips = namespace(seen=0) -%}
-{%- if messages and messages[0].role != 'system' -%}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for turn in messages -%}
-{{- '<|im_start|>' ~ turn.role ~ '\\n' -}}
-{%- if turn.content is string -%}
-{{- turn.content -}}
-{%- else -%}
-{%- for part in turn.content -%}
-{%- if 'audio' in part or 'audio_url' in part or part.type == 'audio' -%}
-{%- set clips.seen = clips.seen + 1 -%}
-{{- 'Audio ' ~ clips.seen ~ ': <|audio_bos|><|AUDIO|><|audio_eos|>\\n' -}}
-{%- elif 'text' in part -%}
-{{- part.text -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
 
 
 def read_questions(path: Path) -> list[tuple[str, list[str]]]:
@@ -107,182 +43,9 @@ def read_questions(path: Path) -> list[tuple[str, list[str]]]:
     return [(row.question, row.choices) for row in rows]
 
 
-def build_processor(family: str = "qwen2_audio", rows: Sequence[tuple[str, list[str]]] = ()) -> Qwen2AudioProcessor:
-    """Build tokenizer, feature extractor and chat template.
-
-    :param family: One of :data:`demo.FAMILIES`.
-    :param rows: Questions and options; each option becomes one token. Without rows: the demo's own.
-    :return: The processor. Its vocabulary holds every byte, so it can read any text, though not in few tokens.
-    :raises SystemExit: if an option cannot be written in one token.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    rng = np.random.default_rng(0)  # the vocabulary must not depend on the model's seed
-    corpus = ["system\nYou are a helpful assistant.\nuser\nAudio 1: \nassistant\n"] * 100
-    for _ in range(400):
-        question, options, answer, _ = draw_warm_start_example(rng, 1, rows)
-        text = f"{question} {OPTIONS_SENTENCE.format(choices=options)} {ANSWER_SENTENCE}"
-        corpus.append(f"{text}\n<answer>{answer}</answer>")
-        corpus.append(question.replace("video", "audio"))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=512, initial_alphabet=alphabet, special_tokens=list(SPECIAL_TOKENS), show_progress=False
-        ),
-    )
-    more = {}
-    if family == "qwen2_5_omni":
-        from demo import omni
-
-        more = omni.TOKENS
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        additional_special_tokens=[START, AUDIO, AUDIO_BOS, AUDIO_EOS],
-        model_max_length=2048,
-        padding_side="left",
-        **more,
-    )
-    # added as whole words: the warm start asks for one token an option, whatever the option is
-    words = sorted({word for _, options in rows for word in options})
-    fast.add_tokens([AddedToken(word, single_word=True) for word in words])
-    for word in words:  # added ones are not spelled in bytes, which the decoder takes some letters for
-        if len(fast(word)["input_ids"]) != 1 or fast.decode(fast(word)["input_ids"]) != word:
-            raise SystemExit(f"--rows: this tiny model cannot write the option {word!r}; spell it with ASCII letters")
-    if family == "qwen2_5_omni":
-        # where Qwen2-Audio's template numbers the clips, and gives each a line, Qwen2.5-Omni's does not
-        template = CHAT_TEMPLATE.replace("'Audio ' ~ clips.seen ~ ': <|", "'<|").replace("eos|>\\n'", "eos|>'")
-        return omni.build_processor(fast, template, N_MELS, SAMPLING_RATE)
-    extractor = WhisperFeatureExtractor(feature_size=N_MELS, sampling_rate=SAMPLING_RATE, chunk_length=CLIP_SECONDS)
-    return Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=fast, chat_template=CHAT_TEMPLATE)
-
-
-def build_model(processor: Qwen2AudioProcessor, seed: int, family: str = "qwen2_audio") -> PreTrainedModel:
-    """Build the model: random language model, audio tower that starts as a filter bank.
-
-    :param processor: The model gets its vocabulary.
-    :return: The model, float32.
-    """
-    tokenizer = processor.tokenizer
-    audio = {
-        "model_type": "qwen2_audio_encoder",
-        "num_mel_bins": N_MELS,
-        "encoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "encoder_ffn_dim": 2 * TOWER_WIDTH,
-        "d_model": TOWER_WIDTH,
-        "max_source_positions": CLIP_SECONDS * 50,
-    }
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.05,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    torch.manual_seed(seed)
-    if family == "qwen2_5_omni":
-        from demo import omni
-
-        model = omni.Qwen2_5OmniThinkerForConditionalGeneration(omni.build_config(tokenizer, audio, text))
-    else:
-        audio_token = tokenizer.convert_tokens_to_ids(AUDIO)
-        model = Qwen2AudioForConditionalGeneration(
-            Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=audio_token)
-        )
-    initialise_tower(model)
-    initialise_copying(model)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
-
-
-@torch.no_grad()
-def initialise_copying(model: PreTrainedModel) -> None:
-    """Let the language model lean towards words of the prompt from the start, as pretrained ones do.
-
-    A token is written as it is read (output matrix = input embeddings), and what attention fetches arrives unturned
-    (output projection = inverse of the value projection).
-    """
-    language_model = parts_of(model).decoder
-    model.lm_head.weight.copy_(language_model.embed_tokens.weight)
-    for layer in language_model.layers:
-        torch.nn.init.orthogonal_(layer.self_attn.v_proj.weight)
-        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
-
-
-@torch.no_grad()
-def initialise_tower(model: PreTrainedModel) -> None:
-    """Start the tower as a bank of triangular filters over the mel bins, which no data has shaped.
-
-    With default weights all clips look alike at the tower's end. As a filter bank, channel ``i`` of the tower holds
-    the energy around mel bin ``2 i``, smoothed over some 60 ms, and the last layer norm takes the level out.
-    """
-    tower, projector, _, _ = parts_of(model)
-    linear = getattr(projector, "linear", None) or tower.proj  # Qwen2.5-Omni's tower holds its projector
-    distance = torch.arange(N_MELS)[None, :] - (torch.arange(TOWER_WIDTH)[:, None] * N_MELS / TOWER_WIDTH + 0.5)
-    triangles = (1 - distance.abs() / 4).clamp(min=0)
-    triangles = triangles / triangles.sum(1, keepdim=True)
-    # Log-mel values lie between about -0.5 and 1.8: the bias keeps them where GELU is nearly linear.
-    tower.conv1.weight.copy_(2 * triangles[:, :, None] * torch.tensor([0.25, 0.5, 0.25]))
-    tower.conv1.bias.fill_(1.0)
-    tower.conv2.weight.copy_(torch.eye(TOWER_WIDTH)[:, :, None] * torch.tensor([0.25, 0.5, 0.25]))
-    tower.conv2.bias.zero_()
-    linear.weight.normal_(std=TOWER_WIDTH**-0.5)
-    linear.bias.zero_()
-
-
-def save(model: PreTrainedModel, processor: Qwen2AudioProcessor, out_dir: Path) -> None:
-    """Write model and processor as a checkpoint of their family; the folder appears only once it is complete.
-
-    :param out_dir: Folder to write; replaced if it exists.
-    """
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as temporary:
-        folder = Path(temporary) / "model"
-        if model.config.model_type == "qwen2_audio":
-            write(model, processor, folder)
-        else:
-            from demo import omni
-
-            omni.write(model, processor, folder)
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        folder.rename(out_dir)
-
-
-def write(model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, folder: Path) -> None:
-    """Write a folder as Qwen2-Audio's.
-
-    transformers, given a model that was not loaded from a checkpoint, writes ``language_model.model.model.*`` where
-    Qwen2-Audio's checkpoints have ``language_model.model.*``; vLLM cannot load the former.
-    """
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    renamed = {
-        name.replace("language_model.model.model.", "language_model.model."): tensor.clone()
-        for name, tensor in load_file(weights).items()
-    }
-    save_file(renamed, weights, metadata={"format": "pt"})
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line's flags."""
-    parser = argparse.ArgumentParser(
-        description="Make the demo's tiny model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description="Make the demo's tiny model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if the demo has made it")
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_audio", help="what kind of model")
     parser.add_argument(
@@ -301,19 +64,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.warm_start_steps < 0 or args.warm_start_batch_size < 1:
         raise SystemExit("--warm_start_steps must be at least 0 and --warm_start_batch_size at least 1.")
     refuse_foreign(args.out_dir, "model.safetensors")
-    start = time.perf_counter()
-    disable_progress_bar()
-    if args.family == "qwen2_5_omni":
-        find_host()
-    rows = read_questions(args.rows) if args.rows else ()
-    processor = build_processor(args.family, rows)
-    model = build_model(processor, args.seed, args.family)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"demo model: {parameters:,} parameters, vocabulary of {len(processor.tokenizer)} tokens")
-    settings = (args.warm_start_steps, args.warm_start_batch_size, args.warm_start_lr)
-    warm_start(model, processor, *settings, seed=args.seed, rows=rows)
-    save(model, processor, args.out_dir)
-    print(f"demo model: {time.perf_counter() - start:.1f} s -> {args.out_dir}")
+    rows = read_questions(args.rows) if args.rows else []
+    from demo.tiny_model import make_model  # torch and transformers take seconds to import
+
+    make_model(args, rows)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of the packages aqa and demo
+from aqa.common.arguments import Parser
 from aqa.common.files import write_atomically
 from demo import FAMILIES
 
@@ -30,7 +31,7 @@ N_SAMPLES = 8
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=Path("results/demo"), help="everything goes here")
     parser.add_argument("--seed", type=int, default=0, help="seed of model, sounds and training")
     parser.add_argument("--steps", type=int, default=100, help="GRPO steps (default: %(default)s)")

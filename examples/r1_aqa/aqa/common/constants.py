@@ -8,6 +8,7 @@ MAX_AUDIO_TOKENS = 750  # of a clip: each of the tower's two poolings halves the
 
 # The chat template ends a prompt with this, and the response begins behind it.
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
+AUDIO_TOKEN = "<|AUDIO|>"  # stands for a clip in a rendered prompt; the same in Qwen2.5-Omni
 
 # Values of the column that names the reward rule of a row.
 PLAIN_LABEL = "avqa_rule"

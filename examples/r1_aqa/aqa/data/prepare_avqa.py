@@ -21,7 +21,18 @@ from aqa.common.console import say, say_problems
 from aqa.common.constants import PLAIN_LABEL, THINK_LABEL
 from aqa.common.files import write_files
 from aqa.data.parquet import build_table, integers
-from aqa.data.rows import AvqaError, Problem, Row, parse_records, read_records, show_value, split_by_clip
+from aqa.data.prompts import prompt_lengths, render_chat
+from aqa.data.rows import (
+    AvqaError,
+    Problem,
+    Row,
+    as_question,
+    counts_from_one,
+    parse_records,
+    read_records,
+    show_value,
+    split_by_clip,
+)
 
 TRAIN_FILE, VALIDATION_FILE, REPORT_FILE = "train.parquet", "validation.parquet", "report.json"
 QUESTIONS_FILE = "validation.json"
@@ -74,7 +85,15 @@ def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str], list[Prob
     """
     with open(args.input_jsonl, "rb") as file:
         records = read_records(file.read(), args.input_jsonl)
-    rows, bad = parse_records(records, args.enable_think)
+    doubt = counts_from_one(records) if args.answers_from is None else None
+    if doubt:
+        raise AvqaError(f"{args.input_jsonl}: {doubt}. Say which it is: --answers_from 1, or --answers_from 0")
+    rows, bad = parse_records(records, args.enable_think, args.answers_from or 0)
+    if args.pretrain and rows:
+        long = too_long(rows, args.pretrain, args.prompt_max_len)
+        bad = sorted([*bad, *long], key=lambda problem: problem.index)
+        left = {problem.index for problem in long}
+        rows = [row for row in rows if row.index not in left]
     if bad:
         say_rows(f"{len(bad)} of {len(records)} rows of {args.input_jsonl} cannot be used and are left out", bad)
     if not rows:
@@ -87,6 +106,30 @@ def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str], list[Prob
         none_left = f"--confine_audio: no row is left; is --audio_dir {args.audio_dir} the right folder?"
         rows, paths = without(outside, rows, paths, none_left)
     return rows, paths, bad, len(records)
+
+
+def too_long(rows: list[Row], pretrain: str, limit: int) -> list[Problem]:
+    """One problem for each row whose prompt has more tokens than training takes.
+
+    :param pretrain: Folder or hub name of the model, whose chat template and tokenizer count.
+    :param limit: Most tokens, as ``train_colocate.py --prompt_max_len``.
+    :raises AvqaError: if the model's tokenizer cannot be loaded.
+    """
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(pretrain)
+        audio = {"type": "audio", "audio_url": "audio"}
+        chats = [[{"role": "user", "content": [audio, {"type": "text", "text": row.prompt}]}] for row in rows]
+        lengths = prompt_lengths(tokenizer, [render_chat(tokenizer, chat) for chat in chats])
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise AvqaError(f"--pretrain {pretrain}: its tokenizer cannot be used: {error}") from error
+    reason = "{} prompt tokens, more than --prompt_max_len {}"
+    return [
+        Problem(row.line, row.index, row.id, "prompt_too_long", reason.format(length, limit))
+        for row, length in zip(rows, lengths, strict=True)
+        if length > limit
+    ]
 
 
 def make_resolver(audio_dir: str) -> Callable[[str], str]:
@@ -187,7 +230,7 @@ def write(
     writers = {name: functools.partial(pq.write_table, part) for name, part in tables.items()}
     writers[REPORT_FILE] = functools.partial(dump_json, report)
     if validation:
-        held_out = [questions_of(rows[i], paths[i]) for i in validation]
+        held_out = [as_question(rows[i], paths[i]) for i in validation]
         writers[QUESTIONS_FILE] = functools.partial(dump_json, held_out)
     # The old validation.parquet is always removed first. A run that is killed between two files then leaves one file
     # too few, which is noticed, and never an old and a new part that share a clip, which is not.
@@ -257,19 +300,6 @@ def count_clips(parts: dict[str, list[str]], clips: dict[str, Clip], checked: bo
         "seconds_median": (seconds[(len(seconds) - 1) // 2] + seconds[len(seconds) // 2]) / 2 if seconds else None,
         "seconds_max": seconds[-1] if seconds else None,
         "sampling_rates": {str(rate): number for rate, number in sorted(rates.items())},
-    }
-
-
-def questions_of(row: Row, path: str) -> dict:
-    """A held-out row as one of MMAU's questions, which ``eval_mmau.py`` reads."""
-    return {
-        "id": str(row.id),
-        "audio_id": path,
-        "question": row.question,
-        "choices": row.choices,
-        "answer": row.gold,
-        "dataset": row.dataset_name,
-        "task": row.question_type or row.dataset_name,
     }
 
 

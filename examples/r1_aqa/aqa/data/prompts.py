@@ -7,6 +7,8 @@ import contextlib
 from functools import lru_cache
 from typing import Any
 
+from aqa.common.constants import ASSISTANT_HEADER, AUDIO_TOKEN
+
 # R1-AQA's own sentences: results can be compared with theirs only while these stay as they are.
 OPTIONS_SENTENCE = "Please choose the answer from the following options: {choices}."
 ANSWER_SENTENCE = "Output the final answer in <answer> </answer>."
@@ -35,6 +37,29 @@ def choices_in(prompt: str) -> list[str] | None:
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
     return list(map(str, choices)) if isinstance(choices, list) and choices else None
+
+
+def prompt_problem(prompt: str, rendered: bool = False, clips: int = 1, audio_token: str = AUDIO_TOKEN) -> str | None:
+    """Why nothing can be trained on a prompt: its text holds what the model reads as a control token.
+
+    :param rendered: The prompt is a rendered chat, and not the text of a user's turn.
+    :param clips: How many it has.
+    """
+    if not rendered:
+        prompt = f"{audio_token * clips}{prompt}{ASSISTANT_HEADER}"
+    if (placeholders := prompt.count(audio_token)) != clips:
+        return f"{placeholders} audio placeholders for {clips} clips ({audio_token})"
+    if prompt.find(ASSISTANT_HEADER) + len(ASSISTANT_HEADER) != len(prompt):
+        return (
+            f"the rewards find the response behind the first {ASSISTANT_HEADER!r}, which must be the prompt's end (a "
+            "question cannot hold turn markers)"
+        )
+    return None
+
+
+def prompt_lengths(tokenizer: Any, prompts: list[str]) -> list[int]:
+    """Tokens of each rendered prompt, a clip's placeholder counted as one."""
+    return [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
 
 
 def render_chat(processor: Any, messages: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ import reprlib
 from collections import Counter
 from typing import NamedTuple
 
-from aqa.data.prompts import render_prompt
+from aqa.data.prompts import prompt_problem, render_prompt
 
 DEFAULT_DATASET_NAME = "AVQA"
 REQUIRED_FIELDS = ("id", "question_text", "multi_choice", "answer")
@@ -23,6 +23,11 @@ REQUIRED_FIELDS = ("id", "question_text", "multi_choice", "answer")
 _ABSENT = (None, "")
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_OTHER_FILES = {
+    b"PAR1": "a parquet file; JSON lines or a JSON array are expected",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\x1f\x8b": "compressed by gzip; unpack it: gzip -d",
+}
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 # <youtube id>_<start second, zero padded>; the id itself may hold "_" and "-".
 _VIDEO_NAME = re.compile(r"([^/\\\s\0]+)_([0-9]{1,9})")
@@ -110,10 +115,14 @@ def read_records(data: bytes, source: str) -> list[Record]:
     :param data: The file, UTF-8 with or without a byte-order mark.
     :param source: Name of the file, for messages.
     :return: The rows in file order; a malformed line is a record with an ``error``.
-    :raises AvqaError: for UTF-16, and for a broken JSON array, because nobody knows where its further rows begin.
+    :raises AvqaError: for UTF-16, parquet or an archive, and for a broken JSON array, because nobody knows where its
+        further rows begin.
     """
     if data.startswith(_UTF16_BOMS):
         raise AvqaError(f"{source}: the file is UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8")
+    for start, what in _OTHER_FILES.items():
+        if data.startswith(start):
+            raise AvqaError(f"{source}: is {what}")
     data = data.removeprefix(_UTF8_BOM)
     if re.match(rb"\s*\[", data):
         records = _read_array(data, source)
@@ -193,10 +202,31 @@ def _broken_array(source: str, line: int, rows: int, what: str) -> str:
     )
 
 
-def parse_records(records: list[Record], enable_think: bool) -> tuple[list[Row], list[Problem]]:
+def counts_from_one(records: list[Record]) -> str | None:
+    """A sentence about a file whose answers count the choices from 1, not from 0; None about any other.
+
+    They do where no answer is 0, and at least two, and a tenth of all, equal the number of their choices.
+    """
+    rows = [record.value for record in records if isinstance(record.value, dict)]
+    answers = [
+        (answer, len(row["multi_choice"]))
+        for row in rows
+        if isinstance(row.get("multi_choice"), list) and is_whole(answer := row.get("answer"))
+    ]
+    last = sum(answer == choices for answer, choices in answers)
+    if last < max(2, len(answers) / 10) or any(answer == 0 for answer, _ in answers):
+        return None
+    return (
+        f"no answer of {len(answers)} is 0, and {last} equal the number of their choices: they seem to count the "
+        "choices from 1, though the number of a choice, from 0, is expected"
+    )
+
+
+def parse_records(records: list[Record], enable_think: bool, answers_from: int = 0) -> tuple[list[Row], list[Problem]]:
     """Check every row; each record ends up in exactly one of the two lists.
 
     :param enable_think: Ask for ``<think>`` in the prompt.
+    :param answers_from: The number of the first choice, 0 or 1.
     :return: The usable rows and the problems of the others, both in file order.
     """
     rows: list[Row] = []
@@ -204,7 +234,7 @@ def parse_records(records: list[Record], enable_think: bool) -> tuple[list[Row],
     first_line: dict[str, int] = {}
     for index, record in enumerate(records):
         try:
-            row = parse_record(record, index, enable_think)
+            row = parse_record(record, index, enable_think, answers_from)
             key = str(row.id)  # 7 and "7" are one id: where both occur, the column is text and they would be equal
             if key in first_line:
                 raise RowError("duplicate_id", f"id {show_value(row.id)} was used before, on line {first_line[key]}")
@@ -216,11 +246,12 @@ def parse_records(records: list[Record], enable_think: bool) -> tuple[list[Row],
     return rows, problems
 
 
-def parse_record(record: Record, index: int, enable_think: bool) -> Row:
+def parse_record(record: Record, index: int, enable_think: bool, answers_from: int = 0) -> Row:
     """Check one row and word its prompt.
 
     :param index: Its number in the file, from 0.
     :param enable_think: Ask for ``<think>`` in the prompt.
+    :param answers_from: The number of the first choice, 0 or 1.
     :raises RowError: where a field is missing or has a value that cannot be used.
     """
     value = record.value
@@ -239,7 +270,7 @@ def parse_record(record: Record, index: int, enable_think: bool) -> Row:
     if not isinstance(question, str) or not question.strip():
         raise RowError("bad_question", f"question_text is {show_value(question)}, expected text")
     choices = _check_choices(choices)
-    answer_idx = _check_answer(answer, len(choices))
+    answer_idx = _check_answer(answer, len(choices), answers_from)
     # str() and the list's repr are what R1-AQA's format strings do: null reads as None, 3 as 3, in prompt and gold.
     texts = list(map(str, choices))
     gold = texts[answer_idx]
@@ -262,7 +293,25 @@ def parse_record(record: Record, index: int, enable_think: bool) -> Row:
         "".join((question, *texts, row.dataset_name, row.question_type, row.audio_name, str(row.id))).encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError("bad_text", f"half a surrogate pair, {error.object[error.start]!a}, cannot be stored") from error
+    if problem := prompt_problem(row.prompt):
+        raise RowError("control_token", f"{problem}: {show_value(row.prompt)}")
     return row
+
+
+def as_question(row: Row, audio: str) -> dict:
+    """A row as one of MMAU's questions, which ``eval_mmau.py`` reads.
+
+    :param audio: Path of its recording.
+    """
+    return {
+        "id": str(row.id),
+        "audio_id": audio,
+        "question": row.question,
+        "choices": row.choices,
+        "answer": row.gold,
+        "dataset": row.dataset_name,
+        "task": row.question_type or row.dataset_name,
+    }
 
 
 def wav_name_of_video(video_name: str) -> str:
@@ -336,21 +385,27 @@ def _check_choices(choices: object) -> list:
     return choices
 
 
-def _check_answer(answer: object, choices: int) -> int:
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; a table that once held a gap gives 1.0 for 1."""
+    # bool is an int to Python, but no number to anybody
+    return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_answer(answer: object, choices: int, first: int) -> int:
     """The number of the right choice, from 0.
 
+    :param first: What the answer counts from.
     :raises RowError: unless it is a whole number within the choices. Text is refused even if it looks like a number:
         where the choices are numbers, it could as well be the answer itself.
     """
-    # A table that once held a gap gives 1.0 for 1. bool is an int to Python, but no index to anybody.
-    index = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
-    if isinstance(index, bool) or not isinstance(index, int):
-        raise RowError("bad_answer", f"answer is {show_value(answer)}, expected the number of a choice, from 0")
-    if not 0 <= index < choices:
+    if not is_whole(answer):
+        raise RowError("bad_answer", f"answer is {show_value(answer)}, expected the number of a choice, from {first}")
+    if not 0 <= answer - first < choices:
+        last = choices - 1 + first
         raise RowError(
-            "answer_out_of_range", f"answer is {show_value(answer)}, but there are choices 0 to {choices - 1}"
+            "answer_out_of_range", f"answer is {show_value(answer)}, but there are choices {first} to {last}"
         )
-    return index
+    return int(answer) - first
 
 
 def _check_id(identity: object) -> int | str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aqa.common.model_type import missing_tokenizer
 from aqa.evaluation.items import EvalError
 
 # this example's and its runtime's name, LightRFT's own, transformers'
@@ -112,9 +113,7 @@ def missing_files(folder: Path) -> list[str]:
         lacking += sorted(shard for shard in shards if not (folder / shard).is_file())
     if not any((folder / name).is_file() for name in _PROCESSOR):
         lacking.append(f"{_PROCESSOR[0]} (copy it from the start model)")
-    if not (folder / "tokenizer_config.json").is_file():
-        lacking.append("tokenizer_config.json (copy the tokenizer's files from the start model)")
-    return lacking
+    return lacking + missing_tokenizer(folder)
 
 
 def _adapter(folder: Path, base_model: str | None) -> Model:

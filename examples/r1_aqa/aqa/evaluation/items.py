@@ -13,7 +13,17 @@ from typing import Any
 from aqa.audio.sandbox import escape_of
 from aqa.common.files import write_atomically
 from aqa.data.prompts import render_prompt
-from aqa.data.rows import AvqaError, read_records, show_value
+from aqa.data.rows import (
+    AvqaError,
+    Record,
+    as_question,
+    counts_from_one,
+    is_whole,
+    parse_records,
+    read_records,
+    show_value,
+)
+from aqa.rewards.choices import find_choice, is_right
 
 SHOWN_PROBLEMS = 20
 MAX_DEPTH = 50  # of a row; Python's json reads deeper ones than it writes
@@ -50,10 +60,13 @@ class Item:
     row: dict[str, Any]  # all its fields
     prompt: str  # the text of the user's turn, as in training
     audio: Path
+    gold: str | None  # text of the right choice; None on all items where the file withholds the answers
 
 
 def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[str, Any]]]:
     """Read a benchmark or result file: a JSON array or JSON lines, told apart by content.
+
+    Rows of R1-AQA, from which ``avqa.py`` makes training data, become questions in MMAU's format.
 
     :param wanted: ``mmau``, ``mmar``, or ``auto``: by the field that names the recording.
     :return: The benchmark and the file's rows.
@@ -80,6 +93,8 @@ def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[st
     rows = [record.value for record in records]
     if not rows:
         raise EvalError(f"{path}: no rows")
+    if wanted != "mmar" and {"question_text", "multi_choice"} <= set(rows[0]):
+        return MMAU, own_questions(path, records)
     if wanted != "auto":
         return BENCHMARKS[wanted], rows
     found = [benchmark for benchmark in BENCHMARKS.values() if benchmark.audio_key in rows[0]]
@@ -91,6 +106,20 @@ def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[st
             f"{keys}. Say which with --benchmark"
         )
     return found[0], rows
+
+
+def own_questions(path: Path, records: list[Record]) -> list[dict[str, Any]]:
+    """Rows as ``avqa.py`` reads them, as questions in MMAU's format.
+
+    :raises EvalError: naming the rows that cannot be used.
+    """
+    if doubt := counts_from_one(records):
+        raise EvalError(f"{path}: {doubt}. Subtract 1")
+    rows, problems = parse_records(records, enable_think=False)
+    if problems:
+        lines = [f"line {problem.line}: {problem.kind}: {problem.reason}" for problem in problems]
+        raise EvalError(several(f"{path}: {len(lines)} of {len(records)} rows cannot be used", lines))
+    return [as_question(row, row.audio_name) for row in rows]
 
 
 def is_deep(value: Any) -> bool:
@@ -109,18 +138,25 @@ def is_deep(value: Any) -> bool:
 
 
 def make_items(
-    rows: Sequence[dict[str, Any]], benchmark: Benchmark, audio_dir: Path, think: bool, confine: bool = False
+    rows: Sequence[dict[str, Any]],
+    benchmark: Benchmark,
+    audio_dir: Path,
+    think: bool,
+    confine: bool = False,
+    limit: int | None = None,
 ) -> list[Item]:
     """Check every question and render its prompt.
 
     :param audio_dir: Folder of the recordings.
     :param think: Ask for the thinking process.
     :param confine: Refuse recordings outside the folder, links and ``..`` resolved.
+    :param limit: Make only the first questions; how answers are to be read is seen from all rows.
     :raises EvalError: naming all rows that cannot be asked, or not be scored.
     """
-    has_answers = any(row.get("answer") for row in rows)
+    answers = answer_texts(rows)
+    has_answers = any(answer is not None for answer in answers)
     problems, items = [], []
-    for index, row in enumerate(rows):
+    for index, (row, answer) in enumerate(list(zip(rows, answers, strict=True))[:limit]):
         label = f"item {index} (id {name_of(row)})"
         choices, question, name = row.get("choices"), row.get("question"), row.get(benchmark.audio_key)
         wrong = []
@@ -130,8 +166,9 @@ def make_items(
             wrong.append(f"choices is {show_value(choices)}, expected a list of texts")
         if not isinstance(name, str) or not name.strip() or "\0" in name:
             wrong.append(f"{benchmark.audio_key} is {show_value(name)}, expected the path of a file")
-        if has_answers and (not isinstance(row.get("answer"), str) or not row["answer"].strip()):
-            wrong.append(f"answer is {show_value(row.get('answer'))}, though other items have one")
+        if has_answers and (not isinstance(answer, str) or is_blank(answer)):
+            hint = "though other items have one" if is_blank(answer) else "expected the text of a choice"
+            wrong.append(f"answer is {show_value(row.get('answer'))}, {hint}")
         if not wrong and (torn := next((text for text in (question, name, *choices) if not fits_utf8(text)), None)):
             wrong.append(f"half a surrogate pair in {show_value(torn)}, which no tokenizer takes")
         audio = audio_dir if wrong else find_audio(name, audio_dir)
@@ -140,10 +177,56 @@ def make_items(
         if wrong:
             problems.append(f"{label}: {'; '.join(wrong)}")
         else:
-            items.append(Item(index, label, row, render_prompt(question, choices, think), audio))
+            row = row | {"answer": answer} if has_answers else row
+            items.append(Item(index, label, row, render_prompt(question, choices, think), audio, answer))
     if problems:
-        raise EvalError(several(f"{len(problems)} of {len(rows)} questions cannot be used", problems))
+        raise EvalError(several(f"{len(problems)} of {len(rows[:limit])} questions cannot be used", problems))
     return items
+
+
+def answer_texts(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """The answer of each row as the text of the right choice, which the official scripts compare.
+
+    Answers that all are numbers of choices, from 0, become the choices' texts, and so does a text that only names a
+    choice, such as "B". Answers that are withheld become None: blank ones, and a value such as "?" or -1 that all rows
+    have and that is no choice.
+
+    :raises EvalError: if the answers are numbers that count from 1.
+    """
+    lists = [choices if isinstance(choices := row.get("choices"), list) else [] for row in rows]
+    answers = [
+        None if is_blank(answer := row.get("answer")) and answer not in choices else answer
+        for row, choices in zip(rows, lists, strict=True)
+    ]
+    given = [answer for answer in answers if answer is not None]
+    pairs = list(zip(answers, lists, strict=True))
+    if len(set(map(str, given))) == 1 and not any(a is not None and names_choice(a, choices) for a, choices in pairs):
+        return [None] * len(rows)
+    if doubt := counts_from_one([Record(0, {"multi_choice": choices, "answer": a}) for a, choices in pairs]):
+        raise EvalError(f"{doubt}. Subtract 1, or write the texts of the choices")
+    if all(is_whole(answer) and 0 <= answer < len(choices) for answer, choices in pairs):
+        return [choices[int(answer)] for answer, choices in pairs]
+    return [choice_of(a, choices) or a if isinstance(a, str) else a for a, choices in pairs]
+
+
+def choice_of(answer: str, choices: list[Any]) -> str | None:
+    """The answer itself where some choice is right by it, else the choice that it names."""
+    texts = [choice for choice in choices if isinstance(choice, str)]
+    if answer in texts or any(is_right(choice, answer, texts) for choice in texts):
+        return answer
+    return find_choice(answer.strip(), texts)
+
+
+def names_choice(answer: Any, choices: list[Any]) -> bool:
+    """Whether an answer is the number of a choice, from 0, or a text that names one."""
+    if isinstance(answer, str):
+        return choice_of(answer, choices) is not None
+    return is_whole(answer) and 0 <= answer < len(choices)
+
+
+def is_blank(answer: Any) -> bool:
+    """Whether an answer says nothing."""
+    return answer is None or (isinstance(answer, str) and not answer.strip())
 
 
 def name_of(row: dict[str, Any]) -> str:

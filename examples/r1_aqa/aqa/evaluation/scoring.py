@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqa.evaluation.items import Benchmark, EvalError, read_rows, several
+from aqa.evaluation.items import Benchmark, EvalError, answer_texts, read_rows, several
 from aqa.rewards.choices import is_right
 
 Z95 = 1.959963984540054  # standard normal quantile at 97.5 %
@@ -44,6 +44,10 @@ def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
             f"no result file of {benchmark.title}"
         )
     answered = [row for row in rows if key in row]
+    if all(answer is None for answer in answer_texts(answered)):
+        raise EvalError(
+            f"none of {len(answered)} rows has an answer, so they cannot be scored; the file can be submitted"
+        )
     problems = []
     for row in answered:
         for field in (key, "answer"):

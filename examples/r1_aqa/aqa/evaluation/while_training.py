@@ -53,7 +53,7 @@ class BenchmarkEvaluator:
         self.clips = WaveformCache(load, args.audio_cache_mib * 2**20)
 
     def _check(self, args: Namespace) -> None:
-        if not all(item.row.get("answer") for item in self.items):
+        if self.items[0].gold is None:
             raise EvalError(f"{self.path}: has questions without an answer, which cannot be scored")
         lengths = [len(ids) for ids in self.processor.tokenizer(self.prompts, add_special_tokens=False)["input_ids"]]
         problems = [

@@ -27,7 +27,7 @@ def find_host() -> None:
         package of that name from PyPI.
     """
     here = Path(__file__).resolve().parents[2]
-    home = os.environ.get("LIGHTRFT_HOME")
+    home = os.path.expanduser(os.environ.get("LIGHTRFT_HOME", ""))
     if home and not (Path(home) / "lightrft" / "__init__.py").is_file():
         raise SystemExit(f"LIGHTRFT_HOME={home} holds no lightrft/__init__.py: it must be the folder of a checkout")
     for folder in (home, here.parents[1] / "runtime", here.parents[1]):

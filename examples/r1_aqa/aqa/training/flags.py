@@ -7,6 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from aqa.common.arguments import Parser
+
 ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
 REFUSED_ESTIMATORS = {"gae": "needs a critic, and none is trained here", "cpgd": "needs a loss that is not in here"}
 REWARDS = ("r1_aqa", "exact", "graded_format", "length_aware")
@@ -29,7 +31,7 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
 
     :param add_host_arguments: ``lightrft.utils.add_arguments``: adds the host's own flags.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train Qwen2-Audio with GRPO on audio question answering (R1-AQA's recipe).",
         epilog=EXIT_STATUS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -103,8 +105,8 @@ def _add_data_flags(g: Any) -> None:
     g.add_argument(
         "--eval_benchmark",
         metavar="FILE",
-        help="MMAU's .json or MMAR's .jsonl to evaluate on, too, by the official rule as eval_mmau.py does; several "
-        "with commas",
+        help="MMAU's .json, MMAR's .jsonl or R1-AQA's rows to evaluate on, too, by the official rule as eval_mmau.py "
+        "does; several with commas",
     )
     g.add_argument("--eval_audio_dir", metavar="FOLDER", help="its recordings; one folder for all, or one each")
     g.add_argument(

@@ -1,0 +1,47 @@
+"""The command line of every script: paths may begin with ``~``, and a mistake is one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser. It replaces ``~`` at the start of any value, which a shell leaves in ``--flag=~/x``, behind a
+    comma and in variables, and answers a wrong flag with the one that is meant instead of all flags.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's, which :meth:`parse_args` calls."""
+        self.given = [expand_home(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(self.given, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and end with status 2."""
+        known = flags_of(self)
+        for word in self.given[: self.given.index("--") if "--" in self.given else None]:
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(flag.startswith(name) for flag in known):
+                close = difflib.get_close_matches(name, known, n=1)
+                message += f"; {name}: did you mean {close[0]}?" if close else ""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Long flags of a parser and of its commands."""
+    flags = []
+    for action in parser._actions:
+        flags += [flag for flag in action.option_strings if flag.startswith("--")]
+        if isinstance(action, argparse._SubParsersAction):
+            flags += [flag for command in action.choices.values() for flag in flags_of(command)]
+    return flags
+
+
+def expand_home(word: str) -> str:
+    """A word of the command line with ``~`` replaced at its start, behind ``--flag=`` and behind each comma."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + ",".join(map(os.path.expanduser, value.split(",")))
