@@ -38,7 +38,8 @@ export MLP_WORKER_NUM="${MLP_WORKER_NUM:-1}"                    # number of node
 export MLP_WORKER_GPU="${MLP_WORKER_GPU:-8}"                    # processes per node, one for each GPU
 export MLP_ROLE_INDEX="${MLP_ROLE_INDEX:-0}"                    # this node's number, from 0
 export MLP_WORKER_0_HOST="${MLP_WORKER_0_HOST:-localhost}"
-export MLP_WORKER_0_PORT="${MLP_WORKER_0_PORT:-20092}"
+# where node 0 listens: of several nodes all must know it, one node alone takes any free port (0)
+export MLP_WORKER_0_PORT="${MLP_WORKER_0_PORT:-$((MLP_WORKER_NUM > 1 ? 20092 : 0))}"
 ENGINE_TP="${ENGINE_TP:-1}"
 ENGINE_MEM_UTIL="${ENGINE_MEM_UTIL:-0.5}"
 
@@ -47,6 +48,7 @@ export WANDB_PROJECT="${WANDB_PROJECT:-LightRFT-R1-AQA}"
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PYTHON="${PYTHON:-python3}"
+PYTHON="${PYTHON/#\~\//$HOME/}"             # an env file leaves ~ as it is; train_colocate.py replaces it in its paths
 if [ -z "$PATH_TO_YOUR_AVQA_DATASET" ]; then
     echo "PATH_TO_YOUR_AVQA_DATASET is not set: it names the folder that data_preprocess/avqa.py wrote" >&2
     exit 2
@@ -142,6 +144,14 @@ flags=(
 if [ "$plan" = 1 ]; then # one process answers for all ranks
     export WORLD_SIZE="$((MLP_WORKER_NUM * MLP_WORKER_GPU))" RANK="$((MLP_ROLE_INDEX * MLP_WORKER_GPU))"
     exec "$PYTHON" "$here/train_colocate.py" "${flags[@]}"
+fi
+
+probe='import socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+s.bind(("", int(sys.argv[1]))); print(s.getsockname()[1])'
+wanted="$MLP_WORKER_0_PORT"
+if [ "$MLP_ROLE_INDEX" = 0 ] && ! MLP_WORKER_0_PORT="$("$PYTHON" -c "$probe" "$wanted" 2>/dev/null)"; then
+    echo "port $wanted cannot be used on this node: set MLP_WORKER_0_PORT to a free one, the same on all nodes" >&2
+    exit 2
 fi
 
 log="rft_logs/${EXPERIMENT_NAME}/node${MLP_ROLE_INDEX}_$(date +%Y%m%d_%H%M%S).log"

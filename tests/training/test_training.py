@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -199,7 +201,7 @@ def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):
     """The manual's dry run, on twelve prompts: its names, its folders, its exit status; with parts that are frozen."""
     values = "EPISODE=1 RBS=4 TBS=32 N_SAMPLES=4 MLP_WORKER_GPU=1 ENGINE_TP=1 ENGINE_MEM_UTIL=0.5 GENERATE_MAX_LEN=12"
     env = os.environ | dict(pair.split("=") for pair in values.split())
-    env |= {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": str(tiny_model), "MLP_WORKER_0_PORT": "20391"}
+    env |= {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": str(tiny_model)}
     script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
     data = {"PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet), "WANDB_API_KEY": "s3cret", "WANDB_MODE": "disabled"}
     parts = ("--freeze_prefix", "audio_tower", "multi_modal_projector", "--zero_stage", "0", "--lr_warmup_ratio", "0")
@@ -241,12 +243,22 @@ def test_launch_script_plans_without_starting_or_writing_anything(tmp_path):
 
 
 def test_launch_script_fails_when_training_fails(tiny_model, tmp_path):
-    env = os.environ | {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": str(tiny_model), "MLP_WORKER_GPU": "1"}
-    env |= {"PATH_TO_YOUR_AVQA_DATASET": str(tmp_path / "nowhere"), "MLP_WORKER_0_PORT": "20392"}
+    """Beside another launch with the default port; with a path as an env file has it."""
+    (tmp_path / "model").symlink_to(tiny_model)
+    env = os.environ | {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": "~/model", "MLP_WORKER_GPU": "1"}
+    env |= {"PATH_TO_YOUR_AVQA_DATASET": str(tmp_path / "nowhere"), "HOME": str(tmp_path)}
     script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
-    done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("", 20092))
+        other.listen()
+        done = run(["bash", script], env=env)
+        refused = run(["bash", script], env=env | {"MLP_WORKER_0_PORT": "20092"})
     assert done.returncode != 0
-    assert "nowhere: does not exist" in done.stdout
+    assert "1 problems" in done.stdout and "nowhere: does not exist" in done.stdout
+    assert refused.returncode == 2 and "port 20092 cannot be used" in refused.stderr
+    assert "set MLP_WORKER_0_PORT" in refused.stderr
 
 
 def test_help_is_quick_and_a_bad_configuration_is_refused_before_anything_loads(tmp_path):

@@ -1,0 +1,83 @@
+"""Mistakes on a command line: one line that names what is meant, before anything slow is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import EXAMPLE, child_environment
+
+from aqa.common.arguments import expand_home
+
+RUN = """
+import runpy, sys
+script, sys.argv = sys.argv[1], sys.argv[1:]
+sys.path.insert(0, script.rpartition("/")[0])
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as end:
+    print("" if isinstance(end.code, int) else end.code, file=sys.stderr)
+print(sorted({"torch", "transformers", "matplotlib", "vllm"} & set(sys.modules)))
+"""
+FILES = ("config.json", "processor_config.json", "tokenizer_config.json")  # without tokenizer.json
+
+EVAL, AVQA = "--model_path MODEL --audio_dir . --out_file OUT.json", "--audio_dir . --local_save_dir OUT"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("train_colocate.py", "--pretrian x", "arguments: --pretrian x; --pretrian: did you mean --pretrain?"),
+        ("train_colocate.py", "--no-bf61", "did you mean --no-bf16?"),
+        ("train_colocate.py", "--xyzzy", "unrecognized arguments: --xyzzy (--help"),
+        ("train_colocate.py", "--pretrain MODEL", "MODEL: holds no tokenizer.json (copy the"),
+        ("train_colocate.py", "--eval_benchmark gone.json --eval_steps 1", "gone.json: no such file"),
+        ("eval_mmau.py", "--model_pth=x", "--model_path, --data_file, --audio_dir, --out_file; --model_pth: did"),
+        ("eval_mmau.py", "score --bechmark mmau file", "did you mean --benchmark?"),
+        ("eval_mmau.py", "compare gone.json also.json", "gone.json: No such file"),
+        ("eval_mmau.py", f"{EVAL} --data_file gone", "gone: No such file"),
+        ("eval_mmau.py", f"{EVAL} --data_file ROWS", "tokenizer.json (copy the"),
+        ("report.py", "x --comparre y", "did you mean --compare?"),
+        ("report.py", "gone", "gone/metrics.jsonl: does not exist"),
+        ("report.py", "RUN --compare gone", "gone: does not exist"),
+        ("doctor.py", "--hlep", "did you mean --help?"),
+        ("data_preprocess/avqa.py", "--inptu_jsonl x", "did you mean --input_jsonl?"),
+        ("data_preprocess/avqa.py", f"{AVQA} --input_jsonl gone", "gone: no such file"),
+        ("data_preprocess/avqa.py", f"{AVQA} --input_jsonl ROWS --pretrain MODEL", "no tokenizer.json"),
+        ("data_preprocess/avqa.py", f"{AVQA} --input_jsonl ROWS --pretrain /gone", "/gone: no such"),
+        ("data_preprocess/avqa.py", f"{AVQA} --input_jsonl ROWS --prompt_max_len 9", "add --pretrain"),
+        ("data_preprocess/get_data.py", "mmau --achive x", "did you mean --archive?"),
+        ("data_preprocess/get_data.py", "mmau --questions gone --out_dir OUT", "--questions gone: no such file"),
+        ("demo/make_model.py", "--rwos x --out_dir OUT", "did you mean --rows?"),
+        ("demo/make_model.py", "--rows gone --out_dir OUT", "--rows gone: No such file"),
+        ("demo/make_data.py", "--sede 1 --out_dir OUT", "did you mean --seed?"),
+        ("demo/run_demo.py", "--famly x", "did you mean --family?"),
+        ("../../benchmarks/run_all.py", "--demo_dri x", "did you mean --demo_dir?"),
+    ],
+)  # fmt: skip
+def test_mistakes(tmp_path, script, arguments, said):
+    for name in FILES:
+        (tmp_path / "MODEL").mkdir(exist_ok=True)
+        (tmp_path / "MODEL" / name).write_text("{}")
+    (tmp_path / "MODEL" / "model.safetensors").touch()
+    (tmp_path / "ROWS").write_text('{"audio_id": "a", "question": "?", "choices": ["a"]}')
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN" / "metrics.jsonl").touch()
+    command = [sys.executable, "-c", RUN, str(EXAMPLE / script), *arguments.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=child_environment())
+    lines = [line for line in done.stderr.splitlines() if said in line]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr and "usage:" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "[]", "a slow import came first"
+    assert not (tmp_path / "OUT").exists() and not (tmp_path / "OUT.json").exists()
+
+
+def test_home_is_replaced_where_a_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["~/a", "--x=~/a", "~/a,~/b", "--x=~/a,b,~/c", "~", "a~/b", "--x=a~", "~nobody-here/a", "--x", "0.5,0.5"]
+    me = "/home/me"
+    assert list(map(expand_home, words)) == [
+        *(f"{me}/a", f"--x={me}/a", f"{me}/a,{me}/b", f"--x={me}/a,b,{me}/c"),
+        *(me, "a~/b", "--x=a~", "~nobody-here/a", "--x", "0.5,0.5"),
+    ]
