@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     notes = model_notes(folder, data.asked_to_think)
     initial_model = start_engine(args, strategy, data, notes, actor, initial_model)
     trainer = make_trainer(args, strategy, data, reward_fn, actor, initial_model, optimizer, scheduler)
-    HOST.complete_trainer(trainer, data.prompts, data.evaluators, states)
+    HOST.complete_trainer(trainer, data.prompts, data.evaluators, states, find_collapsed(data))
 
     # ---- train and save
     trainer.fit(
@@ -440,6 +440,15 @@ def make_evaluators(args: argparse.Namespace, strategy: Any, processor: Any, thi
         BenchmarkEvaluator(Path(file), Path(folder), asks, processor, args, strategy)
         for file, folder in zip(files, folders, strict=True)
     ]
+
+
+def find_collapsed(data: Data) -> Any:
+    """What looks for evaluation answers that are all alike; None where there are none, or rows have no tags."""
+    if data.evaluation is None or not HOST.row_tags:
+        return None
+    from aqa.evaluation.while_training import collapsed_rewards
+
+    return collapsed_rewards
 
 
 def choose_metric(args: argparse.Namespace, eval_dataloader: Any, evaluators: list[Any]) -> None:

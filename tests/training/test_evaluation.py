@@ -9,12 +9,14 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoProcessor
 
+from aqa.data.prompts import render_prompt
 from aqa.evaluation import while_training
 from aqa.evaluation.items import MMAU, make_items
 from aqa.evaluation.while_training import BenchmarkEvaluator
@@ -41,6 +43,7 @@ def make_item(reward, tags, tokens=3, **parts):
         tags=tags,
         reward=reward,
         reward_metrics=parts,
+        response="",
     )
 
 
@@ -126,6 +129,7 @@ def check_benchmark(strategy, folder):
         evaluator.batch_size, evaluator.clips = size, lambda path: path
         say = lambda ids, **_: "<answer>" + rows[ids[0]]["choices"][0] + "</answer>"  # noqa: E731
         evaluator.processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=say))
+        evaluator.silent, evaluator.warned = False, set()
         asked = []
 
         def ask(prompts, images, asked=asked):
@@ -134,6 +138,7 @@ def check_benchmark(strategy, folder):
 
         # every answer is the first choice, which is right for questions 0 and 2
         expected = {"eval/questions/accuracy": 2 / 3, "eval/questions/music": 0.5, "eval/questions/sound": 1.0}
+        expected["eval/questions/collapsed"] = 0.0
         assert evaluator(ask, step=7) == expected
         assert len(asked) == calls
     dist.barrier()
@@ -192,7 +197,9 @@ def test_what_cannot_be_asked_is_named_before_training(
     path = tmp_path / "questions.json"
     path.write_text(json.dumps([row | change for row in rows]))
     args = SimpleNamespace(save_path=tmp_path, rollout_batch_size=4, n_samples_per_prompt=2, prompt_max_len=limit)
-    vars(args).update(sandbox_audio=False, confine_audio=None, audio_cache_mib=0, pretrain=str(tiny_model))
+    vars(args).update(
+        sandbox_audio=False, confine_audio=None, audio_cache_mib=0, pretrain=str(tiny_model), eval_silent=False
+    )
     strategy = SimpleNamespace(rank=0, world_size=1)
     processor = AutoProcessor.from_pretrained(tiny_model)
 
@@ -205,6 +212,93 @@ def test_what_cannot_be_asked_is_named_before_training(
         return
     with pytest.raises(SystemExit, match=re.escape(message)):
         make()
+
+
+def test_a_benchmark_whose_answers_collapse(tmp_path, monkeypatch):
+    """Of task a all answers are yes; of task b they are right, but for silence, to which they are yes, too."""
+    monkeypatch.setattr(while_training, "gather_objects", lambda value: [value])  # one rank
+    rows = [
+        {"id": f"{task}{i}", "question": "?", "choices": ["yes", "no"], "audio_id": "x.wav", "task": task}
+        | {"answer": ("yes", "no")[i % 2]}
+        for task in "ab"
+        for i in range(12)
+    ]
+    evaluator, printed, heard = object.__new__(BenchmarkEvaluator), [], []
+    evaluator.path, evaluator.folder = tmp_path / "q.json", tmp_path
+    evaluator.strategy = SimpleNamespace(rank=0, world_size=1, is_rank_0=lambda: True, print=printed.append)
+    evaluator.benchmark, evaluator.items = MMAU, make_items(rows, MMAU, tmp_path, think=False)
+    evaluator.prompts, evaluator.batch_size = [f"{row['task']} {row['answer']}" for row in rows], 24
+    evaluator.clips = lambda path: np.ones(5, np.float32)
+    evaluator.processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: "".join(ids)))
+    evaluator.silent, evaluator.warned = True, set()
+
+    def ask(prompts, images):
+        heard.append(images)
+        sound = images[0][0].any()
+        return [(prompt[2:] if sound and prompt.startswith("b") else "yes") for prompt in prompts]
+
+    accuracies = {"eval/q/accuracy": 0.75, "eval/q/a": 0.5, "eval/q/b": 1.0, "eval/q/collapsed": 1.0}
+    silent = {"eval/q_silent/accuracy": 0.5, "eval/q_silent/a": 0.5, "eval/q_silent/b": 0.5}
+    for step in (1, 2):
+        assert evaluator(ask, step) == accuracies | silent
+    said = "WARNING: q.json: task a: 12 of 12 answers are 'yes', which is right for 6; 12 are the same in silence"
+    assert printed == [said]  # once
+    assert all(len(wave) == 5 and rate == 16_000 for images in heard for wave, rate in images)
+    assert [images[0][0].any() for images in heard] == [True, False, True, False]
+    written = json.loads((tmp_path / "q_silent_step_000002.json").read_text())
+    assert all(row["silent_audio"] for row in written)
+
+
+def test_evaluation_data_in_silence(monkeypatch):
+    """The rewards of sound and of silence, and the responses to both, side by side."""
+    for name, alone in (("gather_objects", lambda x: [x]), ("reduce_by_name", lambda x, _: x)):  # one rank
+        monkeypatch.setattr(evaluation, name, alone)
+    monkeypatch.setattr(evaluation, "reduce_metrics", lambda *_: None)
+    printed, seen = [], []
+
+    class Maker(FakeMaker):
+        def rollout(self, prompts, images, references, labels, sampling, step, all_tags):
+            items = super().rollout(prompts, images, references, labels, sampling, step, all_tags)
+            for item, clip, prompt in zip(items, images, prompts, strict=True):
+                item.prompt, item.response = str(prompt), "text" if clip is None else f"{clip[0].sum():.0f} {clip[1]}"
+                item.reward_metrics = {"accuracy_reward": float(clip is None or clip[0].any())}
+            return items
+
+        def score(self, items):
+            pass
+
+    def find(heard, silent):
+        seen.append((heard, silent))
+        return {"kind": "is odd"}
+
+    strategy = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), print=printed.append)
+    clips = [(np.ones(3, np.float32), 16_000), None, (np.ones(2, np.float32), 16_000)]
+    batches = [(i, clip, "gold", "", (f"question_type/{i}",)) for i, clip in enumerate(clips)]
+    loader = torch.utils.data.DataLoader(batches, 2, collate_fn=lambda rows: tuple(map(list, zip(*rows, strict=True))))
+    measure = Evaluation(Maker(strategy), loader, [], find, silent=True)
+    metrics = measure(1) | measure(2)
+    assert metrics["eval/accuracy_reward"] == 1.0
+    assert metrics["eval/accuracy_reward_silent"] == pytest.approx(1 / 3)
+    assert metrics["eval/accuracy_reward_silent/question_type/1"] == 1.0  # a prompt without a clip
+    assert metrics["eval/accuracy_reward_silent/question_type/2"] == 0.0
+    assert metrics["eval/collapsed"] == 1.0 and printed == ["WARNING: evaluation data: kind: is odd"]
+    heard, silent = seen[0]
+    assert [row[2] for row in heard] == ["3 16000", "text", "2 16000"]
+    assert [row[2] for row in silent] == ["0 16000", "text", "0 16000"]
+    assert heard[2] == (("question_type/2",), "2", "2 16000", "")
+
+
+def test_evaluation_data_whose_answers_collapse():
+    prompt = render_prompt("?", ["(A) yes", "(B) no"], False) + "<|im_end|>\n<|im_start|>assistant\n"
+    golds = ["(A) yes", "(B) no"] * 6
+    said = ["<answer>A</answer><|im_end|>", "<answer>yes</answer><|im_end|>"] * 6  # two names of one choice
+    tags = ("question_type/x", "dataset/y")
+    heard = [(tags, prompt, response, gold) for response, gold in zip(said, golds, strict=True)]
+    other = [(("question_type/z",), prompt, f"<answer>{gold}</answer>", gold) for gold in golds]
+    found = while_training.collapsed_rewards(heard + other, [*other, *other])
+    sentence = "12 of 12 answers are '(a) yes', which is right for 6; 6 are the same in silence"
+    assert found == {"question_type/x": sentence}
+    assert while_training.collapsed_rewards(other, None) == {}
 
 
 # ------------------------------------------------------------------------------------------------------- the best model

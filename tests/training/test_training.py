@@ -180,7 +180,8 @@ def left_behind(request, path):
 def test_two_processes(tiny_model, demo_parquet, demo_data, tmp_path, request, tensor_parallel, stage):
     """Data parallel 2 and tensor parallel 2, ZeRO 2 and 3; 7 rows and 24 questions are evaluated by both."""
     extra = ("--zero_stage", stage, "--engine_tp_size", tensor_parallel, "--max_samples", 12)
-    evaluated = ("--eval_steps", 3, "--max_eval_samples", 7, "--keep_best", "eval/reward", *benchmark_of(demo_data))
+    evaluated = ("--eval_steps", 3, "--max_eval_samples", 7, "--keep_best", "eval/reward", "--eval_silent")
+    evaluated += tuple(benchmark_of(demo_data))
     if tensor_parallel > 1:  # as vLLM names it; a run that was killed had left it, and the next could not make its own
         left_behind(request, Path("/dev/shm/-tp:0-[0-1]-cpushm_0"))
     train(tiny_model, demo_parquet, tmp_path, *extra, *evaluated, processes=2)
@@ -192,6 +193,10 @@ def test_two_processes(tiny_model, demo_parquet, demo_data, tmp_path, request, t
     answers = json.loads((tmp_path / "eval" / "demo-test_step_000003.json").read_text())
     right = sum(is_right(row["model_output"], row["answer"], row["choices"]) for row in answers)
     assert records[2]["eval/demo-test/accuracy"] == right / len(answers)
+    silent = json.loads((tmp_path / "eval" / "demo-test_silent_step_000003.json").read_text())
+    right = sum(is_right(row["model_output"], row["answer"], row["choices"]) for row in silent)
+    assert records[2]["eval/demo-test_silent/accuracy"] == right / len(answers)
+    assert all(row["silent_audio"] for row in silent) and "eval/accuracy_reward_silent" in records[2]
     assert [row["id"] for row in answers] == [row["id"] for row in read_rows(demo_data / "demo-test.json")[1]]
     assert records[2]["eval/reward"] * 7 == pytest.approx(round(records[2]["eval/reward"] * 7))  # of 7 rows, not 8
     assert json.loads((tmp_path / "best" / "best.json").read_text())["value"] == records[2]["eval/reward"]

@@ -11,8 +11,10 @@ import pytest
 
 from aqa.evaluation.items import MMAR, MMAU, EvalError, make_items, read_rows, result_rows
 from aqa.evaluation.scoring import (
+    Said,
     compare,
     comparison_table,
+    find_collapsed,
     is_right,
     judge,
     judge_file,
@@ -272,6 +274,50 @@ def test_compare_refuses_what_cannot_be_paired():
         compare(first, judge([row | {"answer": "cat"} for row in rows], MMAU))
     with pytest.raises(EvalError, match="one file is of MMAU, the other of MMAR"):
         compare(first, judge(rows_of("dog", key="answer_prediction"), MMAR))
+
+
+# ---------------------------------------------------------------------------------------------------- answers all alike
+@pytest.mark.parametrize(
+    ("said", "golds", "choices", "found"),
+    [
+        ("yyyyyyyyyyyy", "ynynynynynyn", "yn", "12 of 12 answers are 'y', which is right for 6"),
+        ("Y y y y y y y y y y", "nnnnnnnnnn", "yn", "10 of 10 answers are 'y', which is right for 0"),
+        (
+            "yyyyyyyyyyyyyyyyyyyn",
+            "nnnnnnnnnnyyyyyyyyyn",
+            "yn",
+            "19 of 20 answers are 'y', which is right for 9",
+        ),  # 95 %
+        ("yyyyyyyyyyyyyyyyyynn", "nnnnnnnnnnyyyyyyyynn", "yn", None),  # 90 %
+        ("yyyyyyyyy", "ynynynyny", "yn", None),  # nine tell nothing
+        ("yyyyyyyyyy", "yyyyyyyyyy", "yn", None),  # and they are right
+        ("yyyyyyyyyy", "yyyyyyyyyn", "yn", None),
+        ("ababababab", "babababbab", "both", "10 of 10 answers are choice 1, which is right for 3"),
+        ("ababababab", "ababababab", "both", None),
+        ("..........", "ynynynynyn", "yn", "10 of 10 answers are '.', which is right for 0"),  # a refusal, for example
+    ],
+)
+def test_answers_that_are_all_alike(said, golds, choices, found):
+    """``both``: the choices are a and b, what is said the first of them."""
+    rows = [
+        Said(text, gold, sorted("ab", key=lambda choice: choice != text) if choices == "both" else list(choices))
+        for text, gold in zip(said.split() if " " in said else said, golds, strict=True)
+    ]
+    assert find_collapsed(rows, [["kind"]] * len(rows)) == ({} if found is None else {"all questions": found})
+
+
+def test_only_the_types_that_are_alike_are_named():
+    said = [Said("y", gold, ["y", "n"], silent) for gold, silent in zip("yn" * 6, "yyyyyynnnnnn", strict=True)]
+    rest = [Said(gold, gold, ["y", "n"], "y") for gold in "yn" * 6]
+    found = find_collapsed(said + rest, [["task a", "easy"]] * 12 + [["task b", "easy"]] * 12)
+    assert found == {"task a": "12 of 12 answers are 'y', which is right for 6; 6 are the same in silence"}
+    rows = [
+        {"id": i, "choices": s.choices, "answer": s.answer, "model_output": s.prediction, "task": "ab"[i // 12]}
+        for i, s in enumerate(said + rest)
+    ]
+    scores = score(judge(rows, MMAU))
+    assert scores["collapsed"] == {"task a": "12 of 12 answers are 'y', which is right for 6"}
+    assert "WARNING: task a: 12 of 12" in score_table(scores, "title")
 
 
 # -------------------------------------------------------------------------------------------------- answers of a file

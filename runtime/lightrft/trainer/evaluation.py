@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightrft.strategy import checkpoint
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, split_tags
 from lightrft.trainer.step_metrics import reward_sums, tag_metrics, tag_sums
@@ -19,6 +21,8 @@ from lightrft.utils.protocols import Strategy
 
 Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
 Evaluator = Callable[[Ask, int], dict[str, float]]
+Response = tuple[Sequence[str], str, str, str]  # tags, prompt, response, reference
+FindCollapsed = Callable[[list[Response], list[Response] | None], dict[str, str]]
 
 BEST_RECORD = "best.json"
 
@@ -32,14 +36,27 @@ class Evaluation:
 
     :param dataloader: This rank's prompts to score by the reward, unshuffled; None: none.
     :param evaluators: What else is measured.
+    :param find_collapsed: Finds questions whose answers are all alike, by type, from all responses to the dataloader's
+        prompts and those without sound; None: nothing is looked for.
+    :param silent: Score answers to silence of the same length as well.
     """
 
-    def __init__(self, maker: FastExperienceMaker, dataloader: Any, evaluators: Sequence[Evaluator]) -> None:
+    def __init__(
+        self,
+        maker: FastExperienceMaker,
+        dataloader: Any,
+        evaluators: Sequence[Evaluator],
+        find_collapsed: FindCollapsed | None = None,
+        silent: bool = False,
+    ) -> None:
         self.maker = maker
         self.strategy = maker.strategy
         self.greedy = replace(maker.sampling, n=1, temperature=0.0)
         self.dataloader = dataloader
         self.evaluators = evaluators
+        self.find_collapsed = find_collapsed
+        self.silent = silent
+        self.warned: set[str] = set()
 
     def due(self, step: int, total: int, every: int) -> bool:
         """Whether to evaluate after a step: every so many, and after the last.
@@ -55,7 +72,7 @@ class Evaluation:
         :return: ``eval/*`` metrics and ``time/eval`` in seconds, the same on every rank.
         """
         started = time.perf_counter()
-        metrics = {} if self.dataloader is None else self.rewards()
+        metrics = {} if self.dataloader is None else self.measure()
         for evaluator in self.evaluators:
             metrics |= evaluator(self.ask, step)
         seconds = {"time/eval": time.perf_counter() - started}
@@ -73,10 +90,27 @@ class Evaluation:
         items = self.maker.rollout(prompts, images, nothing, nothing, self.greedy, step=0)
         return [item.response_ids.tolist() for item in items]
 
-    def rewards(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
+        """Score the dataloader's prompts, in silence too if that is asked for, and look for answers that are alike."""
+        metrics, heard = self.rewards()
+        silent = None
+        if self.silent:
+            more, silent = self.rewards(silent=True)
+            name = "eval/accuracy_reward"
+            metrics |= {k.replace(name, f"{name}_silent", 1): v for k, v in more.items() if k.startswith(name)}
+        if self.find_collapsed is not None:
+            found = self.find_collapsed(heard, silent)
+            for name in found.keys() - self.warned:
+                self.strategy.print(f"WARNING: evaluation data: {name}: {found[name]}")
+            self.warned |= found.keys()
+            metrics["eval/collapsed"] = float(len(found))
+        return metrics
+
+    def rewards(self, silent: bool = False) -> tuple[dict[str, float], list[Response]]:
         """Answers to the dataloader's prompts, scored with the training reward; each row counts once.
 
-        :return: ``eval/*`` metrics over all ranks.
+        :param silent: Give silence of the same length in place of every clip.
+        :return: ``eval/*`` metrics over all ranks, and the responses of all ranks.
         """
         rank, world = self.strategy.rank, self.strategy.world_size
         left = len(
@@ -84,14 +118,18 @@ class Evaluation:
         )  # the sampler repeats rows so that all ranks have as many
         sums: dict[Any, float] = defaultdict(float)
         tagged: dict[Any, float] = defaultdict(float)
+        responses: list[Response] = []
         for batch in self.dataloader:
             prompts, tags = split_tags(batch)
+            if silent:
+                prompts = (prompts[0], list(map(silence, prompts[1])), *prompts[2:])
             items = self.maker.rollout(*prompts, self.greedy, step=0, all_tags=tags)
             items = items[:left]
             left -= len(items)
             self.maker.score(items)  # collective, so also without items
             if not items:
                 continue
+            responses += [(item.tags, item.prompt, item.response, item.reference) for item in items]
             for total, part in ((sums, reward_sums(items)), (tagged, tag_sums(items))):
                 for name, value in part.items():
                     total[name] += value
@@ -99,7 +137,16 @@ class Evaluation:
         sums, tagged = (reduce_by_name(part, self.strategy.device) for part in (sums, tagged))
         count = sums["responses"]
         metrics = {f"eval/{k.removeprefix('rollout/')}": v / count for k, v in sums.items() if "/" in k}
-        return metrics | tag_metrics(tagged, "eval", count)
+        everywhere = [response for share in gather_objects(responses) for response in share]
+        return metrics | tag_metrics(tagged, "eval", count), everywhere
+
+
+def silence(clip: Any) -> Any:
+    """As long a clip of zeros; None, a prompt without a clip, stays None.
+
+    :param clip: ``(waveform (samples,), rate in Hz)``.
+    """
+    return None if clip is None else (np.zeros_like(clip[0]), clip[1])
 
 
 class BestModel:

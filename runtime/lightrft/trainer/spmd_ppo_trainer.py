@@ -29,7 +29,7 @@ from lightrft.models.loss import LossSettings, grpo_loss
 from lightrft.strategy.strategy_base import is_usable
 from lightrft.trainer import trajectories
 from lightrft.trainer.advantages import KLController
-from lightrft.trainer.evaluation import BestModel, Evaluation, Evaluator
+from lightrft.trainer.evaluation import BestModel, Evaluation, Evaluator, FindCollapsed
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, forward, split_tags
 from lightrft.trainer.health import AnomalyError, Health
 from lightrft.trainer.replay_buffer import Experience, make_micro_batch, pad_tokens
@@ -163,6 +163,7 @@ class SPMDPPOTrainerVL:
         start = ResumePoint(0, init_kl_coef, self.health.state())
         self.saver = RunSaver(strategy, actor, tokenizer, save_hf_ckpt, disable_ds_ckpt, warn, start)
         self.evaluators: list[Evaluator] = []  # what is measured every eval_steps beside the reward, see Evaluation
+        self.find_collapsed: FindCollapsed | None = None
         self.restored_best: dict[str, Any] | None = None  # record of the best model in the checkpoint that was loaded
         self.progress = Progress()
         self.samples: list[dict[str, Any]] = []  # of the last step, on rank 0: see trajectories.records
@@ -213,7 +214,13 @@ class SPMDPPOTrainerVL:
         stop_request.install()
         if first and not self.saver.disable_ds_ckpt:
             self.saver.finish_interrupted_save()
-        evaluation = Evaluation(self.experience_maker, eval_dataloader, self.evaluators)
+        evaluation = Evaluation(
+            self.experience_maker,
+            eval_dataloader,
+            self.evaluators,
+            find_collapsed=self.find_collapsed,
+            silent=self.args.eval_silent,
+        )
         run = Path(self.args.save_path)
         if self.args.keep_best is not None:
             best = BestModel(self.strategy, run / "best", self.args.keep_best, self.restored_best)

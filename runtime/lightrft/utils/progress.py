@@ -62,7 +62,7 @@ def step_lines(step: int, total: int, metrics: dict[str, float]) -> list[str]:
     accuracies = [
         f"{name.removeprefix('eval/').removesuffix('_reward')} {fit(value, 3)}"
         for name, value in m.items()
-        if name.startswith("eval/") and name.endswith(("/accuracy_reward", "/accuracy"))
+        if name.startswith("eval/") and name.endswith(("/accuracy_reward", "/accuracy_reward_silent", "/accuracy"))
     ]
     if accuracies:
         best = ["(best)"] if m.get("eval/best_step") == step else []

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aqa.evaluation.items import Benchmark, EvalError, answer_texts, read_rows, several
 from aqa.rewards.choices import is_right
 
+COLLAPSE_FROM, COLLAPSE_SHARE, COLLAPSE_RIGHT = 10, 0.95, 0.8  # answers; shares of them
 Z95 = 1.959963984540054  # standard normal quantile at 97.5 %
 
 
@@ -98,13 +100,60 @@ def score(verdicts: Verdicts) -> dict[str, Any]:
         for field in verdicts.benchmark.breakdowns
         if (groups := group(verdicts.rows, lambda row, field=field: row.get(field)))
     }
+    types = [[f"{field} {row[field]}" for field in by if row.get(field) is not None] for row in verdicts.rows]
+    said = [Said(row[verdicts.key], row["answer"], row["choices"]) for row in verdicts.rows]
     return {
         "benchmark": verdicts.benchmark.name,
         **tally(verdicts.right),
         "without_prediction": verdicts.left_out,
         "silent_audio": any(row.get("silent_audio") for row in verdicts.rows),
         "by": by,
+        "collapsed": find_collapsed(said, types),
     }
+
+
+class Said(NamedTuple):
+    """What was said to a question."""
+
+    prediction: str
+    answer: str  # the right one
+    choices: Sequence[str]
+    in_silence: str | None = None  # the prediction without sound, if that was asked for
+
+
+def find_collapsed(said: Sequence[Said], types: Sequence[Sequence[str]]) -> dict[str, str]:
+    """Types of questions whose answers are nearly all alike though the right ones are not: the model does not listen.
+
+    :param types: Of each question.
+    :return: A sentence by type; of all types ("all questions") alone if all answers together are alike.
+    """
+    groups: dict[str, list[Said]] = {"all questions": list(said)}
+    for entry, names in zip(said, types, strict=True):
+        for name in names:
+            groups.setdefault(name, []).append(entry)
+    found = {name: sentence for name, members in groups.items() if (sentence := describe_collapse(members))}
+    return {name: found[name] for name in found if name == "all questions"} or dict(sorted(found.items()))
+
+
+def describe_collapse(said: Sequence[Said]) -> str | None:
+    """A sentence about at least :data:`COLLAPSE_FROM` answers of which :data:`COLLAPSE_SHARE` are the same text, or the
+    same place among the choices, while that is right for at most :data:`COLLAPSE_RIGHT` of them; else None."""
+    if len(said) < COLLAPSE_FROM:
+        return None
+    texts = [(" ".join(s.prediction.casefold().split()), " ".join(s.answer.casefold().split())) for s in said]
+    places = [
+        tuple(s.choices.index(text) + 1 if text in s.choices else None for text in (s.prediction, s.answer))
+        for s in said
+    ]
+    for what, pairs in (("", texts), ("choice ", places)):
+        common, times = Counter(given for given, _ in pairs).most_common(1)[0]
+        right = sum(given == wanted == common for given, wanted in pairs)
+        if common and times >= COLLAPSE_SHARE * len(said) and right <= COLLAPSE_RIGHT * len(said):
+            sentence = f"{times} of {len(said)} answers are {what}{common!r}, which is right for {right}"
+            heard = [s for s in said if s.in_silence is not None]
+            same = sum(s.prediction == s.in_silence for s in heard)
+            return sentence + (f"; {same} are the same in silence" if heard else "")
+    return None
 
 
 def group(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Hashable | None]) -> dict[str, list[int]]:
@@ -140,6 +189,7 @@ def score_table(scores: dict[str, Any], title: str) -> str:
         lines.append(
             f"left out, as the official script does: {scores['without_prediction']} items without a prediction key"
         )
+    lines += [f"WARNING: {name}: {sentence}" for name, sentence in scores["collapsed"].items()]
     return "\n".join(lines)
 
 

@@ -9,16 +9,39 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from aqa.audio.decode import SAMPLING_RATE, probe_all
 from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
 from aqa.audio.reader import AudioReader
+from aqa.data.prompts import choices_in
 from aqa.evaluation.answers import extract_answer
 from aqa.evaluation.engines import decode, render
 from aqa.evaluation.items import EvalError, make_items, read_rows, result_rows, several, write_rows
-from aqa.evaluation.scoring import judge, score
+from aqa.evaluation.scoring import Said, find_collapsed, judge, score
+from aqa.rewards.r1_aqa import extract_response
 from lightrft.utils.distributed import gather_objects
 
 Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
+Response = tuple[Sequence[str], str, str, str]  # tags, prompt, response, reference
+
+
+def collapsed_rewards(heard: Sequence[Response], silent: Sequence[Response] | None) -> dict[str, str]:
+    """What :func:`find_collapsed` says of the evaluation data's responses, by question type.
+
+    :param heard: Responses to all rows.
+    :param silent: Those without sound, in the same order; None: not asked for.
+    """
+    quiet = [None] * len(heard) if silent is None else [_prediction(*row) for row in silent]
+    said = [
+        Said(_prediction(*row), row[3], choices_in(row[1]) or [], in_silence)
+        for row, in_silence in zip(heard, quiet, strict=True)
+    ]
+    return find_collapsed(said, [[tag for tag in row[0] if tag.startswith("question_type/")] for row in heard])
+
+
+def _prediction(tags: Sequence[str], prompt: str, response: str, reference: str) -> str:
+    return extract_answer(extract_response(response), choices_in(prompt) or [reference]).text
 
 
 class BenchmarkEvaluator:
@@ -50,6 +73,8 @@ class BenchmarkEvaluator:
         except EvalError as error:
             raise SystemExit(f"--eval_benchmark: {error}") from error
         load = functools.partial(self.reader.load, silence_ok=True)  # digital silence is no error here
+        self.silent = args.eval_silent
+        self.warned: set[str] = set()
         self.clips = WaveformCache(load, args.audio_cache_mib * 2**20)
 
     def _check(self, args: Namespace) -> None:
@@ -78,8 +103,45 @@ class BenchmarkEvaluator:
 
         :param ask: Returns the engine's greedy answers, as token ids, to this rank's prompts and clips.
         :param step: Rollout step, for the result file's name.
-        :return: ``eval/<file>/accuracy``, and the accuracy for each value of the benchmark's main breakdown.
+        :return: ``eval/<file>/accuracy``, the accuracy for each value of the benchmark's main breakdown, and
+            ``eval/<file>/collapsed``, the number of question types whose answers are alike; with ``--eval_silent`` also
+            the accuracies of ``eval/<file>_silent``.
         """
+        heard, metrics = self.measure(ask, step, silent=False)
+        said = [Said(row[self.benchmark.prediction_keys[0]], row["answer"], row["choices"]) for row in heard]
+        if self.silent:
+            silent, more = self.measure(ask, step, silent=True)
+            metrics |= more
+            key = self.benchmark.prediction_keys[0]
+            said = [entry._replace(in_silence=row[key]) for entry, row in zip(said, silent, strict=True)]
+        types = [[f"{k} {row[k]}" for k in self.benchmark.breakdowns if row.get(k) is not None] for row in heard]
+        found = find_collapsed(said, types)
+        for name in found.keys() - self.warned:
+            self.strategy.print(f"WARNING: {self.path.name}: {name}: {found[name]}")
+        self.warned |= found.keys()
+        return metrics | {f"eval/{self.path.stem}/collapsed": float(len(found))}
+
+    def measure(self, ask: Ask, step: int, silent: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Ask all questions, write the result file, and score it.
+
+        :param silent: Give silence of the same length in place of every clip.
+        :return: The rows of the result file, and their accuracies.
+        """
+        raw = self.ask_all(ask, silent)
+        predictions = [
+            extract_answer(text, item.row["choices"]).text for item, text in zip(self.items, raw, strict=True)
+        ]
+        results = result_rows(self.items, zip(predictions, raw, strict=True), self.benchmark, silent)
+        name = self.path.stem + ("_silent" if silent else "")
+        if self.strategy.is_rank_0():
+            self._write(results, f"{name}_step_{step:06d}{self.path.suffix or '.json'}")
+        scores = score(judge(results, self.benchmark))
+        main = scores["by"].get(self.benchmark.breakdowns[0], {})
+        by_value = {f"eval/{name}/{value}": entry["accuracy"] for value, entry in main.items()}
+        return results, {f"eval/{name}/accuracy": scores["accuracy"]} | by_value
+
+    def ask_all(self, ask: Ask, silent: bool) -> list[str]:
+        """The answers to all questions, in the file's order, on every rank."""
         rank, world = self.strategy.rank, self.strategy.world_size
         # All ranks must ask equally often, so a rank whose share is shorter repeats questions of other ranks.
         rounds = -(-len(self.items) // world)
@@ -89,24 +151,15 @@ class BenchmarkEvaluator:
             part = mine[start : start + self.batch_size]
             with ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode") as pool:
                 waves = list(pool.map(self.clips, [str(self.items[i].audio) for i in part]))
+            waves = [np.zeros_like(wave) for wave in waves] if silent else waves
             tokens = ask([self.prompts[i] for i in part], [(wave, SAMPLING_RATE) for wave in waves])
             answers |= {i: decode(self.processor, ids) for i, ids in zip(part, tokens, strict=True)}
         responses = {i: text for share in reversed(gather_objects(answers)) for i, text in share.items()}
-        raw = [responses[item.index] for item in self.items]
-        predictions = [
-            extract_answer(text, item.row["choices"]).text for item, text in zip(self.items, raw, strict=True)
-        ]
-        results = result_rows(self.items, zip(predictions, raw, strict=True), self.benchmark, silent_audio=False)
-        if self.strategy.is_rank_0():
-            self._write(results, step)
-        scores = score(judge(results, self.benchmark))
-        main = scores["by"].get(self.benchmark.breakdowns[0], {})
-        by_value = {f"eval/{self.path.stem}/{value}": entry["accuracy"] for value, entry in main.items()}
-        return {self.metric: scores["accuracy"]} | by_value
+        return [responses[item.index] for item in self.items]
 
-    def _write(self, results: list[dict[str, Any]], step: int) -> None:
+    def _write(self, results: list[dict[str, Any]], name: str) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_rows(results, self.folder / f"{self.path.stem}_step_{step:06d}{self.path.suffix or '.json'}")
+            write_rows(results, self.folder / name)
         except OSError as error:
-            self.strategy.print(f"note: the answers of step {step} could not be written: {error}")
+            self.strategy.print(f"note: the answers {name} could not be written: {error}")

@@ -57,11 +57,17 @@ class Host(Protocol):
         """Let actor and reference model encode each clip once between them, where their audio tower is frozen."""
 
     def complete_trainer(
-        self, trainer: Any, prompts_dataloader: Any, evaluators: Sequence[Any], states: dict[str, Any] | None
+        self,
+        trainer: Any,
+        prompts_dataloader: Any,
+        evaluators: Sequence[Any],
+        states: dict[str, Any] | None,
+        find_collapsed: Any = None,
     ) -> Patch:
         """Attach evaluators, metrics and the state of a resumed run, as far as this host's trainer lacks them.
 
         :param evaluators: What is measured every ``eval_steps`` beside the reward.
+        :param find_collapsed: Finds types of evaluation questions whose answers are all alike; None: not looked for.
         :param states: What the checkpoint of a resumed run remembers; None for a new run.
         """
 

@@ -101,10 +101,16 @@ class RuntimeHost:
             share_tower_outputs(*modules)
 
     def complete_trainer(
-        self, trainer: Any, prompts_dataloader: Any, evaluators: Sequence[Any], states: dict[str, Any] | None
+        self,
+        trainer: Any,
+        prompts_dataloader: Any,
+        evaluators: Sequence[Any],
+        states: dict[str, Any] | None,
+        find_collapsed: Any = None,
     ) -> Patch:
         """Nothing is replaced."""
         trainer.evaluators = list(evaluators)
+        trainer.find_collapsed = find_collapsed
         if states is not None:
             trainer.restore(states)
         return Patch()

@@ -231,6 +231,18 @@ METRICS = {
     "eval/rule_reward": Metric("Evaluation reward by rule", "0 to 2", "the same as eval/reward", "As eval/reward."),
     "eval/response_length": Metric("Evaluation length", "tokens", "mean length", "As rollout/response_length."),
     "eval/truncated_fraction": Metric("Evaluation cut off", "share", "hit the limit", "As rollout/truncated_fraction."),
+    "eval/accuracy_reward_silent": Metric(
+        "Evaluation accuracy in silence",
+        "share",
+        "with --eval_silent: the same questions with silence in place of the clips",
+        "As high as eval/accuracy_reward: the model does not listen, or the questions do not need it.",
+    ),
+    "eval/collapsed": Metric(
+        "Collapsed question types",
+        "count",
+        "question types with at least 10 answers of which 95 % are alike, while that is right for at most 80 %",
+        "Above 0: the model answers these without listening; the warning names them, --eval_silent confirms it.",
+    ),
     "eval/best": Metric(
         "Best so far", "", "the best value of the metric that --keep_best compares", "Flat for long: stop earlier."
     ),
@@ -253,7 +265,8 @@ PATTERNS = {
     "eval/<file>/<task>": Metric(
         "Benchmark",
         "share",
-        "right by the official rule: accuracy for the whole --eval_benchmark file, and by task",
+        "right by the official rule: accuracy for the whole --eval_benchmark file, and by task; collapsed is as "
+        "eval/collapsed; with --eval_silent <file>_silent is the same in silence",
         "Falls while rollout/accuracy_reward rises: it learns the training data by heart; --keep_best keeps the best.",
     ),
 }

@@ -335,7 +335,11 @@ def _evaluation_problems(args: argparse.Namespace) -> list[str]:
         ]
     problems += [
         f"--{name} without an evaluation: set --eval_steps"
-        for name, wanted in (("eval_benchmark", files), ("keep_best", args.keep_best is not None))
+        for name, wanted in (
+            ("eval_benchmark", files),
+            ("keep_best", args.keep_best is not None),
+            ("eval_silent", args.eval_silent),
+        )
         if wanted and args.eval_steps <= 0
     ]
     return problems

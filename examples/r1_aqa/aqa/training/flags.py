@@ -278,6 +278,13 @@ def _add_output_flags(g: Any) -> None:
         "--eval_steps", type=int, default=-1, help="evaluate every so many steps and after the last; -1: never"
     )
     g.add_argument(
+        "--eval_silent",
+        action=BOOL,
+        default=False,
+        help="ask the same questions with silence in place of every clip at each evaluation, too: what the model knows "
+        "without listening",
+    )
+    g.add_argument(
         "--keep_best",
         nargs="?",
         const="",

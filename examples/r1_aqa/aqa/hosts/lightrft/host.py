@@ -106,8 +106,8 @@ class LightRFTHost:
             problems.append("--dynamic_sampling: LightRFT only drops groups of rewards 0 or 1, not those of 2; drop it")
         problems += [
             f"--{flag}: only this repository's runtime evaluates so; drop it, and use eval_mmau.py afterwards"
-            for flag in ("eval_benchmark", "keep_best")
-            if getattr(args, flag) is not None
+            for flag in ("eval_benchmark", "keep_best", "eval_silent")
+            if getattr(args, flag) not in (None, False)
         ]
         if args.fused_linear_logprob:
             problems.append("--fused_linear_logprob: only LightRFT's text models know it; drop it")
@@ -175,7 +175,12 @@ class LightRFTHost:
         """Left out: it has not been tried with LightRFT's strategies."""
 
     def complete_trainer(
-        self, trainer: Any, prompts_dataloader: Any, evaluators: Sequence[Any], states: dict[str, Any] | None
+        self,
+        trainer: Any,
+        prompts_dataloader: Any,
+        evaluators: Sequence[Any],
+        states: dict[str, Any] | None,
+        find_collapsed: Any = None,
     ) -> Patch:
         """Metrics in ``metrics.jsonl``, a line a step, a warning where engine and trainer differ, clips beside saved
         trajectories, checkpoints that resume with their optimizer, and prints without waveforms."""
