@@ -265,7 +265,8 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--pretrain {args.pretrain}: holds no config.json; is it a model folder?")
         elif not any((Path(args.pretrain) / name).is_file() for name in PROCESSOR_FILES):
             problems.append(f"--pretrain {args.pretrain}: holds no processor ({' or '.join(PROCESSOR_FILES)})")
-        problems += [f"--pretrain {args.pretrain}: holds no {what}" for what in missing_tokenizer(Path(args.pretrain))]
+        elif lacking := missing_tokenizer(Path(args.pretrain)):
+            problems.append(f"--pretrain {args.pretrain}: holds no {lacking[0]}")
         kind = model_type_of(args.pretrain)
         if kind is not None and kind not in MODEL_TYPES:
             problems.append(f"--pretrain {args.pretrain}: is a {kind} model; known are {' and '.join(MODEL_TYPES)}")
