@@ -38,8 +38,7 @@ export MLP_WORKER_NUM="${MLP_WORKER_NUM:-1}"                    # number of node
 export MLP_WORKER_GPU="${MLP_WORKER_GPU:-8}"                    # processes per node, one for each GPU
 export MLP_ROLE_INDEX="${MLP_ROLE_INDEX:-0}"                    # this node's number, from 0
 export MLP_WORKER_0_HOST="${MLP_WORKER_0_HOST:-localhost}"
-# where node 0 listens: of several nodes all must know it, one node alone takes any free port (0)
-export MLP_WORKER_0_PORT="${MLP_WORKER_0_PORT:-$((MLP_WORKER_NUM > 1 ? 20092 : 0))}"
+export MLP_WORKER_0_PORT="${MLP_WORKER_0_PORT:-}"               # where node 0 listens; default: any free, several nodes: 20092
 ENGINE_TP="${ENGINE_TP:-1}"
 ENGINE_MEM_UTIL="${ENGINE_MEM_UTIL:-0.5}"
 
@@ -148,7 +147,8 @@ fi
 
 probe='import socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 s.bind(("", int(sys.argv[1]))); print(s.getsockname()[1])'
-wanted="$MLP_WORKER_0_PORT"
+wanted="${MLP_WORKER_0_PORT:-$((MLP_WORKER_NUM > 1 ? 20092 : 0))}"   # 0: any free one
+MLP_WORKER_0_PORT="$wanted"
 if [ "$MLP_ROLE_INDEX" = 0 ] && ! MLP_WORKER_0_PORT="$("$PYTHON" -c "$probe" "$wanted" 2>/dev/null)"; then
     echo "port $wanted cannot be used on this node: set MLP_WORKER_0_PORT to a free one, the same on all nodes" >&2
     exit 2

@@ -230,7 +230,7 @@ def test_every_question_is_good_or_explained(tmp_path, count):
         for item, row in zip(questions, rows, strict=True):
             assert item.prompt == render_prompt(row["question"], row["choices"], False)
             item.prompt.encode("utf-8")
-            assert item.row is row
+            assert item.row == (row if item.gold is None else row | {"answer": item.gold})
             if confine:
                 assert str(item.audio.resolve()).startswith(f"{tmp_path.resolve()}{os.sep}")
         results = items.result_rows(questions, [("a", "raw")] * len(questions), kind, False)

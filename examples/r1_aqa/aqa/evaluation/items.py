@@ -203,7 +203,7 @@ def answer_texts(rows: Sequence[dict[str, Any]]) -> list[Any]:
     if len(set(map(str, given))) == 1 and not any(a is not None and names_choice(a, choices) for a, choices in pairs):
         return [None] * len(rows)
     if doubt := counts_from_one([Record(0, {"multi_choice": choices, "answer": a}) for a, choices in pairs]):
-        raise EvalError(f"{doubt}. Subtract 1, or write the texts of the choices")
+        raise EvalError(f"item answers: {doubt}. Subtract 1, or write the texts of the choices")
     if all(is_whole(answer) and 0 <= answer < len(choices) for answer, choices in pairs):
         return [choices[int(answer)] for answer, choices in pairs]
     return [choice_of(a, choices) or a if isinstance(a, str) else a for a, choices in pairs]
