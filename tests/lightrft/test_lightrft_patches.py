@@ -419,6 +419,7 @@ GOOD = {
     "lora_rank": 0,
     "eval_benchmark": None,
     "keep_best": None,
+    "eval_silent": False,
 }
 
 
@@ -446,6 +447,7 @@ GOOD = {
         ({"lora_rank": 4}, "adapters unmerged"),
         ({"eval_benchmark": "mmau.json"}, "--eval_benchmark: only this repository's runtime"),
         ({"keep_best": ""}, "--keep_best: only this repository's runtime"),
+        ({"eval_silent": True}, "--eval_silent: only this repository's runtime"),
         ({"fsdp": True, "bf16": False}, "add --bf16"),
         ({"fsdp": True, "max_norm": 0}, "clip every gradient to zero"),
     ],
