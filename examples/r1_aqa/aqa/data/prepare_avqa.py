@@ -111,19 +111,19 @@ def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str], list[Prob
 def too_long(rows: list[Row], pretrain: str, limit: int) -> list[Problem]:
     """One problem for each row whose prompt has more tokens than training takes.
 
-    :param pretrain: Folder or hub name of the model, whose chat template and tokenizer count.
+    :param pretrain: Folder or hub name of the model, whose processor renders and counts.
     :param limit: Most tokens, as ``train_colocate.py --prompt_max_len``.
-    :raises AvqaError: if the model's tokenizer cannot be loaded.
+    :raises AvqaError: if the model's processor cannot be loaded.
     """
     try:
-        from transformers import AutoTokenizer
+        from transformers import Qwen2AudioProcessor  # for Qwen2.5-Omni, too: the runtime's is made of it
 
-        tokenizer = AutoTokenizer.from_pretrained(pretrain)
+        processor = Qwen2AudioProcessor.from_pretrained(pretrain)
         audio = {"type": "audio", "audio_url": "audio"}
         chats = [[{"role": "user", "content": [audio, {"type": "text", "text": row.prompt}]}] for row in rows]
-        lengths = prompt_lengths(tokenizer, [render_chat(tokenizer, chat) for chat in chats])
+        lengths = prompt_lengths(processor.tokenizer, [render_chat(processor, chat) for chat in chats])
     except (ImportError, OSError, ValueError, KeyError) as error:
-        raise AvqaError(f"--pretrain {pretrain}: its tokenizer cannot be used: {error}") from error
+        raise AvqaError(f"--pretrain {pretrain}: its processor cannot be loaded: {error}") from error
     reason = "{} prompt tokens, more than --prompt_max_len {}"
     return [
         Problem(row.line, row.index, row.id, "prompt_too_long", reason.format(length, limit))
