@@ -61,7 +61,7 @@ def random_config(tokenizer: Any) -> Any:
     """A Qwen2-Audio of 99 M parameters, 27 M of them in the tower, with the demo's tokenizer."""
     from transformers import Qwen2AudioConfig
 
-    from demo.make_model import AUDIO, CLIP_SECONDS, N_MELS
+    from demo.tiny_model import AUDIO, CLIP_SECONDS, N_MELS
 
     audio = {
         "model_type": "qwen2_audio_encoder",
@@ -95,7 +95,7 @@ def write_random_model(folder: Path) -> None:
     import torch
     from transformers import Qwen2AudioForConditionalGeneration
 
-    from demo.make_model import build_processor, save
+    from demo.tiny_model import build_processor, save
 
     processor = build_processor()
     torch.manual_seed(0)

@@ -112,7 +112,7 @@ def rollout(model: Any, response: int, device: torch.device) -> dict[str, float]
     from audio_dataset import AudioMultimodalProcessor
 
     from aqa.patches.slots import unpack_clips
-    from demo.make_model import build_processor
+    from demo.tiny_model import build_processor
     from demo.warm_start import render_question
     from lightrft.engines.base import Sampling
     from lightrft.engines.hf_engine import HFEngine
