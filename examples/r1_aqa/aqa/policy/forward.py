@@ -120,7 +120,7 @@ def response_log_probs(
         embeds = embeds + 0.0 * audio.sum()
     hidden = decoder(
         inputs_embeds=embeds,
-        attention_mask=packing.attention_mask(embeds.device, decoder.config._attn_implementation, embeds.dtype),
+        attention_mask=packing.attention_mask(embeds.device, embeds.dtype),
         position_ids=packing.positions.to(embeds.device),
         use_cache=False,
     ).last_hidden_state

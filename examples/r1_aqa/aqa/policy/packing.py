@@ -34,12 +34,13 @@ class Packing:
     segments: torch.Tensor
     predictors: torch.Tensor
 
-    def attention_mask(self, device: torch.device, implementation: str, dtype: torch.dtype) -> torch.Tensor:
+    def attention_mask(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The mask that the decoder takes.
 
-        :param implementation: transformers' name of its attention.
-        :return: ``(rows, width)``, 1 at tokens, if every row holds one response. Otherwise which token attends to
-            which, ``(rows, 1, width, width)``: bool for ``sdpa``, for ``eager`` 0 or the lowest number of ``dtype``.
+        :param dtype: Of the decoder's inputs.
+        :return: ``(rows, width)``, 1 at tokens, if every row holds one response. Otherwise ``(rows, 1, width, width)``:
+            0 where a token attends to another, the lowest number of ``dtype`` elsewhere. (``sdpa`` would make such a
+            mask of bools in every layer, and keep each.)
         """
         segments = self.segments.to(device)
         if int(self.segments.max()) <= 1:
@@ -47,8 +48,6 @@ class Packing:
         queries, keys = segments[:, :, None], segments[:, None, :]
         # padding attends to the prompt, too: a row of the mask without any key would make NaN
         allowed = ((keys == 0) | (keys == queries)).tril()[:, None]
-        if implementation == "sdpa":
-            return allowed
         return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 

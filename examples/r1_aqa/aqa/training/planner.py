@@ -336,38 +336,44 @@ class Plan:
             what checkpointing computes again, or in the head.
         """
         s, b, again = self.sizes, self.b, self.args.gradient_checkpointing
-        prompts, whole = prompts_in(size, self.args.n_samples_per_prompt), self.prompt + self.response
-        passes, scored = [(size, whole, whole)], size * self.response  # rows, tokens, keys
-        if size > 1 and not again:  # the prompt once per group
-            passes = [(prompts, self.prompt, self.prompt), (size, self.response - 1, whole - 1)]
-        flows, saved, layer, cache = False, scored * b * s.hidden_size, 0.0, 0.0
-        for block, passed, trains, checkpoint in self._stages(prompts * self.clips, passes):
+        rows, width = self._packed(size)
+        scored = size * self.response
+        # hidden states that predict; a row's tokens attend to each other through one mask, unless it is one sequence
+        flows, layer = False, 0.0
+        saved = scored * b * s.hidden_size + rows * width**2 * b * (size > rows)
+        for block, passed, trains, checkpoint in self._stages(rows * self.clips, rows, width):
             flows |= block in self.training
             kept = trains if block in self.training else passed
             if flows and again and checkpoint:
                 saved, layer = saved + checkpoint, max(layer, kept)
             elif flows:
                 saved += kept
-            elif block.startswith(f"{TEXT}.layers") and len(passes) > 1:  # without a gradient the cache alone is kept
-                cache += size * (whole - 1) * self.token / s.num_hidden_layers
-        # gradients of a layer's inner values, of the larger pass, and of one of its matrices (or the matrix, unpacked)
-        layer += max(rows * new for rows, new, _ in passes) * b * 2 * s.intermediate_size
+        # gradients of a layer's inner values, and of one of its matrices (or the matrix, unpacked)
+        layer += rows * width * b * 2 * s.intermediate_size
         trains = self.args.lora_rank == 0 and any(block.startswith(f"{TEXT}.layers") for block in self.training)
         layer += s.intermediate_size * s.hidden_size * b * (trains or self.args.load_in_4bit)
-        return saved, max(layer, self._head(scored, cache))
+        return saved, max(layer, self._head(scored))
 
-    def _stages(self, clips: int, passes: list[tuple[int, int, int]]) -> list[tuple[str, float, float, float]]:
+    def _packed(self, size: int) -> tuple[int, int]:
+        """Rows of ``policy.packing`` for some responses, and their tokens: a prompt with all responses to it.
+
+        Long responses are spread over more rows, which takes less than this.
+        """
+        prompts = prompts_in(size, self.args.n_samples_per_prompt)
+        return prompts, self.prompt + -(-size // prompts) * (self.response - 1)
+
+    def _stages(self, clips: int, rows: int, width: int) -> list[tuple[str, float, float, float]]:
         """What autograd keeps of each block of the model, in the forward pass's order.
 
-        :param passes: Rows, tokens computed of each, and tokens that each attends to.
+        :param rows: Of the decoder; each has ``width`` tokens.
         :return: Block; bytes kept if a gradient passes through it, if it trains, and of a layer that is computed again.
         """
         s, b, rank, d = self.sizes, self.b, self.args.lora_rank, self.sizes.d_model
         states = min((int(100 * self.seconds) + 2 + 3) // 4 * 4, 100 * MOST_SECONDS) // 2  # what is behind is left out
-        audio, text = clips * b * states * d, sum(rows * new for rows, new, _ in passes) * b * s.hidden_size
+        audio, text = clips * b * states * d, rows * width * b * s.hidden_size
         tower = clips * states * (b * (6 * d + s.encoder_ffn_dim + states) + 4 * s.encoder_attention_heads + 16)
         inputs = clips * states * b * (3 * d + s.encoder_ffn_dim + 6 * rank)  # of linear layers
-        decoder, norm = [sum(kept) for kept in zip(*map(self._decoder_layer, passes), strict=True)], 4 * text / b
+        decoder, norm = self._decoder_layer(rows * width), 4 * text / b
         return [
             (f"{TOWER}.conv1", 0, 2 * audio + clips * b * states * 2 * s.num_mel_bins, 0),  # frames, activation
             (f"{TOWER}.conv2", 3 * audio, 3 * audio, 0),  # input, activation
@@ -378,39 +384,36 @@ class Plan:
             (f"{TEXT}.norm", norm, norm + text, 0),
         ]
 
-    def _decoder_layer(self, one: tuple[int, int, int]) -> tuple[float, float]:
+    def _decoder_layer(self, tokens: int) -> tuple[float, float]:
         """Bytes that autograd keeps of a layer of the decoder: if a gradient only passes it, and if it trains."""
-        (rows, new, keys), s, b, rank = one, self.sizes, self.b, self.args.lora_rank
-        tokens, h, inner, query = rows * new, s.hidden_size, s.intermediate_size, s.num_attention_heads * s.head_dim
+        s, b, rank = self.sizes, self.b, self.args.lora_rank
+        h, inner, query = s.hidden_size, s.intermediate_size, s.num_attention_heads * s.head_dim
         passed = (
             2 * tokens * (4 * h + 4)  # both norms: input in float32, and the reciprocal of its size
             + tokens * (2 * b * query + 4 * s.num_attention_heads)  # queries, output, its log-sum-exp
-            + 2 * rows * keys * b * query  # keys and values, repeated for grouped heads
+            + 2 * tokens * b * query  # keys and values, repeated for grouped heads
             + tokens * b * inner * 3  # gate, its activation, up
-            + rows * new * keys * b * (rows > 1)  # mask, in the weights' type
         )
         # linear layers' inputs; scaled ones of the norms, or what adapters keep
         return passed, passed + tokens * b * (2 * h + inner + (7 * rank or 2 * h))
 
-    def _head(self, tokens: int, cache: float) -> float:
-        """Largest work space of ``TokenLogProbs``: chunks of logits with the forward's cache, the head's gradient."""
+    def _head(self, tokens: int) -> float:
+        """Largest work space of ``TokenLogProbs``: chunks of logits, the head's gradient."""
         s, b, half = self.sizes, self.b, 2 if self.b == 2 else 0
         weight, rows = s.vocab_size * s.hidden_size * ("lm_head" in self.training), max(1, LOGITS // s.vocab_size)
         chunk, hidden = min(tokens, rows) * s.vocab_size, tokens * b * s.hidden_size
-        forward = cache + chunk * (10 if half else 12)  # logits, with the bias of some tokens, and their log-softmax
+        forward = chunk * (10 if half else 12)  # logits, with the bias of some tokens, and their log-softmax
         logits = hidden + chunk * (8 + half)  # in float32, their softmax, and this in the weights' type
         # over several chunks the gradient is summed in float32, with a chunk's own in both types on top
         summed, gradient = (4 * weight, weight * (8 + half)) if tokens > rows else (0, weight * b)
         return max(forward, logits + summed, hidden + chunk * (4 + half) + gradient)
 
     def _forward(self, size: int) -> float:
-        """Bytes of a log-prob forward: keys and values of all layers, one layer's inner values, a chunk of logits."""
-        s, scored = self.sizes, size * self.response
-        tokens = max(prompts_in(size, self.args.n_samples_per_prompt) * self.prompt, scored)
-        inner = tokens * (self.b * (3 * s.intermediate_size + 4 * s.hidden_size) + 8 * s.hidden_size)
-        chunk = min(scored, max(1, LOGITS // s.vocab_size)) * s.vocab_size
-        cache = size * (self.prompt + self.response) * self.token if size > 1 else 0
-        return cache + max(inner, 12 * chunk)
+        """Bytes of a log-prob forward: one layer's inner values and the mask, or a chunk of logits."""
+        s, (rows, width) = self.sizes, self._packed(size)
+        inner = rows * width * (self.b * (3 * s.intermediate_size + 4 * s.hidden_size) + 8 * s.hidden_size)
+        chunk = min(size * self.response, max(1, LOGITS // s.vocab_size)) * s.vocab_size
+        return max(inner + rows * width**2 * self.b * (size > rows), 12 * chunk)
 
 
 def suggest(plan: Plan) -> tuple[dict[str, Any], Plan]:
@@ -428,7 +431,7 @@ def suggest(plan: Plan) -> tuple[dict[str, Any], Plan]:
         *[{"micro_rollout_batch_size": size} for size in fitting if size < args.micro_rollout_batch_size],
         *[{"micro_train_batch_size": size} for size in fitting if size < args.micro_train_batch_size],
         {"gradient_checkpointing": True},
-        *[{"zero_stage": stage}] * split,
+        *[{"bf16": True, "zero_stage": stage}] * split,  # whole on each GPU, bfloat16 with its float32 copies is larger
         *[{"fsdp_cpu_offload": True} if args.fsdp else offload, adapters] * (args.lora_rank == 0),
         *[{"load_in_4bit": True, "zero_stage": min(2, args.zero_stage)}] * (not args.fsdp),
         {"engine_type": "hf", "engine_tp_size": 1},
