@@ -484,6 +484,7 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
 
     responses = args.rollout_batch_size * args.n_samples_per_prompt
     micros = args.train_batch_size // (args.micro_train_batch_size * strategy.world_size)
+    cut = args.micro_train_batch_size % args.n_samples_per_prompt > 0
     sharding = "FSDP2" if args.fsdp else f"ZeRO-{args.zero_stage}"
     return "\n".join(
         (
@@ -497,7 +498,7 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
             f"batch     {args.rollout_batch_size} prompts x {args.n_samples_per_prompt} = {responses} responses "
             "a rollout",
             f"          {args.train_batch_size} responses a step = {strategy.world_size} ranks x {micros} x "
-            f"{args.micro_train_batch_size}",
+            f"{args.micro_train_batch_size}{' (groups are divided: prompts are computed again)' * cut}",
             f"output    {args.save_path}",
         )
     )

@@ -48,6 +48,13 @@ def test_the_defaults_are_r1_aqas_and_valid(problems):
     assert args.use_kl_loss
 
 
+def test_a_micro_batch_is_a_group_unless_something_else_is_said():
+    for flags, sizes in (("", (8, 8)), ("--n_samples_per_prompt 4 --micro_train_batch_size 2", (2, 4))):
+        args = build_parser(add_arguments).parse_args(flags.split())
+        finish(args)
+        assert (args.micro_train_batch_size, args.micro_rollout_batch_size) == sizes
+
+
 SMALL = {
     "rollout_batch_size": 4,
     "n_samples_per_prompt": 4,

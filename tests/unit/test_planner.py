@@ -269,14 +269,14 @@ def test_the_engines_share_and_the_batch():
     assert engine.at_once == pytest.approx((40 * GIB - 2 * ALL - 2 * GIB) / sequence)
     assert split.least == engine.least / 2 + GIB
     text = planner.describe(engine, "as asked")
-    assert "16 prompts x 8 = 128 responses a rollout, 16 a GPU, in 4 micro-" in text
+    assert "16 prompts x 8 = 128 responses a rollout, 16 a GPU, in 2 micro-" in text
     assert "vllm: 30 sequences of full length at once, 16 in a rollout" in text
 
 
 # ---- advice
 
 LORA_4BIT = "--lora_rank 8 --load_in_4bit"
-FROZEN_4BIT = {"lora_rank": 16, "freeze_prefix": None, "load_in_4bit": True}
+FROZEN_4BIT = {"micro_train_batch_size": 4, "lora_rank": 16, "freeze_prefix": None, "load_in_4bit": True}
 LONG = f"{RECIPE} --micro_train_batch_size 16 --generate_max_len 8192"
 ADVICE = [
     ("--bf16 --zero_stage 2", 8, 80, {"engine_mem_util": 0.4}),
@@ -284,7 +284,7 @@ ADVICE = [
     ("--zero_stage 0", 4, 80, {"bf16": True, "zero_stage": 3, "engine_mem_util": 0.45}),
     (LONG, 8, 80, {"micro_train_batch_size": 8}),
     ("--bf16 --fsdp", 2, 80, {"fsdp_cpu_offload": True}),
-    (LORA_4BIT, 1, 24, {"bf16": True, "engine_type": "hf"}),
+    (LORA_4BIT, 1, 24, {"bf16": True, "micro_train_batch_size": 4, "engine_type": "hf"}),
     ("--bf16 --freeze_prefix --engine_type hf", 1, 24, FROZEN_4BIT),
     ("--bf16 --engine_mem_util 0.2", 8, 80, {"engine_mem_util": 0.4}),
 ]

@@ -154,8 +154,12 @@ def _add_batch_flags(g: Any) -> None:
         default=128,
         help="responses an optimizer step, over all ranks; fewer than a rollout's: several steps a rollout, as in PPO",
     )
-    g.add_argument("--micro_train_batch_size", type=int, default=4, help="responses in one forward and backward")
-    g.add_argument("--micro_rollout_batch_size", type=int, default=8, help="responses in one log-prob forward")
+    g.add_argument(
+        "--micro_train_batch_size",
+        type=int,
+        help="responses in one forward and backward; default: a group, whose prompt is then computed once",
+    )
+    g.add_argument("--micro_rollout_batch_size", type=int, help="responses in one log-prob forward; default: a group")
     g.add_argument("--num_episodes", type=int, default=1, help="passes over the data")
     g.add_argument("--max_epochs", type=int, default=1, help="passes over each rollout batch")
 
@@ -332,6 +336,9 @@ def finish(args: argparse.Namespace) -> None:
         args.freeze_prefix = ["audio_tower"]
     if args.ckpt_path is None:
         args.ckpt_path = args.save_path
+    for name in ("micro_train_batch_size", "micro_rollout_batch_size"):
+        if getattr(args, name) is None:
+            setattr(args, name, args.n_samples_per_prompt)
 
 
 def has_split(source: str, split: str) -> bool:
