@@ -139,6 +139,41 @@ def test_a_state_goes_on_bit_for_bit(tmp_path):
         second.load_state(state | {"world_size": 2})
 
 
+def test_the_checkpoint_that_is_loaded_is_the_newest_whole_one(tmp_path):
+    strategy, engine = make_engine()
+    said = []
+    strategy.print = said.append
+
+    def flip(name):
+        path = tmp_path / name / "rank0.pt"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    def load():
+        said.clear()
+        folder, state = strategy.load_ckpt(engine, str(tmp_path))
+        return folder.rpartition("/")[2], state["consumed_samples"], said
+
+    for number, prompts in ((9, 36), (10, 40), (8, 64)):  # the last one after a larger --rollout_batch_size
+        strategy.save_ckpt(engine, str(tmp_path), f"step_{number:06d}", client_state={"consumed_samples": prompts})
+    assert load() == ("step_000008", 64, [])
+    for wrong in ("is missing", "names step_000012, which is not there"):
+        (tmp_path / "latest").unlink() if "missing" in wrong else (tmp_path / "latest").write_text("step_000012")
+        note = f"note: {tmp_path}/latest {wrong}: step_000008 is the newest whole checkpoint"
+        assert load() == ("step_000008", 64, [note])
+    (tmp_path / "latest").write_text("step_000009")
+    assert load() == ("step_000009", 36, [])
+    flip("step_000009")
+    flip("step_000008")
+    assert load()[0] == "step_000010"
+    damaged = "note: passed over a damaged checkpoint: {}/step_00000{}: rank0.pt is not what was written"
+    assert [line.split(": its hash")[0] for line in said] == [damaged.format(tmp_path, n) for n in (9, 8)]
+    flip("step_000010")
+    with pytest.raises(SystemExit, match="no whole checkpoint in"):
+        load()
+
+
 def test_two_processes_resume_to_the_same_weights(tiny_model, demo_parquet, tmp_path):
     out = tmp_path / "run"
     flags = ("--fsdp", "--engine_type", "hf", "--max_samples", 16, "--save_steps", 2)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGene
 
 from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.actor_al import load_model
-from lightrft.strategy.checkpoint import begin, commit, newest, rotate, write_hf_folder
+from lightrft.strategy.checkpoint import begin, commit, damage, newest_first, rotate, write_hf_folder
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 from lightrft.strategy.strategy_base import rate_factor
 from lightrft.trainer.spmd_ppo_trainer import hand_back_memory
@@ -354,39 +354,66 @@ def test_a_written_folder_loads_whole_under_the_models_own_name(tiny_model, tmp_
     assert not list((tmp_path / "out").glob("*.part"))
 
 
+def make_checkpoint(parent: Path, step: int, prompts: int | None) -> Path:
+    """As a save leaves it; without prompts, as one of an earlier version did."""
+    begin(str(parent), f"step_{step:06d}.part")
+    folder = parent / f"step_{step:06d}.part"
+    (folder / "zero").mkdir()
+    (folder / "zero" / "state").write_bytes(b"12345")
+    commit(str(parent), f"step_{step:06d}", prompts)
+    folder = folder.with_suffix("")
+    if prompts is None:
+        (folder / "manifest.json").write_text(json.dumps({"zero/state": 5}))
+    return folder
+
+
+@pytest.mark.parametrize("prompts", [{1: 4, 2: 8, 3: 12, 8: 64, 10: 40}, dict.fromkeys((1, 2, 3, 10, 8))])
 @pytest.mark.parametrize(
-    ("keep", "broken", "left"),
+    ("keep", "broken", "latest", "left"),
     [
-        (2, [], {"step_000003", "step_000004"}),
-        (1, [], {"step_000004"}),
-        (9, [], {"step_000001", "step_000002", "step_000003", "step_000004"}),
-        (1, ["step_000004", "step_000003"], {"step_000002", "step_000004"}),  # the one to resume from is never deleted
+        (2, [], 8, {10, 8}),  # step 8 is newer than 10: its steps had more prompts
+        (1, [], 8, {8}),
+        (9, [], 8, {1, 2, 3, 10, 8}),
+        (1, [8, 10], 8, {3, 8}),  # both latest and the one to resume from is never deleted
+        (1, [], 2, {2, 8}),
+        (2, [], None, {10, 8}),
     ],
 )
-def test_rotation_deletes_the_oldest_and_never_the_last_whole_one(tmp_path, keep, broken, left):
-    for i in range(1, 5):
-        folder = tmp_path / f"step_{i:06d}"
-        folder.mkdir()
-        (folder / "manifest.json").write_text(json.dumps({"state": 0}))
-        if folder.name not in broken:
-            (folder / "state").touch()
+def test_rotation_deletes_the_oldest_and_never_the_last_whole_one(tmp_path, prompts, keep, broken, latest, left):
+    for step, count in prompts.items():
+        folder = make_checkpoint(tmp_path, step, count)
+        if step in broken:
+            (folder / "zero" / "state").unlink()
+    (tmp_path / "latest").unlink() if latest is None else (tmp_path / "latest").write_text(f"step_{latest:06d}")
     rotate(str(tmp_path), keep)
-    assert {folder.name for folder in tmp_path.iterdir()} == left
+    assert {int(folder.name[5:]) for folder in tmp_path.glob("step_*")} == left
 
 
 def test_a_checkpoint_gets_its_name_when_it_is_whole(tmp_path):
     (tmp_path / "step_000001.part").mkdir()  # of a save that was killed
-    (tmp_path / "step_000003").mkdir()  # of a run that went further before it was resumed from an older one
     begin(str(tmp_path), "step_000003.part")
-    assert newest(str(tmp_path))[0] is None
-    folder = tmp_path / "step_000003.part"
-    (folder / "zero").mkdir()
-    (folder / "zero" / "state").write_bytes(b"12345")
-    commit(str(tmp_path), "step_000003")
-    assert newest(str(tmp_path)) == ("step_000003", [])
-    assert json.loads((tmp_path / "step_000003" / "manifest.json").read_text()) == {"zero/state": 5}
+    assert newest_first(str(tmp_path)) == []
+    made = make_checkpoint(tmp_path, 3, 12)
+    make_checkpoint(tmp_path, 3, 12)  # again, after the run was resumed from an older one
+    assert newest_first(str(tmp_path)) == [made] and damage(made) is None
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert manifest == {"prompts": 12, "files": {"zero/state": [5, "4af3da69f61e14cf26f4c14b6b6bfdb4"]}}
     assert (tmp_path / "latest").read_text() == "step_000003"
     assert {path.name for path in tmp_path.iterdir()} == {"step_000003", "latest"}
+
+
+@pytest.mark.parametrize("name", ["zero/state", "manifest.json"])
+def test_a_flipped_bit_or_a_missing_byte_is_damage(tmp_path, name):
+    folder = make_checkpoint(tmp_path, 1, 4)
+    good = (folder / name).read_bytes()
+    for i in range(len(good)):
+        (folder / name).write_bytes(good[:i] + bytes([good[i] ^ 64]) + good[i + 1 :])
+        wrong = damage(folder, slice(None))
+        assert wrong and (name in wrong or name == "manifest.json"), i
+    (folder / name).write_bytes(good[:-1])
+    assert damage(folder)
+    (folder / name).unlink()
+    assert name in damage(folder)
 
 
 def test_metrics_wait_for_room_on_the_disk(tmp_path, monkeypatch):

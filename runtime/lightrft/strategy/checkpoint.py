@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+import xxhash
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 
@@ -16,7 +19,7 @@ from lightrft.utils.files import PART, write_atomically
 from lightrft.utils.model_specs import family_of
 from lightrft.utils.protocols import Tokenizer
 
-MANIFEST = "manifest.json"  # of a whole checkpoint: file name to size in bytes
+MANIFEST = "manifest.json"  # of a whole checkpoint: its files with size and hash, and the prompts that were used
 
 
 def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, output_dir: str) -> None:
@@ -46,16 +49,35 @@ class SaveError(Exception):
     """Something could not be written; the message is the operating system's."""
 
 
-def write_state(state: dict[str, Any], path: Path) -> None:
+class _HashingFile:
+    """A file to write to that hashes what is written, which costs less than reading it again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash = file, xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = rest.nbytes
+        self.hash.update(rest)
+        while rest:
+            rest = rest[self.file.write(rest) :]
+        return size
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+def write_state(state: dict[str, Any], path: str | Path) -> str:
     """Write a rank's state.
 
     :param state: Tensors and plain values.
+    :return: Hash of the file.
     :raises OSError: if that fails.
     """
-    try:
-        torch.save(state, path, _use_new_zipfile_serialization=False)  # the zip writer hides the system's error message
-    except RuntimeError as error:  # torch's own writer raises this
-        raise OSError(str(error).splitlines()[0]) from None
+    with open(path, "wb", buffering=0) as file:
+        hashing = _HashingFile(file)
+        torch.save(state, hashing, _use_new_zipfile_serialization=False)  # the zip writer hides the system's message
+    return hashing.hash.hexdigest()
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -81,17 +103,30 @@ def clear(save_dir: str) -> None:
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
 
 
-def commit(save_dir: str, tag: str) -> None:
+def commit(save_dir: str, tag: str, prompts: int | None = None, hashes: Mapping[str, str] | None = None) -> None:
     """Make a written checkpoint the newest one: a list of its files, everything on disk, then its name.
 
     If the process is killed, the checkpoint either is complete under its name, or has no name and is ignored.
+
+    :param prompts: Prompts that the run has used so far.
+    :param hashes: By file name, those that are known already; the others are computed.
     """
-    folder = Path(save_dir) / (tag + PART)
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    (folder / MANIFEST).write_text(json.dumps(files, indent=0, sort_keys=True), encoding="utf-8")
+    folder, known = Path(save_dir) / (tag + PART), hashes or {}
+    files = {
+        name: (path.stat().st_size, known.get(name) or _hash(path))
+        for path in folder.rglob("*")
+        if path.is_file() and (name := str(path.relative_to(folder)))
+    }
+    manifest = {"prompts": prompts, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=0, sort_keys=True), encoding="utf-8")
     replace_folder(folder, Path(save_dir) / tag)  # exists already if the run was resumed from an older checkpoint
     write_atomically(Path(save_dir) / "latest", tag)
     _flush(Path(save_dir))
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def replace_folder(new: Path, final: Path) -> None:
@@ -129,46 +164,81 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def damage(folder: Path) -> str | None:
+def _read_manifest(folder: Path) -> tuple[int | None, dict[str, tuple[int, str | None]]]:
+    """Prompts used, and size and hash by file name; None for what a checkpoint of an earlier version does not say.
+
+    :raises OSError: if there is no manifest.
+    :raises ValueError: if it is damaged.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        if "files" in manifest:
+            return manifest["prompts"], {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
+        return None, {name: (int(size), None) for name, size in manifest.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"not a list of files: {error}") from None
+
+
+def damage(folder: Path, hashed: slice = slice(0)) -> str | None:
     """What is wrong with a checkpoint.
 
+    :param hashed: The files, in the order of their names, whose content is read and compared with its hash; of the
+        others only the size is. Default: none.
     :return: A few words, or None if it is whole.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        _, files = _read_manifest(folder)
+        for name, (size, _) in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+        for name, (_, digest) in sorted(files.items())[hashed]:
+            if digest not in (None, _hash(folder / name)):
+                return f"{name} is not what was written: its hash differs"
     except (OSError, ValueError) as error:
-        return f"its {MANIFEST} cannot be read ({error})"
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        return f"it cannot be read ({error})"
     return None
 
 
-def newest(save_dir: str) -> tuple[str | None, list[str]]:
-    """The newest whole checkpoint.
+def latest(save_dir: str) -> str | None:
+    """The name in ``latest``, whatever it names; None without that file."""
+    try:
+        return (Path(save_dir) / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
 
-    :return: Its name, None if there is none; and a line for each newer one that is damaged.
+
+def newest_first(save_dir: str, named: str | None = None) -> list[Path]:
+    """Checkpoints, whole or not, newest first.
+
+    What counts is the prompts that were used, because a step has as many as ``--rollout_batch_size`` said then. It is
+    the time where a checkpoint of an earlier version does not say it.
+
+    :param named: Name of one that comes before all others.
     """
-    damaged = []
-    for folder in reversed(_checkpoints(save_dir)):
-        wrong = damage(folder)
-        if wrong is None:
-            return folder.name, damaged
-        damaged.append(f"{folder}: {wrong}")
-    return None, damaged
+    prompts: dict[Path, int | None] = {}
+    for folder in Path(save_dir).glob("step_*"):
+        if folder.is_dir() and folder.suffix != PART:
+            try:
+                prompts[folder] = _read_manifest(folder)[0]
+            except (OSError, ValueError):
+                prompts[folder] = -1  # of no use
+    counted = None not in prompts.values()
 
+    def newness(folder: Path) -> tuple[bool, int, float, str]:
+        manifest = folder / MANIFEST
+        time = manifest.stat().st_mtime if manifest.is_file() else 0
+        return folder.name == named, prompts[folder] if counted else 0, time, folder.name
 
-def _checkpoints(save_dir: str) -> list[Path]:
-    """Checkpoints, oldest step first."""
-    return sorted(path for path in Path(save_dir).glob("step_*") if path.is_dir() and path.suffix != PART)
+    return sorted(prompts, key=newness, reverse=True)
 
 
 def rotate(save_dir: str, keep: int) -> None:
-    """Delete the oldest checkpoints. The newest whole one stays, whatever came after it."""
-    safe, _ = newest(save_dir)
-    for folder in _checkpoints(save_dir)[:-keep]:
-        if folder.name != safe:
+    """Delete the oldest checkpoints, but never the one that ``latest`` names, nor the newest whole one."""
+    first, newest = newest_first(save_dir, latest(save_dir)), newest_first(save_dir)
+    kept = first[:keep] + [folder for folder in newest if damage(folder) is None][:1]
+    for folder in first[keep:]:
+        if folder not in kept:
             _remove(folder)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from lightrft.strategy.checkpoint import write_state
 from lightrft.strategy.strategy_base import is_usable
 
 # classes in DeepSpeed's checkpoints, beside what torch itself allows
@@ -69,8 +71,8 @@ class Storage(TorchCheckpointEngine):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(None)
-        self.zipfile_serialization = False  # the zip writer hides the system's error message
         self.failure: str | None = None
+        self.hashes: dict[Path, str] = {}  # of the files written
         engine.checkpoint_engine = self
         copy_script = engine._copy_recovery_script
         engine._copy_recovery_script = lambda path: self._attempt(copy_script, path)
@@ -87,7 +89,7 @@ class Storage(TorchCheckpointEngine):
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """As the base class."""
-        self._attempt(super().save, state_dict, path)
+        self._attempt(lambda: self.hashes.update({Path(path): write_state(state_dict, path)}))
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """As the base class, without running code from the file."""

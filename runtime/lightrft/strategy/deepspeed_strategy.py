@@ -125,18 +125,24 @@ class DeepspeedStrategy(StrategyBase):
         """See the base class."""
         return getattr(parameter, "ds_numel", parameter.numel()) * self.dtype.itemsize
 
-    def write_ckpt(self, engine: Any, save_dir: str, tag: str, client_state: dict[str, Any]) -> None:
+    def write_ckpt(self, engine: Any, save_dir: str, tag: str, client_state: dict[str, Any]) -> dict[str, str]:
         """See the base class."""
         storage = engine.checkpoint_engine
-        storage.failure = None
+        storage.failure, storage.hashes = None, {}
         engine.save_checkpoint(save_dir, tag=tag, client_state=client_state, save_latest=False)
         if storage.failure:
             raise OSError(storage.failure)
+        return {str(path.relative_to(Path(save_dir) / tag)): digest for path, digest in storage.hashes.items()}
 
     def read_ckpt(self, engine: Any, load_dir: str, tag: str) -> dict[str, Any]:
         """See the base class."""
         folder = Path(load_dir) / tag
         path = state = None
+        written = len(list(folder.glob("*_optim_states.pt")))  # one a rank; none where every rank has all
+        if written not in (0, self.world_size):
+            raise SystemExit(
+                f"--load_checkpoint: {folder}: {written} ranks wrote it, these are {self.world_size}: use as many"
+            )
         if any(folder.glob("*model_states.pt")):
             path, state = engine.load_checkpoint(load_dir, tag=tag)
         if path is None:

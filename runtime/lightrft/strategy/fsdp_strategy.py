@@ -213,10 +213,10 @@ class FSDPStrategy(StrategyBase):
             work.wait()
         return whole
 
-    def write_ckpt(self, engine: FSDPEngine, save_dir: str, tag: str, client_state: dict[str, Any]) -> None:
+    def write_ckpt(self, engine: FSDPEngine, save_dir: str, tag: str, client_state: dict[str, Any]) -> dict[str, str]:
         """See the base class."""
         path = Path(save_dir) / tag / f"rank{self.rank}.pt"
-        checkpoint.write_state(engine.state() | {"client_state": client_state}, path)
+        return {path.name: checkpoint.write_state(engine.state() | {"client_state": client_state}, path)}
 
     def read_ckpt(self, engine: FSDPEngine, load_dir: str, tag: str) -> dict[str, Any]:
         """See the base class."""

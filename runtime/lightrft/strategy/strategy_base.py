@@ -372,18 +372,21 @@ class StrategyBase(ABC):
     ) -> None:
         """Write a checkpoint for resuming, aside and then renamed; delete the oldest beyond ``max_num``.
 
-        :param client_state: Stored with it and returned by :meth:`load_ckpt`: tensors and plain values.
+        :param client_state: Stored with it and returned by :meth:`load_ckpt`: tensors and plain values;
+            ``consumed_samples`` says how far the run is.
         :raises SaveError: if it could not be written, on any rank; the earlier ones are as they were.
         """
-        name = tag + checkpoint.PART
+        name, state, mine = tag + checkpoint.PART, client_state or {}, {}
 
         def finish() -> None:
-            checkpoint.commit(save_dir, tag)
+            hashes = {name: digest for part in everyones for name, digest in part.items()}
+            checkpoint.commit(save_dir, tag, state.get("consumed_samples"), hashes)
             checkpoint.rotate(save_dir, keep=max_num)
 
         try:
             self.together(lambda: checkpoint.begin(save_dir, name), self.is_rank_0())
-            self.together(lambda: self.write_ckpt(model, save_dir, name, client_state or {}))
+            self.together(lambda: mine.update(self.write_ckpt(model, save_dir, name, state)))
+            everyones = gather_objects(mine)
             self.together(finish, self.is_rank_0())
         except SaveError:
             if self.is_rank_0():
@@ -392,23 +395,34 @@ class StrategyBase(ABC):
             raise
 
     @abstractmethod
-    def write_ckpt(self, engine: TrainingEngine, save_dir: str, tag: str, client_state: dict[str, Any]) -> None:
+    def write_ckpt(
+        self, engine: TrainingEngine, save_dir: str, tag: str, client_state: dict[str, Any]
+    ) -> dict[str, str]:
         """Write this rank's part of a checkpoint.
 
+        :return: Hashes by file name.
         :raises OSError: if that fails.
         """
 
     def load_ckpt(self, model: TrainingEngine, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
-        """Load the newest whole checkpoint.
+        """Load the newest whole checkpoint: the one that ``latest`` names, if it is whole. Collective.
 
         :raises SystemExit: if there is none that fits.
         """
-        tag, damaged = checkpoint.newest(load_dir)
-        for line in damaged:
-            self.print(f"note: passed over a damaged checkpoint: {line}")
-        if tag is None:
+        named = checkpoint.latest(load_dir)
+        named, found = gather_objects((named, checkpoint.newest_first(load_dir, named)))[0]
+        for folder in found:
+            mine = checkpoint.damage(folder, slice(self.rank, None, self.world_size))  # each rank reads its share
+            wrong = next(filter(None, gather_objects(mine)), None)
+            if wrong is None:
+                break
+            self.print(f"note: passed over a damaged checkpoint: {folder}: {wrong}")
+        else:
             raise SystemExit(f"--load_checkpoint: no whole checkpoint in {load_dir}")
-        return str(Path(load_dir) / tag), self.read_ckpt(model, load_dir, tag)
+        if named not in [folder.name for folder in found]:
+            says = "is missing" if named is None else f"names {named}, which is not there"
+            self.print(f"note: {Path(load_dir) / 'latest'} {says}: {folder.name} is the newest whole checkpoint")
+        return str(folder), self.read_ckpt(model, load_dir, folder.name)
 
     @abstractmethod
     def read_ckpt(self, engine: TrainingEngine, load_dir: str, tag: str) -> dict[str, Any]:

@@ -286,8 +286,9 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
         problems += _source_problems("eval_data", args.eval_data, args.eval_split)
     if args.load_checkpoint:
         folder = Path(args.ckpt_path) / "_actor"
-        # LightRFT's FSDP2 strategy writes no latest
-        if not (folder / "latest").is_file() and not (args.fsdp and any(folder.glob("*/.metadata"))):
+        # LightRFT's FSDP2 strategy writes no latest, and ours may have lost it
+        signs = ("latest", "*/manifest.json", *(["*/.metadata"] if args.fsdp else []))
+        if not any(next(folder.glob(sign), None) for sign in signs):
             problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/latest)")
     return problems
 
