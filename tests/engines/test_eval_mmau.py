@@ -236,6 +236,7 @@ def test_a_run_resolves_to_its_final_model_or_newest_checkpoint(tmp_path):
 
 def test_what_is_no_model_is_explained(tmp_path):
     make_folder(tmp_path / "ds/_actor", "latest")
+    make_folder(tmp_path / "ours/_actor/step_000001", "manifest.json")
     make_folder(tmp_path / "torn/hf_step_000001", "config.json")
     make_folder(tmp_path / "bare", "config.json", "model.safetensors", "tokenizer_config.json")
     make_folder(tmp_path / "mute", "config.json", "model.safetensors", "processor_config.json", "tokenizer_config.json")
@@ -243,7 +244,8 @@ def test_what_is_no_model_is_explained(tmp_path):
     (tmp_path / "file").touch()
     make_folder(tmp_path / "lora", "adapter_config.json")
     for path, base, message in (
-        ("ds", None, r"DeepSpeed checkpoint(?s:.*)zero_to_fp32.py .*ds/_actor OUT"),
+        ("ours", None, r"(?s)for resuming.*export_checkpoint.py --checkpoint .*ours/_actor --pretrain"),
+        ("ds", None, "DeepSpeed checkpoint of LightRFT(?s:.*)--load_checkpoint"),
         ("torn", None, r"hf_step_000001 lacks \*.safetensors"),
         ("bare", None, "processor_config.json .copy it from the start model"),
         ("mute", None, "tokenizer.json .copy the tokenizer's files"),

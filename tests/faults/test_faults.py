@@ -6,7 +6,6 @@ All points run with ``make test-faults``; the ordinary suite takes a sample.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shlex
 import signal

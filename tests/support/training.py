@@ -29,6 +29,7 @@ FLAGS = {
     "seed": 0,
     "bf16": False,
     "lora_rank": 0,
+    "lora_alpha": 16,
     "l2": 0.1,
     "actor_learning_rate": 1e-2,
     "lr_warmup_ratio": 0,
@@ -65,6 +66,11 @@ def moved(model, out):
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     return changed, old.keys() - changed
+
+
+def contents(folder):
+    """Every file of a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def benchmark_of(data):

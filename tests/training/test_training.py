@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import EXAMPLE, ROOT, run_script
 from safetensors.torch import load_file
-from support.training import METRICS, benchmark_of, metrics_of, moved, train
+from support.training import METRICS, benchmark_of, contents, metrics_of, moved, train
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from aqa.evaluation.items import read_rows
@@ -125,6 +125,15 @@ def test_settings_and_report_are_left_in_the_folder(run):
         }
     page = (out / "report.html").read_text()
     assert "8 groups of 4 steps; the run saved 4 steps" in page and 1 <= page.count('"mp3":"') <= 8
+
+
+def test_an_exported_checkpoint_is_the_model_that_was_saved(run, tiny_model, tmp_path):
+    where = ("--checkpoint", run[0], "--pretrain", tiny_model, "--out", tmp_path / "out")
+    done = run_script("export_checkpoint.py", *where)
+    assert done.stdout == f"{tmp_path / 'out'}: the model of {run[0]}/_actor/step_000004\n" and done.stderr == ""
+    assert contents(tmp_path / "out") == contents(run[0] / "hf_step_000004")
+    refused = run_script("export_checkpoint.py", *where, check=False)
+    assert refused.returncode == 1 and "exists already; name a new folder" in refused.stderr
 
 
 def test_resume_continues_after_the_checkpoint(run, tiny_model, demo_parquet, demo_data):

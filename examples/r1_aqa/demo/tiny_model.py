@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from aqa.common.constants import SAMPLING_RATE
+from aqa.common.model_folder import complete
 from aqa.data.prompts import ANSWER_SENTENCE, OPTIONS_SENTENCE
 from aqa.hosts.locate import find_host
 from aqa.policy.forward import parts_of
@@ -220,6 +221,7 @@ def save(model: PreTrainedModel, processor: Qwen2AudioProcessor, out_dir: Path) 
             from demo import omni
 
             omni.write(model, processor, folder)
+        complete(folder)
         if out_dir.exists():
             shutil.rmtree(out_dir)
         folder.rename(out_dir)

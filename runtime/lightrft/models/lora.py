@@ -57,14 +57,18 @@ def merged(layer: LoraLayer, whole: Callable[[nn.Parameter], torch.Tensor] = unp
     """Weight of a plain layer that does what the adapted one does: base + ``alpha / rank`` * B A.
 
     :param whole: Gives the whole value of each of its parameters; default: they are.
-    :return: A new tensor in the base weight's dtype; the sum is formed in float32.
+    :return: A new tensor in the base weight's dtype.
+    """
+    parts = layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return merge(*map(whole, parts), layer.scaling[ADAPTER])
+
+
+def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """``weight + scaling * b @ a``, formed in float32, in the weight's dtype.
 
     Source: Hu et al., LoRA (2021), section 4.1.
     """
-    parts = layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    weight, a, b = map(whole, parts)
-    product = torch.addmm(weight.float(), b.float(), a.float(), alpha=layer.scaling[ADAPTER])
-    return product.to(weight.dtype)
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)
 
 
 def write_adapter(config: LoraConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:

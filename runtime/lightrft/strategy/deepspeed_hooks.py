@@ -63,8 +63,8 @@ class StepGuard:
 class Storage(TorchCheckpointEngine):
     """Writes and reads the files of a checkpoint.
 
-    A failure to write is remembered instead of raised, because the other ranks would wait for this one for ever. Only
-    tensors, plain values and the classes in :data:`KNOWN` are read: a checkpoint runs no code.
+    A failure to write is remembered instead of raised, because the other ranks would wait for this one for ever. Files
+    are read by :func:`load_safely`.
 
     :param engine: DeepSpeed engine, which uses this from now on.
     """
@@ -74,8 +74,7 @@ class Storage(TorchCheckpointEngine):
         self.failure: str | None = None
         self.hashes: dict[Path, str] = {}  # of the files written
         engine.checkpoint_engine = self
-        copy_script = engine._copy_recovery_script
-        engine._copy_recovery_script = lambda path: self._attempt(copy_script, path)
+        engine._copy_recovery_script = lambda path: None  # it would run code that a checkpoint holds
 
     def _attempt(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
@@ -93,9 +92,17 @@ class Storage(TorchCheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """As the base class, without running code from the file."""
-        known = [argparse.Namespace]
-        for name in KNOWN:
-            module, _, attribute = name.rpartition(".")
-            known.append(getattr(importlib.import_module(module), attribute))
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return load_safely(path, map_location)
+
+
+def load_safely(path: str | Path, map_location: Any = None) -> dict[str, Any]:
+    """Read a file of a checkpoint: tensors, plain values and the classes in :data:`KNOWN`. It runs no code.
+
+    :param map_location: As in ``torch.load``.
+    """
+    known = [argparse.Namespace]
+    for name in KNOWN:
+        module, _, attribute = name.rpartition(".")
+        known.append(getattr(importlib.import_module(module), attribute))
+    with torch.serialization.safe_globals(known):
+        return torch.load(path, map_location=map_location, weights_only=True)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lightrft.models.four_bit import unpacked
+from lightrft.strategy.export import layout_of
 from lightrft.strategy.strategy_base import StrategyBase
 
 
@@ -137,16 +138,14 @@ class DeepspeedStrategy(StrategyBase):
     def read_ckpt(self, engine: Any, load_dir: str, tag: str) -> dict[str, Any]:
         """See the base class."""
         folder = Path(load_dir) / tag
-        path = state = None
-        written = len(list(folder.glob("*_optim_states.pt")))  # one a rank; none where every rank has all
-        if written not in (0, self.world_size):
-            raise SystemExit(
-                f"--load_checkpoint: {folder}: {written} ranks wrote it, these are {self.world_size}: use as many"
-            )
-        if any(folder.glob("*model_states.pt")):
-            path, state = engine.load_checkpoint(load_dir, tag=tag)
-        if path is None:
-            raise SystemExit(
-                f"--load_checkpoint: DeepSpeed cannot load {folder}; if --fsdp wrote it, go on with --fsdp"
-            )
-        return state
+        stage, ranks = layout_of(folder)
+        problem = None
+        if stage is None:
+            problem = "DeepSpeed cannot load it; if --fsdp wrote it, go on with --fsdp"
+        elif stage != self.args.zero_stage:
+            problem = f"ZeRO-{stage} wrote it: go on with --zero_stage {stage}"
+        elif ranks not in (None, self.world_size):
+            problem = f"{ranks} ranks wrote it, these are {self.world_size}: use as many"
+        if problem:
+            raise SystemExit(f"--load_checkpoint: {folder}: {problem}")
+        return engine.load_checkpoint(load_dir, tag=tag)[1]

@@ -25,6 +25,7 @@ from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling
 from lightrft.engines.hf_engine import HFEngine
 from lightrft.strategy import checkpoint, weights
 from lightrft.strategy.checkpoint import SaveError
+from lightrft.strategy.export import ABOUT
 from lightrft.utils.console import console
 from lightrft.utils.distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
 from lightrft.utils.model_specs import MAX_AUDIO_TOKENS, family_of
@@ -47,6 +48,7 @@ class StrategyBase(ABC):
         self.engine_mp_group = engine_groups(args.engine_tp_size)
         self.inference_engine: RolloutEngine | None = None
         self.engine_has_all = False
+        self.model_files: dict[str, str] = {}  # further files of a model's folder, which checkpoints keep for export
         self.set_seed(args.seed)
 
     # ------------------------------------------------------------ small things
@@ -376,7 +378,9 @@ class StrategyBase(ABC):
             ``consumed_samples`` says how far the run is.
         :raises SaveError: if it could not be written, on any rank; the earlier ones are as they were.
         """
-        name, state, mine = tag + checkpoint.PART, client_state or {}, {}
+        name, state, mine = tag + checkpoint.PART, dict(client_state or {}), {}
+        dtype = str(self.dtype).removeprefix("torch.")
+        state[ABOUT] = {"dtype": dtype, "lora_alpha": self.args.lora_alpha, "files": self.model_files}
 
         def finish() -> None:
             hashes = {name: digest for part in everyones for name, digest in part.items()}

@@ -15,6 +15,7 @@ from aqa.evaluation.items import EvalError
 _STEP_FOLDERS = re.compile(r"(?:hf_step_|global_step|checkpoint-)(\d+)(?:_hf)?")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+EXAMPLE = Path(__file__).resolve().parents[2]
 NOTES_FILE = "r1_aqa.json"  # written by train_colocate.py into every model's folder
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
@@ -92,13 +93,17 @@ def resolve_model(model_path: str, base_model: str | None = None) -> Model:
             f"{', '.join(missing_files(steps[-1][1]))}"
         )
     for checkpoints in (folder / "_actor", folder):
+        if any(checkpoints.glob("*/manifest.json")):
+            raise EvalError(
+                f"--model_path {model_path}: holds checkpoints for resuming and no Hugging Face folder. Make one of "
+                f"the newest, then evaluate that:\n  python {EXAMPLE / 'export_checkpoint.py'} "
+                f"--checkpoint {checkpoints} --pretrain START_MODEL --out FOLDER"
+            )
         if (checkpoints / "latest").is_file():
             raise EvalError(
-                f"--model_path {model_path}: holds a DeepSpeed checkpoint ({checkpoints / 'latest'}) and no Hugging "
-                "Face folder. Run the training's command again with --load_checkpoint: it ends by writing one "
-                "(--save_hf_ckpt writes one with every checkpoint). Or convert it, for --engine hf only:\n"
-                f"  python {checkpoints / 'zero_to_fp32.py'} {checkpoints} OUT --safe_serialization\n"
-                "and copy the start model's other files (*.json but not *.index.json, *.jinja, *.txt) to OUT."
+                f"--model_path {model_path}: holds a DeepSpeed checkpoint of LightRFT ({checkpoints / 'latest'}) and "
+                "no Hugging Face folder. Run the training's command again with --load_checkpoint: it ends by writing "
+                "one (--save_hf_ckpt writes one with every checkpoint)."
             )
     raise EvalError(f"--model_path {model_path}: no model there: {', '.join(lacking)} missing")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aqa.common.model_folder import complete
 from aqa.common.patch import Patch
 
 
@@ -70,10 +71,12 @@ def save_processor(patch: Patch, strategy: Any, processor: Any, files: dict[str,
         return save_model
 
     patch.wrap(strategy, "save_model", make, ("model", "tokenizer", "output_dir"))
+    patch.replace(strategy, "model_files", files or {})
 
 
 def write_processor(processor: Any, files: dict[str, str] | None, output_dir: str) -> None:
     """Write the processor's files, and further ones, into a model's folder."""
     processor.save_pretrained(output_dir)
+    complete(Path(output_dir))
     for name, text in (files or {}).items():
         (Path(output_dir) / name).write_text(text, encoding="utf-8")
