@@ -44,7 +44,7 @@ def start(model: Path, data: Path, out: Path, *more: str, fault=(), processes=1)
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [str(ROOT / "tests" / "faults" / "fault_runner.py"), *fault] if fault else []
     command += [str(EXAMPLE / "train_colocate.py"), "--pretrain", str(model), "--prompt_data", str(data)]
-    command += ["--save_path", str(out), *FLAGS, *more]
+    command += ["--save_path", str(out), "--no-save_hf_on_stop", *FLAGS, *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 

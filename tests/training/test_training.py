@@ -18,9 +18,24 @@ from safetensors.torch import load_file
 from support.training import METRICS, benchmark_of, contents, metrics_of, moved, train
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
+from aqa.evaluation.checkpoints import missing_files
 from aqa.evaluation.items import read_rows
 from aqa.evaluation.scoring import is_right
 from aqa.report import metrics
+from lightrft.strategy.checkpoint import damage
+
+JUDGE = """
+import os
+calls = 0
+
+def out_of_tokens(response, reference, think):
+    global calls
+    calls += 1
+    world = int(os.environ["WORLD_SIZE"])
+    if calls > 32 // world and os.environ["RANK"] == str(world - 1):  # in the third rollout of 16 responses
+        raise ValueError("no tokens are left")
+    return len(response) % 3
+"""
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +305,26 @@ def test_a_run_that_is_told_to_stops_and_has_saved(tiny_model, demo_parquet, tmp
     done = train(tiny_model, demo_parquet, tmp_path, *flags, check=False)
     assert done.returncode == 4
     assert "stopped by --on_anomaly stop: step 1: no response ended by itself" in done.stdout
+    assert "step 1 is the last one that is done and saved; " in done.stdout
+    assert "; hf_step_000001 is its model" in done.stdout
     assert (tmp_path / "_actor" / "step_000001").is_dir()
+    assert moved(tiny_model, tmp_path / "hf_step_000001")[0] and missing_files(tmp_path / "hf_step_000001") == []
     assert metrics_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_error_in_mid_run_costs_no_step_that_is_done(tiny_model, demo_parquet, tmp_path, monkeypatch, processes):
+    """A reward that raises on one rank: all of them save, and the error's message and exit status stay."""
+    (tmp_path / "my_judge.py").write_text(JUDGE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = ("--engine_type", "hf", "--reward", "my_judge:out_of_tokens", "--max_samples", 16)
+    out = tmp_path / "out"
+    done = train(tiny_model, demo_parquet, out, *flags, processes=processes, check=False)
+    shown = done.stdout + done.stderr
+    who = "" if processes == 1 else "rank 1: "
+    assert f"{who}ValueError (no tokens are left) ends the run: step 2 is the last one that is done and saved" in shown
+    assert done.returncode == 1 and "ValueError: no tokens are left" in shown and "RankError" not in shown
+    assert damage(out / "_actor" / "step_000002", slice(None)) is None and not list(out.glob("hf_step_*"))
 
 
 def test_missing_audio_stops_the_training(tiny_model, demo_data, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ class FastExperienceMaker:
         started = time.perf_counter()
         self.on_phase("rollout")
         prompts = (all_prompts, all_images, all_references, all_labels)
-        items = self.rollout(*prompts, self.sampling, step, all_tags=all_tags)
+        with self.ending_together():
+            items = self.rollout(*prompts, self.sampling, step, all_tags=all_tags)
         self.score(items)
         if self.draw_prompts is not None:
             items = self.replace_groups(items, step)
@@ -112,6 +114,16 @@ class FastExperienceMaker:
         self.add_advantages(items)
         self.timings = {"rollout": rolled_out - started, "logprobs": time.perf_counter() - rolled_out}
         return items
+
+    def ending_together(self) -> AbstractContextManager[None]:
+        """For a rollout: an error of one rank ends all of them at the same point, so that they can save.
+
+        Not where ranks sample together, or gather sharded weights to do so: they would wait for the one that failed.
+        """
+        args = self.strategy.args
+        sharded = args.fsdp or args.zero_stage == 3
+        alone = args.engine_tp_size == 1 and not (args.engine_type == "hf" and sharded)
+        return stop_request.together(self.strategy.device) if alone else nullcontext()
 
     def rollout(
         self,
@@ -204,7 +216,8 @@ class FastExperienceMaker:
             if most == 0:
                 break
             prompts, tags = split_tags(self.draw_prompts(step, attempt, int(most)))
-            drawn = self.rollout(*prompts, self.sampling, step, attempt, all_tags=tags)
+            with self.ending_together():
+                drawn = self.rollout(*prompts, self.sampling, step, attempt, all_tags=tags)
             self.score(drawn)
             fresh = [drawn[i : i + n] for i in range(0, len(drawn), n)]
             for group in filter(has_spread, fresh):
@@ -242,19 +255,22 @@ class FastExperienceMaker:
         """
         decode = self.tokenizer.batch_decode
         queries = decode([torch.cat([item.prompt_ids, item.response_ids]) for item in items], skip_special_tokens=False)
-        scores = stop_request.interrupt(
-            lambda: self.reward_fn(
+
+        def judge() -> tuple[torch.Tensor, dict[str, Any]]:
+            rewards, metrics = self.reward_fn(
                 model_reward_list=[],
                 labels=[item.label for item in items],
                 queries=queries,
                 refs=[item.reference for item in items],
                 label_map=self.reward_fn_label_map,
             )
-        )
-        stop_request.check(self.strategy.device)  # so that scores are None on no rank
+            if not torch.isfinite(rewards).all():
+                raise FloatingPointError(f"the reward function returned {rewards.tolist()}")
+            return rewards, metrics
+
+        with stop_request.together(self.strategy.device):  # so that scores are None on no rank
+            scores = stop_request.interrupt(judge)
         rewards, metrics = scores
-        if not torch.isfinite(rewards).all():
-            raise FloatingPointError(f"the reward function returned {rewards.tolist()}")
         responses = decode([item.response_ids for item in items], skip_special_tokens=False)
         for i, item in enumerate(items):
             item.response = responses[i]

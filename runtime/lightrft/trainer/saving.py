@@ -19,6 +19,8 @@ from lightrft.trainer.evaluation import BestModel
 from lightrft.utils.distributed import gather_objects
 from lightrft.utils.protocols import Actor, Strategy, Tokenizer
 
+QUICK_BYTES = 60 * 200e6  # of a model that takes a minute to write at 200 MB/s
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -58,6 +60,7 @@ class RunSaver:
         self.save_hf_ckpt, self.disable_ds_ckpt = save_hf_ckpt, disable_ds_ckpt
         self.warn = warn
         self.point = start
+        self.whole = True  # the weights are those of the resume point, and nothing speaks against them
         self.failed = 0
         self.best: BestModel | None = None
 
@@ -95,19 +98,30 @@ class RunSaver:
         self.failed += 1
         self.warn(f"step {self.point.step} could not be saved ({error}); what was saved before is as it was")
 
-    def save_before_exit(self) -> str:
+    def save_before_exit(self, folder: bool = True) -> str:
         """Write a checkpoint because the run ends early.
 
+        :param folder: Also write a Hugging Face folder, as ``save_hf_on_stop`` says.
         :return: What to tell the user about it.
         """
-        step = f"step {self.point.step} is the last one that is done"
-        if self.disable_ds_ckpt:
-            return step
+        said = f"step {self.point.step} is the last one that is done"
         try:
-            self.save_state()
+            if not self.disable_ds_ckpt:
+                self.save_state()
+                said += " and saved; --load_checkpoint goes on from there"
+            if folder and self.point.step and self._writes_folder_on_stop():
+                self._save_folder()
+                said += f"; {self._hf_folder().name} is its model"
         except SaveError as error:
-            return f"{step}, but could not be saved: {error}"
-        return f"{step} and saved; --load_checkpoint goes on from there"
+            said += f", but could not be saved: {error}"
+        return said
+
+    def _writes_folder_on_stop(self) -> bool:
+        if self.args.save_hf_on_stop is not None:
+            return self.args.save_hf_on_stop
+        parameters = self.strategy.unwrap_model(self.actor.model).parameters()
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * self.strategy.dtype.itemsize
+        return size < QUICK_BYTES
 
     def save_state(self) -> None:
         """Write a checkpoint of the resume point, from which the run goes on exactly."""

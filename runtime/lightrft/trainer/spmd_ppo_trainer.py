@@ -26,6 +26,7 @@ import torch
 
 from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.loss import LossSettings, grpo_loss
+from lightrft.strategy.checkpoint import SaveError
 from lightrft.strategy.strategy_base import is_usable
 from lightrft.trainer import trajectories
 from lightrft.trainer.advantages import KLController
@@ -36,9 +37,9 @@ from lightrft.trainer.replay_buffer import Experience, make_micro_batch, pad_tok
 from lightrft.trainer.saving import ResumePoint, RunSaver, restore_random_state
 from lightrft.trainer.step_metrics import reward_sums, spread_sums, step_metrics, tag_metrics, tag_sums
 from lightrft.utils.console import console
-from lightrft.utils.distributed import reduce_by_name, reduce_metrics
+from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_metrics
 from lightrft.utils.metrics import MetricsWriter
-from lightrft.utils.preemption import StopError, stop_request
+from lightrft.utils.preemption import RankError, StopError, stop_request
 from lightrft.utils.progress import Progress, step_lines
 from lightrft.utils.protocols import Actor, Strategy, Tokenizer
 
@@ -225,7 +226,9 @@ class SPMDPPOTrainerVL:
         if self.args.keep_best is not None:
             best = BestModel(self.strategy, run / "best", self.args.keep_best, self.restored_best)
             self.saver.best = best
-        writer = MetricsWriter(run, self.args, first) if self.strategy.is_rank_0() else None
+        writers: list[MetricsWriter] = []  # at rank 0
+        self.strategy.together(lambda: writers.append(MetricsWriter(run, self.args, first)), self.strategy.is_rank_0())
+        writer = next(iter(writers), None)
         self.progress = Progress(total, first, self.strategy.is_rank_0())
         self.experience_maker.on_phase = self.progress.phase
         if self.args.dynamic_sampling:
@@ -242,6 +245,8 @@ class SPMDPPOTrainerVL:
         except StopError as stop:
             console.print(f"{stop}: {self.saver.save_before_exit()}", needed=True)
             raise SystemExit(stop.exit_code) from None
+        except Exception as error:
+            raise self._end_of(error) from None
         finally:
             self.progress.close()
             if writer is not None:
@@ -249,13 +254,32 @@ class SPMDPPOTrainerVL:
         self.strategy.print(f"trained {step - first} steps in {time.perf_counter() - started:.0f} s")
         return metrics
 
+    def _end_of(self, error: Exception) -> BaseException:
+        """Save the last whole step after an error, if it is whole and all ranks know of the error.
+
+        :return: What ends this rank: its own error, or exit status 1 for that of another rank.
+        """
+        known = self.strategy.world_size == 1 or isinstance(error, RankError)
+        if known and self.saver.whole and not isinstance(error, SaveError):
+            try:
+                console.print(f"{describe(error)} ends the run: {self.saver.save_before_exit(False)}", needed=True)
+            except RuntimeError as second:  # of a GPU that the first one has left unusable
+                console.warn(f"the last step could not be saved: {second}")
+        return (error.own or SystemExit(1)) if isinstance(error, RankError) else error
+
     def _batches(self, loader: Any, done: int) -> Iterator[tuple[tuple[Any, ...], float]]:
         """Batches of all episodes, from the first one that is not done, and the seconds that each was waited for."""
         sampler = loader.sampler
         for episode in range(done // len(loader), self.args.num_episodes):
             sampler.set_epoch(episode)
             sampler.start = max(0, done - episode * len(loader)) * loader.batch_size
-            yield from timed(loader)
+            batches = timed(loader)
+            while True:
+                with stop_request.together(self.strategy.device):  # a file that is gone
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                yield batch
             sampler.start = 0
 
     def _after_step(
@@ -314,7 +338,10 @@ class SPMDPPOTrainerVL:
             n, count = self.args.n_samples_per_prompt, self.args.num_trajectories_to_save
             self.samples = trajectories.records(items, step, n, count)
             if self.args.save_trajectories:
-                trajectories.save(Path(self.args.save_path), step, self.samples)
+                try:
+                    trajectories.save(Path(self.args.save_path), step, self.samples)
+                except OSError as error:
+                    console.warn(f"the trajectories of step {step} cannot be written ({error})")
         return metrics
 
     def _metrics(self, items: list[Experience], sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
@@ -337,6 +364,7 @@ class SPMDPPOTrainerVL:
         metrics |= counts | {"health/failed_saves": float(self.saver.failed)}
         if stepped:
             self.saver.point = ResumePoint(step, self.kl_ctl.value, self.health.state())
+            self.saver.whole = True
         return anomaly
 
     def draw_prompts(self, loader: Any, step: int, attempt: int, count: int) -> tuple[Any, ...]:
@@ -428,6 +456,7 @@ class SPMDPPOTrainerVL:
         )
         finite = bool(torch.isfinite(loss))
         if not finite and self.health.action != "skip":
+            self.saver.whole = False  # perhaps the weights are not finite either
             raise FloatingPointError(f"the loss of {place} is {loss.item()}; first prompt: {part[0].prompt!r}")
         due = self.actor.model.is_gradient_accumulation_boundary()
         # backward even then, because the ranks' collectives must match; the step guard drops the NaN gradient
@@ -454,6 +483,7 @@ class SPMDPPOTrainerVL:
             maxima = {"gap": totals.maxima["gap"], "time/step": math.nan}
             reduce_metrics(sums, maxima, self.strategy.device)
             discard = bool(self.health.signs(step_metrics(sums, maxima)))
+        self.saver.whole = False  # until the rollout's last optimizer step is done, see _finish_step
         norm, self.losses_not_finite = self.guard.step(discard), 0.0
         if not self.guard.applied:
             self.health.skipped += 1
@@ -478,6 +508,13 @@ class SPMDPPOTrainerVL:
         self.health.restore(state["health"])
         self.restored_best = state.get("best")  # checkpoints of earlier versions have none
         restore_random_state(state["rng"])
+
+
+def describe(error: Exception) -> str:
+    """An error in a few words; of a :class:`RankError` the rank's own, which is a collective."""
+    if isinstance(error, RankError):
+        return f"rank {error.rank}: " + gather_objects(describe(error.own) if error.own else "")[error.rank]
+    return f"{type(error).__name__} ({error})"
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:

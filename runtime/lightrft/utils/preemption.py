@@ -1,11 +1,12 @@
-"""Signals that ask a run to end. All ranks stop together, at the next point from which the run can be resumed."""
+"""How a run ends early: a signal asks it to, or a rank has an error. All ranks stop together, so that they can save."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
@@ -23,6 +24,18 @@ class StopError(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
+
+
+class RankError(Exception):
+    """Some ranks have an error, and all of them know: they stand at the same point and can save together.
+
+    :param rank: The last of these ranks.
+    :param own: This rank's own error, if it has one.
+    """
+
+    def __init__(self, rank: int, own: Exception | None) -> None:
+        super().__init__(f"rank {rank} failed")
+        self.rank, self.own = rank, own
 
 
 class StopRequest:
@@ -86,19 +99,35 @@ class StopRequest:
         finally:
             self._may_interrupt = False
 
-    def check(self, device: torch.device) -> None:
-        """Stop if any rank was asked to. Collective.
+    def check(self, device: torch.device, error: Exception | None = None) -> None:
+        """Stop if any rank was asked to, or has an error. Collective.
 
         :param device: Where the ranks' flags are compared.
+        :param error: This rank's.
         :raises StopError: on all ranks, if a signal has come to one.
+        :raises RankError: on all ranks, if one of several has an error. A single rank raises its error itself.
         """
-        number = self.number
+        number, failed = self.number, 0
         if dist.is_initialized() and dist.get_world_size() > 1:
-            flag = torch.tensor([number], device=device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            number = int(flag)
+            flags = torch.tensor([number, dist.get_rank() + 1 if error else 0], device=device)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            number, failed = flags.tolist()
+        elif error:
+            raise error
+        if failed:
+            raise RankError(failed - 1, error)
         if number:
             raise StopError(number)
+
+    @contextmanager
+    def together(self, device: torch.device) -> Iterator[None]:
+        """Do what can fail on one rank alone, without collectives in it, and :meth:`check` afterwards. Collective."""
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.check(device, error)
 
 
 stop_request = StopRequest()

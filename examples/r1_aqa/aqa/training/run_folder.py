@@ -50,7 +50,7 @@ BLOCK, BLOCKS = 2**20, 16  # bytes, and number, of the parts of a large file tha
 FREE = frozenset(
     shlex.split("""
     debug verbose quiet report plan plan_gpus plan_gpu_gib plan_clip_seconds allow_changes load_checkpoint save_path
-    ckpt_path save_steps save_hf_ckpt disable_ds_ckpt max_ckpt_num on_save_error save_trajectories
+    ckpt_path save_steps save_hf_ckpt save_hf_on_stop disable_ds_ckpt max_ckpt_num on_save_error save_trajectories
     num_trajectories_to_save use_wandb wandb_org wandb_group wandb_project wandb_run_name wandb_table_steps
     use_tensorboard eval_data eval_split max_eval_samples eval_benchmark eval_audio_dir eval_think eval_silent eval_steps
     keep_best

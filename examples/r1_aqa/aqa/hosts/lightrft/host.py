@@ -92,6 +92,7 @@ class LightRFTHost:
                 ("use_gspo", False),
                 ("rollout_correction", "none"),
                 ("mask_truncated", False),
+                ("save_hf_on_stop", None),
             )
             if getattr(args, flag) != neutral
         ]
