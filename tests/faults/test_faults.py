@@ -189,6 +189,7 @@ def test_a_loss_that_is_no_number_ends_the_run_or_costs_one_step(tiny_model, dem
     shown = end(process)
     if action == "warn":
         assert process.returncode == 1 and "the loss of step 3, epoch 0, micro-batch 1 is nan" in shown, shown[-3000:]
+        assert "ends the run: step" not in shown  # the weights may be the cause
         return
     assert process.returncode == 0, shown[-3000:]
     assert shown.count("step 3: 1 micro-batch(es) with a loss or gradient that is not finite; its optimizer step") == 1

@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+
+from lightrft.strategy.checkpoint import SaveError
+from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, threading, time
@@ -62,3 +66,20 @@ def test_a_reward_that_forks_or_sleeps_ends_and_obeys(reward, number, status):
     assert done.returncode == status, done.stderr
     assert done.stdout == ("None\n" if number else "1.0\n")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks", "whole", "saves"),
+    [
+        (OSError("gone"), 1, True, True),
+        (OSError("gone"), 1, False, False),  # between optimizer step and resume point, or a loss that is not finite
+        (SaveError("disk full"), 1, True, False),  # it would fail again
+        (OSError("gone"), 2, True, False),  # the other rank knows nothing and would wait
+    ],
+)
+def test_an_error_saves_what_is_whole_and_stays_the_same(error, ranks, whole, saves):
+    trainer, saved = object.__new__(SPMDPPOTrainerVL), []
+    trainer.strategy = SimpleNamespace(world_size=ranks)
+    trainer.saver = SimpleNamespace(whole=whole, save_before_exit=lambda folder: saved.append(folder) or "saved")
+    assert trainer._end_of(error) is error
+    assert saved == [False] * saves
