@@ -19,6 +19,7 @@ from lightrft.utils.files import PART, write_atomically
 from lightrft.utils.model_specs import family_of
 from lightrft.utils.protocols import Tokenizer
 
+ABOUT = "about_weights"  # in a checkpoint's state: dtype, lora_alpha, and further files of the run's model folders
 MANIFEST = "manifest.json"  # of a whole checkpoint: its files with size and hash, and the prompts that were used
 
 

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from lightrft.models.actor_al import load_model
-from lightrft.strategy.checkpoint import read_state, write_hf_folder
+from lightrft.strategy.checkpoint import ABOUT, read_state, write_hf_folder
 from lightrft.utils.model_specs import family_of
 from lightrft.utils.processor import get_tokenizer_processor_vl
 from lightrft.utils.weight_names import is_adapter, plain_name
 
-ABOUT = "about_weights"  # in a checkpoint's state: dtype, lora_alpha, and further files of the run's model folders
 WHOLE, SHARD_0 = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 Weights = dict[str, torch.Tensor]
@@ -81,7 +80,7 @@ def merged_weights(live: Weights, lora_alpha: int) -> Weights:
 
 
 def _read(checkpoint: Path) -> tuple[Weights, dict[str, Any]]:
-    """The weights, by live name, in the run's dtype, and what is under :data:`ABOUT`.
+    """The weights, by live name, in the run's dtype, and what is under :data:`~lightrft.strategy.checkpoint.ABOUT`.
 
     One rank's file is in memory at a time.
     """

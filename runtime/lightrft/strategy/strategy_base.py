@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling
 from lightrft.engines.hf_engine import HFEngine
 from lightrft.strategy import checkpoint, weights
-from lightrft.strategy.checkpoint import SaveError
-from lightrft.strategy.export import ABOUT
+from lightrft.strategy.checkpoint import ABOUT, SaveError
 from lightrft.utils.console import console
 from lightrft.utils.distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
 from lightrft.utils.model_specs import MAX_AUDIO_TOKENS, family_of
