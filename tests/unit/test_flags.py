@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import resource
 from itertools import product
 from pathlib import Path
 
@@ -384,26 +383,6 @@ def test_all_problems_are_reported_at_once(problems):
     for flag in ("temperature", "advantage_estimator", "train_batch_size", "micro_train_batch_size", "pretrain"):
         assert any(problem.startswith(f"--{flag} ") for problem in found), flag
     assert len(found) == 5
-
-
-def test_a_folder_that_cannot_be_written_is_found_before_anything_loads(problems, tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    assert problems(save_path=str(file / "run")) == [
-        f"--save_path {file}/run: cannot be written (Not a directory); make room, or name another folder"
-    ]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as a full disk, but for the words
-        found = problems(save_path=str(tmp_path / "new" / "run"), ckpt_path=str(tmp_path))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [problem.split(" (")[0] for problem in found] == [
-        f"--save_path {tmp_path}/new/run: cannot be written",
-        f"--ckpt_path {tmp_path}: cannot be written",
-    ]
-    assert "File too large" in found[0]
-    assert problems(save_path=str(tmp_path / "new" / "run")) == [] and not (tmp_path / "new").exists()
 
 
 def test_resuming_finds_a_checkpoint(problems, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +11,6 @@ from typing import BinaryIO
 from aqa.common.lock import lock
 
 DRAFT = re.compile(r"\..+\.[0-9a-f]{8}\.(part|tmp)")
-PROBE_BYTES = 2**20  # what a folder must have room for, so that a run may begin in it
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -28,19 +26,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
-
-
-def cannot_write(folder: Path) -> str | None:
-    """Why nothing can be written in a folder, which need not exist yet; None if something can. Leaves nothing there."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there) as file:
-            file.write(bytes(PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error.strerror
-    return None
 
 
 def write_files(

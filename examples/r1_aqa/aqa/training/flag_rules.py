@@ -7,7 +7,6 @@ import importlib.util
 import math
 from pathlib import Path
 
-from aqa.common.files import cannot_write
 from aqa.common.model_type import missing_tokenizer, model_type_of
 from aqa.hosts.locate import not_installed
 from aqa.training.flags import (
@@ -285,10 +284,6 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
     problems += _evaluation_problems(args)
     if args.eval_data:
         problems += _source_problems("eval_data", args.eval_data, args.eval_split)
-    for flag, folder in (("save_path", args.save_path), ("ckpt_path", args.ckpt_path)):
-        reason = None if flag == "ckpt_path" and folder == args.save_path else cannot_write(Path(folder))
-        if reason:
-            problems.append(f"--{flag} {folder}: cannot be written ({reason}); make room, or name another folder")
     if args.load_checkpoint:
         folder = Path(args.ckpt_path) / "_actor"
         # LightRFT's FSDP2 strategy writes no latest, and ours may have lost it
