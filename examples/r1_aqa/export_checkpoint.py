@@ -14,6 +14,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from aqa.common.arguments import Parser
 from aqa.hosts.current import current_host
 from aqa.hosts.locate import find_host
 
@@ -22,7 +23,7 @@ find_host()
 
 def main() -> None:
     """Make the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/_actor/step_N; of RUN the newest one")
     parser.add_argument("--pretrain", required=True, help="the model that the run began with")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not exist or be empty")
