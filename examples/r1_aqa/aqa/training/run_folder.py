@@ -52,8 +52,8 @@ FREE = frozenset(
     debug verbose quiet report plan plan_gpus plan_gpu_gib plan_clip_seconds allow_changes load_checkpoint save_path
     ckpt_path save_steps save_hf_ckpt save_hf_on_stop disable_ds_ckpt max_ckpt_num on_save_error save_trajectories
     num_trajectories_to_save use_wandb wandb_org wandb_group wandb_project wandb_run_name wandb_table_steps
-    use_tensorboard eval_data eval_split max_eval_samples eval_benchmark eval_audio_dir eval_think eval_silent eval_steps
-    keep_best
+    use_tensorboard eval_data eval_split max_eval_samples eval_benchmark eval_audio_dir eval_think eval_silent
+    eval_steps keep_best
     micro_train_batch_size micro_rollout_batch_size flash_attn gradient_checkpointing adam_offload param_offload
     fsdp_cpu_offload sync_bucket_mb engine_tp_size engine_mem_util enable_engine_sleep limit_mm_image_per_prompt
     decode_audio audio_cache_mib confine_audio sandbox_audio
