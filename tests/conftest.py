@@ -14,6 +14,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "r1_aqa"
+NO_WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a whole safetensors file without tensors
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -99,6 +100,7 @@ def problems(tmp_path):
         folder.mkdir()
         for name in names:
             (folder / name).touch()
+    (model / "model.safetensors").write_bytes(NO_WEIGHTS)
 
     def find(world_size: int = 1, local_world_size: int | None = None, **flags) -> list[str]:
         flags = {"pretrain": str(model), "prompt_data": str(data)} | flags

@@ -17,6 +17,7 @@ OUT.partial.jsonl until the result file is complete.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -181,11 +182,21 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(
             f"--out_file {out}: must end in .json or .jsonl, from which the official scripts tell the format"
         )
-    if out.exists() and Path(args.data_file).exists() and out.samefile(args.data_file):
+    base = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (base.is_dir() and os.access(base, os.W_OK)):
+        problems.append(f"--out_file {out}: {base} is no folder that can be written to; name another place")
+    elif folders := [path.name for path in files_of(out) if path.is_dir()]:
+        problems.append(f"--out_file {out}: {', '.join(folders)} beside it would be written and is a folder")
+    elif out.exists() and Path(args.data_file).exists() and out.samefile(args.data_file):
         problems.append(f"--out_file {out}: is the --data_file")
     elif out.exists() and not args.overwrite:
         problems.append(f"--out_file {out}: exists; --overwrite replaces it")
     return problems
+
+
+def files_of(out: Path) -> list[Path]:
+    """What an evaluation writes: the results, and beside them scores, unfinished responses, lock and log."""
+    return [out, *(out.with_suffix(end) for end in (".score.json", ".partial.jsonl", ".lock", ".log"))]
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -492,6 +503,13 @@ def compare_files(argv: Sequence[str]) -> None:
     write_beside(args.out_file, to_json({"first": str(args.first), "second": comparisons}), [args.first, *args.others])
 
 
+def describe(error: Exception) -> str:
+    """An error's message; of a file that cannot be read or written, which one and why."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename2 or error.filename}: {error.strerror}"
+    return str(error)
+
+
 def write_beside(out: Path | None, text: str, results: Sequence[Path]) -> None:
     """Write what was computed of result files, if a file is named for it.
 
@@ -501,6 +519,7 @@ def write_beside(out: Path | None, text: str, results: Sequence[Path]) -> None:
         return
     if out.exists() and any(out.samefile(result) for result in results):
         raise EvalError(f"--out_file {out}: is a result file itself; name another")
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, text)
 
 
@@ -517,7 +536,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EvalError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command, without --overwrite, continues", file=sys.stderr)

@@ -555,11 +555,13 @@ def report_error(error: BaseException, debug: bool) -> None:
 
     :param debug: Print the traceback, too.
     """
-    from audio_dataset import AudioError
-    from reward_models_utils import RewardError
+    alone = False
+    if not isinstance(error, SystemExit):  # whose message needs no import of torch
+        from audio_dataset import AudioError
+        from reward_models_utils import RewardError
 
-    # a file that could be opened at the start fails later, and only on the rank that decodes it
-    alone = isinstance(error, (AudioError, RewardError))
+        # a file that could be opened at the start fails later, and only on the rank that decodes it
+        alone = isinstance(error, (AudioError, RewardError))
     if not (alone or HOST.speaks_for_node()):
         return
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1

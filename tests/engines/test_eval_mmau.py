@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import EXAMPLE, run_script
+from conftest import EXAMPLE, NO_WEIGHTS, run_script
 from safetensors.torch import load_file, save_file
 
 from aqa.common.lock import lock
@@ -213,7 +213,7 @@ def make_folder(path: Path, *names: str) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     whole = ("config.json", "model.safetensors", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
     for name in names or whole:
-        (path / name).write_text("{}")
+        (path / name).write_bytes(NO_WEIGHTS if name.endswith(".safetensors") else b"{}")
     return path
 
 
@@ -256,6 +256,8 @@ def test_what_is_no_model_is_explained(tmp_path):
     ):
         with pytest.raises(EvalError, match=message):
             resolve_model(str(tmp_path / path), base)
+    make_folder(tmp_path / "lora", "adapter_model.safetensors")
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     lora = resolve_model(str(tmp_path / "lora"), str(tmp_path / "whole"))
     assert (lora.path, lora.adapter) == (str(tmp_path / "whole"), str(tmp_path / "lora"))
     assert resolve_model("Qwen/Qwen2-Audio-7B-Instruct").path == "Qwen/Qwen2-Audio-7B-Instruct"

@@ -15,19 +15,22 @@ from pathlib import Path
 
 from conftest import EXAMPLE, child_environment
 
-IMPORTS = ("train_colocate", "eval_mmau", "avqa", "audio_dataset", "datasets", "deepspeed", "tqdm")
-IMPORTS += ("lightrft.strategy", "lightrft.trainer.spmd_ppo_trainer", "aqa.evaluation.engines", "aqa.audio.reader")
+SCRIPTS = ("train_colocate", "eval_mmau", "avqa")
+HEAVY = ("audio_dataset", "datasets", "deepspeed", "lightrft.strategy", "lightrft.trainer.spmd_ppo_trainer")
 
 
 class ForkServer:
-    """The process, from the test's side."""
+    """The process, from the test's side.
 
-    def __init__(self) -> None:
+    :param imports: Modules to import beforehand, beside the scripts.
+    """
+
+    def __init__(self, imports: tuple[str, ...] = ()) -> None:
         paths = map(
             str, (EXAMPLE, EXAMPLE / "data_preprocess", EXAMPLE.parents[1] / "runtime", Path(__file__).parents[1])
         )
         environment = child_environment() | {"PYTHONPATH": os.pathsep.join(paths)}
-        command = [sys.executable, "-m", "support.fork_server"]
+        command = [sys.executable, "-m", "support.fork_server", *imports]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, env=environment, **pipes)
 
@@ -51,12 +54,14 @@ class ForkServer:
 
 def main() -> None:
     """Fork for each job; a fork leaves this function and runs the script to its end, as Python itself would."""
-    modules = {name: __import__(name) for name in IMPORTS}
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # DeepSpeed prints when it is imported
+    modules = {name: __import__(name) for name in (*SCRIPTS, *sys.argv[1:])}
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()
         if pid:
-            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
             continue
         output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)

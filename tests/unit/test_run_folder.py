@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import train_colocate
-from conftest import EXAMPLE, run_script
+from conftest import EXAMPLE, NO_WEIGHTS, run_script
 
 from aqa.report.page import session_rows
 from aqa.report.run_data import Run
@@ -244,6 +244,7 @@ def test_a_run_that_has_ended_is_not_trained_further_and_none_becomes_shorter(se
 # ------------------------------------------------------------------------------------------------ two trainings, places
 def test_a_second_training_is_refused(session, tmp_path):
     (tmp_path / "model" / "processor_config.json").touch()
+    (tmp_path / "model" / "model.safetensors").write_bytes(NO_WEIGHTS)
     command = ["--pretrain", tmp_path / "model", "--prompt_data", tmp_path / "data", "--engine_type", "hf"]
     command += ["--save_path", tmp_path / "a", "--ckpt_path", tmp_path / "b"]
     args = PARSER.parse_args(list(map(str, command)))

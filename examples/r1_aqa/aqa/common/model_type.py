@@ -27,3 +27,27 @@ def model_type_of(pretrain: str) -> str | None:
     except (OSError, ValueError):
         return None
     return config.get("model_type") if isinstance(config, dict) else None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights, whole or not."""
+    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+
+
+def cut_weights(folder: Path) -> list[str]:
+    """Names of the ``*.safetensors`` in a folder that are shorter or longer than their header says: half a copy."""
+    return [path.name for path in sorted(folder.glob("*.safetensors")) if not _is_whole(path)]
+
+
+def _is_whole(weights: Path) -> bool:
+    size = weights.stat().st_size
+    with weights.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")  # of the tensors, behind the header
+        if start > size:
+            return False
+        try:
+            header = json.loads(file.read(start - 8))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return False
+    return size == start + max(ends, default=0)

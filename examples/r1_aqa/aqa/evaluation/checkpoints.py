@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aqa.common.model_type import missing_tokenizer
+from aqa.common.model_type import cut_weights, has_weights, missing_tokenizer
 from aqa.evaluation.items import EvalError
 
 # this example's and its runtime's name, LightRFT's own, transformers'
@@ -111,8 +111,9 @@ def resolve_model(model_path: str, base_model: str | None = None) -> Model:
 def missing_files(folder: Path) -> list[str]:
     """The files, shards of the weights included, without which a folder cannot be loaded."""
     lacking = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+    if not has_weights(folder):
         lacking.append("*.safetensors")
+    lacking += [f"the end of {name} (copy it again)" for name in cut_weights(folder)]
     for index in folder.glob("*.index.json"):
         shards = set(_read_json(index).get("weight_map", {}).values())
         lacking += sorted(shard for shard in shards if not (folder / shard).is_file())
@@ -122,10 +123,21 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def _adapter(folder: Path, base_model: str | None) -> Model:
-    named = base_model or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    config = _read_json(folder / "adapter_config.json")
+    named = base_model or config.get("base_model_name_or_path")
     if not named:
         raise EvalError(f"--model_path {folder}: a LoRA adapter that names no base model; give --base_model")
-    base = resolve_model(named)
+    weights = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()]
+    if config.get("peft_type") != "LORA" or not weights or cut_weights(folder):
+        raise EvalError(
+            f"--model_path {folder}: no whole LoRA adapter: its peft_type is {config.get('peft_type')}, its weights "
+            f"{'are cut off' if weights else 'are missing'}; copy it again"
+        )
+    try:
+        base = resolve_model(named)
+    except EvalError as error:
+        where = "--base_model" if base_model else "the base model that it names"
+        raise EvalError(f"--model_path {folder}: a LoRA adapter, {where}: {error}; give --base_model") from error
     return Model(base.path, base.processor, adapter=str(folder), note=f"a LoRA adapter on {base.path}")
 
 

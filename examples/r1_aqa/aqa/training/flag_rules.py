@@ -7,7 +7,7 @@ import importlib.util
 import math
 from pathlib import Path
 
-from aqa.common.model_type import missing_tokenizer, model_type_of
+from aqa.common.model_type import cut_weights, has_weights, missing_tokenizer, model_type_of
 from aqa.hosts.locate import not_installed
 from aqa.training.flags import (
     GROUP_METHODS,
@@ -267,9 +267,15 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--pretrain {args.pretrain}: holds no processor ({' or '.join(PROCESSOR_FILES)})")
         elif lacking := missing_tokenizer(Path(args.pretrain)):
             problems.append(f"--pretrain {args.pretrain}: holds no {lacking[0]}")
+        elif not has_weights(Path(args.pretrain)):
+            problems.append(f"--pretrain {args.pretrain}: holds no weights (*.safetensors)")
         kind = model_type_of(args.pretrain)
         if kind is not None and kind not in MODEL_TYPES:
             problems.append(f"--pretrain {args.pretrain}: is a {kind} model; known are {' and '.join(MODEL_TYPES)}")
+        problems += [
+            f"--pretrain {args.pretrain}: the end of {name} is missing; copy it again"
+            for name in cut_weights(Path(args.pretrain))
+        ]
         if kind == "qwen2_5_omni" and args.load_in_4bit:
             problems.append("--load_in_4bit: a qwen2_5_omni model is not packed here; drop it")
     elif args.pretrain.startswith((".", "/", "~")) or args.pretrain.count("/") != 1:
