@@ -243,7 +243,8 @@ def test_a_run_that_has_ended_is_not_trained_further_and_none_becomes_shorter(se
 
 # ------------------------------------------------------------------------------------------------ two trainings, places
 def test_a_second_training_is_refused(session, tmp_path):
-    (tmp_path / "model" / "processor_config.json").touch()
+    for name in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / "model" / name).touch()
     (tmp_path / "model" / "model.safetensors").write_bytes(NO_WEIGHTS)
     command = ["--pretrain", tmp_path / "model", "--prompt_data", tmp_path / "data", "--engine_type", "hf"]
     command += ["--save_path", tmp_path / "a", "--ckpt_path", tmp_path / "b"]
