@@ -82,6 +82,7 @@ def test_a_new_run_moves_everything_of_the_older_one_aside(session, tmp_path, ap
     )
     # the severe case: the older run's checkpoints cannot be resumed into the newer run's model any more
     args = PARSER.parse_args(["--save_path", str(out), "--ckpt_path", str(ckpt), "--load_checkpoint"])
+    finish(args)
     assert any("holds no checkpoint" in problem for problem in find_problems(args, 1))
     places = {"save_path": out / EARLIER / first, "ckpt_path": ckpt / EARLIER / first}
     assert session(load_checkpoint=True, prompts=4, **places)[0] == first  # but where it is now, the run goes on
