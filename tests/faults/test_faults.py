@@ -181,10 +181,33 @@ def test_a_full_disk_costs_one_checkpoint_at_most(whole, tiny_model, demo_parque
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("action", ["warn", "skip"])
-def test_a_loss_that_is_no_number_ends_the_run_or_costs_one_step(tiny_model, demo_parquet, tmp_path, action):
+def test_between_two_optimizer_steps_of_a_rollout_a_run_does_not_stop(whole, tiny_model, demo_parquet, tmp_path):
+    """The weights are no whole step's there: it stops after the last of them, and goes on to the same weights."""
+    out, several = tmp_path / "run", ("--train_batch_size", "8", "--max_epochs", "2")
+    flags = ("--engine_type", "hf", *several)
+    process = start(tiny_model, demo_parquet, out, *flags, fault=("second micro-batch", "3", "SIGTERM"))
+    shown = end(process)
+    assert process.returncode == 143 and "SIGTERM: step 3 is the last one that is done and saved" in shown, shown[
+        -3000:
+    ]
+    process = start(tiny_model, demo_parquet, out, *flags, "--load_checkpoint")
+    assert end(process) and process.returncode == 0
+    reference = whole("hf", 1, *several)
+    expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
+    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+    assert comparable(out) == comparable(reference)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("action", "flags", "steps"), [("warn", (), 1), ("skip", (), 1), ("skip", ("--train_batch_size", "8"), 2)]
+)
+def test_a_loss_that_is_no_number_ends_the_run_or_costs_one_step(
+    tiny_model, demo_parquet, tmp_path, action, flags, steps
+):
+    """``steps``: optimizer steps a rollout, of which the second one's only loss is the one that is no number."""
     out = tmp_path / "run"
-    flags = ("--engine_type", "hf", "--on_anomaly", action)
+    flags = ("--engine_type", "hf", "--on_anomaly", action, *flags)
     process = start(tiny_model, demo_parquet, out, *flags, fault=("second micro-batch", "3", "NAN"))
     shown = end(process)
     if action == "warn":
@@ -195,8 +218,10 @@ def test_a_loss_that_is_no_number_ends_the_run_or_costs_one_step(tiny_model, dem
     assert shown.count("step 3: 1 micro-batch(es) with a loss or gradient that is not finite; its optimizer step") == 1
     records = metrics_of(out)
     assert [record["train/not_finite"] for record in records] == [0, 0, 1, 0, 0]
-    left_out = [record["train/not_finite"] or record["rollout/groups_without_spread"] == 1 for record in records]
-    assert [record["health/skipped_steps"] for record in records] == list(itertools.accumulate(map(bool, left_out)))
+    left_out = [
+        steps * (record["rollout/groups_without_spread"] == 1) or record["train/not_finite"] for record in records
+    ]
+    assert [record["health/skipped_steps"] for record in records] == list(itertools.accumulate(left_out))
     weights = load_file(out / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 

@@ -228,6 +228,30 @@ def test_two_processes(checkout, tiny_model, demo_parquet, tmp_path, flags):
     assert Qwen2AudioForConditionalGeneration.from_pretrained(out)
 
 
+COUNT_STEPS = """
+from lightrft_launcher import after_import
+
+@after_import("torch.optim.lr_scheduler")
+def _(module):
+    step = module.LambdaLR.step
+    def counted(self, *args):
+        step(self, *args)
+        print("scheduler at", self.last_epoch, flush=True)
+    module.LambdaLR.step = counted
+"""
+
+
+@pytest.mark.parametrize("flags", [pytest.param(DEEPSPEED, id="DeepSpeed"), pytest.param(FSDP, id="FSDP2")])
+def test_several_optimizer_steps_a_rollout(checkout, tiny_model, demo_parquet, tmp_path, flags):
+    """LightRFT keeps the log-probs of the rollout, and steps as often as --train_batch_size says."""
+    hook, out = tmp_path / "hook.py", tmp_path / "run"
+    hook.write_text(COUNT_STEPS)
+    flags = (*flags, "--max_samples", 8, "--train_batch_size", 4, "--micro_train_batch_size", 4)
+    done = train(checkout, tiny_model, demo_parquet, out, *flags, hooks=[hook])
+    steps = [int(n) for n in re.findall(r"scheduler at (\d+)", done.stdout)]
+    assert len(metrics_of(out)) == 2 and max(steps) == 8  # two rollouts of 16 responses
+
+
 # ----------------------------------------------------------------------------------------------------- before and after
 IDENTITY = """
 import sys

@@ -68,7 +68,8 @@ CASES = {
     ),
     "Dr. GRPO, two steps, truncated masked on FSDP2": (
         2,
-        ("--fsdp", "--advantage_estimator", "dr_grpo", "--loss_agg_mode", "seq-mean-token-sum-norm", *TWO_STEPS, *CUT),
+        ("--fsdp", "--advantage_estimator", "dr_grpo", "--loss_agg_mode", "seq-mean-token-sum-norm", *TWO_STEPS, *CUT)
+        + ("--actor_learning_rate", 1.0),
     ),
     "gradient checkpointing on FSDP2": (2, ("--fsdp", "--gradient_checkpointing", "--micro_train_batch_size", 2)),
     "REINFORCE++, k1 in the reward, sum of tokens on ZeRO-0": (

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from lightrft.models.loss import (
     KL_ESTIMATORS,
     LOSS_AGG_MODES,
+    LossSettings,
     aggregate,
+    grpo_loss,
     kl_tokens,
     policy_loss_tokens,
     rollout_weights,
@@ -182,10 +184,34 @@ def test_token_mean_needs_the_batch_s_token_count():
     assert (sum(micro) / 2).item() == 2.5
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    # the second response is masked: (6 / 3 + 0) / 2; 6 / 4; (6 + 0) / 2; (6 + 0) / 2 / 10
+    [
+        ("seq-mean-token-mean", 1.0),
+        ("token-mean", 1.5),
+        ("seq-mean-token-sum", 3.0),
+        ("seq-mean-token-sum-norm", 0.3),
+    ],
+)
+def test_a_masked_response_counts_in_the_divisors_alone(mode, expected):
+    """As TRL's mask_truncated_completions: the weight of a response does not depend on how many others are masked."""
+    mask = MASK * torch.tensor([[1], [0]])
+    loss = aggregate(VALUES, mask, mode, tokens_per_micro_batch=MASK.sum().item(), max_response_length=10)
+    assert loss.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("correction", ["none", "tis", "mis"])
+@pytest.mark.parametrize("gspo", [False, True])
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
-def test_a_response_without_tokens_adds_nothing_and_no_nan(mode):
-    values, mask = torch.full((1, 3), math.inf).nan_to_num(), torch.zeros(1, 3, dtype=torch.bool)
-    assert aggregate(values, mask, mode, max_response_length=10).item() == 0.0
+def test_a_micro_batch_that_is_all_masked_adds_exactly_nothing(mode, gspo, correction):
+    settings = LossSettings(EPS, None, gspo, mode, 10, True, "k3", correction, 2.0)
+    log_probs = (OLD + 0.3).requires_grad_()
+    mask = torch.zeros(OLD.shape, dtype=torch.bool)
+    loss, statistics = grpo_loss(log_probs, OLD, ENGINE, OLD - 1, torch.ones(2, 1), mask, settings, 0.04, 3.0)
+    loss.backward()
+    assert loss.item() == 0.0 and torch.equal(log_probs.grad, torch.zeros_like(log_probs))
+    assert all(value == 0 for value in statistics.values())
 
 
 def test_unknown_aggregation_is_refused():
