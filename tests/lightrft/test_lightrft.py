@@ -229,15 +229,17 @@ def test_two_processes(checkout, tiny_model, demo_parquet, tmp_path, flags):
 
 
 COUNT_STEPS = """
-from lightrft_launcher import after_import
+from lightrft_launcher import after_import, wrap
+from torch.optim.lr_scheduler import LambdaLR
 
-@after_import("torch.optim.lr_scheduler")
+@after_import("lightrft.trainer.spmd_ppo_trainer")
 def _(module):
-    step = module.LambdaLR.step
-    def counted(self, *args):
-        step(self, *args)
-        print("scheduler at", self.last_epoch, flush=True)
-    module.LambdaLR.step = counted
+    def counting(original):
+        def step(self, *args):
+            original(self, *args)
+            print("scheduler at", self.last_epoch, flush=True)
+        return step
+    wrap(LambdaLR, "step", counting)
 """
 
 
