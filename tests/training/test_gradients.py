@@ -33,6 +33,7 @@ SETUP = (
     *("--reward", "gradient_capture:vowels", "--engine_type", "hf", "--max_norm", 0, "--init_kl_coef", 0.04),
     *("--no-report", "--actor_learning_rate", 1.0),  # of plain SGD: a step is the gradient itself
 )
+LARGE = ("--actor_learning_rate", 1.0)
 TWO_STEPS = ("--train_batch_size", 8, "--actor_learning_rate", 0.2)  # of half a rollout each, and not too far
 K1 = ("--no-use_kl_loss", "--kl_estimator", "k1", "--gamma", 0.95)
 CUT = ("--mask_truncated", "--generate_max_len", 12)  # the model cuts some responses off, and ends others
@@ -68,8 +69,16 @@ CASES = {
     ),
     "Dr. GRPO, two steps, truncated masked on FSDP2": (
         2,
-        ("--fsdp", "--advantage_estimator", "dr_grpo", "--loss_agg_mode", "seq-mean-token-sum-norm", *TWO_STEPS, *CUT)
-        + ("--actor_learning_rate", 1.0),
+        (
+            "--fsdp",
+            "--advantage_estimator",
+            "dr_grpo",
+            "--loss_agg_mode",
+            "seq-mean-token-sum-norm",
+            *TWO_STEPS,
+            *CUT,
+            *LARGE,
+        ),
     ),
     "gradient checkpointing on FSDP2": (2, ("--fsdp", "--gradient_checkpointing", "--micro_train_batch_size", 2)),
     "REINFORCE++, k1 in the reward, sum of tokens on ZeRO-0": (
