@@ -60,6 +60,13 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_omni(tmp_path_factory) -> Path:
+    """The same of Qwen2.5-Omni's thinker."""
+    command = ("demo/make_model.py", "--family", "qwen2_5_omni", "--warm_start_steps", 60, "--out_dir")
+    return made_once(tmp_path_factory, "tiny_omni", lambda folder: run_script(*command, folder))
+
+
+@pytest.fixture(scope="session")
 def demo_data(tmp_path_factory) -> Path:
     """A small set of the demo's data: train_qa.data, audios/, demo-test.json, test-audios/."""
     questions = ("--train_questions", 96, "--train_clips", 40, "--test_questions", 24)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from audio_dataset import AudioMultimodalProcessor
-from conftest import made_once, run_script
 from safetensors.torch import load_file, save_file
-from support.policies import AUDIO, PAD, VOCABULARY, as_actor, make_item, make_mel, mixed_cases
+from support.policies import AUDIO, DECODER, PAD, TOWER, as_actor, make_item, make_mel, mixed_cases, with_large_weights
 from support.rollouts import gaps, perturbed, prompt_of, rollout
 from support.training import answers_of, metrics_of, moved, train
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
@@ -40,25 +39,9 @@ LENGTHS = (3, 8, 199, 200, 201, 333, 399, 400, 401, 2999, 3000)  # the tower's c
 @pytest.fixture(scope="module")
 def plain() -> Qwen2_5OmniThinkerForConditionalGeneration:
     config = Qwen2_5OmniThinkerConfig(
-        audio_config={
-            "num_mel_bins": 128,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 96,
-            "d_model": 64,
-            "output_dim": 64,
-        },
-        text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
-        },
+        audio_config=TOWER | {"output_dim": 64},
+        text_config=DECODER
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
         vision_config={"depth": 1, "hidden_size": 16, "num_heads": 1, "patch_size": 2, "out_hidden_size": 64},
         audio_token_index=AUDIO,
         audio_start_token_id=BOS,
@@ -67,24 +50,12 @@ def plain() -> Qwen2_5OmniThinkerForConditionalGeneration:
         video_token_index=2,
         vision_start_token_id=3,
     )
-    torch.manual_seed(0)
-    model = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
-    with torch.no_grad():  # large weights: whatever the model hears or reads must show in its logits
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.3 * parameter[0].numel() ** -0.5)
-    return model
+    return with_large_weights(Qwen2_5OmniThinkerForConditionalGeneration, config)
 
 
 @pytest.fixture(scope="module")
 def policy(plain) -> Qwen2_5OmniThinkerForConditionalGeneration:
     return copy.deepcopy(plain)
-
-
-@pytest.fixture(scope="module")
-def tiny_omni(tmp_path_factory):
-    command = ("demo/make_model.py", "--family", "qwen2_5_omni", "--warm_start_steps", 60, "--out_dir")
-    return made_once(tmp_path_factory, "tiny_omni", lambda folder: run_script(*command, folder))
 
 
 def frame_mask(frames: int) -> torch.Tensor:

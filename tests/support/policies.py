@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from aqa.hosts.targets import patch_actor_for_audio
@@ -11,39 +12,43 @@ from lightrft.models.actor_al import ActorAL
 from lightrft.trainer.replay_buffer import Experience
 
 AUDIO, PAD, VOCABULARY = 7, 0, 61
+TOWER = {  # of both families
+    "num_mel_bins": 128,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 96,
+    "d_model": 64,
+}
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+def with_large_weights(model_class: type[nn.Module], config: object, scale: float = 1.3) -> nn.Module:
+    """A model of these sizes in which whatever it hears or reads shows in its outputs; the default 0.02 hides it."""
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=scale * parameter[0].numel() ** -0.5)
+    return model
 
 
 def build_model() -> Qwen2AudioForConditionalGeneration:
     config = Qwen2AudioConfig(
-        audio_config={
-            "model_type": "qwen2_audio_encoder",
-            "num_mel_bins": 128,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 96,
-            "d_model": 64,
-            "max_source_positions": 1500,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": VOCABULARY,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": False,
-        },
+        audio_config={"model_type": "qwen2_audio_encoder", "max_source_positions": 1500} | TOWER,
+        text_config={"model_type": "qwen2"} | DECODER,
         audio_token_index=AUDIO,
     )
-    torch.manual_seed(0)
-    model = Qwen2AudioForConditionalGeneration(config).eval()
-    with torch.no_grad():  # large weights: whatever the model hears or reads must show in its logits
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.3 * parameter[0].numel() ** -0.5)
-    return model
+    return with_large_weights(Qwen2AudioForConditionalGeneration, config)
 
 
 def as_actor(

@@ -15,7 +15,7 @@ import sys
 
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT, child_environment, made_once, run_script
+from conftest import EXAMPLE, ROOT, child_environment
 from safetensors.torch import save_file
 from support.training import metrics_of
 from transformers import (
@@ -301,12 +301,6 @@ class Oracle:
             error += (moved - rounded).square().sum().item()
             size += rounded.square().sum().item()
         return size**0.5, (error / size) ** 0.5
-
-
-@pytest.fixture(scope="module")
-def tiny_omni(tmp_path_factory):
-    command = ("demo/make_model.py", "--family", "qwen2_5_omni", "--warm_start_steps", 60, "--out_dir")
-    return made_once(tmp_path_factory, "tiny_omni", lambda folder: run_script(*command, folder))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.policies import TOWER, with_large_weights
 from transformers import Qwen2AudioConfig, WhisperFeatureExtractor
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
@@ -53,8 +54,8 @@ samples_strategy = st.lists(st.lists(clip_strategy, max_size=3), min_size=1, max
 
 # no deadline: the machine is shared, and one example's time says nothing
 @settings(max_examples=60, deadline=None)
-@given(samples=samples_strategy, data=st.data(), share=st.booleans(), stacked=st.booleans())
-def test_every_clip_survives_pack_split_join_unpack(samples, data, share, stacked):
+@given(samples=samples_strategy, data=st.data(), stacked=st.booleans())
+def test_every_clip_survives_pack_split_join_unpack(samples, data, stacked):
     mels = {clip: make_mel(*clip) for sample in samples for clip in sample}
     packed = [pack(mels[clip], clip[0]) for sample in samples for clip in sample]
     pixel_values, grid = (torch.cat(parts) for parts in zip(*packed, strict=True))
@@ -65,17 +66,17 @@ def test_every_clip_survives_pack_split_join_unpack(samples, data, share, stacke
     expected = [clip for i in order for clip in samples[i]]
 
     slot = joined_values if stacked else split_rows(joined_values, joined_grid)
-    out = unpack_clips(slot, joined_grid, share=share)
+    out = unpack_clips(slot, joined_grid)
 
     assert out.index.shape == (len(expected),)
     assert out.features.shape[1:] == (N_MELS, MAX_FRAMES)
-    assert out.features.shape[0] == (len(set(expected)) if share else len(expected))
+    assert out.features.shape[0] == len(set(expected))
     for at, clip in zip(out.index.tolist(), expected, strict=True):
         frames, mel = clip[0], mels[clip]
         kept = min(frames + GUARD_ROWS, mel.shape[1])
         assert torch.equal(out.features[at, :, :kept], mel[:, :kept])
         assert not out.features[at, :, kept:].any()
-        assert torch.equal(out.mask()[at], (torch.arange(MAX_FRAMES) < frames).long())
+        assert out.frames[at] == frames
 
 
 @pytest.mark.parametrize("frames", [2997, 2998, 2999, 3000])
@@ -88,17 +89,14 @@ def test_near_the_limit_frames_are_unambiguous(frames):
     assert out.features.shape == (1, N_MELS, MAX_FRAMES)
 
 
-def test_repeats_are_merged_by_content_and_share_false_keeps_them():
+def test_repeats_are_merged_by_content():
     a, b = make_mel(10, 0), make_mel(10, 1)
     parts = [pack_clip(mel, 10) for mel in (a, b, a.clone(), b, a)]
     grid = torch.cat([grid_of(part) for part in parts])
     shared = unpack_clips(torch.cat(parts), grid)
     assert shared.index.tolist() == [0, 1, 0, 1, 0]
     assert shared.features.shape[0] == 2
-    separate = unpack_clips(torch.cat(parts), grid, share=False)
-    assert separate.index.tolist() == [0, 1, 2, 3, 4]
-    assert torch.equal(separate.features, shared.features[shared.index])
-    assert torch.equal(separate.mask(), shared.mask()[shared.index])
+    assert torch.equal(shared.features[:, :, :10], torch.stack([a, b])[:, :, :10])
 
 
 def test_clips_that_differ_a_little_are_not_merged():
@@ -157,24 +155,8 @@ def test_audio_token_count_is_the_towers_for_every_length():
 # ------------------------------------------------------------------------------------------- why there are guard rows
 @pytest.fixture(scope="module")
 def tower() -> Qwen2AudioEncoder:
-    config = Qwen2AudioConfig(
-        audio_config={
-            "model_type": "qwen2_audio_encoder",
-            "num_mel_bins": 128,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 128,
-            "d_model": 64,
-            "max_source_positions": 1500,
-        }
-    ).audio_config
-    torch.manual_seed(0)
-    encoder = Qwen2AudioEncoder(config).eval()
-    with torch.no_grad():  # the default 0.02 hardly lets one frame matter
-        for parameter in encoder.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=(parameter[0].numel()) ** -0.5)
-    return encoder
+    config = Qwen2AudioConfig(audio_config={"model_type": "qwen2_audio_encoder", "max_source_positions": 1500} | TOWER)
+    return with_large_weights(Qwen2AudioEncoder, config.audio_config, scale=1.0)
 
 
 @torch.no_grad()

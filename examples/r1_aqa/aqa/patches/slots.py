@@ -73,11 +73,6 @@ class Clips:
     frames: torch.Tensor
     index: torch.Tensor
 
-    def mask(self) -> torch.Tensor:
-        """The ``feature_attention_mask``, ``(clips, 3000)`` int64."""
-        positions = torch.arange(self.features.shape[-1], device=self.features.device)
-        return (positions[None, :] < self.frames[:, None]).long()
-
 
 def split_rows(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[torch.Tensor]:
     """Split stacked rows into one view per clip.
@@ -96,13 +91,11 @@ def split_rows(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list
     return list(pixel_values.split(sizes))
 
 
-def unpack_clips(
-    pixel_values: torch.Tensor | Sequence[torch.Tensor], image_grid_thw: torch.Tensor, share: bool = True
-) -> Clips:
+def unpack_clips(pixel_values: torch.Tensor | Sequence[torch.Tensor], image_grid_thw: torch.Tensor) -> Clips:
     """Restore the clips of a micro-batch from the image slot.
 
-    The N responses of a GRPO group repeat the same clip N times. With ``share``, clips of equal content are merged, so
-    that the tower encodes each clip once.
+    The N responses of a GRPO group repeat the same clip N times. Clips of equal content are merged, so that the tower
+    encodes each clip once.
 
     :param pixel_values: Stacked rows ``(sum of rows, n_mels)``; or a sequence of each clip's ``(rows, n_mels)``, which
         avoids stacking repeats that are views of one tensor.
@@ -120,7 +113,7 @@ def unpack_clips(
     unique: list[torch.Tensor] = []
     index: list[int] = []
     for part in parts:
-        known = next((i for i, other in enumerate(unique) if share and _same_clip(part, other)), None)
+        known = next((i for i, other in enumerate(unique) if _same_clip(part, other)), None)
         if known is None:
             known = len(unique)
             unique.append(part)
