@@ -302,7 +302,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, An
     :return: Name to old and new value, as texts.
     """
     found = {}
-    before, now = ({"ranks": r["ranks"]} | r["flags"] if "ranks" in r else r["flags"] for r in (old, new))
+    before, now = ({"ranks": r.get("ranks", new["ranks"])} | r.get("flags", {}) for r in (old, new))
     for name, value in now.items():
         was = before.get(name, defaults.get(name, value))
         digests = [record.get("digests", {}).get(name) for record in (old, new)]
