@@ -1,4 +1,4 @@
-"""A sharded checkpoint of two ranks: a model of it, without either; and what resuming on one rank says."""
+"""A model of a checkpoint that two ranks wrote, made by one process."""
 
 from __future__ import annotations
 
@@ -29,8 +29,3 @@ def test_the_exported_model_is_the_one_that_the_run_saved(tiny_model, demo_parqu
     run_script("export_checkpoint.py", "--checkpoint", out, "--pretrain", tiny_model, "--out", tmp_path / "model")
     shutil.rmtree(out / "hf_step_000002" / "adapter", ignore_errors=True)
     assert contents(tmp_path / "model") == contents(out / "hf_step_000002")
-    done = train(tiny_model, demo_parquet, out, *flags, "--num_episodes", 2, "--load_checkpoint", check=False)
-    if "--fsdp" in flags or flags[1] != 0:
-        assert done.returncode == 2 and "2 ranks wrote it, these are 1: use as many" in done.stdout
-    else:
-        assert done.returncode == 0

@@ -14,6 +14,7 @@ from conftest import ROOT, child_environment
 from support.training import FLAGS
 
 from lightrft.strategy.deepspeed_hooks import Storage, is_usable
+from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 
 SCRIPT = """
 import json, math, sys
@@ -135,6 +136,28 @@ def test_a_norm_of_minus_one_means_none(norm, usable):
     assert is_usable(norm) is usable
     assert is_usable(torch.tensor(norm)) is usable
     assert not is_usable(float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("files", "stage", "ranks", "problem"),
+    [
+        ("{0}_optim {1}_optim mp_rank_00_model", 2, 1, "2 ranks wrote it, these are 1: use as many"),
+        ("bf16_{0}_optim bf16_{1}_optim {0}_model {1}_model", 3, 4, "2 ranks wrote it, these are 4: use as many"),
+        ("{0}_optim {0}_model", 2, 1, "ZeRO-3 wrote it: go on with --zero_stage 3"),
+        ("mp_rank_00_model", 2, 1, "ZeRO-0 wrote it: go on with --zero_stage 0"),
+        ("rank0", 2, 1, "DeepSpeed cannot load it; if --fsdp wrote it, go on with --fsdp"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_remedy(tmp_path, files, stage, ranks, problem):
+    """The files are those that DeepSpeed 0.19.8 writes; an older run has no record that would say it earlier."""
+    (tmp_path / "step_000002").mkdir()
+    for name in files.format("zero_pp_rank_0_mp_rank_00", "zero_pp_rank_1_mp_rank_00").split():
+        (tmp_path / "step_000002" / f"{name}{'' if name == 'rank0' else '_states'}.pt").touch()
+    strategy = object.__new__(DeepspeedStrategy)
+    strategy.args, strategy.world_size = SimpleNamespace(zero_stage=stage), ranks
+    with pytest.raises(SystemExit) as refused:
+        strategy.read_ckpt(None, str(tmp_path), "step_000002")
+    assert str(refused.value) == f"--load_checkpoint: {tmp_path}/step_000002: {problem}"
 
 
 class Payload:
