@@ -109,11 +109,12 @@ def _read_zero3(checkpoint: Path) -> tuple[Weights, dict[str, Any]]:
 
     A rank's parts of trained parameters are float32, one after the other in the order of ``param_shapes``.
     """
+    about: dict[str, Any] = {}
     parts: dict[str, list[torch.Tensor]] = defaultdict(list)
     files = _by_rank(checkpoint, "*_model_states.pt"), _by_rank(checkpoint, "*_optim_states.pt")
     for model_file, optimizer_file in zip(*files, strict=True):
         state = _load_deepspeed(model_file)
-        about, tied = _about(state, checkpoint), state["shared_params"]
+        about, tied = about or _about(state, checkpoint), state["shared_params"]  # rank 0 knows all of it
         shapes = {name: shape for group in state["param_shapes"] for name, shape in group.items()}
         flat = torch.cat(_load_deepspeed(optimizer_file)["optimizer_state_dict"]["fp32_flat_groups"])
         flat = flat.to(getattr(torch, about["dtype"]))
@@ -129,10 +130,11 @@ def _read_zero3(checkpoint: Path) -> tuple[Weights, dict[str, Any]]:
 
 def _read_fsdp(checkpoint: Path) -> tuple[Weights, dict[str, Any]]:
     """FSDP2 gives every rank some rows of each parameter."""
+    about: dict[str, Any] = {}
     rows: dict[str, list[torch.Tensor]] = defaultdict(list)
     for path in _by_rank(checkpoint, "rank*.pt"):
         state = read_state(path)
-        about = _about(state["client_state"], checkpoint)
+        about = about or _about(state["client_state"], checkpoint)  # rank 0 knows all of it
         for name, value in state["model"].items():
             rows[name].append(value.to(getattr(torch, about["dtype"])))
     return {name: torch.cat(parts) for name, parts in rows.items()}, about
