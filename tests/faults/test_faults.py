@@ -193,7 +193,6 @@ def test_between_two_optimizer_steps_of_a_rollout_a_run_does_not_stop(whole, tin
     reference = whole("hf", 1, *several)
     expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
     assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
-    assert comparable(out) == comparable(reference)
 
 
 @pytest.mark.faults
