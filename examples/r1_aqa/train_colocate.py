@@ -30,7 +30,7 @@ from aqa.audio.prefetch import PrefetchLoader
 from aqa.hosts.current import current_host, describe_host
 from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
-from aqa.training.flag_rules import find_problems, find_warnings
+from aqa.training.flag_rules import find_problems, find_warnings, rank_problems
 from aqa.training.flags import build_parser, finish, has_split
 from aqa.training.run_config import describe_program, write_report
 from aqa.training.run_folder import RunFolder, open_run
@@ -514,6 +514,9 @@ def main() -> None:
         from aqa.training import planner
 
         raise SystemExit(planner.run(args, HOST.find_problems(args)))
+    if problems := rank_problems(os.environ):
+        print("\n".join(problems), file=sys.stderr, flush=True)
+        raise SystemExit(WRONG_USE)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     problems = find_problems(args, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     problems += HOST.find_problems(args)

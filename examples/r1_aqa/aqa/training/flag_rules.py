@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from aqa.common.model_type import cut_weights, has_weights, missing_tokenizer, model_type_of
@@ -17,6 +19,42 @@ from aqa.training.flags import (
     REWARDS,
     has_split,
 )
+
+
+def rank_problems(environment: Mapping[str, str]) -> list[str]:
+    """What is wrong with the variables that say which rank this process is, and how the ranks meet.
+
+    :param environment: Without ``RANK`` and ``WORLD_SIZE`` there is one rank, and nothing to check.
+    """
+    limits = {"WORLD_SIZE": (1, None), "RANK": (0, "WORLD_SIZE"), "LOCAL_RANK": (0, "LOCAL_WORLD_SIZE")}
+    limits["MASTER_PORT"] = (1, None)
+    names = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+    if not names:
+        return []
+    numbers, problems = {"LOCAL_WORLD_SIZE": 1 << 16}, []
+    for name in ("LOCAL_WORLD_SIZE", *limits):
+        text = environment.get(name)
+        if text is not None and text.isdecimal():
+            numbers[name] = int(text)
+        elif text is not None or name in ("RANK", "WORLD_SIZE"):
+            problems.append(f"{name} {'is not set' if text is None else repr(text)}: must be a whole number")
+    for name, (least, below) in limits.items():
+        most = numbers.get(below, 1 << 16) - 1
+        if name in numbers and not least <= numbers[name] <= most:
+            problems.append(
+                f"{name} {numbers[name]}: must be {least} to {most}" + (f" (below {below})" if below else "")
+            )
+    if numbers.get("WORLD_SIZE", 1) > 1:
+        problems += [f"{name} is not set" for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if not problems and numbers["RANK"] == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", numbers.get("MASTER_PORT", 0)))
+            except OSError as error:
+                problems.append(f"MASTER_PORT {numbers['MASTER_PORT']}: {error.strerror}; name a free one")
+    remedy = "torchrun and srun set these variables; unset them to train in one process"
+    return [f"{problem} ({remedy})" for problem in problems]
 
 
 def find_problems(
