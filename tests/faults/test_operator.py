@@ -341,9 +341,9 @@ AT_RESUME: dict[str, Row] = {
     "half the parquet": (
         lambda d: d.train(prompt_data=d.write("half.parquet", (d.parquet / "train.parquet").read_bytes()[:5_000])),
         2,
-        "half.parquet",
+        "half.parquet: cannot be read ( ... make or copy it again",
     ),
-    "an empty parquet": (lambda d: d.train(prompt_data=d.write("none.parquet")), 2, "none.parquet"),
+    "an empty parquet": (lambda d: d.train(prompt_data=d.write("none.parquet")), 2, "none.parquet: cannot be read ("),
     "half the config": (lambda d: d.train(pretrain=d.spoiled(cut="config.json")), 2, "--pretrain {d.tmp}/copy: "),
 }
 

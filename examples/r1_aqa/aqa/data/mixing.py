@@ -20,12 +20,17 @@ def read_sources(sources: str, split: str, strategy: Any, seed: int, needed: Seq
 
     :param sources: Files or folders, separated by commas.
     :param needed: Columns that are read later.
-    :raises SystemExit: if a needed column cannot be cast.
+    :raises SystemExit: if a source cannot be read, or a needed column cannot be cast.
     """
     from lightrft.utils import blending_datasets
 
     names = [source.strip() for source in sources.split(",")]
-    parts = [blending_datasets(name, "1.0", strategy, seed, return_eval=False, train_split=split) for name in names]
+    parts = []
+    for name in names:
+        try:
+            parts.append(blending_datasets(name, "1.0", strategy, seed, return_eval=False, train_split=split))
+        except (ValueError, OSError) as error:  # half a copy, or no such format
+            raise SystemExit(f"{name}: cannot be read ({error}); make or copy it again") from error
     if len(parts) == 1:
         return parts
     features: dict[str, list[Any]] = {}
