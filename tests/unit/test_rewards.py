@@ -30,7 +30,7 @@ from aqa.rewards import r1_aqa as rewards
 from aqa.rewards.matching import MathChecker, MathCheckUnavailable, first_answer, may_hold_math
 from aqa.rewards.named import NAMED, RewardError, find_reward
 from aqa.training.flags import REWARDS
-from demo.make_model import build_processor
+from demo.tiny_model import build_processor
 
 HEADER = "<|im_start|>assistant\n"
 QUESTION = "What barks? Please choose the answer from the following options: ['dog', 'cat']."
