@@ -101,8 +101,9 @@ SHUFFLED = ["(C) engine", "(A) beep", "(B) rain"]
 AUTHORS = ["A. Smith", "B. Jones", "J. Smith"]
 DECIMALS = ["1.5", "2.7", "3.1"]
 RATIOS = ["1:2", "2:3", "3:5"]
+KEYS = ["C major", "A minor", "B minor", "E flat"]
 NUMBERED = ["1) 2", "2) 1", "3) 7"]
-# The choices themselves carry letters or numbers.
+# The choices themselves hold letters or numbers.
 LABELLED = [
     ("<answer>beep</answer>", SOUNDS, "(B) beep", "the text alone"),
     ("Beep.", SOUNDS, "(B) beep", "in any case, with a stop"),
@@ -139,6 +140,20 @@ LABELLED = [
     ("(C) 3) 7", NUMBERED, "3) 7", "a letter where numbers are shown"),
     ("7", NUMBERED, "3) 7", "the text of one, and no number"),
     ("beep", ["(A) beep", "(B) beep"], "beep", "two choices with that text"),
+    # letters as words
+    ("B", KEYS, "B", "the letter of one choice, and the place of another: not guessed"),
+    ("The answer is **a**.", KEYS, "The answer is **a**.", "no article, but a key"),
+    ("(B)", KEYS, "A minor", "in brackets it is a place"),
+    ("D", KEYS, "E flat", "no choice's word, so a place"),
+    ("B) A minor", KEYS, "A minor", "the text counts"),
+    ("A", ["a minor", "A flat"], "A", "keys in either case"),
+    ("A", ["A Dorian", "E Dorian"], "A", "a mode"),
+    ("A", ["Plan B", "Plan A"], "A", "a name"),
+    ("A", ["A flat tyre", "A natural, deep voice"], "A flat tyre", "articles"),
+    ("B", ["it's a B-side", "R&B"], "B", "of a word with a hyphen"),
+    ("B", ["Rock", "R&B"], "R&B", "but not of an abbreviation"),
+    ("B", ["1) C major", "2) A minor", "3) B minor"], "B", "the same where numbers are shown"),
+    ("B", ["(A) B minor", "(B) A minor"], "(B) A minor", "a label that is shown"),
     *(
         (said, [f"{head}engine", head.translate(str.maketrans("Aa1", "Bb2")) + "beep"], f"{head}engine", "label")
         for head in HEADS

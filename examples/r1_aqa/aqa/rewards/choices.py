@@ -47,6 +47,9 @@ _WRAPPERS = (
     ("\u201c", "\u201d"),
     ("<", ">"),
 )
+# A letter that a choice uses as a word: a key, "Plan B", an initial. "it's", "R&B" and the article "a" have none.
+_WORD = re.compile(r"(?<![\w'\u2019&])[A-Za-z](?![\w'\u2019&])")
+_ARTICLE = re.compile(r"\b[Aa]\s(?!(?:(?:flat|sharp|natural)\s)?(?:major|minor)\b|(?:flat|sharp|natural)$)(?=[a-z])")
 _BULLET = re.compile(r"^(?:[-*>•]|#{1,4})\s+")
 _END = ".,;:!?。…"
 # Full-width forms as their ASCII ones; those behind a label get the space that ASCII writes there.
@@ -79,13 +82,20 @@ class _Options(NamedTuple):
     labelled: bool  # all choices carry a letter or number, which the prompt shows
     by_text: dict[str, str]  # choice by its normalised text, with and without label
     by_label: dict[str, str | None]  # choice by its letter, upper case, or its number; None: also another one's text
+    unclear: set[str]  # letters that no choice carries and that some choice has as a word: "B" may mean "B minor"
 
 
-def find_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The choice that a stripped answer names, in its own spelling; None if it names none, or several."""
+def find_choice(text: str, choices: Sequence[str], sentences: bool = True) -> str | None:
+    """The choice that a stripped answer names, in its own spelling; None if it names none, or several.
+
+    :param sentences: An answer may say more than the choice. Without, it is a text, a label, or a label and its text:
+        a reward that pays for "not the cat" or "The wrong answer is: cat" teaches to write it.
+    """
     options = _options(choices)
     text = text.translate(_WIDE).strip()
-    choice = _match(text, options)
+    choice = _match(text, options, sentences)
+    if not sentences:
+        return choice
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if choice is None and len(lines) > 1:
         choice = _match_lines(lines[-_MOST_LINES:], lines[0], options)
@@ -109,16 +119,20 @@ def _options(choices: Sequence[str]) -> _Options:
             for both in {text for text in by_bare if text.upper() in by_label}:  # "(A) B": is B a text or a label?
                 del by_bare[both]
                 by_label[both.upper()] = None
-            return _Options(choices, bare, True, by_bare | by_text, by_label)
+            return _Options(choices, bare, True, by_bare | by_text, by_label, _letters(bare) - set(labels))
     # Where letters are choices (keys, chords), another letter is a wrong answer and not the label of a choice.
     if any(len(text) == 1 and text.isalpha() for text in plain):
-        return _Options(choices, plain, False, by_text, {})
-    return _Options(choices, plain, False, by_text, by_letter)
+        return _Options(choices, plain, False, by_text, {}, set())
+    return _Options(choices, plain, False, by_text, by_letter, _letters(plain))
 
 
-def _match(text: str, options: _Options) -> str | None:
+def _letters(texts: Sequence[str]) -> set[str]:
+    return {letter.upper() for text in texts for letter in _WORD.findall(_ARTICLE.sub("", text))}
+
+
+def _match(text: str, options: _Options, sentences: bool = True) -> str | None:
     """The choice that a text names as a whole, by its text or else by its label."""
-    forms = list(_peelings(text))
+    forms = list(_peelings(text, sentences))
     for form in forms:
         if _normal(form) in options.by_text:
             return options.by_text[_normal(form)]
@@ -127,16 +141,18 @@ def _match(text: str, options: _Options) -> str | None:
         if label is None:
             continue
         rest = form[label.end() :]
-        choice = options.by_label.get((label[1] or label[2] or label[3]).upper())
-        for part in _peelings(rest):
+        name = (label[1] or label[2] or label[3]).upper()
+        choice = options.by_label.get(name)
+        for part in _peelings(rest, sentences):
             if (named := options.by_text.get(_normal(part))) is not None:
                 # a prompt without labels leaves the text to count; one that shows them is contradicted
-                return named if not options.labelled or named == choice else None
+                return named if named == choice or (sentences and not options.labelled) else None
+        if choice is None:
+            continue
+        if not rest:
+            return choice if label[1] or name not in options.unclear else None
         # a label followed by text counts only if the text means the same choice
-        if choice is not None and (
-            not rest
-            or ("\n" not in rest and is_right(rest, options.bare[list(options.own).index(choice)], options.bare))
-        ):
+        if sentences and "\n" not in rest and is_right(rest, options.bare[options.own.index(choice)], options.bare):
             return choice
     return None
 
@@ -162,24 +178,25 @@ def _match_words(text: str, options: _Options) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def _peelings(text: str) -> Iterator[str]:
-    """The text, then the text with one wrapping after another removed: marks, punctuation, "the answer is"."""
+def _peelings(text: str, sentences: bool) -> Iterator[str]:
+    """The text, then the text with one wrapping after another removed: marks, punctuation, and, unless ``sentences``
+    is false, "the answer is"."""
     previous = None
     for _ in range(_MOST_LAYERS):
         if not text or text == previous:
             return
         yield text
-        previous, text = text, _peel(text)
+        previous, text = text, _peel(text, sentences)
 
 
-def _peel(text: str) -> str:
+def _peel(text: str, sentences: bool) -> str:
     peeled = _peel_marks(text)
     if peeled != text:
         return peeled
     peeled = text.rstrip(_END).rstrip()
     if peeled != text:
         return peeled
-    return _LEAD_IN.sub("", text).strip()
+    return _LEAD_IN.sub("", text).strip() if sentences else text
 
 
 def _peel_marks(text: str) -> str:

@@ -108,7 +108,7 @@ def named_references(queries: Sequence[str], refs: Sequence[str], special: Seque
             response = extract_response(query, special)
             answer = first_answer(response)
             answer = (response if answer is None else answer).strip()
-            if find_choice(answer, choices) == reference:
+            if find_choice(answer, choices, sentences=False) == reference:
                 reference = answer
         references.append(reference)
     return references
