@@ -106,6 +106,96 @@ def test_row_as_r1_aqa_has_it(run, think):
     ]
 
 
+CHOICES = ["duck", "Frog", "cow", "bee", "cow"]
+FORMATS = {  # rows as the data sets publish them, and the names of question, choices, answer and recording
+    "dcase": {
+        "id": "1",
+        "audio_path": "a.ogg",
+        "question_text": "Which animal?",
+        "multi_choice": CHOICES,
+        "answer": "Frog",
+        "source_dataset": "AudioSet",
+        "question_type": "sound",
+    },
+    "audiomcq": {
+        "id": "1",
+        "audio_path": "a.ogg",
+        "question": "Which animal?",
+        "choices": CHOICES,
+        "answer": "Frog",
+        "source_dataset": "AudioSet",
+        "question_type": "sound",
+        "gemini_cot": "...",
+    },
+    "mmsu": {
+        "id": "1",
+        "audio_path": "a.ogg",
+        "question": "Which animal?",
+        **{f"choice_{letter}": choice for letter, choice in zip("abcd", [*CHOICES[:3], "cow"], strict=True)},
+        "answer_gt": "Frog",
+        "task_name": "AudioSet",
+        "category": "sound",
+    },
+    "mmau": {
+        "id": "1",
+        "audio_id": "a.ogg",
+        "question": "Which animal?",
+        "choices": CHOICES,
+        "answer": "Frog",
+        "dataset": "AudioSet",
+        "task": "sound",
+    },
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_other_data_sets(run, name):
+    good = FORMATS[name]
+    question, choices, answer, audio = (
+        next(field for field in good if field.startswith(start))
+        for start in ("question", ("multi", "ch"), "ans", "aud")
+    )
+    wrong = [
+        ({answer: "horse"}, "bad_answer: answer is 'horse', which is no choice of ['duck', 'Frog', 'cow',"),
+        ({answer: "cow"}, "bad_answer: answer is 'cow', which is the text of choices 2 and "),
+        ({answer: 1}, "bad_answer: answer is 1, expected the text of a choice"),
+        ({answer: None}, f"missing_field: no {answer}"),
+        ({choices: None}, f"missing_field: no {choices}"),
+        ({question: " "}, f"bad_question: {question} is ' '"),
+        ({audio: "a/"}, f"bad_{audio}: {audio} is 'a/'"),
+        ({audio: None}, f"missing_field: no {audio}"),
+        ({"id": "2"}, "duplicate_id: id '2' was used before, on line 2"),
+    ]
+    spelled = good | {"id": "2", answer: " frog"}
+    rows = [good, spelled, *(good | {"id": str(number)} | change for number, (change, _) in enumerate(wrong, 3))]
+    assert run(rows, "--no_check_audio") == 0
+    for problem, (_, says) in zip(run.report()["problems"], wrong, strict=True):
+        assert f"{problem['kind']}: {problem['reason']}".startswith(says)
+    assert [written["reference"] for written in run.rows()] == ["Frog", "Frog"]
+    written = run.rows()[0]
+    info = written["extra_info"]
+    assert (info["id"], info["question_text"], info["answer_idx"]) == ("1", "Which animal?", 1)
+    assert info["multi_choice"][:3] == CHOICES[:3]
+    assert (written["audio_path"], written["question_type"]) == (str(run.audio / "a.ogg"), "sound")
+    assert written["dataset_name"] == "AudioSet"
+
+
+@pytest.mark.parametrize(
+    ("answers", "golds"),
+    [
+        ([0, 1, "12"], "12 7"),  # numbers of choices: text is refused, even where it is a choice's
+        (["12", "7", "1"], ""),  # digits could be either, so they are no numbers and no texts
+        (["none", "12", "none", 1], "none 12 none"),  # texts: what looks like a number is one, and a number is refused
+        (["none", 1, 1], "7 7"),
+    ],
+)
+def test_a_file_has_numbers_or_texts_as_answers(run, answers, golds):
+    rows = [row(i, answer=answer, multi_choice=["12", "7", "none"]) for i, answer in enumerate(answers)]
+    assert run(rows, "--no_check_audio") == (0 if golds else 2)
+    if golds:
+        assert " ".join(written["reference"] for written in run.rows()) == golds
+
+
 @pytest.mark.parametrize(
     ("answers", "flags", "golds"),
     [

@@ -401,6 +401,43 @@ def test_rows_of_r1_aqa_are_questions(tmp_path):
         read(*(named | {"id": i, "answer": 3} for i in range(3)))
 
 
+@pytest.mark.parametrize(
+    ("row", "task", "kept"),
+    [
+        ({"question_text": "?", "multi_choice": ["a", "b"], "answer": "b", "question_type": "music"}, "music", {}),
+        ({"question": "?", "choices": ["a", "b"], "answer": "b", "source_dataset": "D", "cot": "c"}, "D", {"cot": "c"}),
+        (
+            {"question": "?", "answer_gt": "b", "category": "Perception", "sub-category": "Semantics"}
+            | dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), "abcd", strict=True)),
+            "Perception",
+            {"sub-category": "Semantics"},
+        ),
+    ],
+    ids=["dcase", "audiomcq", "mmsu"],
+)
+def test_rows_of_other_data_sets_are_questions(tmp_path, row, task, kept):
+    path, answer = tmp_path / "rows.jsonl", "answer_gt" if "answer_gt" in row else "answer"
+    rows = [row | {"id": i, "audio_path": f"{i}.wav", answer: text} for i, text in enumerate(("b", "a", "horse"))]
+
+    def items(*rows):
+        path.write_text("\n".join(map(json.dumps, rows)))
+        benchmark, questions = read_rows(path)
+        assert benchmark is MMAU
+        return make_items(questions, MMAU, tmp_path, False)
+
+    found = items(*rows)
+    assert [item.gold for item in found] == ["b", "a", "horse"]  # the last is warned of, and no prediction matches
+    assert [item.audio.name for item in found] == ["0.wav", "1.wav", "2.wav"]
+    assert "following options: ['a', 'b'" in found[0].prompt
+    assert found[0].row.items() >= {"task": task, **kept}.items()
+    results = result_rows(found, [("b", "b")] * 3, MMAU, False)
+    path.write_text(json.dumps(results))
+    assert judge(read_rows(path)[1], MMAU).right == [True, False, False]  # a result is a result, and no question again
+    assert [item.gold for item in items(*({k: v for k, v in r.items() if k != answer} for r in rows))] == [None] * 3
+    with pytest.raises(EvalError, match=r"1 of 2 questions(?s:.*)audio_id is None"):
+        items(rows[0], row | {"id": 9})
+
+
 @pytest.mark.parametrize("start, what", [(b"PAR1x", "a parquet file"), (b"PK\x03\x04", "zip"), (b"\x1f\x8b", "gzip")])
 def test_what_is_no_json_is_said(tmp_path, start, what):
     (tmp_path / "file").write_bytes(start)

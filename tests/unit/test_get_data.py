@@ -15,13 +15,17 @@ from pathlib import Path
 
 import get_data
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 from avqa import main as avqa
 from conftest import EXAMPLE
+from pyarrow import parquet
 
 from aqa.audio.decode import load_audio
 from aqa.data import extract_audio, unpack_audio
+from aqa.data.rows import AvqaError, read_records
+from aqa.evaluation.items import EvalError, read_rows
 
 SCRIPT = EXAMPLE / "data_preprocess" / "get_data.py"
 needs_ffmpeg = pytest.mark.skipif(
@@ -380,6 +384,108 @@ def test_a_size_that_lies_is_noticed(tmp_path, monkeypatch):
         monkeypatch.setattr(unpack_audio, "members_of", lambda archive, member=member: [member])
         with pytest.raises(unpack_audio.UnpackError, match=r"a\.wav"):
             unpack_audio.unpack(Path("archive"), ["a.wav"], tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- MMAU's parquet files
+def embedded(identity: object, data: bytes | None, **changes: object) -> dict:
+    """A row as MMAU distributes it."""
+    attributes = json.dumps({"id": identity, "task": "sound", "difficulty": "easy"})
+    return {
+        "context": {"bytes": data, "path": "../../outside.wav"},
+        "instruction": "What is heard?",
+        "choices": ["horn", "bell"],
+        "answer": "bell",
+        "other_attributes": attributes,
+    } | changes
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    return path
+
+
+def test_sound_in_parquet_becomes_files(tmp_path, wav, capsys):
+    flac = io.BytesIO()
+    tone = 0.3 * np.sin(np.arange(8000) / 9)
+    soundfile.write(flac, np.stack([tone, tone / 2], 1), 8000, format="FLAC")
+    unusable = [
+        (embedded("../x", wav), "other_attributes has the id '../x', which cannot be the name of a file"),
+        (embedded("a\\b", wav), "cannot be the name"),
+        (embedded(".x", wav), "cannot be the name"),
+        (embedded("/x", wav), "cannot be the name"),
+        (embedded("x" * 201, wav), "cannot be the name"),
+        (embedded("x\0", wav), "cannot be the name"),
+        (embedded("", wav), "cannot be the name"),
+        (embedded(None, wav), "the id None"),
+        (embedded("a", wav), "the id 'a' occurs twice"),
+        (embedded("b", None), "context is {'bytes': None,"),
+        (embedded("c", wav, other_attributes="{"), "other_attributes is '{', no JSON"),
+        (embedded("d", wav, other_attributes="[]"), "expected a JSON object"),
+    ]
+    source, out = tmp_path / "shards", tmp_path / "out"
+    write_parquet(source / "test-0.parquet", [embedded("a", wav), embedded("täg lich", flac.getvalue())])
+    write_parquet(
+        source / "test-1.parquet", [row for row, _ in unusable] + [embedded("z", wav[:200]), embedded(7, wav)]
+    )
+    assert run_mmau(source, None, out) == 0
+    audios = out / "audios"
+    assert {path.name for path in audios.iterdir()} == {"a.wav", "täg lich.wav", "7.wav"}
+    assert not (tmp_path / "outside.wav").exists()
+    assert (audios / "a.wav").read_bytes() == wav
+    (tmp_path / "original").write_bytes(flac.getvalue())
+    np.testing.assert_array_equal(load_audio(audios / "täg lich.wav"), load_audio(tmp_path / "original"))
+    report = report_of(out)
+    assert report["recordings"] == {"asked_for": 4, "there": 3, "broken": 1}
+    for line, (number, (_, says)) in zip(report["rows_without_question"], enumerate(unusable), strict=True):
+        assert line.startswith(f"{source / 'test-1.parquet'}, row {number}: ") and says in line
+    questions = json.loads((out / "questions.json").read_text())
+    assert [question["id"] for question in questions] == ["a", "täg lich", "z", "7"]
+    first = {"id": "a", "audio_id": "audios/a.wav", "question": "What is heard?", "choices": ["horn", "bell"]}
+    assert questions[0] == first | {"answer": "bell", "task": "sound", "difficulty": "easy"}
+    assert f"--data_file {out / 'questions.json'} --audio_dir {out} --skip_bad_audio" in capsys.readouterr().err
+
+    # once more, after a kill that left a draft and a recording too few
+    before = {path: path.stat().st_mtime_ns for path in audios.iterdir() if path.name != "7.wav"}
+    (audios / "7.wav").rename(audios / ".7.wav.0123abcd.part")
+    assert run_mmau(source, None, out) == 0
+    assert "1 recordings written, 4 questions" in capsys.readouterr().err
+    assert {path.name for path in audios.iterdir()} == {"a.wav", "täg lich.wav", "7.wav"}
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+    arguments = ["--input_jsonl", out / "questions.json", "--audio_dir", out, "--local_save_dir", tmp_path / "rows"]
+    assert avqa([*map(str, arguments), "--skip_bad"]) == 0
+    written = parquet.read_table(tmp_path / "rows" / "train.parquet").to_pylist()
+    assert [(row["reference"], row["question_type"]) for row in written] == [("bell", "sound")] * 3
+    assert {row["audio_path"] for row in written} == {str(path) for path in audios.iterdir()}
+
+
+def test_parquet_that_cannot_be_used(tmp_path, wav, capsys):
+    good = write_parquet(tmp_path / "good.parquet", [embedded("a", wav)])
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(good.read_bytes()[:-20])
+    other = write_parquet(tmp_path / "other.parquet", [{"prompt": "x", "choices": ["a"]}])
+    none = write_parquet(tmp_path / "none.parquet", [embedded("", wav)])
+    (tmp_path / "empty").mkdir()
+    for questions, archive, says in (
+        (cut, None, "cut.parquet: cannot be read"),
+        (other, None, "['prompt', 'choices'] lack MMAU's context, instruction, answer, other_attributes"),
+        (none, None, "no row gives a question"),
+        (tmp_path / "empty", None, "a folder without *.parquet"),
+        (good, good, f"--archive {good}: the parquet of --questions holds the recordings"),
+    ):
+        assert run_mmau(questions, archive, tmp_path / "out") == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "out" / "questions.json").exists()
+    command = ["mmau", "--questions", str(good), "--out_dir", "data/mmau"]
+    for said in (read_error(read_records, good.read_bytes(), str(good)), read_error(read_rows, good)):
+        assert said.endswith(f"get_data.py {' '.join(command)}")
+
+
+def read_error(function, *arguments: object) -> str:
+    with pytest.raises((AvqaError, EvalError)) as error:
+        function(*arguments)
+    return str(error.value)
 
 
 def test_help_says_where_to_get_what():

@@ -16,6 +16,9 @@ MMAU test-mini, for evaluation
   2. python examples/r1_aqa/data_preprocess/get_data.py mmau --questions mmau-test-mini.json \\
          --archive test-mini-audios.tar.gz --out_dir data/mmau
      It unpacks the recordings and checks that every question has its own. MMAR goes the same way.
+  Or 1. the parquet files of MMAU, which hold questions and recordings;
+     2. python examples/r1_aqa/data_preprocess/get_data.py mmau --questions FILE_OR_FOLDER.parquet --out_dir data/mmau
+     It writes questions.json and the recordings, for eval_mmau.py and avqa.py.
 
 Both may be interrupted, or killed: the same command goes on. Both write OUT_DIR/report.json: what is there, what is
 missing, what is broken and why.
@@ -41,10 +44,12 @@ from aqa.common.arguments import Parser  # noqa: E402
 from aqa.common.console import progress, say, say_problems  # noqa: E402
 from aqa.common.files import write_atomically  # noqa: E402
 from aqa.common.lock import lock  # noqa: E402
+from aqa.data.embedded_audio import TakenOut, embedded_rows, parquet_files, take_out  # noqa: E402
 from aqa.data.extract_audio import ExtractError, extract_all, index_media, missing_tools  # noqa: E402
 from aqa.data.rows import AvqaError, counts_from_one, parse_records, read_records  # noqa: E402
 from aqa.data.unpack_audio import UnpackError, is_safe, unpack  # noqa: E402
 
+QUESTIONS = "questions.json"  # those that a parquet held
 CLIP_BYTES = 320_000  # 10 s of 16 kHz, 16 bit
 EXIT_STATUS = (
     "exit status: 0 done, though clips may be missing (the report lists them); 2 wrong use, wrong data or a file that "
@@ -83,7 +88,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="ffmpeg processes at a time (default: %(default)s, one a core)",
     )
     mmau = commands.add_parser("mmau", help="recordings out of MMAU's archive", description=__doc__, **kind)
-    mmau.add_argument("--questions", type=Path, required=True, help="mmau-test-mini.json, or MMAR's JSON lines")
+    mmau.add_argument(
+        "--questions",
+        type=Path,
+        required=True,
+        help="mmau-test-mini.json, MMAR's JSON lines, or MMAU's parquet file or folder of parquet files",
+    )
     mmau.add_argument(
         "--archive", type=Path, help="tar.gz or zip of the recordings; without it, --out_dir is only checked"
     )
@@ -99,13 +109,18 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     """One message for each setting that cannot be used, with value and remedy."""
     problems = []
     for path in args.questions if args.command == "avqa" else [args.questions]:
-        if not path.is_file():
+        if path.is_dir() and args.command == "mmau":
+            if not parquet_files(path):
+                problems.append(f"--questions {path}: a folder without *.parquet; name the file")
+        elif not path.is_file():
             problems.append(f"--questions {path}: no such file; --help says where to download it")
     if args.out_dir.exists() and not args.out_dir.is_dir():
         problems.append(f"--out_dir {args.out_dir}: not a folder; choose another name")
     if args.command == "mmau":
         if args.archive is not None and not args.archive.is_file():
             problems.append(f"--archive {args.archive}: no such file; --help says where to download it")
+        elif args.archive is not None and args.questions.exists() and parquet_files(args.questions):
+            problems.append(f"--archive {args.archive}: the parquet of --questions holds the recordings; drop it")
         return problems
     if not args.media.is_dir():
         problems.append(f"--media {args.media}: no such folder; an archive must be unpacked first")
@@ -195,10 +210,13 @@ def get_mmau(args: argparse.Namespace) -> None:
     """
     from aqa.evaluation.items import read_rows
 
-    benchmark, rows = read_rows(args.questions)
+    source = parquet_files(args.questions)
+    taken = write_embedded(source, args.out_dir) if source else TakenOut([], 0, [], {})
+    file = args.out_dir / QUESTIONS if source else args.questions
+    benchmark, rows = read_rows(file)
     names = list(dict.fromkeys(row.get(benchmark.audio_key) for row in rows))
     if unsafe := [name for name in names if not isinstance(name, str) or not is_safe(name)]:
-        raise DataError(f"{args.questions}: {benchmark.audio_key} {unsafe[0]!a} is no path below a folder")
+        raise DataError(f"{file}: {benchmark.audio_key} {unsafe[0]!a} is no path below a folder")
     say(f"{benchmark.title}: {len(rows)} questions on {len(names)} recordings")
     args.out_dir.mkdir(parents=True, exist_ok=True)
     with lock(args.out_dir / ".lock", f"--out_dir {args.out_dir}"):
@@ -206,10 +224,11 @@ def get_mmau(args: argparse.Namespace) -> None:
             with progress("unpacking", len(names)) as advance:
                 unpacked, others = unpack(args.archive, names, args.out_dir, advance)
             say(f"{args.archive}: {unpacked} recordings unpacked, {others} other entries passed over")
-        problems = check_recordings(names, args.out_dir)
+        problems = check_recordings(names, args.out_dir) | {n: ("broken", why) for n, why in taken.broken.items()}
         kinds = dict(Counter(kind for kind, _ in problems.values()))
         report = {
             "questions": len(rows),
+            "rows_without_question": taken.unusable,
             "recordings": {"asked_for": len(names), "there": len(names) - len(problems), **kinds},
             "problems": [{"name": n, "kind": kind, "reason": why} for n, (kind, why) in problems.items()],
         }
@@ -218,10 +237,29 @@ def get_mmau(args: argparse.Namespace) -> None:
     say(f"{len(names) - len(problems)} of {len(names)} recordings are in {args.out_dir}")
     if len(problems) == len(names):
         raise DataError("no recording is there; --archive unpacks them, --help says where to download it")
-    source = ["--data_file", args.questions, "--audio_dir", args.out_dir]
+    source = ["--data_file", file, "--audio_dir", args.out_dir]
     skip = ["--skip_bad_audio"] if problems else []
-    out = ["--out_file", f"results/{args.questions.stem}{'.json' if benchmark.name == 'mmau' else '.jsonl'}"]
+    out = ["--out_file", f"results/{file.stem}{'.json' if benchmark.name == 'mmau' else '.jsonl'}"]
     show_next("eval_mmau.py", "--model_path", "YOUR_MODEL", *source, *skip, *out, "--engine", "vllm")
+
+
+def write_embedded(files: Sequence[Path], folder: Path) -> TakenOut:
+    """Write the recordings and the questions of parquet files.
+
+    :raises DataError: if no row gives a question.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock", f"--out_dir {folder}"):
+        with progress("writing", embedded_rows(files)) as advance:
+            taken = take_out(files, folder, advance)
+        if taken.unusable:
+            title = f"{len(taken.unusable)} rows give no question and are left out"
+            say_problems(title, ["no_question"] * len(taken.unusable), taken.unusable)
+        if not taken.questions:
+            raise DataError(f"{files[0]}: no row gives a question")
+        write_atomically(folder / QUESTIONS, json.dumps(taken.questions, indent=1))
+    say(f"{taken.written} recordings written, {len(taken.questions)} questions are in {folder / QUESTIONS}")
+    return taken
 
 
 def check_recordings(names: Sequence[str], folder: Path) -> dict[str, tuple[str, str]]:

@@ -36,7 +36,7 @@ from aqa.data.rows import (
 
 TRAIN_FILE, VALIDATION_FILE, REPORT_FILE = "train.parquet", "validation.parquet", "report.json"
 QUESTIONS_FILE = "validation.json"
-REMEDY_NO_ROW = "see R1-AQA's README for the fields of a row: id, question_text, multi_choice, answer, audio_path"
+REMEDY_NO_ROW = "the manual's step 1 has a row with its fields: id, question_text, multi_choice, answer, audio_path"
 
 
 def prepare(args: argparse.Namespace) -> None:

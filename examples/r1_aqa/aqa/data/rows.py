@@ -1,9 +1,7 @@
 """From the bytes of an AVQA file to checked rows, and from rows to a split. Nothing here touches a disk.
 
-Two layouts are understood, told apart by the first character of the file:
-
-- R1-AQA's JSON lines: one object a line, with ``dataset_name`` and ``audio_path``;
-- the raw AVQA file: one JSON array, whose rows name a video and no audio file.
+A file is JSON lines or one JSON array, told apart by its first character; how its rows name their fields is a matter
+of :mod:`aqa.data.formats`. The rows of the raw AVQA file name a video and no audio file.
 """
 
 import hashlib
@@ -12,19 +10,19 @@ import math
 import os
 import re
 import reprlib
+import shlex
 from collections import Counter
 from typing import NamedTuple
 
+from aqa.data.formats import Format, format_of
 from aqa.data.prompts import prompt_problem, render_prompt
-
-DEFAULT_DATASET_NAME = "AVQA"
-REQUIRED_FIELDS = ("id", "question_text", "multi_choice", "answer")
 
 _ABSENT = (None, "")
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _OTHER_FILES = {
-    b"PAR1": "a parquet file; JSON lines or a JSON array are expected",
+    b"PAR1": "a parquet file. If MMAU's sound is in it, this writes the questions and the sound as files: "
+    "python examples/r1_aqa/data_preprocess/get_data.py mmau --questions {} --out_dir data/mmau",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"\x1f\x8b": "compressed by gzip; unpack it: gzip -d",
 }
@@ -122,7 +120,7 @@ def read_records(data: bytes, source: str) -> list[Record]:
         raise AvqaError(f"{source}: the file is UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8")
     for start, what in _OTHER_FILES.items():
         if data.startswith(start):
-            raise AvqaError(f"{source}: is {what}")
+            raise AvqaError(f"{source}: is {what.format(shlex.quote(source))}")
     data = data.removeprefix(_UTF8_BOM)
     if re.match(rb"\s*\[", data):
         records = _read_array(data, source)
@@ -232,9 +230,10 @@ def parse_records(records: list[Record], enable_think: bool, answers_from: int =
     rows: list[Row] = []
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
+    fields = format_of(record.value for record in records)
     for index, record in enumerate(records):
         try:
-            row = parse_record(record, index, enable_think, answers_from)
+            row = parse_record(record, index, enable_think, answers_from, fields)
             key = str(row.id)  # 7 and "7" are one id: where both occur, the column is text and they would be equal
             if key in first_line:
                 raise RowError("duplicate_id", f"id {show_value(row.id)} was used before, on line {first_line[key]}")
@@ -246,12 +245,13 @@ def parse_records(records: list[Record], enable_think: bool, answers_from: int =
     return rows, problems
 
 
-def parse_record(record: Record, index: int, enable_think: bool, answers_from: int = 0) -> Row:
+def parse_record(record: Record, index: int, enable_think: bool, answers_from: int, fields: Format) -> Row:
     """Check one row and word its prompt.
 
     :param index: Its number in the file, from 0.
     :param enable_think: Ask for ``<think>`` in the prompt.
     :param answers_from: The number of the first choice, 0 or 1.
+    :param fields: The format of the file.
     :raises RowError: where a field is missing or has a value that cannot be used.
     """
     value = record.value
@@ -259,20 +259,22 @@ def parse_record(record: Record, index: int, enable_think: bool, answers_from: i
         raise RowError("malformed_json", record.error)
     if not isinstance(value, dict):
         raise RowError("not_an_object", f"the row is {show_value(value)}, expected a JSON object")
-    identity, question, choices, answer = map(value.get, REQUIRED_FIELDS)
-    audio_path, video_name = value.get("audio_path"), value.get("video_name")
+    identity, question, answer = map(value.get, ("id", fields.question, fields.answer))
+    audio_path, video_name, choices = value.get(fields.audio), value.get("video_name"), fields.choices_of(value)
     no_audio = audio_path in _ABSENT and video_name in _ABSENT
     if no_audio or identity is None or question is None or choices is None or answer is None:
-        missing = [name for name in REQUIRED_FIELDS if value.get(name) is None]
-        missing += ["audio_path (or video_name)"] if no_audio else []
+        required = ("id", fields.question, *fields.choices, fields.answer)
+        missing = [name for name in required if value.get(name) is None]
+        missing += [f"{fields.audio} (or video_name)"] if no_audio else []
         raise RowError("missing_field", f"no {', '.join(missing)}")
 
     if not isinstance(question, str) or not question.strip():
-        raise RowError("bad_question", f"question_text is {show_value(question)}, expected text")
-    choices = _check_choices(choices)
-    answer_idx = _check_answer(answer, len(choices), answers_from)
+        raise RowError("bad_question", f"{fields.question} is {show_value(question)}, expected text")
+    choices = _check_choices(choices, fields.choices[0])
     # str() and the list's repr are what R1-AQA's format strings do: null reads as None, 3 as 3, in prompt and gold.
     texts = list(map(str, choices))
+    find = _find_text if fields.by_text else _check_answer
+    answer_idx = find(answer, texts, answers_from)
     gold = texts[answer_idx]
     if not gold.strip():
         raise RowError("bad_choice", f"the answer, choice {answer_idx}, is blank: {show_value(gold)}")
@@ -284,9 +286,11 @@ def parse_record(record: Record, index: int, enable_think: bool, answers_from: i
         choices=texts,
         answer_idx=answer_idx,
         gold=gold,
-        dataset_name=_check_name("dataset_name", value.get("dataset_name")) or DEFAULT_DATASET_NAME,
-        question_type=_check_name("question_type", value.get("question_type")),
-        audio_name=wav_name_of_video(video_name) if audio_path in _ABSENT else _check_audio_path(audio_path),
+        dataset_name=_check_name(fields.dataset, value) or fields.title,
+        question_type=_check_name(fields.kind, value),
+        audio_name=wav_name_of_video(video_name)
+        if audio_path in _ABSENT
+        else _check_audio_path(audio_path, fields.audio),
         prompt=render_prompt(question, choices, enable_think),
     )
     try:
@@ -366,15 +370,15 @@ def split_by_clip(clips: list[str], val_ratio: float, seed: int) -> tuple[list[i
     return [number for number, key in enumerate(keys) if key not in chosen], validation
 
 
-def _check_choices(choices: object) -> list:
+def _check_choices(choices: object, field: str) -> list:
     """The choices, if they are a list of text, finite numbers, booleans or null with at least one member.
 
     :raises RowError: otherwise.
     """
     if not isinstance(choices, list):
-        raise RowError("bad_choice", f"multi_choice is {show_value(choices)}, expected a list")
+        raise RowError("bad_choice", f"{field} is {show_value(choices)}, expected a list")
     if not choices:
-        raise RowError("empty_choices", "multi_choice is empty")
+        raise RowError("empty_choices", f"{field} is empty")
     for number, choice in enumerate(choices):
         if isinstance(choice, str):
             continue
@@ -391,7 +395,7 @@ def is_whole(value: object) -> bool:
     return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_answer(answer: object, choices: int, first: int) -> int:
+def _check_answer(answer: object, choices: list[str], first: int) -> int:
     """The number of the right choice, from 0.
 
     :param first: What the answer counts from.
@@ -400,12 +404,29 @@ def _check_answer(answer: object, choices: int, first: int) -> int:
     """
     if not is_whole(answer):
         raise RowError("bad_answer", f"answer is {show_value(answer)}, expected the number of a choice, from {first}")
-    if not 0 <= answer - first < choices:
-        last = choices - 1 + first
+    if not 0 <= answer - first < len(choices):
+        last = len(choices) - 1 + first
         raise RowError(
             "answer_out_of_range", f"answer is {show_value(answer)}, but there are choices {first} to {last}"
         )
     return int(answer) - first
+
+
+def _find_text(answer: object, choices: list[str], first: int) -> int:
+    """The number of the choice, from 0, that has the answer's text; case and spaces count only where several have it.
+
+    :param first: What the numbers in messages count from.
+    :raises RowError: unless it is the text of one choice.
+    """
+    if not isinstance(answer, str):
+        raise RowError("bad_answer", f"answer is {show_value(answer)}, expected the text of a choice")
+    found = [number for number, choice in enumerate(choices) if choice == answer]
+    folded = answer.casefold().split()
+    found = found or [number for number, choice in enumerate(choices) if choice.casefold().split() == folded]
+    if len(found) == 1:
+        return found[0]
+    what = f"the text of choices {' and '.join(str(number + first) for number in found)}" if found else "no choice"
+    raise RowError("bad_answer", f"answer is {show_value(answer)}, which is {what} of {show_value(choices)}")
 
 
 def _check_id(identity: object) -> int | str:
@@ -420,23 +441,24 @@ def _check_id(identity: object) -> int | str:
     return identity
 
 
-def _check_name(field: str, name: object) -> str:
-    """``dataset_name``, which raw AVQA lacks, or ``question_type``, which other data may lack; empty if there is none.
+def _check_name(field: str, row: dict) -> str:
+    """The name of the data set, or the kind of question, which a row may lack; empty if there is none.
 
     :raises RowError: if it is not text.
     """
+    name = row.get(field)
     if name is not None and not isinstance(name, str):
         raise RowError(f"bad_{field}", f"{field} is {show_value(name)}, expected text")
     return name or ""
 
 
-def _check_audio_path(path: object) -> str:
+def _check_audio_path(path: object, field: str) -> str:
     """The path as it is.
 
     :raises RowError: if it cannot be the path of a file.
     """
     if not isinstance(path, str) or "\0" in path or path.rpartition("/")[2] in ("", ".", ".."):
-        raise RowError("bad_audio_path", f"audio_path is {show_value(path)}, expected the path of a file")
+        raise RowError(f"bad_{field}", f"{field} is {show_value(path)}, expected the path of a file")
     return path
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from aqa.audio.sandbox import escape_of
 from aqa.common.files import write_atomically
+from aqa.data.formats import AUDIO_MCQ, R1_AQA, format_of
+from aqa.data.formats import MMAU as MMAU_FIELDS
 from aqa.data.prompts import render_prompt
 from aqa.data.rows import (
     AvqaError,
@@ -66,7 +68,7 @@ class Item:
 def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[str, Any]]]:
     """Read a benchmark or result file: a JSON array or JSON lines, told apart by content.
 
-    Rows of R1-AQA, from which ``avqa.py`` makes training data, become questions in MMAU's format.
+    Rows of R1-AQA, DCASE 2026, AudioMCQ and MMSU become questions in MMAU's format.
 
     :param wanted: ``mmau``, ``mmar``, or ``auto``: by the field that names the recording.
     :return: The benchmark and the file's rows.
@@ -93,8 +95,11 @@ def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[st
     rows = [record.value for record in records]
     if not rows:
         raise EvalError(f"{path}: no rows")
-    if wanted != "mmar" and {"question_text", "multi_choice"} <= set(rows[0]):
-        return MMAU, own_questions(path, records)
+    fields = format_of(rows)
+    # MMAR's questions have the fields of AudioMCQ but for the name of the data set
+    is_mmar = wanted == "mmar" or (fields is AUDIO_MCQ and fields.dataset not in rows[0])
+    if fields.question in rows[0] and not is_mmar and fields is not MMAU_FIELDS:
+        return MMAU, own_questions(path, records) if fields is R1_AQA else [fields.as_question(row) for row in rows]
     if wanted != "auto":
         return BENCHMARKS[wanted], rows
     found = [benchmark for benchmark in BENCHMARKS.values() if benchmark.audio_key in rows[0]]
