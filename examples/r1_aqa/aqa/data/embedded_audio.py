@@ -1,7 +1,7 @@
 """Questions and recordings out of MMAU's parquet files, which hold the sound; the files are not trusted.
 
 A recording gets its name from its question's id, and only ids that are plain file names are taken. A parquet file is
-read a few rows at a time, because it holds gigabytes of sound. pyarrow and the decoder are imported when needed.
+read a row group at a time, because it holds gigabytes of sound. pyarrow and the decoder are imported when needed.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def opened(path: Path) -> Iterator[ParquetFile]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, buffer_size=2**20) as file:  # without a buffer, a row group is read in one piece
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # at most a row group is in memory
             columns = file.schema_arrow.names
             if missing := [name for name in COLUMNS if name not in columns]:
                 raise UnpackError(f"{path}: its columns {show_value(columns)} lack MMAU's {', '.join(missing)}")
