@@ -438,7 +438,7 @@ def test_a_folder_that_cannot_be_written_ends_with_a_message(tmp_path, capsys, m
 
     monkeypatch.setattr(eval_mmau, "evaluate", full)
     assert eval_mmau.main(EVAL_FLAGS.format(tmp_path).split()) == 2
-    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert "out.json: No space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
