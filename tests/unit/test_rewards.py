@@ -519,7 +519,8 @@ ASKED = f"<|im_start|>user\n<|AUDIO|>{render_prompt('What is it?', SOUNDS, False
         ("(A) beep", ASKED, 0),  # contradicts itself
         ("B or A", ASKED, 0),
         ("(b): **beep**.", ASKED, 1),
-        *((said, ASKED, 0) for said in ("not beep", "The answer is not the beep", "beep beep, no idea", "beep or rain")),
+        *((said, ASKED, 0) for said in ("not beep", "The answer is not the beep", "beep beep, no idea")),
+        ("beep or rain", ASKED, 0),
         *((said, ASKED, 0) for said in ("(B) not beep", "B) beep, not", "The wrong answer is: beep", "no option B")),
         ("", ASKED, 0),
         ("beep", HEADER, 0),  # a prompt of other words: which choices there are is not known
