@@ -126,7 +126,7 @@ def test_kl_controller(target, kl, expected):
 # ------------------------------------------------------------------------------------------------- the experience maker
 def make_maker(monkeypatch, estimator, *, use_kl_loss=True, reference=False, gamma=1.0, n=2, **more):
     args = SimpleNamespace(advantage_estimator=estimator, use_kl_loss=use_kl_loss, kl_estimator="k1", gamma=gamma)
-    vars(args).update(more)
+    vars(args).update(more, fsdp=False, zero_stage=2, engine_type="vllm", engine_tp_size=1)
     strategy = SimpleNamespace(args=args, device=torch.device("cpu"))
     monkeypatch.setattr(fast_exp_maker.dist, "all_reduce", lambda *_: None)  # one rank
     return FastExperienceMaker(

@@ -266,6 +266,8 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
         ({"use_kl_loss": False}, "kl_estimator k3: .* cancels to first order", {"kl_estimator": "k1"}),
         ({"use_kl_loss": False, "kl_estimator": "k2"}, "k2: .* use --kl_estimator k1", {"use_kl_loss": True}),
         ({"use_kl_loss": False}, "k3: in the reward", {"init_kl_coef": 0.0}),
+        ({"top_k": 20, "on_anomaly": "skip"}, "those of the cut distribution", {"top_k": None}),
+        ({"top_p": 0.9, "rollout_correction": "tis"}, "those of the cut distribution", {"rollout_correction": "none"}),
         ({"advantage_estimator": "reinforce_baseline", "gamma": 0.9}, "--gamma 0.9 with", {"gamma": 1.0}),
         ({"adam_offload": True, "zero_stage": 0}, "DeepSpeed would ignore it", {"zero_stage": 2}),
         ({"param_offload": True}, "--param_offload with --zero_stage 2: only ZeRO-3", {"zero_stage": 3}),
@@ -301,6 +303,7 @@ def test_rules_between_flags(problems, flags, message, remedy):
         ([], None),
         (["--advantage_estimator", "dr_grpo"], "use seq-mean-token-sum-norm"),
         (["--advantage_estimator", "dr_grpo", "--loss_agg_mode", "seq-mean-token-sum-norm"], None),
+        (["--flash_attn"], "each computes its own"),
         (["--use_gspo"], "--eps_clip 3e-4 --eps_clip_high 4e-4"),  # Zheng et al. (2025), section 5.1
         (["--use_gspo", "--eps_clip", "3e-4", "--eps_clip_high", "4e-4"], None),
     ],

@@ -1,8 +1,11 @@
 """Signs that a run goes wrong: seen, counted, said once, and where asked for the end of the run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from lightrft.trainer import spmd_ppo_trainer
 from lightrft.trainer.health import CONSTANT_STEPS, Health
 from lightrft.trainer.replay_buffer import Experience
 from lightrft.trainer.step_metrics import spread_sums, step_metrics
@@ -76,6 +79,39 @@ def test_rewards_that_stay_the_same():
         health.check(alike, 100 + step)
     [message] = said
     assert f"all rewards have been 2 for {CONSTANT_STEPS} steps" in message
+
+
+def test_a_sign_in_an_earlier_rollout_of_an_optimizer_step_leaves_the_step_out(monkeypatch):
+    """Two rollouts a step: a gap of 5 nats in the first, none in the second; then two good ones."""
+    gaps, asked = iter((5.0, 0.0, 0.0, 0.0)), []
+    trainer = object.__new__(spmd_ppo_trainer.SPMDPPOTrainerVL)
+    due = iter((False, True, False, True))
+
+    def backward(part, tokens, totals, first, place):
+        gap = next(gaps)
+        totals.add({"policy_loss": torch.tensor(0.0), "kl": torch.tensor(0.0), "clipped": torch.tensor(0.0)})
+        totals.sums["tokens"] += 1
+        totals.add_sampling(torch.tensor([[gap]]), torch.tensor([[0.0]]), torch.tensor([[True]]))
+        return next(due)
+
+    vars(trainer).update(
+        args=SimpleNamespace(rollout_correction="none", n_samples_per_prompt=2),
+        strategy=SimpleNamespace(device=torch.device("cpu"), accumulation=2, world_size=1, is_rank_0=lambda: True),
+        actor=SimpleNamespace(train=lambda: None, model=SimpleNamespace(step=lambda: None)),
+        micro_train_batch_size=2,
+        max_epochs=1,
+        health=Health(torch.float32, "skip", print),
+        guard=SimpleNamespace(step=lambda discard: asked.append(discard) or 1.0, applied=True),
+        saver=SimpleNamespace(whole=True),
+        losses_not_finite=0.0,
+        suspicious=False,
+        _backward=backward,
+    )
+    monkeypatch.setattr(spmd_ppo_trainer, "reduce_metrics", lambda *_: None)
+    monkeypatch.setattr(spmd_ppo_trainer.stop_request, "check", lambda *_: None)
+    for step in range(4):
+        trainer.update([make_item(0.0), make_item(1.0)], step)
+    assert asked == [True, False]
 
 
 def make_item(reward: float) -> Experience:

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample, and nothing else decides it: no engine takes anything from the checkpoint's generation config.
+    """All settings of sampling. The engines ignore the checkpoint's ``generation_config.json``.
 
     :param n: Responses a prompt.
     :param temperature: 0 is greedy.

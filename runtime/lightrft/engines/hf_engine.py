@@ -40,7 +40,7 @@ class HFEngine:
         rows = [(prompt, s, i) for prompt, s in enumerate(sampling) for i in range(s.n)]
         outputs = []
         with self.policy() as model:
-            training, checkpoints = model.training, model.generation_config
+            training, stored = model.training, model.generation_config
             model.eval()
             # generate fills in what a configuration leaves open from the model's: repetition_penalty, min_length, ...
             model.generation_config = GenerationConfig()
@@ -48,7 +48,7 @@ class HFEngine:
                 for start in range(0, len(rows), self.batch_size):
                     outputs += self._batch(model, prompts, rows[start : start + self.batch_size])
             finally:
-                model.generation_config = checkpoints  # saved with the model
+                model.generation_config = stored  # it is saved with the model
                 model.train(training)
         return outputs
 

@@ -70,7 +70,7 @@ class VLLMEngine:
             enable_sleep_mode=self._can_sleep,
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, with bias and temperature
             disable_log_stats=True,
-            generation_config="vllm",  # no defaults from the checkpoint: Sampling says all
+            generation_config="vllm",  # vLLM must not read generation_config.json: every setting comes from Sampling
             seed=seed,
             # the responses of a group share whole blocks of their prompt: of 32 tokens on the CPU, not 128
             **({"gpu_memory_utilization": memory_utilization} if on_gpu else {"block_size": 32}),

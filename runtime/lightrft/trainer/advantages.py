@@ -15,8 +15,8 @@ def shape_rewards(rewards: torch.Tensor, estimator: str, n_samples: int) -> torc
     :param rewards: ``(prompts * n_samples,)``, a group's responses next to each other.
     :param estimator: ``group_norm`` (minus mean, over standard deviation: GRPO), ``dr_grpo`` (minus mean), ``rloo``
         (minus the mean of the others), ``reinforce_baseline`` (minus mean) and ``reinforce++`` (unchanged); the
-        advantages of the last two are whitened later. ``reinforce`` is LightRFT's name for ``reinforce++``, not
-        Williams' estimator, which has no baseline.
+        advantages of the last two are whitened by ``FastExperienceMaker.add_advantages``. ``reinforce`` is LightRFT's
+        name for ``reinforce++``, not Williams' estimator, which has no baseline.
     :return: ``(prompts * n_samples,)``.
     :raises ValueError: if the estimator is unknown.
 

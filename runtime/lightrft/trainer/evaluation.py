@@ -17,6 +17,7 @@ from lightrft.strategy import checkpoint
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, split_tags
 from lightrft.trainer.step_metrics import reward_sums, tag_metrics, tag_sums
 from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_metrics
+from lightrft.utils.preemption import stop_request
 from lightrft.utils.protocols import Strategy
 
 Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
@@ -113,17 +114,17 @@ class Evaluation:
         :return: ``eval/*`` metrics over all ranks, and the responses of all ranks.
         """
         rank, world = self.strategy.rank, self.strategy.world_size
-        left = len(
-            range(rank, len(self.dataloader.dataset), world)
-        )  # the sampler repeats rows so that all ranks have as many
+        # the sampler repeats rows so that all ranks have as many; these are not counted
+        left = len(range(rank, len(self.dataloader.dataset), world))
         sums: dict[Any, float] = defaultdict(float)
         tagged: dict[Any, float] = defaultdict(float)
         responses: list[Response] = []
-        for batch in self.dataloader:
+        for batch in stop_request.each(iter(self.dataloader), self.strategy.device):
             prompts, tags = split_tags(batch)
             if silent:
                 prompts = (prompts[0], list(map(silence, prompts[1])), *prompts[2:])
-            items = self.maker.rollout(*prompts, self.greedy, step=0, all_tags=tags)
+            with self.maker.ending_together():
+                items = self.maker.rollout(*prompts, self.greedy, step=0, all_tags=tags)
             items = items[:left]
             left -= len(items)
             self.maker.score(items)  # collective, so also without items

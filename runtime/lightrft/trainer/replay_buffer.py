@@ -70,9 +70,7 @@ def make_micro_batch(items: Sequence[Experience], pad_token_id: int, device: tor
     :param device: Where token tensors go; clips stay where they are until the actor has unpacked them.
     """
     prompt_width = max(len(item.prompt_ids) for item in items)
-    response_width = max(
-        2, *(len(item.response_ids) for item in items)
-    )  # at least 2 columns: the forward pass hands `[split:-1]` to the decoder
+    response_width = max(len(item.response_ids) for item in items)
     sequences = torch.full((len(items), prompt_width + response_width), pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(sequences)
     for i, item in enumerate(items):

@@ -54,7 +54,7 @@ class UpdateTotals:
     :param sums: Of :func:`~lightrft.models.loss.grpo_loss`'s statistics, of the log-prob gap and of the entropy; keys
         are the same on every rank, so that they can be added up over ranks.
     :param maxima: ``gap`` over micro-batches, and ``grad_norm`` over optimizer steps: NaN until one was made.
-    :param stepped: Whether the optimizer has stepped.
+    :param stepped: Whether an optimizer step was due; it may have been left out.
     """
 
     sums: dict[str, float]
@@ -161,6 +161,7 @@ class SPMDPPOTrainerVL:
         self.health = Health(torch.bfloat16 if args.bf16 else torch.float32, args.on_anomaly, warn)
         self.guard = strategy.step_guard(actor.model)
         self.losses_not_finite = 0.0  # micro-batches of the present optimizer step, on this rank
+        self.suspicious = False  # an earlier rollout of the present optimizer step shows a sign (--on_anomaly skip)
         start = ResumePoint(0, init_kl_coef, self.health.state())
         self.saver = RunSaver(strategy, actor, tokenizer, save_hf_ckpt, disable_ds_ckpt, warn, start)
         self.evaluators: list[Evaluator] = []  # what is measured every eval_steps beside the reward, see Evaluation
@@ -273,13 +274,7 @@ class SPMDPPOTrainerVL:
         for episode in range(done // len(loader), self.args.num_episodes):
             sampler.set_epoch(episode)
             sampler.start = max(0, done - episode * len(loader)) * loader.batch_size
-            batches = timed(loader)
-            while True:
-                with stop_request.together(self.strategy.device):  # a file that is gone
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                yield batch
+            yield from stop_request.each(timed(loader), self.strategy.device)
             sampler.start = 0
 
     def _after_step(
@@ -406,6 +401,8 @@ class SPMDPPOTrainerVL:
                     totals.add_step(self._optimizer_step(items, totals, step))
                 else:
                     self.actor.model.step()
+        if self.health.action == "skip" and not totals.stepped:  # the step is due after a later rollout
+            self.suspicious |= bool(self._signs(items, totals))
         return totals.sums, totals.maxima, totals.stepped
 
     def _tokens_per_micro_batch(self, parts: list[list[Experience]]) -> list[float]:
@@ -471,29 +468,33 @@ class SPMDPPOTrainerVL:
         return due
 
     def _optimizer_step(self, items: list[Experience], totals: UpdateTotals, step: int) -> float:
-        """Let the optimizer step, unless ``--on_anomaly skip`` finds something wrong with the rollout so far, or with
-        a loss of this optimizer step.
+        """Let the optimizer step, unless ``--on_anomaly skip`` finds something wrong with the rollouts so far that it
+        is made of, or with a loss of this optimizer step.
 
         :return: The gradient's norm before clipping; NaN if it was not finite.
         :raises FloatingPointError: if it was not, unless such steps are to be skipped.
         """
-        skip, discard = self.health.action == "skip", False
-        if skip:
-            sums = self._rollout_sums(items) | totals.sums | {"train/not_finite": self.losses_not_finite}
-            maxima = {"gap": totals.maxima["gap"], "time/step": math.nan}
-            reduce_metrics(sums, maxima, self.strategy.device)
-            discard = bool(self.health.signs(step_metrics(sums, maxima)))
+        skip = self.health.action == "skip"
+        signs = self._signs(items, totals) if skip else {}
         self.saver.whole = False  # until the rollout's last optimizer step is done, see _finish_step
-        norm, self.losses_not_finite = self.guard.step(discard), 0.0
+        norm = self.guard.step(discard=bool(signs) or self.suspicious)
+        self.losses_not_finite, self.suspicious = 0.0, False
         if not self.guard.applied:
             self.health.skipped += 1
         if is_usable(norm):
             return norm
         if not skip:
             raise FloatingPointError(f"a gradient of step {step} is not finite; it was not applied")
-        if self.strategy.is_rank_0() and not sums["train/not_finite"]:
+        if self.strategy.is_rank_0() and "not finite" not in signs:
             totals.sums["train/not_finite"] += 1  # all ranks see the same norm: count it once
         return math.nan
+
+    def _signs(self, items: list[Experience], totals: UpdateTotals) -> dict[str, str]:
+        """What is wrong with a rollout so far, over all ranks; see :meth:`Health.signs`. Collective."""
+        sums = self._rollout_sums(items) | totals.sums | {"train/not_finite": self.losses_not_finite}
+        maxima = {"gap": totals.maxima["gap"], "time/step": math.nan}
+        reduce_metrics(sums, maxima, self.strategy.device)
+        return self.health.signs(step_metrics(sums, maxima))
 
     def _rollout_sums(self, items: list[Experience]) -> dict[str, float]:
         return reward_sums(items) | spread_sums(items, self.args.n_samples_per_prompt)

@@ -129,6 +129,15 @@ class StopRequest:
             error = caught
         self.check(device, error)
 
+    def each(self, items: Iterator[T], device: torch.device) -> Iterator[T]:
+        """Go through what each rank reads for itself, equally many items on all; a file may be gone. Collective."""
+        while True:
+            with self.together(device):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
 
 stop_request = StopRequest()
 os.register_at_fork(

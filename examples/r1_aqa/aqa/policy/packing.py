@@ -46,7 +46,7 @@ class Packing:
         if int(self.segments.max()) <= 1:
             return (segments != PADDING).long()
         queries, keys = segments[:, :, None], segments[:, None, :]
-        # padding attends to the prompt, too: a row of the mask without any key would make NaN
+        # padding attends to the prompt, too, because a row of the mask without any key would give NaN
         allowed = ((keys == 0) | (keys == queries)).tril()[:, None]
         return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, torch.finfo(dtype).min)
 

@@ -156,6 +156,11 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
             "turn has not come yet; use one of the two",
         ),
         (
+            (args.top_p < 1 or args.top_k > 0) and (args.on_anomaly != "warn" or args.rollout_correction != "none"),
+            "--top_p or --top_k with --on_anomaly stop or skip, or with --rollout_correction: the engine's log-probs "
+            "are those of the cut distribution, whose distance to the trainer's would count as an error; drop one",
+        ),
+        (
             args.use_gspo and args.loss_agg_mode != "seq-mean-token-mean",
             f"--use_gspo with --loss_agg_mode {args.loss_agg_mode}: GSPO weighs all responses alike, this by their "
             "length; use seq-mean-token-mean",
@@ -210,6 +215,11 @@ def find_warnings(args: argparse.Namespace) -> list[str]:
         warnings.append(
             f"--use_gspo with --eps_clip {args.eps_clip}: the ratio of a response hardly leaves 1 so far; GSPO's paper "
             "has --eps_clip 3e-4 --eps_clip_high 4e-4"
+        )
+    if args.flash_attn and args.n_samples_per_prompt > 1:
+        warnings.append(
+            "--flash_attn: its kernels take no mask for responses that share a prompt, so each computes its own; "
+            "without the flag a group computes it once, which is faster and smaller"
         )
     return warnings
 

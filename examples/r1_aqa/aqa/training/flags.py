@@ -55,7 +55,12 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
 def _add_model_flags(g: Any) -> None:
     g.add_argument("--pretrain", help="folder (or hub name) of the Qwen2-Audio or Qwen2.5-Omni to start from")
     g.add_argument("--bf16", action=BOOL, default=False, help="weights and rollouts in bfloat16, else float32")
-    g.add_argument("--flash_attn", action=BOOL, default=False, help="use flash-attn kernels (must be installed)")
+    g.add_argument(
+        "--flash_attn",
+        action=BOOL,
+        default=False,
+        help="use flash-attn kernels (must be installed), which compute a prompt once a response, not once a group",
+    )
     g.add_argument("--gradient_checkpointing", action=BOOL, default=False, help="recompute activations: less memory")
     g.add_argument(
         "--freeze_prefix",
@@ -344,7 +349,7 @@ def finish(args: argparse.Namespace) -> None:
         args.ckpt_path = args.save_path
     for name in ("micro_train_batch_size", "micro_rollout_batch_size"):
         if getattr(args, name) is None:
-            setattr(args, name, args.n_samples_per_prompt)
+            setattr(args, name, max(1, args.n_samples_per_prompt))
 
 
 def has_split(source: str, split: str) -> bool:

@@ -203,7 +203,7 @@ class Plan:
         # the longest sequence; the audio's tokens count as one in --prompt_max_len
         self.clips, self.seconds = args.limit_mm_image_per_prompt, min(args.plan_clip_seconds, MOST_SECONDS)
         self.prompt = args.prompt_max_len + self.clips * (int(TOKENS_A_SECOND * self.seconds) - 1)
-        self.response = max(2, args.generate_max_len)
+        self.response = args.generate_max_len
         self.token = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim * self.b  # keys, values
         sequence = (self.prompt + self.response) * self.token
 
@@ -359,6 +359,8 @@ class Plan:
 
         Long responses are spread over more rows, which takes less than this.
         """
+        if self.args.flash_attn:  # its kernels take no such mask: a row a response
+            return size, self.prompt + self.response - 1
         prompts = prompts_in(size, self.args.n_samples_per_prompt)
         return prompts, self.prompt + -(-size // prompts) * (self.response - 1)
 
