@@ -285,9 +285,10 @@ with fixes.patch_for_versions()[0]:
     actor = ActorAL(Qwen2AudioForConditionalGeneration.from_pretrained(sys.argv[2]))
     for kind in (DeepspeedStrategy, FSDPV2Strategy):
         strategy = kind.__new__(kind)
-        strategy.args = types.SimpleNamespace(fsdp=kind is FSDPV2Strategy, temperature=1.0)
+        strategy.args = types.SimpleNamespace(fsdp=kind is FSDPV2Strategy, temperature=1.0, pretrain=sys.argv[2])
         maker = fast_exp_maker.FastExperienceMaker.__new__(fast_exp_maker.FastExperienceMaker)
         maker.strategy, maker.actor, maker.initial_model, maker.multimodal_processor = strategy, actor, None, None
+        maker.tokenizer = processor.tokenizer
         owners = (strategy, maker, actor, actor.model, fast_exp_maker, vllm_utils)
         before = state(*owners)
         for patch in (
