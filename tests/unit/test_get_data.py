@@ -422,11 +422,16 @@ def test_sound_in_parquet_becomes_files(tmp_path, wav, capsys):
         (embedded("b", None), "context is {'bytes': None,"),
         (embedded("c", wav, other_attributes="{"), "other_attributes is '{', no JSON"),
         (embedded("d", wav, other_attributes="[]"), "expected a JSON object"),
+        (embedded("e", wav, instruction=None), "instruction is None, expected text"),
+        (embedded("f", wav, choices=[]), "choices is [], expected a list of texts"),
+        (embedded("g", wav, choices=["a", None]), "choices is ['a', None], expected"),
     ]
+    deep = '{"id": 7, "task": "sound", "more": ' + "[" * 500 + "]" * 500 + "}"
     source, out = tmp_path / "shards", tmp_path / "out"
     write_parquet(source / "test-0.parquet", [embedded("a", wav), embedded("täg lich", flac.getvalue())])
     write_parquet(
-        source / "test-1.parquet", [row for row, _ in unusable] + [embedded("z", wav[:200]), embedded(7, wav)]
+        source / "test-1.parquet",
+        [row for row, _ in unusable] + [embedded("z", wav[:200]), embedded(7, wav, other_attributes=deep)],
     )
     assert run_mmau(source, None, out) == 0
     audios = out / "audios"

@@ -118,7 +118,7 @@ def rows_of(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def question_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The question of a row, in MMAU's format.
+    """The question of a row, in MMAU's format; of its attributes, those that are texts or numbers.
 
     :raises ValueError: if a field has no usable value.
     """
@@ -135,8 +135,14 @@ def question_of(row: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"other_attributes has the id {show_value(identity)}, which cannot be the name of a file")
     if not isinstance(row["context"], dict) or not isinstance(row["context"].get("bytes"), bytes):
         raise ValueError(f"context is {show_value(row['context'])}, expected a recording's bytes")
-    fields = {"question": row["instruction"], "choices": row["choices"], "answer": row["answer"]}
-    return attributes | {"id": name, "audio_id": f"{FOLDER}/{name}.wav"} | fields
+    question, choices = row["instruction"], row["choices"]
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"instruction is {show_value(question)}, expected text")
+    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"choices is {show_value(choices)}, expected a list of texts")
+    fields = {"question": question, "choices": choices, "answer": row["answer"]}
+    plain = {key: value for key, value in attributes.items() if not isinstance(value, (list, dict))}
+    return plain | {"id": name, "audio_id": f"{FOLDER}/{name}.wav"} | fields
 
 
 def write_recording(data: bytes, target: Path) -> bool:
