@@ -527,13 +527,13 @@ ASKED = f"<|im_start|>user\n<|AUDIO|>{render_prompt('What is it?', SOUNDS, False
     ],
 )
 def test_an_answer_that_names_the_right_choice_is_the_gold_answer(said, prompt, accuracy):
-    """To all rewards by name; R1-AQA's own rule compares strings, and is measured beside them."""
+    """To all rewards by name; R1-AQA's own rule compares strings."""
     query = f"{prompt}<answer>{said}</answer><|im_end|>"
     for name in ("r1_aqa", *NAMED):
         total, metrics = find_reward(name)([], ["avqa_rule"], [query], ["(B) beep"], {})
         literal = float(said == "(B) beep")
         assert total.tolist() == [1 + (literal if name == "r1_aqa" else accuracy)], name
-        assert metrics["accuracy_reward"].tolist() == [literal]
+        assert metrics["accuracy_reward"].tolist() == [total.item() - 1], name  # what --keep_best compares
 
 
 @pytest.mark.parametrize(
@@ -550,11 +550,21 @@ def test_choices_are_read_from_the_prompt(prompt, choices):
     assert choices_in(prompt) == choices
 
 
-def test_what_r1_aqa_counts_is_measured_whatever_is_paid():
-    total, metrics = pay("exact", "<answer>about 2 cats</answer>", "some 2 dogs")  # math_verify sees two twos
-    assert total.tolist() == [1.0]
-    assert metrics["accuracy_reward"].tolist() == [1.0] and metrics["format_reward"].tolist() == [1.0]
+@pytest.mark.parametrize(("name", "paid", "accuracy"), [("exact", 1.0, 0.0), ("my_rewards:integer", 2.0, 1.0)])
+def test_accuracy_is_what_is_paid_or_for_a_reward_of_ones_own_r1_aqas(own, name, paid, accuracy):
+    total, metrics = pay(name, "<answer>about 2 cats</answer>", "some 2 dogs")  # math_verify sees two twos
+    assert total.tolist() == [paid]
+    assert metrics["accuracy_reward"].tolist() == [accuracy] and metrics["format_reward"].tolist() == [1.0]
     assert torch.equal(metrics["rule_reward"], total)
+
+
+@pytest.mark.parametrize("name", ["r1_aqa", *NAMED])
+def test_no_reward_takes_an_empty_or_a_missing_reference(name):
+    with pytest.raises(ValueError, match=r"sample 0 .*must be a text that is not empty"):
+        pay(name, "<answer></answer>", "<answer></answer>")
+    for references in ([], ["dog"] * 2):
+        with pytest.raises(ValueError, match="every query needs one reference"):
+            find_reward(name)([], None, ["dog"], references, {})
 
 
 def test_r1_aqas_is_the_default_and_the_names_are_those_of_the_flag():

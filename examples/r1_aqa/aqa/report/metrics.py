@@ -29,7 +29,7 @@ METRICS = {
     "rollout/accuracy_reward": Metric(
         "Accuracy",
         "share",
-        "responses that are right by R1-AQA's rule",
+        "responses that are right by --reward's rule (R1-AQA's for a reward of your own)",
         "Flat at chance: does the model hear? Listen to clips, evaluate with --silent_audio. High at once: the answer "
         "may stand in the question.",
     ),

@@ -1,10 +1,11 @@
 """Rewards by name: R1-AQA's, some others, and a user's own ``module:function``.
 
 A reward is a function ``(response, reference, think) -> number``: the response's text without special tokens, the gold
-answer, and whether the thinking process was asked for. To the rewards of :data:`NAMED`, an answer that names the right
-one of the prompt's choices, such as "B" or "beep" for "(B) beep", is the gold answer, as it is to the evaluation.
-Accuracy and format by R1-AQA's rule are measured as well, whatever the reward, so that runs with different rewards can
-be compared.
+answer, and whether the thinking process was asked for. Accuracy and format by R1-AQA's rule are measured beside it.
+
+Those of :data:`NAMED` return total, accuracy and format. To them an answer that is the right one of the prompt's
+choices by its label or text, such as "B" or "beep" for "(B) beep", is the gold answer. The accuracy that is measured is
+the one that they pay, so that the screen, reports and ``--keep_best`` show what is trained for.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, first_answer, texts_
 from aqa.rewards.r1_aqa import (
     SPECIAL_TOKENS,
     avqa_combined_reward_fn,
+    check_reference,
     extract_response,
     format_reward_fn,
     reward_fn,
@@ -37,6 +39,9 @@ from aqa.rewards.r1_aqa import (
 )
 
 Reward = Callable[[str, str, bool], float]
+BatchReward = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]  # as aqa.rewards.r1_aqa.reward_fn
+Scores = tuple[float, float, float]  # total, accuracy (0 or 1), R1-AQA's format (0 or 1)
+NamedReward = Callable[[str, str, bool], Scores]
 BRIEF_WORDS = 64  # words allowed before the length penalty starts
 LONGEST_WORD = 20  # characters; a longer word counts as several, so that leaving out spaces does not pay
 LONGEST_COST = 0.5  # the most that length can cost
@@ -47,40 +52,43 @@ EXAMPLE = str(Path(__file__).resolve().parents[2])
 USER = "user_reward"  # a package that is made for the user's module, so that it takes nobody else's name
 
 
-def exact(response: str, reference: str, think: bool) -> float:
+def exact(response: str, reference: str, think: bool) -> Scores:
     """Format, and accuracy by comparing text alone, because ``math_verify`` takes "about 2 cats" for "some 2 dogs".
 
-    :return: 0.0, 1.0 or 2.0.
+    :return: The total is 0.0, 1.0 or 2.0.
+    :raises ValueError: As :func:`aqa.rewards.r1_aqa.check_reference`.
     """
+    check_reference(reference)
     wrapped = f"{ANSWER_OPEN}{reference.replace(ANSWER_OPEN, '').replace(ANSWER_CLOSE, '')}{ANSWER_CLOSE}"
-    return float(texts_equal(response, wrapped)) + format_reward_fn(response, think)
+    accuracy, form = float(texts_equal(response, wrapped)), format_reward_fn(response, think)
+    return accuracy + form, accuracy, form
 
 
-def graded_format(response: str, reference: str, think: bool) -> float:
+def graded_format(response: str, reference: str, think: bool) -> Scores:
     """Accuracy, and format in degrees: 1 for the whole form, else half the share of its tags that occur exactly once.
 
-    :return: 0.0 to 2.0.
+    :return: The total is 0.0 to 2.0.
     """
     _, accuracy, form = avqa_combined_reward_fn(response, reference, think)
     tags = [ANSWER_OPEN, ANSWER_CLOSE, *(["<think>", "</think>"] if think else [])]
-    return accuracy + (form or 0.5 * sum(response.count(tag) == 1 for tag in tags) / len(tags))
+    return accuracy + (form or 0.5 * sum(response.count(tag) == 1 for tag in tags) / len(tags)), accuracy, form
 
 
-def length_aware(response: str, reference: str, think: bool) -> float:
+def length_aware(response: str, reference: str, think: bool) -> Scores:
     """R1-AQA's reward minus a penalty for length, which rises linearly from 0 at 64 words to 0.5 at 128.
 
-    :return: -0.5 to 2.0.
+    :return: The total is -0.5 to 2.0.
     """
-    total, _, _ = avqa_combined_reward_fn(response, reference, think)
+    total, accuracy, form = avqa_combined_reward_fn(response, reference, think)
     words = sum(-(-len(word) // LONGEST_WORD) for word in response.split())
     beyond = max(0, words - BRIEF_WORDS) / BRIEF_WORDS
-    return total - LONGEST_COST * min(1.0, beyond)
+    return total - LONGEST_COST * min(1.0, beyond), accuracy, form
 
 
-NAMED: dict[str, Reward] = {"exact": exact, "graded_format": graded_format, "length_aware": length_aware}
+NAMED: dict[str, NamedReward] = {"exact": exact, "graded_format": graded_format, "length_aware": length_aware}
 
 
-def find_reward(name: str) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+def find_reward(name: str) -> BatchReward:
     """The reward function for LightRFT's trainer.
 
     :param name: ``r1_aqa``, one of :data:`NAMED`, or ``module:function``; the module is looked for in the folder that
@@ -91,26 +99,42 @@ def find_reward(name: str) -> Callable[..., tuple[torch.Tensor, dict[str, torch.
     if name == "r1_aqa":
         return reward_fn
     if name in NAMED:
-        return score_batch_with(NAMED[name], name, named_references)
+        return score_named(NAMED[name])
     return score_batch_with(_import(name), name)
 
 
-def named_references(queries: Sequence[str], refs: Sequence[str], special: Sequence[str]) -> list[str]:
+def score_named(score: NamedReward) -> BatchReward:
+    """Make a function that scores a batch from one of :data:`NAMED`."""
+
+    def chosen(
+        model_reward_list: Sequence[torch.Tensor],
+        labels: Sequence[str] | None,
+        queries: Sequence[str],
+        refs: Sequence[str],
+        label_map: Mapping[str, int] | None,
+        special: Sequence[str] = SPECIAL_TOKENS,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        paid = named_references(queries, refs, special)
+        return score_batch(model_reward_list, labels, queries, paid, score, special)
+
+    return chosen
+
+
+def named_references(queries: Sequence[str], refs: Sequence[str] | None, special: Sequence[str]) -> list[str]:
     """The references, each replaced by the response's own answer where that names the reference among the choices.
 
     :param queries: Whole decoded sequences; the choices are read from their prompts.
     :param special: See :func:`aqa.rewards.r1_aqa.extract_response`.
     """
-    references = []
-    for query, reference in zip(queries, refs, strict=True):
+    references = list(refs or [])
+    for index, (query, reference) in enumerate(zip(queries, references, strict=False)):  # score_batch counts them
         choices = choices_in(query.partition(ASSISTANT_HEADER)[0])
         if choices is not None:
             response = extract_response(query, special)
             answer = first_answer(response)
             answer = (response if answer is None else answer).strip()
             if find_choice(answer, choices, sentences=False) == reference:
-                reference = answer
-        references.append(reference)
+                references[index] = answer
     return references
 
 
@@ -118,17 +142,14 @@ class RewardError(Exception):
     """A reward that ends the process, or that returns no number; the message names it, the value and the sample."""
 
 
-def score_batch_with(
-    reward: Reward, name: str, references: Callable[..., Sequence[str]] | None = None
-) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Make a function that scores a batch from a reward that scores one response.
+def score_batch_with(reward: Reward, name: str) -> BatchReward:
+    """Make a function that scores a batch from a user's reward.
 
     :param reward: As the module's docstring describes it.
     :param name: As given to ``--reward``.
-    :param references: As :func:`named_references`: what the reward gets in place of the references; None: them.
     """
 
-    def score(response: str, reference: str, think: bool) -> tuple[float, float, float]:
+    def score(response: str, reference: str, think: bool) -> Scores:
         sample = f"for the response {response!r:.300} (answer {reference!r:.100})"
         try:
             value = reward(response, reference, think)
@@ -153,9 +174,8 @@ def score_batch_with(
         special: Sequence[str] = SPECIAL_TOKENS,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         _, measured = reward_fn(model_reward_list, labels, queries, refs, label_map, special)
-        paid = refs if references is None else references(queries, refs, special)
         with limited_output(name):
-            total, _ = score_batch(model_reward_list, labels, queries, paid, score, special)
+            total, _ = score_batch(model_reward_list, labels, queries, refs, score, special)
         return total, measured | {"rule_reward": total.clone()}
 
     return chosen

@@ -98,13 +98,21 @@ def avqa_combined_reward_fn(sol: str, gt: str, enable_think: bool = False) -> tu
     :param gt: Reference text, bare or wrapped in answer tags.
     :param enable_think: Require the thinking process before the answer.
     :return: (total 0.0 to 2.0, accuracy 0.0 or 1.0, format 0.0 or 1.0).
+    :raises ValueError: As :func:`check_reference`.
+    """
+    check_reference(gt)
+    accuracy = accuracy_reward_fn(sol, gt)
+    form = format_reward_fn(sol, enable_think=enable_think)
+    return accuracy + form, accuracy, form
+
+
+def check_reference(gt: str) -> None:
+    """Refuse a reference to which no answer can be compared.
+
     :raises ValueError: The reference is no string, or an empty one, which would reward empty answers.
     """
     if not isinstance(gt, str) or not gt.replace(ANSWER_OPEN, "").replace(ANSWER_CLOSE, "").strip():
         raise ValueError(f"the reference must be a text that is not empty, not {gt!r}")
-    accuracy = accuracy_reward_fn(sol, gt)
-    form = format_reward_fn(sol, enable_think=enable_think)
-    return accuracy + form, accuracy, form
 
 
 def reward_fn(
