@@ -88,9 +88,13 @@ resume=()
 if [ "${RESUME:-0}" = 1 ]; then
     number='[0-9.]+(e[-+]?[0-9]+)?'
     found=""
-    while read -r latest; do                # from the newest to the oldest
-        name="${latest%/_actor/latest}"
-        name="${name##*/}"
+    while read -r sign; do                  # from the newest to the oldest
+        folder="${sign%/*}"
+        folder="${folder%/_actor}"
+        name="${folder##*/}"
+        if [ "$sign" = "$folder/r1_aqa.json" ] && [ ! -e "$folder/config.json" ]; then
+            continue                        # the end of a training was killed while it wrote the model
+        fi
         if [ "$name" = "$run" ] || { [ -z "${RUN_ID:-}" ] && [[ "$name" == "$settings"-* ]]; }; then
             found="$name"
             break
@@ -98,13 +102,14 @@ if [ "${RESUME:-0}" = 1 ]; then
         elif [[ "$name" =~ ^"$EXPERIMENT_NAME"-ep$number-kl$number-lr$number-"${RUN_ID:-}"$ ]]; then
             found="${found:-$name}"
         fi
-    done < <(ls -t "$results"/*/_actor/latest 2>/dev/null)
+    # of a finished run, which may have no checkpoint, train_colocate.py says whether there is something left to do
+    done < <(ls -t "$results"/*/_actor/latest "$results"/*/r1_aqa.json 2>/dev/null)
     if [ -n "$found" ]; then
         run="$found"
         resume=(--load_checkpoint)
         echo "resuming $results/$run"
     else
-        echo "RESUME=1, but no run $settings-${RUN_ID:-*} in $results has a checkpoint: starting from the beginning"
+        echo "RESUME=1, but no run $settings-${RUN_ID:-*} in $results has a checkpoint or a model: starting from the beginning"
     fi
 fi
 save_path="$results/$run"

@@ -30,7 +30,7 @@ from aqa.audio.prefetch import PrefetchLoader
 from aqa.hosts.current import current_host, describe_host
 from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
-from aqa.training.flag_rules import find_problems, find_warnings, rank_problems
+from aqa.training.flag_rules import find_problems, find_warnings, has_checkpoint, rank_problems
 from aqa.training.flags import build_parser, finish, has_split
 from aqa.training.run_config import describe_program, write_report
 from aqa.training.run_folder import RunFolder, open_run
@@ -181,7 +181,13 @@ def resume(args: argparse.Namespace, strategy: Any, actor: Any, optimizer: Any, 
     """Load the newest checkpoint; learning rate, weight decay, betas and the weight of the KL stay those of the flags.
 
     :return: Its state beside the weights; ``consumed_samples`` is the number of prompts already used.
+    :raises SystemExit: if there is none, as a finished run may have none.
     """
+    if not has_checkpoint(args.ckpt_path, args.fsdp):
+        raise SystemExit(
+            f"--load_checkpoint: {args.ckpt_path} holds no checkpoint to go on from; --pretrain {args.save_path} with "
+            "another --save_path trains its model further, as a new run"
+        )
     kept = ("initial_lr", "betas", "weight_decay")
     groups = [{name: group[name] for name in kept} for group in scheduler.optimizer.param_groups]
     rates = list(scheduler.base_lrs)

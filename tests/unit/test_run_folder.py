@@ -14,7 +14,7 @@ from conftest import EXAMPLE, NO_WEIGHTS, run_script
 
 from aqa.report.page import session_rows
 from aqa.report.run_data import Run
-from aqa.training.flag_rules import find_problems
+from aqa.training.flag_rules import find_problems, has_checkpoint
 from aqa.training.flags import build_parser, finish
 from aqa.training.run_folder import EARLIER, FIXED, FREE, open_run
 from lightrft.utils import add_arguments
@@ -81,9 +81,7 @@ def test_a_new_run_moves_everything_of_the_older_one_aside(session, tmp_path, ap
         + ([] if apart else ["_actor/run.json"])
     )
     # the severe case: the older run's checkpoints cannot be resumed into the newer run's model any more
-    args = PARSER.parse_args(["--save_path", str(out), "--ckpt_path", str(ckpt), "--load_checkpoint"])
-    finish(args)
-    assert any("holds no checkpoint" in problem for problem in find_problems(args, 1))
+    assert not has_checkpoint(str(ckpt), fsdp=False)
     places = {"save_path": out / EARLIER / first, "ckpt_path": ckpt / EARLIER / first}
     assert session(load_checkpoint=True, prompts=4, **places)[0] == first  # but where it is now, the run goes on
 
@@ -240,6 +238,51 @@ def test_a_run_that_has_ended_is_not_trained_further_and_none_becomes_shorter(se
     assert train_colocate.has_ended(8, 8) and not train_colocate.has_ended(8, 12)
     with pytest.raises(SystemExit, match=r"trained on 8 prompts already, and .* now make 4"):
         train_colocate.has_ended(8, 4)
+    with pytest.raises(SystemExit, match=r"holds no checkpoint to go on from; --pretrain .*/run with another"):
+        train_colocate.resume(folder.args, None, None, None, None)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_finished_run_without_checkpoints_is_known_as_finished(session, tmp_path, apart):
+    places = {"save_path": str(tmp_path / "run"), "ckpt_path": str(tmp_path / ("checkpoints" if apart else "run"))}
+    first, _, _ = session(files=["config.json"], trained=8, **places)
+    shutil.rmtree(Path(places["ckpt_path"]) / "_actor")
+    args = PARSER.parse_args([f"--{name}={value}" for name, value in places.items()] + ["--load_checkpoint"])
+    finish(args)
+    assert not any("checkpoint" in problem for problem in find_problems(args, 1))
+    again, _, folder = session(load_checkpoint=True, **places)
+    assert again == first and folder.work_done == 8
+    with pytest.raises(SystemExit, match="- seed: 42, now 7"):
+        session(load_checkpoint=True, seed=7, **places)
+
+
+def test_a_new_run_leaves_the_checkpoints_of_another_ones_folder(session, tmp_path):
+    shared = tmp_path / "shared"
+    names = {name: session(files=CHECKPOINT, save_path=tmp_path / name)[0] for name in "ac"}
+    names["d"], _, _ = session(files=CHECKPOINT, save_path=tmp_path / "d", ckpt_path=shared)
+    before = content(shared)
+    for save, more in (("a", {}), ("c", {"disable_ds_ckpt": True}), ("new", {}), ("shared", {})):
+        refusal = rf"--ckpt_path .*shared: .* holds checkpoints of run {names['d']}, whose folder is .*/d; give"
+        with pytest.raises(SystemExit, match=refusal):
+            session(save_path=tmp_path / save, ckpt_path=shared, **more)
+        assert content(shared) == before
+    (shared / "_actor" / "run.json").unlink()  # an older version's
+    with pytest.raises(SystemExit, match="holds checkpoints of a run without an id; give this run another --ckpt_path"):
+        session(save_path=tmp_path / "new", ckpt_path=shared)
+    (tmp_path / "a" / "run_config.json").unlink()  # of one place, by what its checkpoints say
+    assert names["a"] in session(save_path=tmp_path / "a")[1]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_older_versions_run_can_be_resumed_more_than_once(session, tmp_path, apart):
+    places = {"ckpt_path": tmp_path / ("checkpoints" if apart else "run"), "disable_ds_ckpt": True}
+    session(files=CHECKPOINT, **places)
+    config = json.loads((tmp_path / "run" / "run_config.json").read_text())
+    for name in ("run", "digests", "sessions"):
+        del config[name]
+    (tmp_path / "run" / "run_config.json").write_text(json.dumps(config))
+    first, _, _ = session(load_checkpoint=True, **places)
+    assert session(load_checkpoint=True, **places)[0] == first
 
 
 # ------------------------------------------------------------------------------------------------ two trainings, places
@@ -321,6 +364,8 @@ def test_how_a_session_ended(tmp_path, error, how):
         ({"RUN_ID": "second", "EPISODE": "2"}, "exp-ep1-kl0.04-lr2e-6-second"),
         ({"RUN_ID": "er"}, None),  # is no other run's end
         ({"EXPERIMENT_NAME": "another"}, None),
+        ({"RUN_ID": "finished"}, "exp-ep1-kl0.04-lr1e-6-finished"),  # its model is no other run's to replace
+        ({"RUN_ID": "cut"}, None),  # no whole model, no checkpoint
     ],
 )
 def test_the_launch_script_resumes_the_run_that_its_variables_name(tmp_path, settings, expected):
@@ -333,6 +378,12 @@ def test_the_launch_script_resumes_the_run_that_its_variables_name(tmp_path, set
         latest.parent.mkdir(parents=True)
         latest.touch()
         os.utime(latest, (1000 + age, 1000 + age))
+    for name, files in (("finished", ("r1_aqa.json", "config.json")), ("cut", ("r1_aqa.json",))):
+        for file in files:
+            path = tmp_path / "results" / "exp" / f"exp-ep1-kl0.04-lr1e-6-{name}" / file
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+            os.utime(path, (0, 0))
     variables = {"EXPERIMENT_NAME": "exp", "RESUME": "1", "PYTHON": stub, "PATH_TO_YOUR_AVQA_DATASET": "x"}
     environment = os.environ | {name: str(value) for name, value in (variables | settings).items()}
     command = ["bash", str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")]
@@ -341,4 +392,7 @@ def test_the_launch_script_resumes_the_run_that_its_variables_name(tmp_path, set
     [told] = [line for line in done.stdout.splitlines() if line.startswith("told: ")]
     path = told.split("--save_path results/")[1].split()[0]
     assert ("--load_checkpoint" in told) == (expected is not None)
-    assert path == f"exp/{expected}" if expected else path.split("/")[1] not in names
+    if expected or settings.get("RUN_ID") == "cut":
+        assert path == f"exp/{expected or 'exp-ep1-kl0.04-lr1e-6-cut'}"
+    else:
+        assert path.split("/")[1] not in names

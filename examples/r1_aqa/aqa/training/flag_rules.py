@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from aqa.common.model_type import cut_weights, has_weights, missing_tokenizer, model_type_of
+from aqa.evaluation.checkpoints import NOTES_FILE
 from aqa.hosts.locate import not_installed
 from aqa.training.flags import (
     GROUP_METHODS,
@@ -339,12 +340,18 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
     if args.eval_data:
         problems += _source_problems("eval_data", args.eval_data, args.eval_split)
     if args.load_checkpoint:
-        folder = Path(args.ckpt_path) / "_actor"
-        # LightRFT's FSDP2 strategy writes no latest, and ours may have lost it
-        signs = ("latest", "*/manifest.json", *(["*/.metadata"] if args.fsdp else []))
-        if not any(next(folder.glob(sign), None) for sign in signs):
+        # a finished run needs no checkpoint: whether there is something left to do is told when the data are loaded
+        finished = all((Path(args.save_path) / name).is_file() for name in ("config.json", NOTES_FILE))
+        if not finished and not has_checkpoint(args.ckpt_path, args.fsdp):
             problems.append(f"--load_checkpoint: {args.ckpt_path} holds no checkpoint (_actor/latest)")
     return problems
+
+
+def has_checkpoint(ckpt_path: str, fsdp: bool) -> bool:
+    """Whether there is something to resume from, on either host."""
+    # LightRFT's FSDP2 strategy writes no latest, and ours may have lost it
+    signs = ("latest", "*/manifest.json", *(["*/.metadata"] if fsdp else []))
+    return any(next((Path(ckpt_path) / "_actor").glob(sign), None) for sign in signs)
 
 
 def _share_problems(args: argparse.Namespace) -> list[str]:

@@ -114,6 +114,8 @@ class RunFolder:
             )
         if self.args.load_checkpoint:
             self._check_resume(defaults)
+        else:
+            self._check_checkpoints()
 
     def _check_inputs(self) -> None:
         """Refuse to write over, or move aside, what the run reads."""
@@ -127,9 +129,44 @@ class RunFolder:
                         "move it aside; choose another --save_path"
                     )
 
+    def _check_checkpoints(self) -> None:
+        """Refuse to move another run's checkpoints aside."""
+        record = _read(self.ckpt / CHECKPOINTS / RECORD) or {}
+        if not record and (self._one_place() or not self._holds_checkpoints()):
+            return
+        config: dict[str, Any] = {}
+        with suppress(SystemExit):  # a damaged one is moved aside
+            config = _read(self.save / CONFIG) or {}
+        ours, theirs, flags = config.get("run"), record.get("run"), record.get("flags", {})
+        in_one = self._one_place() and flags.get("save_path") == flags.get("ckpt_path")  # perhaps moved since
+        if not ((ours == theirs and _is_run(self.save)) or (ours is None and in_one) or self._names_both(record)):
+            home = f", whose folder is {flags['save_path']}" if "save_path" in flags else ""
+            raise SystemExit(
+                f"--ckpt_path {self.ckpt}: its {CHECKPOINTS} holds checkpoints of {_name(theirs)}{home}; give this run "
+                "another --ckpt_path"
+            )
+
+    def _one_place(self) -> bool:
+        return self.ckpt.resolve() == self.save.resolve()
+
+    def _names_both(self, record: dict[str, Any]) -> bool:
+        """Whether a record was written by a run in these two folders."""
+        flags = record.get("flags", {})
+        return all(
+            isinstance(flags.get(name), str) and Path(flags[name]).resolve() == path.resolve()
+            for name, path in (("save_path", self.save), ("ckpt_path", self.ckpt))
+        )
+
+    def _holds_checkpoints(self) -> bool:
+        return any(not path.name.startswith(RECORD) for path in (self.ckpt / CHECKPOINTS).glob("*"))
+
     def _check_resume(self, defaults: dict[str, Any]) -> None:
         config, record = _read(self.save / CONFIG), _read(self.ckpt / CHECKPOINTS / RECORD)
         ours, theirs = (part and part.get("run") for part in (config, record))
+        if config and None in (ours, theirs):  # an older version began the run, or its checkpoints are gone
+            known = record if theirs else config
+            if self._one_place() or self._names_both(known) or not self._holds_checkpoints():
+                ours = theirs = ours or theirs
         if ours != theirs and (config or theirs is None):
             raise SystemExit(
                 f"--load_checkpoint: {self.ckpt / CHECKPOINTS} holds checkpoints of {_name(theirs)}, and --save_path "
