@@ -58,19 +58,47 @@ def test_a_process_id_that_another_program_has_now_is_no_owner(tmp_path):
         pass
 
 
-def test_an_owner_on_another_host_lives_as_long_as_it_touches_the_file(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"host": "far", "sees": ["another boot", "pid:[1]", "0"]},
+        {"sees": ["as here", "another container's", "0"], "pid": 2**22 + 1},  # of the same host name
+        {"sees": None, "pid": 2**22 + 1, "started": None},  # there is no /proc
+    ],
+)
+def test_an_owner_that_cannot_be_looked_up_lives_as_long_as_it_touches_the_file(tmp_path, monkeypatch, capsys, differs):
     monkeypatch.setattr(lock_module, "PATIENCE", 1.5)
+    if differs["sees"] is None:
+        monkeypatch.setattr(lock_module, "_sees", lambda: None)
+        monkeypatch.setattr(lock_module, "_start_of", lambda pid: None)
     path = tmp_path / "lock.json"
     with lock(path, "x"):
-        far = json.dumps(json.loads(path.read_text()) | {"host": "far"})
+        far = json.dumps(json.loads(path.read_text()) | differs)
     path.write_text(far)
     touch = threading.Timer(0.5, os.utime, (path,))
     touch.start()
-    with pytest.raises(LockedError, match="on host far"), lock(path, "x"):
+    with pytest.raises(LockedError, match="is in use by process"), lock(path, "x"):
         pass
     assert path.read_text() == far
     with lock(path, "x"):  # nobody touched it
         assert "waiting for a sign of life" in capsys.readouterr().err
+
+
+def test_an_owner_whose_place_was_taken_while_it_was_stopped_ends(tmp_path):
+    path = tmp_path / "lock.json"
+    hold = HOLD.replace("with lock", "import aqa.common.lock\naqa.common.lock.BEAT = 0.1\nwith lock")
+    command = [sys.executable, "-c", hold, str(path), EXAMPLE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        process.send_signal(signal.SIGSTOP)
+        path.write_text("another's")
+        process.send_signal(signal.SIGCONT)
+        try:
+            said = process.communicate(timeout=30)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 1 and "--out_file x: this process gave no sign of life" in said
+    assert path.read_text() == "another's"
 
 
 @pytest.mark.parametrize("left", ["", "{", "[1]", "\0"])

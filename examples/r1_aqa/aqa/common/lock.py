@@ -1,8 +1,8 @@
 """Locks that tell who holds them: two processes must not write one run's folder, or one evaluation's files.
 
-A lock is a small JSON file with its owner's host, process and time. On the same host the process is looked up; the
-owner on another host is alive if it touches the file, which needs no clocks that agree. ``flock`` says neither who
-holds it nor works on every cluster's file system.
+A lock is a small JSON file with its owner's host, process and time. A process that can be seen from here is looked up;
+an owner on another host or in another container is alive if it touches the file, which needs no clocks that agree.
+``flock`` says neither who holds it nor works on every cluster's file system.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 BEAT = 10.0  # seconds between two touches
 SETTLE = 0.2  # seconds in which a process that has created or taken over a lock has written it
-PATIENCE = 60.0  # seconds without a touch after which an owner on another host counts as dead
+PATIENCE = 60.0  # seconds without a touch after which an owner that cannot be looked up counts as dead
 
 
 class LockedError(OSError):
@@ -37,6 +37,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
     """
     owner = {
         "host": socket.gethostname(),
+        "sees": _sees(),
         "pid": os.getpid(),
         "started": _start_of(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -53,7 +54,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
         if _read(path)[0] != mine:
             raise LockedError(f"{what} has just been taken by another process") from None
     ended = threading.Event()
-    threading.Thread(target=_touch, args=(path, ended), daemon=True).start()
+    threading.Thread(target=_touch, args=(path, mine, what, ended), daemon=True).start()
     try:
         yield
     finally:
@@ -62,9 +63,17 @@ def lock(path: Path, what: str) -> Iterator[None]:
             path.unlink()
 
 
-def _touch(path: Path, ended: threading.Event) -> None:
+def _touch(path: Path, mine: str, what: str, ended: threading.Event) -> None:
     while not ended.wait(BEAT):
         with suppress(OSError):  # a file system that is away for a moment ends no training
+            if _read(path)[0] not in (mine, ""):
+                print(
+                    f"{what}: this process gave no sign of life for a while, and another has taken its place; it ends "
+                    "at once and writes nothing more there",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)  # an orderly end would save first, into the other one's files
             os.utime(path)
 
 
@@ -79,7 +88,7 @@ def _refuse_if_alive(path: Path, what: str) -> None:
         known = f"process {pid} on host {host} since {owner['since']} ({owner['command']})"
     except (ValueError, TypeError, KeyError):
         return  # gone meanwhile, or not written by this module
-    if host == socket.gethostname():
+    if owner.get("sees") == _sees() is not None:
         alive = _start_of(pid) == started
     else:
         print(f"{what} was in use by {known}: waiting for a sign of life", file=sys.stderr, flush=True)
@@ -100,8 +109,22 @@ def _read(path: Path) -> tuple[str, int]:
         return "", 0
 
 
+def _sees() -> list[str] | None:
+    """What two processes that can look each other up have in common; None where no process can be looked up.
+
+    Host names do not tell: containers may share one, and a user may not be shown another's processes.
+    """
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return None  # /proc is another container's
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return [boot, os.readlink("/proc/self/ns/pid"), str(os.getuid())]
+    except OSError:
+        return None
+
+
 def _start_of(pid: int) -> str | None:
-    """When a process of this host started, in clock ticks since boot; None if it does not run."""
+    """When a process that can be looked up started, in clock ticks since boot; None if it does not run."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
