@@ -453,8 +453,9 @@ def find_collapsed(data: Data) -> Any:
     if data.evaluation is None or not HOST.row_tags:
         return None
     from aqa.evaluation.while_training import collapsed_rewards
+    from aqa.rewards.r1_aqa import special_tokens
 
-    return collapsed_rewards
+    return partial(collapsed_rewards, special=special_tokens(data.tokenizer))
 
 
 def choose_metric(args: argparse.Namespace, eval_dataloader: Any, evaluators: list[Any]) -> None:

@@ -291,11 +291,12 @@ def test_evaluation_data_in_silence(monkeypatch):
 def test_evaluation_data_whose_answers_collapse():
     prompt = render_prompt("?", ["(A) yes", "(B) no"], False) + "<|im_end|>\n<|im_start|>assistant\n"
     golds = ["(A) yes", "(B) no"] * 6
-    said = ["<answer>A</answer><|im_end|>", "<answer>yes</answer><|im_end|>"] * 6  # two names of one choice
+    turn = "<|im_start|>assistant\n<answer>"  # imitated, and no second answer
+    said = [f"<answer>A</answer>{turn}B<|im_end|>", "<answer>y<sp>es</answer><|im_end|>"] * 6  # two names of one choice
     tags = ("question_type/x", "dataset/y")
     heard = [(tags, prompt, response, gold) for response, gold in zip(said, golds, strict=True)]
     other = [(("question_type/z",), prompt, f"<answer>{gold}</answer>", gold) for gold in golds]
-    found = while_training.collapsed_rewards(heard + other, [*other, *other])
+    found = while_training.collapsed_rewards(heard + other, [*other, *other], ("<|im_start|>", "<sp>"))
     sentence = "12 of 12 answers are '(a) yes', which is right for 6; 6 are the same in silence"
     assert found == {"question_type/x": sentence}
     assert while_training.collapsed_rewards(other, None) == {}

@@ -19,29 +19,34 @@ from aqa.evaluation.answers import extract_answer
 from aqa.evaluation.engines import decode, render
 from aqa.evaluation.items import EvalError, make_items, read_rows, result_rows, several, write_rows
 from aqa.evaluation.scoring import Said, find_collapsed, judge, score
-from aqa.rewards.r1_aqa import extract_response
+from aqa.rewards.r1_aqa import SPECIAL_TOKENS, extract_response
 from lightrft.utils.distributed import gather_objects
 
 Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
 Response = tuple[Sequence[str], str, str, str]  # tags, prompt, response, reference
 
 
-def collapsed_rewards(heard: Sequence[Response], silent: Sequence[Response] | None) -> dict[str, str]:
+def collapsed_rewards(
+    heard: Sequence[Response], silent: Sequence[Response] | None, special: Sequence[str] = SPECIAL_TOKENS
+) -> dict[str, str]:
     """What :func:`find_collapsed` says of the evaluation data's responses, by question type.
 
     :param heard: Responses to all rows.
     :param silent: Those without sound, in the same order; None: not asked for.
+    :param special: See :func:`aqa.rewards.r1_aqa.extract_response`.
     """
-    quiet = [None] * len(heard) if silent is None else [_prediction(*row) for row in silent]
+    quiet = [None] * len(heard) if silent is None else [_prediction(row, special) for row in silent]
     said = [
-        Said(_prediction(*row), row[3], choices_in(row[1]) or [], in_silence)
+        Said(_prediction(row, special), row[3], choices_in(row[1]) or [], in_silence)
         for row, in_silence in zip(heard, quiet, strict=True)
     ]
     return find_collapsed(said, [[tag for tag in row[0] if tag.startswith("question_type/")] for row in heard])
 
 
-def _prediction(tags: Sequence[str], prompt: str, response: str, reference: str) -> str:
-    return extract_answer(extract_response(response), choices_in(prompt) or [reference]).text
+def _prediction(row: Response, special: Sequence[str]) -> str:
+    _, prompt, response, reference = row
+    said = extract_response(prompt + response, special)  # behind the prompt's header, as the reward reads it
+    return extract_answer(said, choices_in(prompt) or [reference]).text
 
 
 class BenchmarkEvaluator:

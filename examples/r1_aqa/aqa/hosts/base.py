@@ -67,7 +67,8 @@ class Host(Protocol):
         """Attach evaluators, metrics and the state of a resumed run, as far as this host's trainer lacks them.
 
         :param evaluators: What is measured every ``eval_steps`` beside the reward.
-        :param find_collapsed: Finds types of evaluation questions whose answers are all alike; None: not looked for.
+        :param find_collapsed: Finds types of evaluation questions whose answers are all alike; None: not looked for,
+            as always inside LightRFT.
         :param states: What the checkpoint of a resumed run remembers; None for a new run.
         """
 

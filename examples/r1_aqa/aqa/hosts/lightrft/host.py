@@ -184,7 +184,10 @@ class LightRFTHost:
         find_collapsed: Any = None,
     ) -> Patch:
         """Metrics in ``metrics.jsonl``, a line a step, a warning where engine and trainer differ, clips beside saved
-        trajectories, checkpoints that resume with their optimizer, and prints without waveforms."""
+        trajectories, checkpoints that resume with their optimizer, and prints without waveforms.
+
+        LightRFT evaluates by itself: it takes no evaluators, and nobody looks for answers that are all alike.
+        """
         from aqa.hosts.lightrft import audio
         from aqa.hosts.lightrft.recorder import Recorder, shorten_prints
 
