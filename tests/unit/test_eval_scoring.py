@@ -434,6 +434,10 @@ def test_rows_of_other_data_sets_are_questions(tmp_path, row, task, kept):
     path.write_text(json.dumps(results))
     assert judge(read_rows(path)[1], MMAU).right == [True, False, False]  # a result is a result, and no question again
     assert [item.gold for item in items(*({k: v for k, v in r.items() if k != answer} for r in rows))] == [None] * 3
+    for audio in ("audio_id", "audio_path"):  # MMAU's rows, and MMAR's, stay as they are
+        own = {"question": "?", "choices": ["a"], "answer": "a", audio: "a.wav"}
+        path.write_text(json.dumps([own]))
+        assert read_rows(path)[1] == [own]
     with pytest.raises(EvalError, match=r"1 of 2 questions(?s:.*)audio_id is None"):
         items(rows[0], row | {"id": 9})
 

@@ -439,6 +439,7 @@ def test_sound_in_parquet_becomes_files(tmp_path, wav, capsys):
     assert not (tmp_path / "outside.wav").exists()
     assert (audios / "a.wav").read_bytes() == wav
     (tmp_path / "original").write_bytes(flac.getvalue())
+    assert soundfile.info(audios / "täg lich.wav").format == "WAV"
     np.testing.assert_array_equal(load_audio(audios / "täg lich.wav"), load_audio(tmp_path / "original"))
     report = report_of(out)
     assert report["recordings"] == {"asked_for": 4, "there": 3, "broken": 1}
