@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,6 +70,7 @@ class FakeMaker:
     """Rewards of rows 0, 1, 2, ... are 0, 1, 2, ...; a row's tag is its own."""
 
     sampling = Sampling(n=8)
+    ending_together = nullcontext
 
     def __init__(self, strategy):
         self.strategy = strategy
