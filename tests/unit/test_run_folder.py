@@ -138,7 +138,6 @@ CHANGES = {
     "reward": "exact",
     "max_norm": 2.0,
     "adam_betas": [0.9, 0.99],
-    "lora_alpha": 8,
     "engine_type": "hf",
     "bf16": True,
     "lora_rank": 8,
@@ -171,7 +170,7 @@ def test_what_a_change_would_not_reach_is_refused(session, monkeypatch):
     with pytest.raises(SystemExit, match=r"init_kl_coef: 0.04, now 0.1 \(--kl_target has adapted it since\)"):
         session(load_checkpoint=True, kl_target=0.1, init_kl_coef=0.1, allow_changes=["init_kl_coef"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match=r"ranks: 1, now 2 .*by as many ranks"):
+    with pytest.raises(SystemExit, match=r"ranks: 1, now 2 .*on the same number of ranks"):
         session(load_checkpoint=True, kl_target=0.1, allow_changes=["ranks"])
 
 
@@ -188,6 +187,44 @@ def test_model_and_data_are_compared_by_content(session, tmp_path):
     (tmp_path / "moved_model" / "model.safetensors").write_text("v")
     with pytest.raises(SystemExit, match="the weights are the checkpoint's"):
         session(load_checkpoint=True, **moved, allow_changes=["pretrain"])
+
+
+def test_a_model_that_is_a_folder_once_and_a_name_on_the_hub_then_is_the_users_word(session, tmp_path):
+    folder, hub = {"pretrain": tmp_path / "model"}, {"pretrain": "who/model"}
+    for save, before, now in (("a", folder, hub), ("b", hub, folder)):
+        session(files=CHECKPOINT, save_path=tmp_path / save, **before)
+        resumed = {"load_checkpoint": True, "save_path": tmp_path / save} | now
+        with pytest.raises(SystemExit, match=r"(?s)- pretrain: .*, or --allow_changes pretrain if") as refused:
+            session(**resumed)
+        assert "the weights are the checkpoint's" not in str(refused.value)
+        session(**resumed, allow_changes=["pretrain"])
+    session(files=CHECKPOINT, save_path=tmp_path / "c", **hub)
+    with pytest.raises(SystemExit, match="the weights are the checkpoint's"):
+        session(load_checkpoint=True, save_path=tmp_path / "c", pretrain="who/other", allow_changes=["pretrain"])
+
+
+def test_a_flag_is_compared_while_what_it_belongs_to_is_on(session):
+    session(files=CHECKPOINT)
+    idle = {"target_modules": "q_proj", "lora_alpha": 8, "overlong_buffer_len": 9, "dynamic_sampling_rounds": 3}
+    session(load_checkpoint=True, **idle)
+    session(files=CHECKPOINT, overlong_buffer=True, lora_rank=4)
+    on = {"load_checkpoint": True, "overlong_buffer": True, "lora_rank": 4}
+    with pytest.raises(SystemExit, match=r"(?s)- lora_alpha: .*- target_modules: .*- overlong_buffer_len") as refused:
+        session(**on, **idle)
+    assert "dynamic_sampling_rounds" not in str(refused.value)
+
+
+def test_a_changed_reward_function_is_noticed(session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("x = 1")
+    session(files=CHECKPOINT, reward="mine:f")
+    (tmp_path / "mine.py").write_text("x = 2")
+    with pytest.raises(SystemExit, match=r"- reward: mine:f \(content \w+\), now mine:f \(content"):
+        session(load_checkpoint=True, reward="mine:f")
+    (tmp_path / "mine.py").write_text("x = 1")
+    with pytest.raises(SystemExit, match=r"- reward: mine:f .*, now mine:g"):
+        session(load_checkpoint=True, reward="mine:g")
+    session(load_checkpoint=True, reward="mine:f")
 
 
 def test_one_changed_part_of_a_large_file_is_noticed(session, tmp_path):

@@ -16,6 +16,7 @@ import re
 import shlex
 import signal
 import socket
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -60,11 +61,18 @@ FREE = frozenset(
     """)
 )
 # Settings that cannot be changed, even if --allow_changes names them.
-_FORM = "a checkpoint fits this form of the parameters only"
+_FORM = "the checkpoint's tensors have another dtype, shape or set of trained parameters"
+_RANKS = "only the same sharding, on the same number of ranks, can read the checkpoint"
 FIXED = {
     "pretrain": "the weights are the checkpoint's; another start model needs a new run (another --save_path)",
     **dict.fromkeys(("bf16", "lora_rank", "target_modules", "freeze_prefix", "load_in_4bit"), _FORM),
-    **dict.fromkeys(("fsdp", "zero_stage", "ranks"), "a checkpoint is read by what wrote it, and by as many ranks"),
+    **dict.fromkeys(("fsdp", "zero_stage", "ranks"), _RANKS),
+}
+# Settings that decide nothing while another flag is off.
+SWITCHES = {
+    **dict.fromkeys(("target_modules", "lora_alpha"), "lora_rank"),
+    **dict.fromkeys(("overlong_buffer_len", "overlong_buffer_penalty_factor"), "overlong_buffer"),
+    "dynamic_sampling_rounds": "dynamic_sampling",
 }
 ENDS = {
     4: "--on_anomaly stop",
@@ -89,7 +97,11 @@ class RunFolder:
         self.record = {
             "run": f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(3).hex()}",
             "ranks": ranks,
-            "digests": {"pretrain": model_digest(args.pretrain), "prompt_data": data_digest(args)},
+            "digests": {
+                "pretrain": model_digest(args.pretrain),
+                "prompt_data": data_digest(args),
+                "reward": reward_digest(args.reward),
+            },
             "flags": flags,
         }
         self.config: dict[str, Any] | None = None  # run_config.json, once the session is recorded there
@@ -182,6 +194,8 @@ class RunFolder:
         self.record["run"] = theirs or self.run
         found = differences(old, self.record, defaults)
         fixed = FIXED | ({"init_kl_coef": "--kl_target has adapted it since"} if self.args.kl_target else {})
+        if [each.get("digests", {}).get("pretrain") for each in (old, self.record)].count(None) == 1:
+            fixed.pop("pretrain")  # a name on the hub and a folder may be the same model
         if refusal := refuse(found, fixed, self.args.allow_changes or [], [*self.record["flags"], "ranks"]):
             raise SystemExit(refusal)
         self.changes = found
@@ -331,7 +345,8 @@ def open_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Itera
 def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> dict[str, list[str]]:
     """Settings that decide what is trained and that two sessions of a run do not have in common.
 
-    Model and data are compared by their content, which an older record may lack: moving them changes nothing.
+    Model and data are compared by their content, which an older record may lack: moving them changes nothing. A user's
+    reward is compared by its name and its module's own file.
 
     :param old: The record of the checkpoint's run.
     :param new: The present one.
@@ -343,12 +358,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, An
     for name, value in now.items():
         was = before.get(name, defaults.get(name, value))
         digests = [record.get("digests", {}).get(name) for record in (old, new)]
+        switch = SWITCHES.get(name)
         if name in FREE or (name == "zero_stage" and now.get("fsdp")):
             continue
-        if digests[1] is not None:
-            if digests[0] not in (None, digests[1]):
+        if switch and not (now[switch] and before.get(switch, defaults.get(switch))):
+            continue
+        if None not in digests:
+            if digests[0] != digests[1] or (name == "reward" and was != value):
                 found[name] = [f"{text} (content {digest})" for text, digest in zip((was, value), digests, strict=True)]
-        elif was != value:
+        elif was != value and (name == "reward" or digests[1] is None or "digests" in old):
             found[name] = [str(was), str(value)]
     return found
 
@@ -380,6 +398,14 @@ def model_digest(pretrain: str) -> str | None:
     """A short hash of a model's configuration and weights; None for a name on the hub."""
     files = [path for pattern in ("config.json", "*.safetensors", "*.bin") for path in Path(pretrain).glob(pattern)]
     return _digest(sorted(files)) if files else None
+
+
+def reward_digest(reward: str) -> str | None:
+    """A short hash of the file of a user's ``module:function``; None for a reward of this program."""
+    module, _, function = reward.partition(":")
+    places = (Path(place, *module.split(".")) for place in (os.getcwd(), *sys.path[1:]))  # the first is this program's
+    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    return _digest(files[:1]) if function and files else None
 
 
 def data_digest(args: argparse.Namespace) -> str:
