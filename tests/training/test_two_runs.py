@@ -48,20 +48,28 @@ def test_no_finished_model_is_written_over(tiny_model, demo_parquet, tmp_path):
         done = train(tiny_model, demo_parquet, aside, *resume, *changed, check=False)
         assert done.returncode == 2 and message in done.stdout + done.stderr and files(aside) == older
 
-    # changes that are named are made: half a cosine down to a tenth, of the new learning rate and over 4 steps
-    changed = ("--num_episodes", 2, "--actor_learning_rate", 2e-3, "--init_kl_coef", 0)
-    names = ("num_episodes", "actor_learning_rate", "init_kl_coef")
+    # changes that are named are made: two steps of 8 prompts after the two of 4, and nothing is done or written twice;
+    # half a cosine down to a tenth, of the new learning rate and over 3 steps, as many as make the 24 prompts now
+    changed = ("--num_episodes", 3, "--actor_learning_rate", 2e-3, "--init_kl_coef", 0)
+    changed += ("--rollout_batch_size", 8, "--train_batch_size", 32, "--save_steps", 1, "--max_ckpt_num", 9)
+    names = ("num_episodes", "actor_learning_rate", "init_kl_coef", "rollout_batch_size", "train_batch_size")
     done = train(
         tiny_model, demo_parquet, aside, *resume, *changed, "--no-use_kl_loss", "--allow_changes", *names, "use_kl_loss"
     )
     assert "changed   actor_learning_rate: 0.001, from now on 0.002" in done.stdout
     records = metrics_of(aside)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert records[3]["train/lr"] == pytest.approx(2e-3 * (0.1 + 0.45 * (1 - 0.5**0.5))) and records[3]["train/kl"] == 0
+    assert [record["train/lr"] for record in records[2:]] == pytest.approx([2e-3 * (0.1 + 0.45 * (1 - 0.5)), 2e-4])
+    assert records[3]["train/kl"] == 0
+    now = files(aside)
+    assert now["metrics.jsonl"].startswith(older["metrics.jsonl"])
+    assert all(now[name] == older[name] for name in older if "/step_00000" in name)
+    manifests = [json.loads(now[f"_actor/step_00000{step}/manifest.json"]) for step in (1, 2, 3, 4)]
+    assert [manifest["prompts"] for manifest in manifests] == [4, 8, 16, 24]
     config = json.loads((aside / "run_config.json").read_text())
-    assert [(each["first_step"], each["last_step"], each["how"]) for each in config["sessions"]] == [
-        (1, 2, "finished"),
-        (3, 4, "finished"),
+    assert [(each["last_step"], each["how"]) for each in config["sessions"]] == [
+        (2, "finished"),
+        (4, "finished"),
     ]
     assert load_file(aside / "model.safetensors").keys() == load_file(out / "model.safetensors").keys()
-    assert json.loads((aside / "r1_aqa.json").read_text())["prompts"] == 16
+    assert json.loads((aside / "r1_aqa.json").read_text())["prompts"] == 24

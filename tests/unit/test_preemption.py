@@ -1,14 +1,18 @@
 """runtime/lightrft/utils/preemption.py: what a signal does to a user's reward, and to the processes that it forks."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from lightrft.strategy.checkpoint import SaveError
+from lightrft.trainer import saving
+from lightrft.trainer.saving import ResumePoint, RunSaver
 from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
 
 PROGRAM = """
@@ -83,3 +87,42 @@ def test_an_error_saves_what_is_whole_and_stays_the_same(error, ranks, whole, sa
     trainer.saver = SimpleNamespace(whole=whole, save_before_exit=lambda folder: saved.append(folder) or "saved")
     assert trainer._end_of(error) is error
     assert saved == [False] * saves
+
+
+@pytest.mark.parametrize(
+    ("step", "saved", "full", "written", "said"),
+    [
+        (0, 0, "", [], "no step is done yet, so there is nothing to save"),
+        (8, 8, "", ["hf_step_000008.part"], "step 8 is .* saved; --load_checkpoint goes on .*; hf_step_000008 is its"),
+        (9, 8, "", ["step_000009", "hf_step_000009.part"], "step 9 .* saved; --load_checkpoint .*; hf_step_000009 is"),
+        (9, 8, "step_000009", [], "step 9 is the last one that is done, but could not be saved: full$"),
+        (
+            9,
+            8,
+            "hf_step_000009.part",
+            ["step_000009"],
+            ".* and saved; --load_.* on from there; its model could .*: full$",
+        ),
+    ],
+)
+def test_a_run_that_ends_early_writes_what_is_new_and_says_so(monkeypatch, tmp_path, step, saved, full, written, said):
+    wrote = []
+
+    def write(name):
+        if name == full:
+            raise SaveError("full")
+        wrote.append(name)
+
+    strategy = SimpleNamespace(
+        args=SimpleNamespace(save_path=tmp_path, ckpt_path=tmp_path, max_ckpt_num=1, save_hf_on_stop=True),
+        save_ckpt=lambda model, folder, tag, keep, state: write(tag),
+        save_model=lambda model, tokenizer, folder: write(Path(folder).name),
+        together=lambda action, mine: None,
+        is_rank_0=lambda: True,
+    )
+    monkeypatch.setattr(saving, "gather_objects", lambda value: [value])
+    point = ResumePoint(step, 4 * step, 0.1, {})
+    saver = RunSaver(strategy, SimpleNamespace(model=None), None, False, False, print, point)
+    saver.saved = saved
+    assert re.match(said, saver.save_before_exit())
+    assert wrote == written

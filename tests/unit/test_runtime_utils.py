@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGene
 
 from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.actor_al import load_model
-from lightrft.strategy.checkpoint import begin, commit, damage, newest_first, rotate, write_hf_folder
+from lightrft.strategy.checkpoint import begin, clear, commit, damage, newest_first, rotate, write_hf_folder
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 from lightrft.strategy.strategy_base import rate_factor
 from lightrft.trainer.spmd_ppo_trainer import hand_back_memory
@@ -402,6 +402,26 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"step_000003", "latest"}
 
 
+@pytest.mark.parametrize(
+    ("left", "found"),
+    [
+        ({".part": 12, ".old.part": 10}, 12),  # killed between the renames that replace a checkpoint by a newer one
+        ({".old.part": 10}, 10),
+        ({"": 12, ".old.part": 10}, 12),
+        ({"": 10, ".part": 12}, 10),  # killed while writing
+        ({".part": 12}, None),
+    ],
+)
+def test_a_kill_at_the_renames_loses_no_whole_checkpoint(tmp_path, left, found):
+    make_checkpoint(tmp_path, 2, 8)
+    for name, prompts in left.items():
+        make_checkpoint(tmp_path / "made", 3, prompts).rename(tmp_path / f"step_000003{name}")
+    clear(str(tmp_path))
+    prompts = [json.loads((folder / "manifest.json").read_text())["prompts"] for folder in newest_first(str(tmp_path))]
+    assert prompts == ([found, 8] if found else [8])
+    assert not list(tmp_path.glob("*.part"))
+
+
 @pytest.mark.parametrize("name", ["zero/state", "manifest.json"])
 def test_a_flipped_bit_or_a_missing_byte_is_damage(tmp_path, name):
     folder = make_checkpoint(tmp_path, 1, 4)
@@ -497,6 +517,7 @@ def test_freed_memory_goes_back_to_the_system():
         (8, 4, 0.55),
         (10, 4, 0.1 + 0.45 * (1 - 2**-0.5)),
         (12, 4, 0.1),
+        (16, 4, 0.1),  # after a resume with larger rollouts
         (0, 0, 1.0),
     ],
 )

@@ -20,6 +20,7 @@ from lightrft.utils.model_specs import family_of
 from lightrft.utils.protocols import Tokenizer
 
 ABOUT = "about_weights"  # in a checkpoint's state: dtype, lora_alpha, and further files of the run's model folders
+OLD = f".old{PART}"  # suffix of a folder while another takes its place
 MANIFEST = "manifest.json"  # of a whole checkpoint: its files with size and hash, and the prompts that were used
 
 
@@ -95,13 +96,20 @@ def begin(save_dir: str, name: str) -> None:
     (Path(save_dir) / name).mkdir(parents=True)
 
 
-def clear(save_dir: str) -> None:
-    """Remove what is half written.
+def clear(save_dir: str, names: str = "*") -> None:
+    """Finish what a kill has interrupted in :func:`replace_folder`, and remove what is half written.
 
-    :param save_dir: Folder of the checkpoints; need not exist.
+    :param save_dir: Parent of the folders; need not exist.
+    :param names: Pattern of the folders' names.
     """
-    for left_over in Path(save_dir).glob(f"*{PART}"):
-        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    parent = Path(save_dir)
+    for old in parent.glob(f"{names}{OLD}"):
+        final = old.with_name(old.name.removesuffix(OLD))
+        new = final.with_name(final.name + PART)
+        if not final.exists():  # killed between the two renames: both are whole
+            (new if new.exists() else old).rename(final)
+    for left_over in (*parent.glob(f"{names}{PART}"), *parent.glob(f"{names}{OLD}")):
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink(missing_ok=True)
 
 
 def commit(save_dir: str, tag: str, prompts: int | None = None, hashes: Mapping[str, str] | None = None) -> None:
@@ -133,14 +141,15 @@ def _hash(path: Path) -> str:
 def replace_folder(new: Path, final: Path) -> None:
     """Put a written folder in the place of another, everything on disk first.
 
-    Killed between the two renames, it leaves the new one under its name and the old one as ``<final>.old.part``.
+    Killed between the two renames, it leaves both folders, as ``<final>.part`` and ``<final>.old.part``; :func:`clear`
+    gives the name to the new one.
 
-    :param new: The folder that is written.
+    :param new: The folder that is written: ``<final>.part``.
     :param final: Its name from now on; a folder of that name is deleted.
     """
     for path in (*new.rglob("*"), new):
         _flush(path)
-    old = final.with_name(f"{final.name}.old{PART}")
+    old = final.with_name(final.name + OLD)
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
@@ -159,7 +168,7 @@ def _flush(path: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; a kill half-way leaves nothing that looks like one."""
-    aside = folder.with_name(f"{folder.name}.old{PART}")
+    aside = folder.with_name(folder.name + PART)  # not OLD, which would be restored
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside)
@@ -221,7 +230,7 @@ def newest_first(save_dir: str, named: str | None = None) -> list[Path]:
     """
     prompts: dict[Path, int | None] = {}
     for folder in Path(save_dir).glob("step_*"):
-        if folder.is_dir() and folder.suffix != PART:
+        if folder.is_dir() and folder.name.removeprefix("step_").isdecimal():
             try:
                 prompts[folder] = _read_manifest(folder)[0]
             except (OSError, ValueError):

@@ -410,8 +410,10 @@ class StrategyBase(ABC):
     def load_ckpt(self, model: TrainingEngine, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
         """Load the newest whole checkpoint: the one that ``latest`` names, if it is whole. Collective.
 
+        :return: Its folder, and its state, with ``step``, which its name tells.
         :raises SystemExit: if there is none that fits.
         """
+        self.together(lambda: checkpoint.clear(load_dir), self.is_rank_0())
         named = checkpoint.latest(load_dir)
         named, found = gather_objects((named, checkpoint.newest_first(load_dir, named)))[0]
         for folder in found:
@@ -425,7 +427,8 @@ class StrategyBase(ABC):
         if named not in [folder.name for folder in found]:
             says = "is missing" if named is None else f"names {named}, which is not there"
             self.print(f"note: {Path(load_dir) / 'latest'} {says}: {folder.name} is the newest whole checkpoint")
-        return str(folder), self.read_ckpt(model, load_dir, folder.name)
+        step = int(folder.name.removeprefix("step_"))
+        return str(folder), self.read_ckpt(model, load_dir, folder.name) | {"step": step}
 
     @abstractmethod
     def read_ckpt(self, engine: TrainingEngine, load_dir: str, tag: str) -> dict[str, Any]:
@@ -460,7 +463,8 @@ def rate_factor(step: int, warmup: int, total: int) -> float:
     """
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
+    # a resumed run with a larger --rollout_batch_size makes more steps than the total: the rate stays at its end
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -166,7 +165,7 @@ class BestModel:
         self.strategy = strategy
         self.folder = folder
         self.metric = metric
-        strategy.together(self._tidy, strategy.is_rank_0())
+        strategy.together(lambda: checkpoint.clear(str(folder.parent), folder.name), strategy.is_rank_0())
         record = folder / BEST_RECORD
         mine = json.loads(record.read_text(encoding="utf-8")) if strategy.is_rank_0() and record.is_file() else None
         self.record: dict[str, Any] | None = gather_objects(mine)[0]
@@ -177,16 +176,6 @@ class BestModel:
             )
         if self.record is None and remembered is not None:
             strategy.print(f"note: {folder} is gone, the model of step {remembered['step']}: the next one is the best")
-
-    def _tidy(self) -> None:
-        aside, old = self._beside(checkpoint.PART), self._beside(f".old{checkpoint.PART}")
-        if old.exists() and not self.folder.exists():  # killed between two renames; the new folder is complete
-            (aside if aside.exists() else old).rename(self.folder)
-        for left_over in (aside, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-
-    def _beside(self, suffix: str) -> Path:
-        return self.folder.with_name(self.folder.name + suffix)
 
     def keep(self, metrics: dict[str, float], step: int, save: Callable[[str], None]) -> None:
         """Keep the model if it is better than the best so far; of equal ones the first stays.
@@ -202,7 +191,7 @@ class BestModel:
         if not value > (self.record["value"] if self.record else float("-inf")):
             return
         record = {"step": step, "metric": self.metric, "value": value}
-        aside = self._beside(checkpoint.PART)
+        aside = self.folder.with_name(self.folder.name + checkpoint.PART)
         save(str(aside))
 
         def finish() -> None:

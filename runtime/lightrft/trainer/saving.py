@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,14 @@ class ResumePoint:
 
     Rollouts after it, whose gradients have only been accumulated, are done again.
 
+    :param prompts: Prompts that the run has used by then. Not a fixed number a step: a resumed run may have another
+        ``--rollout_batch_size``.
     :param kl_coef: Weight of the KL after it.
     :param health: State of :class:`~lightrft.trainer.health.Health` after it.
     """
 
     step: int
+    prompts: int
     kl_coef: float
     health: dict[str, Any]
 
@@ -60,7 +62,9 @@ class RunSaver:
         self.save_hf_ckpt, self.disable_ds_ckpt = save_hf_ckpt, disable_ds_ckpt
         self.warn = warn
         self.point = start
-        self.whole = True  # the weights are those of the resume point, and nothing speaks against them
+        # False while the weights differ from the resume point, or may hold NaN: then an error does not save
+        self.whole = True
+        self.saved = 0  # step of the checkpoint that was loaded or written last
         self.failed = 0
         self.best: BestModel | None = None
 
@@ -72,7 +76,7 @@ class RunSaver:
         try:
             if not self.disable_ds_ckpt:
                 self.save_state()
-            if self.save_hf_ckpt:
+            if self.save_hf_ckpt and self.point.step:  # 0: the first optimizer step takes more rollouts
                 self._save_folder()
         except SaveError as error:
             self._take_failure(error)
@@ -104,16 +108,21 @@ class RunSaver:
         :param folder: Also write a Hugging Face folder, as ``save_hf_on_stop`` says.
         :return: What to tell the user about it.
         """
+        if self.point.step == 0:
+            return "no step is done yet, so there is nothing to save"
         said = f"step {self.point.step} is the last one that is done"
         try:
             if not self.disable_ds_ckpt:
                 self.save_state()
                 said += " and saved; --load_checkpoint goes on from there"
-            if folder and self.point.step and self._writes_folder_on_stop():
+        except SaveError as error:
+            return f"{said}, but could not be saved: {error}"
+        try:
+            if folder and self._writes_folder_on_stop():
                 self._save_folder()
                 said += f"; {self._hf_folder().name} is its model"
         except SaveError as error:
-            said += f", but could not be saved: {error}"
+            said += f"; its model could not be written: {error}"
         return said
 
     def _writes_folder_on_stop(self) -> bool:
@@ -124,10 +133,15 @@ class RunSaver:
         return size < QUICK_BYTES
 
     def save_state(self) -> None:
-        """Write a checkpoint of the resume point, from which the run goes on exactly."""
+        """Write a checkpoint of the resume point, from which the run goes on exactly, unless it has one.
+
+        The start has none: its weights are ``--pretrain``'s.
+        """
+        if self.point.step == self.saved:
+            return
         kind, keys, *rest = np.random.get_state()
         state = {
-            "consumed_samples": self.point.step * self.args.rollout_batch_size,
+            "consumed_samples": self.point.prompts,
             "kl_coef": self.point.kl_coef,
             "health": self.point.health,
             "best": self.best and self.best.record,
@@ -135,20 +149,19 @@ class RunSaver:
         }
         tag = f"step_{self.point.step:06d}"
         self.strategy.save_ckpt(self.actor.model, str(self._checkpoints()), tag, self.args.max_ckpt_num, state)
+        self.saved = self.point.step
 
     def finish_interrupted_save(self) -> None:
         """Do in a resumed run what is left of a save during which the earlier process was killed."""
-        run = Path(self.args.save_path)
 
         def tidy() -> None:
-            for left_over in run.glob(f"hf_step_*{checkpoint.PART}"):
-                shutil.rmtree(left_over)
-            checkpoint.clear(str(self._checkpoints()))
+            checkpoint.clear(self.args.save_path, "hf_step_*")
             checkpoint.rotate(str(self._checkpoints()), self.args.max_ckpt_num)
 
         self.strategy.together(tidy, self.strategy.is_rank_0())
-        due = self.save_hf_ckpt and self.args.save_steps > 0 and self.point.step % self.args.save_steps == 0
-        # only rank 0 looks: with local disks the other hosts never have the folder
+        step, every = self.point.step, self.args.save_steps
+        due = self.save_hf_ckpt and step > 0 and every > 0 and step % every == 0
+        # rank 0 alone looks, because it alone writes these folders, and save_path may be a local disk
         if any(gather_objects(self.strategy.is_rank_0() and due and not self._hf_folder().exists())):
             self._save_folder()
 

@@ -162,10 +162,12 @@ class SPMDPPOTrainerVL:
         self.guard = strategy.step_guard(actor.model)
         self.losses_not_finite = 0.0  # micro-batches of the present optimizer step, on this rank
         self.suspicious = False  # an earlier rollout of the present optimizer step shows a sign (--on_anomaly skip)
-        start = ResumePoint(0, init_kl_coef, self.health.state())
+        start = ResumePoint(0, 0, init_kl_coef, self.health.state())
         self.saver = RunSaver(strategy, actor, tokenizer, save_hf_ckpt, disable_ds_ckpt, warn, start)
         self.evaluators: list[Evaluator] = []  # what is measured every eval_steps beside the reward, see Evaluation
         self.find_collapsed: FindCollapsed | None = None
+        self.restored_step = 0
+        self.batches_ahead = 0  # batches of the data that are used, beyond the steps: see fit
         self.restored_best: dict[str, Any] | None = None  # record of the best model in the checkpoint that was loaded
         self.progress = Progress()
         self.samples: list[dict[str, Any]] = []  # of the last step, on rank 0: see trajectories.records
@@ -210,11 +212,14 @@ class SPMDPPOTrainerVL:
         :return: Metrics of the last step.
         :raises SystemExit: after a signal or an anomaly, once the run is saved.
         """
-        first = consumed_samples // self.args.rollout_batch_size
-        total = len(prompts_dataloader) * self.args.num_episodes
-        self.saver.point = ResumePoint(first, self.kl_ctl.value, self.health.state())
+        # steps go on from the checkpoint's, also if --rollout_batch_size was changed and the data are at another batch
+        first = self.restored_step
+        self.batches_ahead = consumed_samples // self.args.rollout_batch_size - first
+        total = len(prompts_dataloader) * self.args.num_episodes - self.batches_ahead
+        self.saver.point = ResumePoint(first, consumed_samples, self.kl_ctl.value, self.health.state())
+        self.saver.saved = first
         stop_request.install()
-        if first and not self.saver.disable_ds_ckpt:
+        if not self.saver.disable_ds_ckpt:
             self.saver.finish_interrupted_save()
         evaluation = Evaluation(
             self.experience_maker,
@@ -234,10 +239,11 @@ class SPMDPPOTrainerVL:
         self.experience_maker.on_phase = self.progress.phase
         if self.args.dynamic_sampling:
             self.experience_maker.draw_prompts = partial(self.draw_prompts, prompts_dataloader)
+        batches = self._batches(prompts_dataloader, first + self.batches_ahead)
         started, step = time.perf_counter(), first
         metrics: dict[str, float] = {}
         try:
-            for step, (batch, waited) in enumerate(self._batches(prompts_dataloader, first), first + 1):
+            for step, (batch, waited) in enumerate(batches, first + 1):
                 metrics = self.train_on(batch, step, waited)
                 self._after_step(evaluation, writer, step, total, metrics)
         except AnomalyError as anomaly:
@@ -358,7 +364,8 @@ class SPMDPPOTrainerVL:
         counts, anomaly = self.health.check(metrics, step)
         metrics |= counts | {"health/failed_saves": float(self.saver.failed)}
         if stepped:
-            self.saver.point = ResumePoint(step, self.kl_ctl.value, self.health.state())
+            prompts = (step + self.batches_ahead) * self.args.rollout_batch_size
+            self.saver.point = ResumePoint(step, prompts, self.kl_ctl.value, self.health.state())
             self.saver.whole = True
         return anomaly
 
@@ -505,6 +512,7 @@ class SPMDPPOTrainerVL:
 
         :param state: As ``strategy.load_ckpt`` returns it.
         """
+        self.restored_step = state["step"]
         self.kl_ctl.value = state["kl_coef"]
         self.health.restore(state["health"])
         self.restored_best = state.get("best")  # checkpoints of earlier versions have none
