@@ -198,6 +198,11 @@ def test_responses_of_another_model_in_a_partial_file_are_refused(tmp_path):
     first.append([(2, "horn")])
     with pytest.raises(EvalError, match=r"p: damaged: 1 of 3 responses are of another model .*item 1.*--overwrite"):
         first.load()
+    head, *lines = map(json.loads, (tmp_path / "p").read_text().splitlines())
+    lines = [head, *({"index": line["index"], "raw_output": line["raw_output"]} for line in lines)]
+    (tmp_path / "p").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(EvalError, match=r"p: an earlier version wrote it, .*; give --overwrite"):
+        first.load()
 
 
 def test_a_second_evaluation_into_the_same_file_is_refused(tmp_path, flags, questions, capsys):
@@ -227,6 +232,13 @@ def test_a_run_resolves_to_its_final_model_or_newest_checkpoint(tmp_path):
     assert model.path == str(run / "hf_step_000010")
     assert "hf_step_000010 (hf_step_000011 left out as incomplete)" in model.note
     make_folder(run)
+    assert resolve_model(str(run)).path == str(run)
+    sessions = [{"how": "finished", "last_step": 9}, {"how": "SIGTERM", "last_step": 11}]  # it was extended
+    (run / "run_config.json").write_text(json.dumps({"sessions": sessions}))
+    model = resolve_model(str(run))
+    assert model.path == str(run / "hf_step_000010")
+    assert "hf_step_000010, newer than its final model of step 9" in model.note
+    (run / "run_config.json").write_text(json.dumps({"sessions": [{"how": "finished", "last_step": 10}]}))
     assert resolve_model(str(run)).path == str(run)
     shards = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (run / "model.safetensors.index.json").write_text(json.dumps(shards))

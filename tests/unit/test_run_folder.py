@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -348,6 +349,43 @@ def test_a_place_that_cannot_be_written_is_named(session, tmp_path):
         session()
     with pytest.raises(SystemExit, match=r"--save_path .*file/run: cannot be written"):
         session(save_path=tmp_path / "file" / "run")
+    with pytest.raises(SystemExit, match=r"--save_path .*/file: .*/file is in the way \(File exists\); move it away"):
+        session(save_path=tmp_path / "file")
+
+
+def test_links_are_moved_aside_and_what_they_lead_to_is_not(session, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "old.log").touch()
+    session(files=["config.json"])
+    (tmp_path / "run" / "logs").symlink_to(elsewhere)
+    shutil.rmtree(tmp_path / "run" / "_actor")
+    (tmp_path / "run" / "_actor").symlink_to(tmp_path / "an unmounted disk")
+    session(files=["config.json"])
+    assert (elsewhere / "old.log").exists() and len(list((tmp_path / "run" / EARLIER).glob("*/config.json"))) == 1
+    assert [path.is_symlink() for path in (tmp_path / "run" / EARLIER).glob("*/*") if path.name == "_actor"] == [True]
+
+    def rename(path, new):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+
+    monkeypatch.setattr(Path, "rename", rename)  # as of a disk that is mounted in the folder
+    with pytest.raises(
+        SystemExit, match=r"--save_path .*/run: .*/run/\w+.json is in the way .*; move it away yourself"
+    ):
+        session()
+
+
+@pytest.mark.parametrize("name", ["run_config.json", "r1_aqa.json", "_actor/run.json"])
+@pytest.mark.parametrize("damage", ["folder", "list"])
+def test_a_record_that_cannot_be_read_is_named(session, tmp_path, name, damage):
+    session(files=[*CHECKPOINT, "config.json"])
+    (tmp_path / "run" / name).unlink()
+    if damage == "folder":
+        (tmp_path / "run" / name).mkdir()
+    else:
+        (tmp_path / "run" / name).write_text("[1]")
+    with pytest.raises(SystemExit, match=rf"{name}: cannot be read \(.*\); put it right, or remove it"):
+        session(load_checkpoint=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- sessions
@@ -376,6 +414,8 @@ def test_each_session_is_recorded_and_shown(session, tmp_path):
         (SystemExit(143), "SIGTERM"),
         (SystemExit(4), "--on_anomaly stop"),
         (SystemExit("no such metric"), "no such metric"),
+        (SystemExit(), "exit status 0"),
+        (SystemExit(""), "exit status 0"),
         (ValueError("a\nb"), "ValueError: a"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,8 @@ def asked_to_think(model: Model) -> float | None:
 def resolve_model(model_path: str, base_model: str | None = None) -> Model:
     """Find what to load.
 
-    :param model_path: A Hugging Face folder, a LoRA adapter's folder, the folder of a training run (its own model if it
-        ended, else the newest ``hf_step_NNNNNN`` in it), or a name on the Hugging Face hub.
+    :param model_path: A Hugging Face folder, a LoRA adapter's folder, a training run's folder (its final model, or
+        the newest ``hf_step_NNNNNN`` if there is none or it is older), or a name on the Hugging Face hub.
     :param base_model: For an adapter: the model that it was trained on; None: the one that the adapter names.
     :raises EvalError: if there is nothing to load; a DeepSpeed checkpoint alone gets an explanation.
     """
@@ -73,20 +74,24 @@ def resolve_model(model_path: str, base_model: str | None = None) -> Model:
         return _adapter(folder, base_model)
     _refuse_base_model(base_model, model_path)
     lacking = missing_files(folder)
-    if not lacking:
-        return Model(str(folder), str(folder))
     steps = sorted(
         (int(match[1]), child)
         for child in folder.iterdir()
         if child.is_dir() and (match := _STEP_FOLDERS.fullmatch(child.name))
     )
-    whole = [child for _, child in steps if not missing_files(child)]
+    ended = None if lacking else _last_step(folder)
+    # a run that was extended since it ended has newer ones
+    whole = [child for step, child in steps if (lacking or step > ended) and not missing_files(child)]
     if whole:
         torn = [child.name for _, child in steps if child > whole[-1] and missing_files(child)]
         note = f"a run's folder: its newest checkpoint is {whole[-1].name}"
+        if ended is not None:
+            note += f", newer than its final model of step {ended}"
         if torn:
             note += f" ({', '.join(torn)} left out as incomplete)"
         return Model(str(whole[-1]), str(whole[-1]), note=note)
+    if not lacking:
+        return Model(str(folder), str(folder))
     if steps:
         raise EvalError(
             f"--model_path {model_path}: no Hugging Face checkpoint in it is complete; {steps[-1][1].name} lacks "
@@ -106,6 +111,13 @@ def resolve_model(model_path: str, base_model: str | None = None) -> Model:
                 "one (--save_hf_ckpt writes one with every checkpoint)."
             )
     raise EvalError(f"--model_path {model_path}: no model there: {', '.join(lacking)} missing")
+
+
+def _last_step(folder: Path) -> float:
+    """The step of the final model in a run's folder; infinite where the run does not say."""
+    config = folder / "run_config.json"
+    sessions = _read_json(config).get("sessions", []) if config.is_file() else []
+    return next((each["last_step"] for each in reversed(sessions) if each.get("how") == "finished"), math.inf)
 
 
 def missing_files(folder: Path) -> list[str]:

@@ -331,6 +331,11 @@ class PartialFile:
                 + "\nRepeat that run's flags to finish it, or give --overwrite to drop it."
             )
         foreign = [line["index"] for line in lines[1:] if line.get("of") != self.key]
+        if foreign and not any("of" in line for line in lines[1:]):
+            raise EvalError(
+                f"{self.path}: an earlier version wrote it, which did not note whose the responses are; give "
+                "--overwrite to ask all anew"
+            )
         if foreign:
             raise EvalError(
                 f"{self.path}: damaged: {len(foreign)} of {len(lines) - 1} responses are of another model or of "

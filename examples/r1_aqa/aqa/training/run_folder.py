@@ -9,6 +9,7 @@ into ``earlier/``; a resumed one must be the run of the folder and of the checkp
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ MODEL_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"),
     *("processor_config.json", "preprocessor_config.json", "model.part", "adapter", NOTES_FILE),
 )
-# the file that marks a folder as a run's comes last: what a kill leaves undone, the next start completes
+# the file that marks a folder as a run's is moved last: after a kill the next start still knows it, and moves the rest
 RUN_FILES = (
     *(CHECKPOINTS, "global_step*_hf", "hf_step_*", "best", "best.*", "trajectories", "trajectories.old", "eval"),
     *("report.html", "metrics.csv", "wandb", "wandb_run_id.txt", "metrics.jsonl*", CONFIG),
@@ -224,7 +225,7 @@ class RunFolder:
         if not self.args.load_checkpoint:
             self._set_aside(self._older_files())
         elif _has_model(self.save) and (_read(self.save / NOTES_FILE) or {}).get("run") != self.run:
-            self._set_aside(_matching(self.save, MODEL_FILES))  # nobody knows whose it is
+            self._set_aside(_matching(self.save, MODEL_FILES))  # it names no run, so it may be another one's
         flags, before = self.record["flags"], old.get("flags", {})
         others = {
             name: [str(value), str(flags[name])]
@@ -251,8 +252,8 @@ class RunFolder:
         if self.config is None or "ended" in self.config["sessions"][-1]:
             return
         how = "finished"
-        if isinstance(error, SystemExit) and isinstance(error.code, int):
-            how = ENDS.get(error.code, f"exit status {error.code}")
+        if isinstance(error, SystemExit) and isinstance(error.code or 0, int):
+            how = ENDS.get(error.code, f"exit status {error.code or 0}")
         elif error is not None:
             kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
             how = f"{kind}{error}".splitlines()[0][:200]
@@ -273,7 +274,8 @@ class RunFolder:
         found = []
         if _is_run(self.save):
             found = _matching(self.save, (*MODEL_FILES, *RUN_FILES))
-            found[-1:-1] = [path for path in self.save.glob("logs/*") if not OWN_LOG.fullmatch(path.name)]
+            if not (self.save / "logs").is_symlink():  # where it leads is not this run's to change
+                found[-1:-1] = [path for path in self.save.glob("logs/*") if not OWN_LOG.fullmatch(path.name)]
         if self.ckpt.resolve() != self.save.resolve():
             found = _matching(self.ckpt, (CHECKPOINTS, "global_step*_hf")) + found
         return found
@@ -288,7 +290,7 @@ class RunFolder:
         name = config.get("run") or f"{datetime.fromtimestamp(files[-1].lstat().st_mtime):%Y%m%d-%H%M%S}"
         homes = {path: self.save if path.is_relative_to(self.save) else self.ckpt for path in files}
         target, number = name, 1
-        while any((home / EARLIER / target / path.relative_to(home)).exists() for path, home in homes.items()):
+        while any(os.path.lexists(home / EARLIER / target / path.relative_to(home)) for path, home in homes.items()):
             target, number = f"{name}-{number + 1}", number + 1
         for path, home in homes.items():
             new = home / EARLIER / target / path.relative_to(home)
@@ -306,6 +308,9 @@ def naming(place: str) -> Iterator[None]:
     except LockedError as error:
         raise SystemExit(str(error)) from None
     except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EBUSY, errno.EEXIST):
+            remedy = "move it away yourself, or choose another folder"
+            raise SystemExit(f"{place}: {error.filename} is in the way ({error.strerror}); {remedy}") from None
         remedy = "make room there, see to the rights, or choose another folder"
         raise SystemExit(f"{place}: cannot be written ({error.strerror}); {remedy}") from None
 
@@ -441,7 +446,10 @@ def _has_model(folder: Path) -> bool:
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return list(dict.fromkeys(path for pattern in patterns for path in sorted(folder.glob(pattern))))
+    found = (path for pattern in patterns for path in (folder / pattern, *sorted(folder.glob(pattern))))
+    return [
+        path for path in dict.fromkeys(found) if os.path.lexists(path)
+    ]  # glob passes over a link that leads nowhere
 
 
 def _few(paths: list[Path]) -> str:
@@ -464,11 +472,14 @@ def plain(value: Any) -> Any:
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON file; None if there is none.
 
-    :raises SystemExit: if it is damaged.
+    :raises SystemExit: if it is damaged, not readable or no object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{type(content).__name__} instead of an object")
+        return content
     except FileNotFoundError:
         return None
-    except (ValueError, NotADirectoryError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"{path}: cannot be read ({error}); put it right, or remove it") from None
