@@ -219,6 +219,10 @@ def maker(vllm_engine, parts):
         advantage_estimator="group_norm",
         use_kl_loss=True,
         gamma=1.0,
+        fsdp=False,
+        zero_stage=2,
+        engine_type="vllm",
+        engine_tp_size=1,
     )
 
     def generate(sampling_params, all_prompts, all_images, images_num, **_):

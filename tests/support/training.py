@@ -11,7 +11,7 @@ from pathlib import Path
 import eval_mmau
 import pytest
 import torch
-from conftest import EXAMPLE, run_script
+from conftest import EXAMPLE, child_environment, run_script
 from safetensors.torch import load_file
 
 METRICS = [f"time/{part}" for part in ("data", "rollout", "logprobs", "train", "sync", "step")] + ["samples_per_second"]
@@ -49,7 +49,7 @@ def train(model, data, out, *extra, processes=1, check=True):
         return run_script("train_colocate.py", *arguments, check=check)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command = [*map(str, command), str(EXAMPLE / "train_colocate.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=child_environment())
     if check and done.returncode != 0:
         logs = "".join(path.read_text(errors="replace")[-3000:] for path in sorted((out / "logs").glob("*.log")))
         pytest.fail(f"torchrun ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}\n{logs}")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EXAMPLE
+from conftest import EXAMPLE, child_environment
 
 HEAVY = {"torch", "transformers", "vllm", "deepspeed", "datasets", "numpy", "pyarrow"}
 # runs a script as its user does and says which modules it has loaded when it ends
@@ -37,7 +37,7 @@ EVALUATION = ("--model_path", "m", "--data_file", "nowhere.json", "--out_file", 
 )
 def test_nothing_heavy_is_loaded(tmp_path, script, arguments, status, message):
     command = [sys.executable, "-c", PROBE, str(EXAMPLE / script), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=child_environment())
     found, _, loaded = done.stdout.rpartition("loaded")
     assert f"status {status}" in found, done.stdout + done.stderr
     assert message in done.stdout + done.stderr
@@ -55,7 +55,7 @@ def test_nothing_heavy_is_loaded(tmp_path, script, arguments, status, message):
 def test_a_python_without_packages_is_told_where_they_are(tmp_path, command):
     script, *arguments = command
     command = [sys.executable, "-S", str(EXAMPLE / script), *arguments]  # -S: none but Python's own
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=child_environment())
     assert done.returncode == 2, done.stderr
     assert "torch, transformers" in done.stderr and "activate its environment" in done.stderr
     assert "Traceback" not in done.stderr

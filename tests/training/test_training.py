@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT, run_script
+from conftest import EXAMPLE, ROOT, child_environment, run_script
 from safetensors.torch import load_file
 from support.training import METRICS, benchmark_of, contents, metrics_of, moved, train
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
@@ -187,7 +186,7 @@ def test_methods_together(run, tiny_model, demo_parquet, tmp_path):
     # these two runs write every metric that there is; docs/metrics.md shows the table
     written = set().union(*metrics_of(run[0]), *metrics_of(tmp_path)) - {"step"}
     assert [name for name in written if not metrics.known(name)] == []
-    assert metrics.METRICS.keys() - written == set()
+    assert metrics.METRICS.keys() - written == {"eval/accuracy_reward_silent"}  # test_evaluation.py has it
 
 
 def left_behind(request, path):
@@ -229,7 +228,7 @@ def test_two_processes(tiny_model, demo_parquet, demo_data, tmp_path, request, t
 def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):
     """The manual's dry run, on twelve prompts: its names, its folders, its exit status; with parts that are frozen."""
     values = "EPISODE=1 RBS=4 TBS=32 N_SAMPLES=4 MLP_WORKER_GPU=1 ENGINE_TP=1 ENGINE_MEM_UTIL=0.5 GENERATE_MAX_LEN=12"
-    env = os.environ | dict(pair.split("=") for pair in values.split())
+    env = child_environment() | dict(pair.split("=") for pair in values.split())
     env |= {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": str(tiny_model)}
     script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
     data = {"PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet), "WANDB_API_KEY": "s3cret", "WANDB_MODE": "disabled"}
@@ -256,7 +255,11 @@ def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):
 def test_launch_script_plans_without_starting_or_writing_anything(tmp_path):
     """``--plan``: for all ranks, in a GPU's precision whatever this machine has, with the planner's exit status."""
     script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
-    env = os.environ | {"PYTHON": sys.executable, "PATH_TO_YOUR_AVQA_DATASET": "nothing yet", "RUN_ID": "first"}
+    env = child_environment() | {
+        "PYTHON": sys.executable,
+        "PATH_TO_YOUR_AVQA_DATASET": "nothing yet",
+        "RUN_ID": "first",
+    }
     for settings, status, said in (
         ({"MLP_WORKER_NUM": "2", "RBS": "32", "TBS": "256"}, 0, "GPUs       16 x 80 GiB (assumed"),
         ({"MLP_WORKER_NUM": "2", "RBS": "32", "TBS": "256", "MLP_ROLE_INDEX": "1"}, 0, ""),  # node 0 has said it
@@ -274,7 +277,7 @@ def test_launch_script_plans_without_starting_or_writing_anything(tmp_path):
 def test_launch_script_fails_when_training_fails(tiny_model, tmp_path):
     """Beside another launch with the default port; with a path as an env file has it."""
     (tmp_path / "model").symlink_to(tiny_model)
-    env = os.environ | {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": "~/model", "MLP_WORKER_GPU": "1"}
+    env = child_environment() | {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": "~/model", "MLP_WORKER_GPU": "1"}
     env |= {"PATH_TO_YOUR_AVQA_DATASET": str(tmp_path / "nowhere"), "HOME": str(tmp_path)}
     script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
     run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=300)

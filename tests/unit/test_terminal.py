@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLE, ROOT
+from conftest import EXAMPLE, ROOT, child_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -183,5 +183,5 @@ def test_short_empty_and_cut_runs(tmp_path):
 
 def test_quiet_and_verbose_are_refused_together():
     command = [sys.executable, str(EXAMPLE / "train_colocate.py"), "--quiet", "--verbose"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=child_environment())
     assert done.returncode == 2 and "--quiet with --verbose: drop one of the two" in done.stderr
