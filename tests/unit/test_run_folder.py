@@ -349,7 +349,7 @@ def test_a_place_that_cannot_be_written_is_named(session, tmp_path):
         session()
     with pytest.raises(SystemExit, match=r"--save_path .*file/run: cannot be written"):
         session(save_path=tmp_path / "file" / "run")
-    with pytest.raises(SystemExit, match=r"--save_path .*/file: .*/file is in the way \(File exists\); move it away"):
+    with pytest.raises(SystemExit, match=r"--save_path .*/file: cannot be written \(.*/file: File exists\); move that"):
         session(save_path=tmp_path / "file")
 
 
@@ -370,7 +370,7 @@ def test_links_are_moved_aside_and_what_they_lead_to_is_not(session, tmp_path, m
 
     monkeypatch.setattr(Path, "rename", rename)  # as of a disk that is mounted in the folder
     with pytest.raises(
-        SystemExit, match=r"--save_path .*/run: .*/run/\w+.json is in the way .*; move it away yourself"
+        SystemExit, match=r"--save_path .*/run: cannot be written \(.*/run/\w+.json: .*; move that away"
     ):
         session()
 

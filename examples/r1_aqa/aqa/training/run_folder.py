@@ -308,11 +308,10 @@ def naming(place: str) -> Iterator[None]:
     except LockedError as error:
         raise SystemExit(str(error)) from None
     except OSError as error:
+        why, remedy = error.strerror, "make room there, see to the rights"
         if error.errno in (errno.EXDEV, errno.EBUSY, errno.EEXIST):
-            remedy = "move it away yourself, or choose another folder"
-            raise SystemExit(f"{place}: {error.filename} is in the way ({error.strerror}); {remedy}") from None
-        remedy = "make room there, see to the rights, or choose another folder"
-        raise SystemExit(f"{place}: cannot be written ({error.strerror}); {remedy}") from None
+            why, remedy = f"{error.filename}: {why}", "move that away yourself"
+        raise SystemExit(f"{place}: cannot be written ({why}); {remedy}, or choose another folder") from None
 
 
 @contextmanager
