@@ -298,7 +298,7 @@ def test_help_is_quick_and_a_bad_configuration_is_refused_before_anything_loads(
     assert "--freeze_prefix" in shown.stdout
     refused = run_script("train_colocate.py", "--train_batch_size", 7, "--temperature", 0, check=False)
     assert refused.returncode == 2
-    for part in ("--pretrain is missing", "--prompt_data is missing", "16 x 8 = 128", "--temperature 0"):
+    for part in ("--pretrain is missing", "--prompt_data is missing", "16 prompts x 8 samples", "--temperature 0"):
         assert part in refused.stderr
     assert "Traceback" not in refused.stderr
 
