@@ -457,7 +457,8 @@ def test_metrics_wait_for_room_on_the_disk(tmp_path, monkeypatch):
     assert len(said) == 1 and said[0].startswith("metrics.jsonl cannot be written")
 
 
-def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path):
+@pytest.mark.parametrize("done", [2, 0])  # 0: an earlier version saved a checkpoint of the start
+def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path, done):
     args = SimpleNamespace(use_wandb=False, use_tensorboard=None)
     writer = MetricsWriter(tmp_path, args)
     for step in (1, 2, 3):
@@ -465,11 +466,11 @@ def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path):
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "x"')  # killed while writing
-    writer = MetricsWriter(tmp_path, args, done=2)
-    writer.write(3, {"x": 30.0})
+    writer = MetricsWriter(tmp_path, args, done=done)
+    writer.write(done + 1, {"x": 30.0})
     writer.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert records == [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}, {"step": 3, "x": 30.0}]
+    assert records == [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}][:done] + [{"step": done + 1, "x": 30.0}]
 
 
 # ------------------------------------------------------------------------------------------------------------ processor

@@ -31,7 +31,8 @@ class MetricsWriter:
     def __init__(self, folder: Path, args: Any, done: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if done and path.exists():
+        resumed = path.exists()  # also where no step is done: a new run finds an older one's files moved away
+        if resumed:
             keep_steps(path, done)
         self._file = path.open("ab", buffering=0)
         self._pending: list[bytes] = []  # records that could not be written yet
@@ -42,7 +43,7 @@ class MetricsWriter:
             self._table_steps = args.wandb_table_steps
             # the key comes from WANDB_API_KEY or a login, never from a flag
             run_id = folder / "wandb_run_id.txt"
-            known = run_id.read_text().strip() if done and run_id.exists() else None
+            known = run_id.read_text().strip() if run_id.exists() else None
             self._wandb = wandb.init(
                 id=known,
                 resume="allow" if known else None,
@@ -58,7 +59,7 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(
-                log_dir=str(Path(args.use_tensorboard) / args.wandb_run_name), purge_step=done + 1 if done else None
+                log_dir=str(Path(args.use_tensorboard) / args.wandb_run_name), purge_step=done + 1 if resumed else None
             )
 
     def write(self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]] = ()) -> None:
