@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from audio_dataset import AudioMultimodalProcessor
+from support.training import contents
 from transformers import AutoProcessor
 
 import lightrft
@@ -15,7 +16,9 @@ from aqa.patches.experience_maker import check_audio, count_audio
 from aqa.patches.slots import pack_clip
 from aqa.patches.strategy import build_audio_inputs
 from lightrft.engines.base import RolloutOutput, Sampling, stable_seed
-from lightrft.models.actor_al import ActorAL
+from lightrft.models.actor_al import ActorAL, load_model
+from lightrft.strategy import strategy_base
+from lightrft.strategy.checkpoint import SaveError
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 from lightrft.trainer import fast_exp_maker
 from lightrft.trainer.advantages import KLController
@@ -67,7 +70,7 @@ def targets(strategy, actor, processor):
     return {
         "strategy": (
             lambda: patch_strategy_for_audio(strategy, processor),
-            [(strategy, "_build_multimodal_inputs"), (strategy, "save_model")],
+            [(strategy, "_build_multimodal_inputs"), (strategy, "add_model_files")],
         ),
         "experience_maker": (
             lambda: patch_experience_maker_for_audio(maker, processor, processor.tokenizer, 512),
@@ -171,7 +174,7 @@ class OtherBuild:
 class OtherSave:
     _build_multimodal_inputs = staticmethod(DeepspeedStrategy._build_multimodal_inputs)
 
-    def save_model(self, model, path):
+    def add_model_files(self, path):
         return None
 
 
@@ -190,8 +193,8 @@ class NoProcessor:
         ),
         (
             lambda p: patch_strategy_for_audio(OtherSave(), p),
-            "OtherSave.save_model",
-            r"takes \['model', 'path'\], without \['tokenizer', 'output_dir'\]",
+            "OtherSave.add_model_files",
+            r"takes \['path'\], without \['folder'\]",
         ),
         (
             lambda p: patch_experience_maker_for_audio(NoProcessor(), p, p.tokenizer, 512),
@@ -328,31 +331,29 @@ def test_the_actor_gets_each_different_clip_once(actor):
     assert torch.equal(features[1, :, :27].T, two)
 
 
-class SavingStrategy:
-    def __init__(self, rank):
-        self.rank = rank
-        self.calls = []
+def test_saved_models_come_with_their_processor_or_the_save_fails(
+    strategy, processor, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(strategy_base, "gather_objects", lambda value: [value])  # no process group
+    strategy.args = SimpleNamespace(lora_rank=0, sync_bucket_mb=512)
+    strategy.named_weights = lambda model: iter([("weight", torch.zeros(2))])
+    strategy.rank = 0
+    policy = SimpleNamespace(model=load_model(str(tiny_model), dtype=torch.float32), lora_config=None)
+    patch_strategy_for_audio(strategy, processor, {"note.json": "{}\n"})
+    strategy.save_model(policy, processor.tokenizer, str(tmp_path / "out"))
+    loaded = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert loaded.feature_extractor.feature_size == processor.feature_extractor.feature_size
+    assert loaded.chat_template == processor.chat_template
+    assert (tmp_path / "out" / "note.json").read_text() == "{}\n"
+    assert not list((tmp_path / "out").glob("*.part"))
 
-    _build_multimodal_inputs = staticmethod(DeepspeedStrategy._build_multimodal_inputs)
-
-    def is_rank_0(self):
-        return self.rank == 0
-
-    def save_model(self, model, tokenizer, output_dir):
-        self.calls.append((model, tokenizer, output_dir))
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_saved_models_come_with_their_processor_once(processor, tmp_path, rank):
-    strategy = SavingStrategy(rank)
-    patch_strategy_for_audio(strategy, processor)
-    strategy.save_model("model", "tokenizer", str(tmp_path))
-    assert strategy.calls == [("model", "tokenizer", str(tmp_path))]  # LightRFT's own part still runs, on every rank
-    assert (tmp_path / "processor_config.json").exists() == (rank == 0)
-    if rank == 0:
-        loaded = AutoProcessor.from_pretrained(tmp_path)
-        assert loaded.feature_extractor.feature_size == processor.feature_extractor.feature_size
-        assert loaded.chat_template == processor.chat_template
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "model.part" / "x").mkdir(parents=True)  # of a save that was killed
+    strategy.model_files["gone/note.json"] = ""  # a file that cannot be written
+    with pytest.raises(SaveError, match=r"rank 0: .*No such file or directory"):
+        strategy.save_model(policy, processor.tokenizer, str(tmp_path / "out"))
+    left = contents(tmp_path / "out").items()
+    assert {path: data for path, data in left if path.parts[0] != "model.part"} == before
 
 
 # ------------------------------------------------------------------------------------------- a rollout on the patches

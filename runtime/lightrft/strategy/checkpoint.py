@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,11 +24,18 @@ OLD = f".old{PART}"  # suffix of a folder while another takes its place
 MANIFEST = "manifest.json"  # of a whole checkpoint: its files with size and hash, and the prompts that were used
 
 
-def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, output_dir: str) -> None:
+def write_hf_folder(
+    model: nn.Module,
+    weights: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    output_dir: str,
+    add_files: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Write configuration, weights (safetensors, canonical names) and tokenizer.
 
     :param weights: Checkpoint name to tensor in CPU memory.
-    :param output_dir: Made if needed.
+    :param output_dir: Made if needed; its files are replaced once all new ones are written.
+    :param add_files: Writes further files into the folder that it is given, which holds all others.
     """
     folder, aside = Path(output_dir), Path(output_dir) / f"model{PART}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -40,11 +47,15 @@ def write_hf_folder(model: nn.Module, weights: dict[str, torch.Tensor], tokenize
     if model.generation_config is not None:
         model.generation_config.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    for path in aside.iterdir():
-        path.replace(folder / path.name)
-    # last: with it the folder is a model
-    write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    aside.rmdir()
+    made = aside / "config.json"
+    made.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    add_files(aside)
+    for path in [path for path in aside.rglob("*") if path.is_file() and path != made]:
+        target = folder / path.relative_to(aside)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    made.replace(folder / "config.json")  # last: with it the folder is a model
+    shutil.rmtree(aside)
 
 
 class SaveError(Exception):

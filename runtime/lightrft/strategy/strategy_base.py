@@ -342,7 +342,7 @@ class StrategyBase(ABC):
     def save_model(self, model: nn.Module, tokenizer: Tokenizer, output_dir: str) -> None:
         """Write a Hugging Face folder that transformers and vLLM load, and LoRA's adapter alone into ``adapter`` in it.
 
-        :param output_dir: Folder; existing files are replaced one by one, each atomically.
+        :param output_dir: Folder; existing files are replaced once all new ones are written, one by one.
         :raises SaveError: if it could not be written.
         """
         inner = model.model
@@ -356,12 +356,21 @@ class StrategyBase(ABC):
             with self.whole(list(named.values())) as values:
                 adapter = {name: value.cpu().clone() for name, value in zip(named, values, strict=True)}
 
-        def write() -> None:
+        def add_files(folder: Path) -> None:
             if lora_config is not None:
-                write_adapter(lora_config, adapter, Path(output_dir) / "adapter")
-            checkpoint.write_hf_folder(module, weights, tokenizer, output_dir)
+                write_adapter(lora_config, adapter, folder / "adapter")
+            self.add_model_files(folder)
 
-        self.together(write, self.is_rank_0())
+        self.together(
+            lambda: checkpoint.write_hf_folder(module, weights, tokenizer, output_dir, add_files), self.is_rank_0()
+        )
+
+    def add_model_files(self, folder: Path) -> None:  # noqa: B027 - a strategy need not have any
+        """Write into a model's folder what else it needs; an example replaces this.
+
+        :param folder: With all other files; on rank 0 only.
+        :raises OSError: if that fails; :meth:`save_model` then fails on all ranks.
+        """
 
     def save_ckpt(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aqa.common.files import write_atomically
 from aqa.common.model_folder import complete
 from aqa.common.patch import Patch
 
@@ -58,25 +59,18 @@ def build_audio_inputs(
 def save_processor(patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
     """Let ``save_model`` write the processor's files, too: without them an audio model cannot be loaded again.
 
+    They go through the runtime's extension point, so that a full disk is a save that failed, on all ranks.
+
     :param files: Further files for the folder: name to text.
     """
-
-    def make(original: Any) -> Any:
-        @functools.wraps(original)
-        def save_model(model: Any, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
-            original(model, tokenizer, output_dir, **kwargs)
-            if strategy.is_rank_0():
-                write_processor(processor, files, output_dir)
-
-        return save_model
-
-    patch.wrap(strategy, "save_model", make, ("model", "tokenizer", "output_dir"))
+    write = functools.partial(write_processor, processor, files)
+    patch.put(strategy, "add_model_files", write, ("folder",))
     patch.replace(strategy, "model_files", files or {})
 
 
-def write_processor(processor: Any, files: dict[str, str] | None, output_dir: str) -> None:
+def write_processor(processor: Any, files: dict[str, str] | None, output_dir: str | Path) -> None:
     """Write the processor's files, and further ones, into a model's folder."""
     processor.save_pretrained(output_dir)
     complete(Path(output_dir))
     for name, text in (files or {}).items():
-        (Path(output_dir) / name).write_text(text, encoding="utf-8")
+        write_atomically(Path(output_dir) / name, text)
