@@ -21,7 +21,7 @@ def patch_strategy_for_audio(strategy: Any, processor: Any = None, files: dict[s
     :param processor: If given, every folder that ``save_model`` writes also gets its files, which transformers and
         vLLM need to load an audio model.
     :param files: Further files for these folders: name to text.
-    :raises PatchError: if ``_build_multimodal_inputs`` or ``save_model`` are not as expected.
+    :raises PatchError: if ``_build_multimodal_inputs`` or the method that saves a model are not as expected.
     """
     with all_or_nothing() as patch:
         send_audio(patch, strategy)
