@@ -90,8 +90,10 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     states = resume(args, strategy, actor, optimizer, scheduler) if args.load_checkpoint else None
     done = states["consumed_samples"] if states else 0  # prompts
     has_ended(done, total)
+    # LightRFT's checkpoints have no step: it counts prompts
+    step = states.get("step", done // args.rollout_batch_size) if states else 0
     for line in on_rank_0(
-        lambda: folder.begin(done, describe_program(args, parser, describe_host(), describe_devices(strategy)))
+        lambda: folder.begin(step, describe_program(args, parser, describe_host(), describe_devices(strategy)))
     ):
         strategy.print(line)
 

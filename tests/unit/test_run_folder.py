@@ -48,7 +48,7 @@ def session(tmp_path):
         args = PARSER.parse_args(command)
         finish(args)
         with open_run(args, PARSER) as folder:
-            notes = folder.begin(prompts, {})
+            notes = folder.begin(prompts // args.rollout_batch_size, {})
             note = train_colocate.model_notes(folder, 0.0, trained)["r1_aqa.json"]
             for name in (*files, *(["r1_aqa.json"] if files else [])):
                 path = Path(args.ckpt_path if name.startswith("_actor") else args.save_path) / name

@@ -208,19 +208,19 @@ class RunFolder:
         note = _read(self.save / NOTES_FILE) or {}
         return note.get("prompts") or 0 if note.get("run") == self.run and _has_model(self.save) else 0
 
-    def begin(self, prompts: int, about: dict[str, Any]) -> list[str]:
+    def begin(self, step: int, about: dict[str, Any]) -> list[str]:
         """Make the folder this run's, and record the session.
 
-        :param prompts: Prompts that a resumed run has already used.
+        :param step: Steps that a resumed run has already done.
         :param about: Further entries for ``run_config.json``.
         :return: Lines for the user.
         :raises SystemExit: if the files cannot be moved or written.
         """
         with naming(f"--save_path {self.save}"):
-            self._begin(prompts, about)
+            self._begin(step, about)
         return self.notes
 
-    def _begin(self, prompts: int, about: dict[str, Any]) -> None:
+    def _begin(self, step: int, about: dict[str, Any]) -> None:
         old = (_read(self.save / CONFIG) or {}) if self.args.load_checkpoint else {}
         if not self.args.load_checkpoint:
             self._set_aside(self._older_files())
@@ -237,7 +237,7 @@ class RunFolder:
             "machine": socket.gethostname(),
             "ranks": self.record["ranks"],
             "changes": others | self.changes,
-            "first_step": prompts // self.args.rollout_batch_size + 1,
+            "first_step": step + 1,
         }
         sessions = old.get("sessions") or ([{"started": old["started"]}] if "started" in old else [])
         started = old.get("started", session["started"])
