@@ -73,7 +73,7 @@ def _touch(path: Path, mine: str, what: str, ended: threading.Event) -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(1)  # an orderly end would save first, into the other one's files
+                os._exit(1)  # an orderly end would save first, over the files of the process that now holds the lock
             os.utime(path)
 
 

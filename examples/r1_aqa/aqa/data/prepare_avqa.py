@@ -116,7 +116,7 @@ def too_long(rows: list[Row], pretrain: str, limit: int) -> list[Problem]:
     :raises AvqaError: if the model's processor cannot be loaded.
     """
     try:
-        from transformers import Qwen2AudioProcessor  # for Qwen2.5-Omni, too: the runtime's is made of it
+        from transformers import Qwen2AudioProcessor  # Qwen2.5-Omni's prompts are rendered by this class, too
 
         processor = Qwen2AudioProcessor.from_pretrained(pretrain)
         audio = {"type": "audio", "audio_url": "audio"}

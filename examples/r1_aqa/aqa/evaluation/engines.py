@@ -203,7 +203,7 @@ class HFEngine:
         ends = end_tokens(processor.tokenizer, model.path)
         pad = processor.tokenizer.pad_token_id
         self.pad_token_id = ends[0] if pad is None else pad
-        # generate() takes what a call does not set from the model's generation_config, so this replaces all of it
+        # generate() fills in settings that we leave open from the model's generation_config; none shall be left there
         self.model.generation_config = transformers.GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,

@@ -259,7 +259,7 @@ class Plan:
             buffers = [b * (BUCKET + live) for live in (0, *[min(LIVE, whole / b)] * 2, 0, 0)]
         elif stage == 2:
             buffers = [b * largest * args.adam_offload] * 5
-            buffers[2] += 2 * b * BUCKET  # one bucket is filled while the other is reduced
+            buffers[2] += 2 * b * BUCKET  # ZeRO-2 fills one bucket while another is reduced
         else:
             buffers[2] = 4 * largest * (b == 2)  # a gradient on its way into the sum, which is in float32
             buffers[3] = 4 * min(BUCKET, self.values) * (self.gpus > 1)
@@ -371,7 +371,8 @@ class Plan:
         :return: Block; bytes kept if a gradient passes through it, if it trains, and of a layer that is computed again.
         """
         s, b, rank, d = self.sizes, self.b, self.args.lora_rank, self.sizes.d_model
-        states = min((int(100 * self.seconds) + 2 + 3) // 4 * 4, 100 * MOST_SECONDS) // 2  # what is behind is left out
+        # the tower computes the clip's frames and two more, rounded up to 4, not the padding up to 30 s
+        states = min((int(100 * self.seconds) + 2 + 3) // 4 * 4, 100 * MOST_SECONDS) // 2
         audio, text = clips * b * states * d, rows * width * b * s.hidden_size
         tower = clips * states * (b * (6 * d + s.encoder_ffn_dim + states) + 4 * s.encoder_attention_heads + 16)
         inputs = clips * states * b * (3 * d + s.encoder_ffn_dim + 6 * rank)  # of linear layers

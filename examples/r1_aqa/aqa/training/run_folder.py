@@ -47,8 +47,8 @@ MARKS = (CHECKPOINTS, NOTES_FILE, "metrics.jsonl", CONFIG)  # each shows that a 
 OWN_LOG = re.compile(r"rank\d+\.log")  # of the processes that are starting; older ones have a date in their name
 BLOCK, BLOCKS = 2**20, 16  # bytes, and number, of the parts of a large file that are compared
 
-# Flags that do not decide what is trained: a resumed run may change them freely. A new flag is compared until it is
-# named here.
+# A resumed run may change these flags freely, because they do not decide what is trained. All others are compared, so
+# a new flag is, too, unless it is added here.
 FREE = frozenset(
     shlex.split("""
     debug verbose quiet report plan plan_gpus plan_gpu_gib plan_clip_seconds allow_changes load_checkpoint save_path
@@ -407,7 +407,7 @@ def model_digest(pretrain: str) -> str | None:
 def reward_digest(reward: str) -> str | None:
     """A short hash of the file of a user's ``module:function``; None for a reward of this program."""
     module, _, function = reward.partition(":")
-    places = (Path(place, *module.split(".")) for place in (os.getcwd(), *sys.path[1:]))  # the first is this program's
+    places = (Path(place, *module.split(".")) for place in (os.getcwd(), *sys.path[1:]))  # sys.path[0] is this program's folder
     files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
     return _digest(files[:1]) if function and files else None
 
