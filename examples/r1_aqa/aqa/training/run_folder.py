@@ -407,7 +407,7 @@ def model_digest(pretrain: str) -> str | None:
 def reward_digest(reward: str) -> str | None:
     """A short hash of the file of a user's ``module:function``; None for a reward of this program."""
     module, _, function = reward.partition(":")
-    places = (Path(place, *module.split(".")) for place in (os.getcwd(), *sys.path[1:]))  # sys.path[0] is this program's folder
+    places = (Path(place, *module.split(".")) for place in (os.getcwd(), *sys.path[1:]))  # sys.path[0] is ours
     files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
     return _digest(files[:1]) if function and files else None
 
