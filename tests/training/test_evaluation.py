@@ -93,8 +93,11 @@ def evaluate_rows(strategy, rows, size):
     loader = torch.utils.data.DataLoader(
         batches, size, sampler=sampler, collate_fn=lambda rows: tuple(map(list, zip(*rows, strict=True)))
     )
-    maker = FakeMaker(strategy)
-    return Evaluation(maker, loader, [])(1), maker.calls
+    maker, seen = FakeMaker(strategy), []
+    metrics = Evaluation(maker, loader, [], lambda heard, _: seen.extend(heard) or {})(1)
+    # every rank has every row's record, once and in the data's order
+    assert [(row["row"], row["tags"]) for row in seen] == [(i, [f"dataset/{i}"]) for i in range(rows)]
+    return metrics, maker.calls
 
 
 def check_rank(rank, port, folder, failures):
@@ -251,7 +254,7 @@ def test_a_benchmark_whose_answers_collapse(tmp_path, monkeypatch):
     assert all(row["silent_audio"] for row in written)
 
 
-def test_evaluation_data_in_silence(monkeypatch):
+def test_evaluation_data_in_silence(monkeypatch, tmp_path):
     """The rewards of sound and of silence, and the responses to both, side by side."""
     for name, alone in (("gather_objects", lambda x: [x]), ("reduce_by_name", lambda x, _: x)):  # one rank
         monkeypatch.setattr(evaluation, name, alone)
@@ -273,11 +276,13 @@ def test_evaluation_data_in_silence(monkeypatch):
         seen.append((heard, silent))
         return {"kind": "is odd"}
 
-    strategy = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), print=printed.append)
+    strategy = SimpleNamespace(
+        rank=0, world_size=1, device=torch.device("cpu"), print=printed.append, is_rank_0=lambda: True
+    )
     clips = [(np.ones(3, np.float32), 16_000), None, (np.ones(2, np.float32), 16_000)]
     batches = [(i, clip, "gold", "", (f"question_type/{i}",)) for i, clip in enumerate(clips)]
     loader = torch.utils.data.DataLoader(batches, 2, collate_fn=lambda rows: tuple(map(list, zip(*rows, strict=True))))
-    measure = Evaluation(Maker(strategy), loader, [], find, silent=True)
+    measure = Evaluation(Maker(strategy), loader, [], find, silent=True, folder=tmp_path / "rows")
     metrics = measure(1) | measure(2)
     assert metrics["eval/accuracy_reward"] == 1.0
     assert metrics["eval/accuracy_reward_silent"] == pytest.approx(1 / 3)
@@ -285,9 +290,12 @@ def test_evaluation_data_in_silence(monkeypatch):
     assert metrics["eval/accuracy_reward_silent/question_type/2"] == 0.0
     assert metrics["eval/collapsed"] == 1.0 and printed == ["WARNING: evaluation data: kind: is odd"]
     heard, silent = seen[0]
-    assert [row[2] for row in heard] == ["3 16000", "text", "2 16000"]
-    assert [row[2] for row in silent] == ["0 16000", "text", "0 16000"]
-    assert heard[2] == (("question_type/2",), "2", "2 16000", "")
+    assert [row["response"] for row in heard] == ["3 16000", "text", "2 16000"]
+    assert [row["response"] for row in silent] == ["0 16000", "text", "0 16000"]
+    last = {"tags": ["question_type/2"], "prompt": "2", "response": "2 16000", "reference": "", "accuracy_reward": 1.0}
+    assert heard[2].items() >= ({"row": 2, "silent": False} | last).items()
+    written = [json.loads(line) for line in (tmp_path / "rows" / "step_000002.jsonl").read_text().splitlines()]
+    assert written == seen[1][0] + seen[1][1]
 
 
 def test_evaluation_data_whose_answers_collapse():
@@ -296,8 +304,10 @@ def test_evaluation_data_whose_answers_collapse():
     turn = "<|im_start|>assistant\n<answer>"  # imitated, and no second answer
     said = [f"<answer>A</answer>{turn}B<|im_end|>", "<answer>y<sp>es</answer><|im_end|>"] * 6  # two names of one choice
     tags = ("question_type/x", "dataset/y")
-    heard = [(tags, prompt, response, gold) for response, gold in zip(said, golds, strict=True)]
-    other = [(("question_type/z",), prompt, f"<answer>{gold}</answer>", gold) for gold in golds]
+    names = ("tags", "prompt", "response", "reference")
+    rows = [(tags, prompt, response, gold) for response, gold in zip(said, golds, strict=True)]
+    others = [(("question_type/z",), prompt, f"<answer>{gold}</answer>", gold) for gold in golds]
+    heard, other = ([dict(zip(names, row, strict=True)) for row in part] for part in (rows, others))
     found = while_training.collapsed_rewards(heard + other, [*other, *other], ("<|im_start|>", "<sp>"))
     sentence = "12 of 12 answers are '(a) yes', which is right for 6; 6 are the same in silence"
     assert found == {"question_type/x": sentence}

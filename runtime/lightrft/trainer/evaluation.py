@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lightrft.strategy import checkpoint
+from lightrft.trainer import trajectories
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, split_tags
 from lightrft.trainer.step_metrics import reward_sums, tag_metrics, tag_sums
 from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_metrics
@@ -21,8 +24,9 @@ from lightrft.utils.protocols import Strategy
 
 Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
 Evaluator = Callable[[Ask, int], dict[str, float]]
-Response = tuple[Sequence[str], str, str, str]  # tags, prompt, response, reference
-FindCollapsed = Callable[[list[Response], list[Response] | None], dict[str, str]]
+# a record is what trajectories.describe says of a response, its row in the evaluation data, and whether it was silent
+Record = dict[str, Any]
+FindCollapsed = Callable[[list[Record], list[Record] | None], dict[str, str]]
 
 BEST_RECORD = "best.json"
 
@@ -39,6 +43,7 @@ class Evaluation:
     :param find_collapsed: Finds questions whose answers are all alike, by type, from all responses to the dataloader's
         prompts and those without sound; None: nothing is looked for.
     :param silent: Score answers to silence of the same length as well.
+    :param folder: Where the responses to the dataloader's prompts are written, a file a step; None: nowhere.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Evaluation:
         evaluators: Sequence[Evaluator],
         find_collapsed: FindCollapsed | None = None,
         silent: bool = False,
+        folder: Path | None = None,
     ) -> None:
         self.maker = maker
         self.strategy = maker.strategy
@@ -56,6 +62,7 @@ class Evaluation:
         self.evaluators = evaluators
         self.find_collapsed = find_collapsed
         self.silent = silent
+        self.folder = folder
         self.warned: set[str] = set()
 
     def due(self, step: int, total: int, every: int) -> bool:
@@ -72,7 +79,7 @@ class Evaluation:
         :return: ``eval/*`` metrics and ``time/eval`` in seconds, the same on every rank.
         """
         started = time.perf_counter()
-        metrics = {} if self.dataloader is None else self.measure()
+        metrics = {} if self.dataloader is None else self.measure(step)
         for evaluator in self.evaluators:
             metrics |= evaluator(self.ask, step)
         seconds = {"time/eval": time.perf_counter() - started}
@@ -90,7 +97,7 @@ class Evaluation:
         items = self.maker.rollout(prompts, images, nothing, nothing, self.greedy, step=0)
         return [item.response_ids.tolist() for item in items]
 
-    def measure(self) -> dict[str, float]:
+    def measure(self, step: int) -> dict[str, float]:
         """Score the dataloader's prompts, in silence too if that is asked for, and look for answers that are alike."""
         metrics, heard = self.rewards()
         silent = None
@@ -104,20 +111,25 @@ class Evaluation:
                 self.strategy.print(f"WARNING: evaluation data: {name}: {found[name]}")
             self.warned |= found.keys()
             metrics["eval/collapsed"] = float(len(found))
+        if self.folder is not None and self.strategy.is_rank_0():
+            try:
+                trajectories.save(self.folder, step, heard + (silent or []))
+            except OSError as error:
+                self.strategy.print(f"WARNING: the responses of step {step}'s evaluation cannot be written ({error})")
         return metrics
 
-    def rewards(self, silent: bool = False) -> tuple[dict[str, float], list[Response]]:
+    def rewards(self, silent: bool = False) -> tuple[dict[str, float], list[Record]]:
         """Answers to the dataloader's prompts, scored with the training reward; each row counts once.
 
         :param silent: Give silence of the same length in place of every clip.
-        :return: ``eval/*`` metrics over all ranks, and the responses of all ranks.
+        :return: ``eval/*`` metrics over all ranks, and the records of all rows, in the data's order.
         """
         rank, world = self.strategy.rank, self.strategy.world_size
         # the sampler repeats rows so that all ranks have as many; these are not counted
         left = len(range(rank, len(self.dataloader.dataset), world))
         sums: dict[Any, float] = defaultdict(float)
         tagged: dict[Any, float] = defaultdict(float)
-        responses: list[Response] = []
+        records: list[Record] = []
         for batch in stop_request.each(iter(self.dataloader), self.strategy.device):
             prompts, tags = split_tags(batch)
             if silent:
@@ -129,7 +141,8 @@ class Evaluation:
             self.maker.score(items)  # collective, so also without items
             if not items:
                 continue
-            responses += [(item.tags, item.prompt, item.response, item.reference) for item in items]
+            for item in items:
+                records.append({"row": rank + world * len(records), "silent": silent} | trajectories.describe(item))
             for total, part in ((sums, reward_sums(items)), (tagged, tag_sums(items))):
                 for name, value in part.items():
                     total[name] += value
@@ -137,7 +150,7 @@ class Evaluation:
         sums, tagged = (reduce_by_name(part, self.strategy.device) for part in (sums, tagged))
         count = sums["responses"]
         metrics = {f"eval/{k.removeprefix('rollout/')}": v / count for k, v in sums.items() if "/" in k}
-        everywhere = [response for share in gather_objects(responses) for response in share]
+        everywhere = sorted(itertools.chain(*gather_objects(records)), key=operator.itemgetter("row"))
         return metrics | tag_metrics(tagged, "eval", count), everywhere
 
 

@@ -227,6 +227,7 @@ class SPMDPPOTrainerVL:
             self.evaluators,
             find_collapsed=self.find_collapsed,
             silent=self.args.eval_silent,
+            folder=Path(self.args.save_path) / trajectories.EVALUATION_FOLDER,
         )
         run = Path(self.args.save_path)
         if self.args.keep_best is not None:
@@ -340,7 +341,7 @@ class SPMDPPOTrainerVL:
             self.samples = trajectories.records(items, step, n, count)
             if self.args.save_trajectories:
                 try:
-                    trajectories.save(Path(self.args.save_path), step, self.samples)
+                    trajectories.save(Path(self.args.save_path) / trajectories.FOLDER, step, self.samples)
                 except OSError as error:
                     console.warn(f"the trajectories of step {step} cannot be written ({error})")
         return metrics

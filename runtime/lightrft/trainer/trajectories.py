@@ -1,4 +1,4 @@
-"""Sampled responses with their rewards, in the run's folder: a file for each step, a line for each response."""
+"""Responses with their rewards, in the run's folder: a file for each step, a line for each response."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from lightrft.trainer.replay_buffer import Experience
 
-FOLDER = "trajectories"
+FOLDER = "trajectories"  # of sampled responses
+EVALUATION_FOLDER = "eval/rows"  # of greedy responses to the evaluation data
 
 
 def records(items: list[Experience], step: int, n_samples: int, count: int) -> list[dict[str, Any]]:
@@ -21,26 +22,30 @@ def records(items: list[Experience], step: int, n_samples: int, count: int) -> l
         {
             "step": step,
             "group": number // n_samples,
-            **item.source,
-            "prompt": item.prompt,
-            "response": item.response,
-            "reference": item.reference,
-            "label": item.label,
-            "reward": item.reward,
-            **item.reward_metrics,
+            **describe(item),
             "advantage": float(item.advantages[-1]),
-            "truncated": item.truncated,
         }
         for number, item in enumerate(items[: -(-count // n_samples) * n_samples])
     ]
 
 
-def save(run: Path, step: int, samples: list[dict[str, Any]]) -> None:
-    """Write a step's samples as JSON Lines.
+def describe(item: Experience) -> dict[str, Any]:
+    """What is recorded of a scored response, sampled or greedy."""
+    return {
+        **item.source,
+        "tags": list(item.tags),
+        "prompt": item.prompt,
+        "response": item.response,
+        "reference": item.reference,
+        "label": item.label,
+        "reward": item.reward,
+        **item.reward_metrics,
+        "truncated": item.truncated,
+    }
 
-    :param samples: From :func:`records`.
-    """
-    folder = run / FOLDER
+
+def save(folder: Path, step: int, samples: list[dict[str, Any]]) -> None:
+    """Write a step's samples as JSON Lines."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
         for sample in samples:

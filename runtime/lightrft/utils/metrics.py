@@ -110,7 +110,7 @@ def rollout_table(samples: Sequence[dict[str, Any]]) -> Any:
     import wandb
 
     players: dict[str, Any] = {}  # the responses of a group share one
-    names = [name for name in samples[0] if name not in ("step", "audio_path")]
+    names = [name for name in samples[0] if name not in ("step", "audio_path", "tags")]
     table = wandb.Table(columns=["audio", *names])
     for sample in samples:
         path = sample.get("audio_path")

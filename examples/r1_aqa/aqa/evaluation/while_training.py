@@ -23,30 +23,29 @@ from aqa.rewards.r1_aqa import SPECIAL_TOKENS, extract_response
 from lightrft.utils.distributed import gather_objects
 
 Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
-Response = tuple[Sequence[str], str, str, str]  # tags, prompt, response, reference
 
 
 def collapsed_rewards(
-    heard: Sequence[Response], silent: Sequence[Response] | None, special: Sequence[str] = SPECIAL_TOKENS
+    heard: Sequence[dict[str, Any]], silent: Sequence[dict[str, Any]] | None, special: Sequence[str] = SPECIAL_TOKENS
 ) -> dict[str, str]:
     """What :func:`find_collapsed` says of the evaluation data's responses, by question type.
 
-    :param heard: Responses to all rows.
+    :param heard: Responses to all rows, each with tags, prompt, response and reference.
     :param silent: Those without sound, in the same order; None: not asked for.
     :param special: See :func:`aqa.rewards.r1_aqa.extract_response`.
     """
     quiet = [None] * len(heard) if silent is None else [_prediction(row, special) for row in silent]
     said = [
-        Said(_prediction(row, special), row[3], choices_in(row[1]) or [], in_silence)
+        Said(_prediction(row, special), row["reference"], choices_in(row["prompt"]) or [], in_silence)
         for row, in_silence in zip(heard, quiet, strict=True)
     ]
-    return find_collapsed(said, [[tag for tag in row[0] if tag.startswith("question_type/")] for row in heard])
+    return find_collapsed(said, [[tag for tag in row["tags"] if tag.startswith("question_type/")] for row in heard])
 
 
-def _prediction(row: Response, special: Sequence[str]) -> str:
-    _, prompt, response, reference = row
-    said = extract_response(prompt + response, special)  # behind the prompt's header, as the reward reads it
-    return extract_answer(said, choices_in(prompt) or [reference]).text
+def _prediction(row: dict[str, Any], special: Sequence[str]) -> str:
+    prompt = row["prompt"]
+    said = extract_response(prompt + row["response"], special)  # behind the prompt's header, as the reward reads it
+    return extract_answer(said, choices_in(prompt) or [row["reference"]]).text
 
 
 class BenchmarkEvaluator:
