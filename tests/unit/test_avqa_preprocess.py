@@ -461,6 +461,44 @@ def test_split_is_that_of_the_clips_wherever_they_lie():
             avqa.split_by_clip(clips[:20], ratio, 7)
 
 
+def test_split_by_a_field_keeps_whole_groups(run, capsys):
+    """Ten speakers of four clips each; one recording of s0 is also s1's, byte for byte, under another name."""
+    rows = [row(n, audio_path=f"{n}.wav", speaker=f"s{n % 10}") for n in range(40)]
+    for number in range(40):
+        (run.audio / f"{number}.wav").write_bytes(b"no sound, but a file " + bytes([number if number != 1 else 0]))
+    seen = []
+    for ratio, speakers in ((0.3, (3,)), (0.05, (1, 2)), (0.3, (3,))):  # 2 rows of 40: half a speaker's
+        assert run(rows, "--val_ratio", str(ratio), "--split_by", "speaker") == 0
+        held_out = {r["extra_info"]["id"] % 10 for r in run.rows("validation")}
+        assert not held_out & {r["extra_info"]["id"] % 10 for r in run.rows("train")}
+        assert len(held_out) in speakers and (0 in held_out) == (1 in held_out)
+        seen.append(held_out)
+    assert seen[0] == seen[2]
+    assert "validation: 30.0% of the rows were asked for, 30.0% are in it" in capsys.readouterr().err
+    one_lacks, all_alike = [*rows[:-1], row(39, audio_path="39.wav")], [r | {"speaker": 1} for r in rows]
+    for wrong, says in ((one_lacks, "1 of 40 rows have no text or number there"), (all_alike, "all 40 rows are one")):
+        assert run(wrong, "--val_ratio", "0.3", "--split_by", "speaker") == 2
+        assert says in capsys.readouterr().err
+
+
+def test_second_file_is_the_validation_part(run, tmp_path, capsys):
+    rows = [row(n, audio_path=f"{n}.wav", speaker=f"s{n}") for n in range(6)]
+    for number in range(7):
+        (run.audio / f"{number}.wav").write_bytes(b"sound " + bytes([number % 6]))  # 6.wav is 0.wav again
+    other = tmp_path / "other.jsonl"
+    for n, speaker, flags, says in (
+        (5, "s5", [], None),
+        (5, "s0", [], None),
+        (0, "s5", [], "0.wav: the same file as"),
+        (6, "s5", [], "6.wav: the same content as"),
+        (5, "s0", ["--split_by", "speaker"], "5.wav: the same speaker as"),
+    ):
+        other.write_text(json.dumps(row(n, audio_path=f"{n}.wav", speaker=speaker)))
+        assert run(rows[:5], "--val_file", str(other), *flags) == (2 if says else 0)
+        assert (says or "validation.parquet: 1 rows") in capsys.readouterr().err
+    assert [r["extra_info"]["id"] for r in run.rows("validation")] == [5] and len(run.rows("train")) == 5
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -25,7 +25,7 @@ from aqa.common.console import say
 from aqa.common.constants import PLAIN_LABEL, THINK_LABEL
 from aqa.common.model_type import missing_tokenizer
 from aqa.data.parquet import build_table
-from aqa.data.prepare_avqa import REPORT_FILE, TRAIN_FILE, VALIDATION_FILE, make_resolver, prepare
+from aqa.data.prepare_avqa import QUESTIONS_FILE, REPORT_FILE, TRAIN_FILE, VALIDATION_FILE, make_resolver, prepare
 from aqa.data.prompts import render_prompt
 from aqa.data.rows import AvqaError, split_by_clip
 
@@ -70,6 +70,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="share of rows for validation.parquet, 0 <= ratio < 1; no clip is in both parts (default: 0, which "
         "removes the validation.parquet of an earlier run)",
     )
+    files.add_argument(
+        "--split_by",
+        metavar="FIELD",
+        help="with --val_ratio or --val_file: a field of the rows, such as speaker or recording; rows with the same "
+        "value are never in both parts",
+    )
+    files.add_argument(
+        "--val_file",
+        help="in place of --val_ratio: a second file of rows, all for validation; a clip that is in both files, also "
+        "under two names, is refused",
+    )
     files.add_argument("--seed", type=int, default=42, help="decides which clips are for validation (default: 42)")
     files.add_argument(
         "--answers_from",
@@ -94,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_checks(parser.add_argument_group("checks"))
     args = parser.parse_args(argv)
-    for name in ("input_jsonl", "audio_dir", "local_save_dir"):
+    for name in ("input_jsonl", "audio_dir", "local_save_dir", *(["val_file"] if args.val_file else [])):
         setattr(args, name, os.path.abspath(getattr(args, name)))
     if args.pretrain and args.prompt_max_len is None:
         args.prompt_max_len = 512
@@ -147,10 +158,11 @@ def add_checks(checks: argparse._ArgumentGroup) -> None:
 def check_args(args: argparse.Namespace) -> list[str]:
     """One message for each setting that cannot be used, with value and remedy."""
     problems = []
-    if not os.path.exists(args.input_jsonl):
-        problems.append(f"--input_jsonl {args.input_jsonl}: no such file; R1-AQA's README says how to make it")
-    elif os.path.isdir(args.input_jsonl):
-        problems.append(f"--input_jsonl {args.input_jsonl}: a folder; name the file in it")
+    for flag, file in (("input_jsonl", args.input_jsonl), ("val_file", args.val_file)):
+        if file is not None and not os.path.exists(file):
+            problems.append(f"--{flag} {file}: no such file; the manual's step 1 says what its rows look like")
+        elif file is not None and os.path.isdir(file):
+            problems.append(f"--{flag} {file}: a folder; name the file in it")
     # A folder that does not exist is no error: then all audio is missing, and that is reported as such.
     if os.path.exists(args.audio_dir) and not os.path.isdir(args.audio_dir):
         problems.append(f"--audio_dir {args.audio_dir}: not a folder; name the one that holds the .wav files")
@@ -160,14 +172,23 @@ def check_args(args: argparse.Namespace) -> list[str]:
         problems.append(f"--audio_dir {args.audio_dir!a}: not UTF-8, parquet cannot hold it; rename or link the folder")
     if os.path.exists(args.local_save_dir) and not os.path.isdir(args.local_save_dir):
         problems.append(f"--local_save_dir {args.local_save_dir}: not a folder; choose another name")
-    for name in (TRAIN_FILE, VALIDATION_FILE, REPORT_FILE):
+    for name in (TRAIN_FILE, VALIDATION_FILE, QUESTIONS_FILE, REPORT_FILE):
         target = os.path.join(args.local_save_dir, name)
         if os.path.isdir(target):
             problems.append(f"--local_save_dir {args.local_save_dir}: {name} in it is a folder; move it away")
-        elif os.path.exists(args.input_jsonl) and os.path.exists(target) and os.path.samefile(target, args.input_jsonl):
+        elif os.path.exists(target) and any(
+            file and os.path.exists(file) and os.path.samefile(target, file)
+            for file in (args.input_jsonl, args.val_file)
+        ):
             problems.append(f"--local_save_dir {args.local_save_dir}: {name} in it is the input; choose another folder")
     if not 0 <= args.val_ratio < 1:  # false for NaN as well
         problems.append(f"--val_ratio {args.val_ratio}: expected 0 <= ratio < 1, for example 0.02")
+    if args.val_file and args.val_ratio:
+        problems.append(
+            f"--val_ratio {args.val_ratio} with --val_file: that file is the whole validation part; drop one"
+        )
+    if args.split_by and not args.val_ratio and not args.val_file:
+        problems.append(f"--split_by {args.split_by}: nothing is split; add --val_ratio 0.2, or --val_file")
     if args.num_workers < 1:
         problems.append(f"--num_workers {args.num_workers}: expected at least 1")
     if args.pretrain:

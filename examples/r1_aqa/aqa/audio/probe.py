@@ -5,8 +5,9 @@ soundfile is imported with the first file: whoever skips the check does without 
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,3 +64,42 @@ def probe_clips(paths: Iterable[str], workers: int, probe: Callable[[str], Clip]
         return dict(zip(unique, clips, strict=True))
     finally:
         pool.shutdown(cancel_futures=True)  # otherwise Ctrl-C would wait for all files that are left
+
+
+def first_copies(paths: Iterable[str], workers: int) -> dict[str, str]:
+    """For each file the first one that has the same content, often itself. A file that cannot be read is its own.
+
+    :param paths: Files; few are read as a whole, since most differ in size or in a block from their middle.
+    :param workers: How many are open at a time.
+    """
+    unique = list(dict.fromkeys(paths))
+    first = {path: path for path in unique}
+    groups = [unique]
+    with ThreadPoolExecutor(workers) as pool:
+        for key in (_size, _middle, _content):
+            parts: dict[Hashable, list[str]] = {}
+            for number, group in enumerate(groups):
+                for path, value in zip(group, pool.map(key, group), strict=True):
+                    if value is not None:
+                        parts.setdefault((number, value), []).append(path)
+            groups = [part for part in parts.values() if len(part) > 1]
+    return first | {path: group[0] for group in groups for path in group}
+
+
+def _size(path: str) -> int | None:
+    return os.path.getsize(path) if os.path.isfile(path) else None
+
+
+def _middle(path: str) -> bytes | None:
+    return _content(path, whole=False)
+
+
+def _content(path: str, whole: bool = True) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            if whole:
+                return hashlib.file_digest(file, "blake2b").digest()
+            file.seek(os.path.getsize(path) // 2)
+            return file.read(2**12)
+    except OSError:
+        return None

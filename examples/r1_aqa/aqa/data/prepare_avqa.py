@@ -12,10 +12,11 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from aqa.audio.probe import Clip, probe_clip, probe_clips
+from aqa.audio.probe import Clip, first_copies, probe_clip, probe_clips
 from aqa.audio.sandbox import escape_of
 from aqa.common.console import say, say_problems
 from aqa.common.constants import PLAIN_LABEL, THINK_LABEL
@@ -28,7 +29,9 @@ from aqa.data.rows import (
     Row,
     as_question,
     counts_from_one,
+    join_groups,
     parse_records,
+    read_groups,
     read_records,
     show_value,
     split_by_clip,
@@ -39,6 +42,36 @@ QUESTIONS_FILE = "validation.json"
 REMEDY_NO_ROW = "the manual's step 1 has a row with its fields: id, question_text, multi_choice, answer, audio_path"
 
 
+@dataclass
+class Source:
+    """The rows of one file.
+
+    :param rows: Those that are usable.
+    :param paths: The audio file of each.
+    :param bad: Problems of rows left out because they cannot be used.
+    :param read: How many rows the file has, blank lines not counted.
+    :param unheard: Problems of rows whose audio is missing or unreadable.
+    """
+
+    file: str
+    rows: list[Row]
+    paths: list[str]
+    bad: list[Problem]
+    read: int
+    unheard: list[Problem] = field(default_factory=list)
+
+    def leave_out(self, problems: list[Problem], none_left: str) -> None:
+        """Drop the rows that have a problem.
+
+        :raises AvqaError: with the message ``none_left`` if no row is left.
+        """
+        bad = {problem.index for problem in problems}
+        kept = [(row, path) for row, path in zip(self.rows, self.paths, strict=True) if row.index not in bad]
+        if not kept:
+            raise AvqaError(f"{self.file}: {none_left}")
+        self.rows, self.paths = map(list, zip(*kept, strict=True))
+
+
 def prepare(args: argparse.Namespace) -> None:
     """Read, check, split, write, report.
 
@@ -47,21 +80,25 @@ def prepare(args: argparse.Namespace) -> None:
     :raises OSError: if a file cannot be read or written.
     """
     check_packages(args)
-    rows, paths, bad, read = read_rows(args)
-    clips = probe(args, paths)
-    unheard = audio_problems(rows, paths, clips)
-    if unheard:
-        fate = "left out" if args.skip_bad else "KEPT: training will stop at them unless the audio is there by then"
-        say_rows(f"the audio of {len(unheard)} rows is missing or unreadable; they are {fate}", unheard)
-        say(f"  Looked in --audio_dir {args.audio_dir}; --skip_bad leaves such rows out.")
+    sources = [read_rows(args, file) for file in (args.input_jsonl, args.val_file) if file]
+    clips = probe(args, [path for source in sources for path in source.paths])
+    for source in sources:
+        source.unheard = audio_problems(source.rows, source.paths, clips)
+        if source.unheard:
+            fate = "left out" if args.skip_bad else "KEPT: training will stop at them unless the audio is there by then"
+            headline = (
+                f"{source.file}: the audio of {len(source.unheard)} rows is missing or unreadable; they are {fate}"
+            )
+            say_rows(headline, source.unheard)
+            say(f"  Looked in --audio_dir {args.audio_dir}; --skip_bad leaves such rows out.")
+    bad, unheard = (sum(len(getattr(source, name)) for source in sources) for name in ("bad", "unheard"))
     if args.strict and (bad or unheard):
-        raise AvqaError(
-            f"--strict: {len(bad)} unusable rows, {len(unheard)} rows without audio. Repair them, or drop --strict"
-        )
+        raise AvqaError(f"--strict: {bad} unusable rows, {unheard} rows without audio. Repair them, or drop --strict")
     if args.skip_bad:
-        none_left = f"--skip_bad: none of the {len(rows)} rows has readable audio; check --audio_dir"
-        rows, paths = without(unheard, rows, paths, none_left)
-    write(args, rows, paths, clips, bad, unheard, read)
+        for source in sources:
+            none_left = f"--skip_bad: none of the {len(source.rows)} rows has readable audio; check --audio_dir"
+            source.leave_out(source.unheard, none_left)
+    write(args, sources, *split(args, sources), clips)
 
 
 def check_packages(args: argparse.Namespace) -> None:
@@ -78,16 +115,17 @@ def check_packages(args: argparse.Namespace) -> None:
             raise AvqaError(f"{module} cannot be imported ({error}). Install it: pip install {module}{hint}") from error
 
 
-def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str], list[Problem], int]:
-    """The usable rows, the audio file of each, the problems of the other rows, and how many rows were read.
+def read_rows(args: argparse.Namespace, name: str) -> Source:
+    """Read a file's rows.
 
-    :raises AvqaError: if no row is usable.
+    :param name: Of the file.
+    :raises AvqaError: if no row is usable, or a row lacks the field of ``--split_by``.
     """
-    with open(args.input_jsonl, "rb") as file:
-        records = read_records(file.read(), args.input_jsonl)
+    with open(name, "rb") as file:
+        records = read_records(file.read(), name)
     doubt = counts_from_one(records) if args.answers_from is None else None
     if doubt:
-        raise AvqaError(f"{args.input_jsonl}: {doubt}. Say which it is: --answers_from 1, or --answers_from 0")
+        raise AvqaError(f"{name}: {doubt}. Say which it is: --answers_from 1, or --answers_from 0")
     rows, bad = parse_records(records, args.enable_think, args.answers_from or 0)
     if args.pretrain and rows:
         long = too_long(rows, args.pretrain, args.prompt_max_len)
@@ -95,17 +133,18 @@ def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str], list[Prob
         left = {problem.index for problem in long}
         rows = [row for row in rows if row.index not in left]
     if bad:
-        say_rows(f"{len(bad)} of {len(records)} rows of {args.input_jsonl} cannot be used and are left out", bad)
+        say_rows(f"{len(bad)} of {len(records)} rows of {name} cannot be used and are left out", bad)
     if not rows:
-        raise AvqaError(f"{args.input_jsonl}: no usable row among {len(records)}; {REMEDY_NO_ROW}")
+        raise AvqaError(f"{name}: no usable row among {len(records)}; {REMEDY_NO_ROW}")
+    if args.split_by:
+        rows = read_groups(rows, records, args.split_by)
     resolve = make_resolver(args.audio_dir)
-    paths = [resolve(row.audio_name) for row in rows]
-    if args.confine_audio and (outside := confinement_problems(rows, paths, args.audio_dir)):
+    source = Source(name, rows, [resolve(row.audio_name) for row in rows], bad, len(records))
+    if args.confine_audio and (outside := confinement_problems(rows, source.paths, args.audio_dir)):
         say_rows(f"{len(outside)} rows lead out of --audio_dir and are left out (--confine_audio)", outside)
-        bad = sorted([*bad, *outside], key=lambda problem: problem.index)
-        none_left = f"--confine_audio: no row is left; is --audio_dir {args.audio_dir} the right folder?"
-        rows, paths = without(outside, rows, paths, none_left)
-    return rows, paths, bad, len(records)
+        source.bad = sorted([*bad, *outside], key=lambda problem: problem.index)
+        source.leave_out(outside, f"--confine_audio: no row is left; is --audio_dir {args.audio_dir} the right folder?")
+    return source
 
 
 def too_long(rows: list[Row], pretrain: str, limit: int) -> list[Problem]:
@@ -190,40 +229,83 @@ def audio_problems(rows: list[Row], paths: list[str], clips: dict[str, Clip]) ->
     return problems
 
 
-def without(problems: list[Problem], rows: list[Row], paths: list[str], none_left: str) -> tuple[list[Row], list[str]]:
-    """Rows and paths without the rows that have a problem.
+def split(args: argparse.Namespace, sources: list[Source]) -> tuple[list[int], list[int]]:
+    """Numbers of the training and of the validation rows, counted over all sources.
 
-    :raises AvqaError: with the message ``none_left`` if no row is left.
+    Files of the same content are one clip. No clip, and with ``--split_by`` no group, is in both parts.
+
+    :raises AvqaError: if a part would be empty, or ``--val_file`` has a clip or group of the other file.
     """
-    bad = {problem.index for problem in problems}
-    kept = [(row, path) for row, path in zip(rows, paths, strict=True) if row.index not in bad]
-    if not kept:
-        raise AvqaError(none_left)
-    rows, paths = map(list, zip(*kept, strict=True))
-    return rows, paths
+    paths = [os.path.normpath(path) for source in sources for path in source.paths]
+    if not args.val_ratio and not args.val_file:
+        return list(range(len(paths))), []
+    copies = {} if args.no_check_audio else first_copies(paths, args.num_workers)
+    clips = [copies.get(path, path) for path in paths]
+    groups = [row.group for source in sources for row in source.rows] if args.split_by else paths
+    joined = join_groups(groups, clips)
+    if not args.val_file:
+        train, validation = split_by_clip(joined, args.val_ratio, args.seed, args.split_by)
+    else:
+        count = len(sources[0].rows)
+        train, validation = list(range(count)), list(range(count, len(paths)))
+        if both := set(joined[:count]) & set(joined[count:]):
+            refuse_shared(args, sources, paths, joined, both)
+    if args.split_by:
+        say_groups(args, groups, joined, train, validation)
+    return train, validation
+
+
+def refuse_shared(
+    args: argparse.Namespace, sources: list[Source], paths: list[str], joined: list[str], both: set[str]
+) -> None:
+    """Refuse a ``--val_file`` with clips or groups of the training rows.
+
+    :param joined: The group of every row of both files; ``both`` are those that both files have.
+    :raises AvqaError: always; names the first of them.
+    """
+    first = {group: number for number, group in reversed(list(enumerate(joined)))}
+    rows = [row for source in sources for row in source.rows]
+    lines = []
+    for number in range(len(sources[0].rows), len(rows)):
+        if joined[number] in both:
+            twin = first[joined[number]]
+            same = "file" if paths[twin] == paths[number] else args.split_by or "content"
+            lines.append(
+                f"line {rows[number].line}: {paths[number]}: the same {same} as {paths[twin]}, line {rows[twin].line} "
+                "of --input_jsonl"
+            )
+    more = [f"... and {len(lines) - 3} more"] if len(lines) > 3 else []
+    title = f"--val_file {args.val_file}: {len(lines)} rows are not new to a model that was trained on --input_jsonl"
+    raise AvqaError("\n  ".join([title, *lines[:3], *more]))
+
+
+def say_groups(
+    args: argparse.Namespace, groups: list[str], joined: list[str], train: list[int], validation: list[int]
+) -> None:
+    """Tell how groups were split, and how near the parts came to what was asked for."""
+    parts = [len({groups[i] for i in part}) for part in (train, validation)]
+    say(f"split by {args.split_by}: {parts[0]} values of it in training, {parts[1]} in validation, none in both")
+    if merged := len(set(groups)) - len(set(joined)):
+        say(f"  {merged} of them share a recording with another value's rows, and went with it")
+    if not args.val_file:
+        share = len(validation) / len(groups)
+        say(f"  validation: {args.val_ratio:.1%} of the rows were asked for, {share:.1%} are in it")
 
 
 def write(
-    args: argparse.Namespace,
-    rows: list[Row],
-    paths: list[str],
-    clips: dict[str, Clip],
-    bad: list[Problem],
-    unheard: list[Problem],
-    read: int,
+    args: argparse.Namespace, sources: list[Source], train: list[int], validation: list[int], clips: dict[str, Clip]
 ) -> None:
-    """Split the rows and write all files, or none.
+    """Write all files, or none.
 
-    :param bad: Problems of the rows left out because they cannot be used.
-    :param unheard: Problems of the rows whose audio is missing or unreadable.
-    :param read: Rows in the input.
+    :param train: Numbers of the training rows, counted over all sources; ``validation`` likewise.
     """
     import pyarrow.parquet as pq
 
-    train, validation = split_by_clip(paths, args.val_ratio, args.seed)
+    rows = [row for source in sources for row in source.rows]
+    paths = [path for source in sources for path in source.paths]
     table = build_table(rows, paths, THINK_LABEL if args.enable_think else PLAIN_LABEL)
     parts = {"train": [paths[i] for i in train], "validation": [paths[i] for i in validation]}
-    report = build_report(vars(args), read, bad, unheard, parts, clips)
+    report = build_report(vars(args), sources, parts, clips)
     tables = {TRAIN_FILE: table}
     if validation:
         tables = {TRAIN_FILE: table.take(integers(train, "q")), VALIDATION_FILE: table.take(integers(validation, "q"))}
@@ -240,32 +322,28 @@ def write(
     say_summary(args.local_save_dir, report, removed=stale and not validation)
 
 
-def build_report(
-    settings: dict,
-    read: int,
-    bad: list[Problem],
-    unheard: list[Problem],
-    parts: dict[str, list[str]],
-    clips: dict[str, Clip],
-) -> dict:
+def build_report(settings: dict, sources: list[Source], parts: dict[str, list[str]], clips: dict[str, Clip]) -> dict:
     """Count what was read, written and left out.
 
     Every row read is written, bad, or left out for its audio. Hours and durations (seconds) are those of the readable
     files that the written rows refer to, each file once; null where no file was looked at.
 
     :param settings: The settings of the run, by flag.
-    :param read: Rows in the input, blank lines not counted.
-    :param bad: Problems of the rows left out because they cannot be used.
-    :param unheard: Problems of the rows whose audio is missing or unreadable.
     :param parts: The audio file of every row written, by part (``train``, ``validation``).
     :param clips: What is known of the files, by path; empty where they were not looked at.
     """
     checked = not settings["no_check_audio"]
+    bad, unheard = ([p for source in sources for p in getattr(source, name)] for name in ("bad", "unheard"))
     kinds = Counter(problem.kind for problem in unheard)
+    problems = [
+        {"file": source.file, **problem._asdict()}
+        for source in sources
+        for problem in sorted([*source.bad, *source.unheard], key=lambda problem: problem.index)
+    ]
     return {
         "settings": settings,
         "rows": {
-            "read": read,
+            "read": sum(source.read for source in sources),
             "written": sum(map(len, parts.values())),
             **{part: len(paths) for part, paths in parts.items()},
             "bad": len(bad),
@@ -275,7 +353,7 @@ def build_report(
             "audio_unreadable": kinds["audio_unreadable"] if checked else None,
         },
         "clips": count_clips(parts, clips, checked),
-        "problems": [problem._asdict() for problem in sorted([*bad, *unheard], key=lambda problem: problem.index)],
+        "problems": problems,
     }
 
 

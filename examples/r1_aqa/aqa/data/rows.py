@@ -82,7 +82,8 @@ def _record(line: int, value: object) -> Record:
 
 
 class Row(NamedTuple):
-    """One usable row. ``index`` counts the file's rows from 0; ``choices`` and ``gold`` are text, as R1-AQA prints."""
+    """One usable row. ``index`` counts the file's rows from 0; ``choices`` and ``gold`` are text, as R1-AQA prints.
+    ``group`` is the value of the field that rows are split by, if there is one."""
 
     line: int
     index: int
@@ -95,6 +96,7 @@ class Row(NamedTuple):
     question_type: str
     audio_name: str
     prompt: str
+    group: str = ""
 
 
 class Problem(NamedTuple):
@@ -332,20 +334,68 @@ def wav_name_of_video(video_name: str) -> str:
     return f"{match[1]}_{int(match[2])}.wav"
 
 
-def split_by_clip(clips: list[str], val_ratio: float, seed: int) -> tuple[list[int], list[int]]:
-    """Choose the validation rows clip by clip, so that no clip is heard in both parts.
+def read_groups(rows: list[Row], records: list[Record], field: str) -> list[Row]:
+    """Rows with the value of a field as their group.
+
+    :param records: The file that the rows are from.
+    :param field: Name of the field; its values are text, numbers or booleans.
+    :raises AvqaError: naming the rows that lack it.
+    """
+    values = [records[row.index].value.get(field) for row in rows]
+    lines = [
+        f"line {row.line}: {field} is {show_value(value)}"
+        for row, value in zip(rows, values, strict=True)
+        if value in _ABSENT or not isinstance(value, (str, int, float))
+    ]
+    if lines:
+        more = [f"... and {len(lines) - 3} more"] if len(lines) > 3 else []
+        title = (
+            f"--split_by {field}: {len(lines)} of {len(rows)} rows have no text or number there; the fields of line "
+            f"{rows[0].line} are {', '.join(map(show_value, records[rows[0].index].value))}"
+        )
+        raise AvqaError("\n  ".join([title, *lines[:3], *more]))
+    return [row._replace(group=str(value)) for row, value in zip(rows, values, strict=True)]
+
+
+def join_groups(groups: list[str], clips: list[str]) -> list[str]:
+    """Make groups that have a clip in common one group, so that a split between groups never divides a clip's rows.
+
+    :param groups: The group of every row.
+    :param clips: The clip of every row.
+    :return: A name for the joined group of every row: the least of its groups' names.
+    """
+    joined = {group: group for group in groups}
+
+    def root(group: str) -> str:
+        while joined[group] != group:
+            group = joined[group]
+        return group
+
+    first: dict[str, str] = {}
+    for group, clip in zip(groups, clips, strict=True):
+        kept, other = sorted((root(group), root(first.setdefault(clip, group))))
+        joined[other] = kept
+    return [root(group) for group in groups]
+
+
+def split_by_clip(
+    clips: list[str], val_ratio: float, seed: int, field: str | None = None
+) -> tuple[list[int], list[int]]:
+    """Choose the validation rows clip by clip, so that no clip is heard in both parts, or group by group.
 
     Clips are ranked by a hash of seed and file name, which depends neither on the order of the rows nor on where the
-    audio lies, and taken while they fit. The validation part never exceeds ``round(rows * val_ratio)`` rows.
+    audio lies, and taken while they fit. The validation part does not exceed ``round(rows * val_ratio)`` rows; groups,
+    which may be large, exceed it where that comes closer to it or leaves the part not empty.
 
-    :param clips: The audio file of every row.
+    :param clips: The audio file of every row, or its group.
     :param val_ratio: Wanted share of validation rows, 0 <= val_ratio < 1; 0 leaves them all in training.
+    :param field: What the groups are of (``--split_by``); None: clips are not grouped.
     :return: Row numbers of the training and of the validation part, both ascending.
     :raises AvqaError: if either part would be empty.
     """
     if val_ratio == 0:
         return list(range(len(clips))), []
-    keys = [os.path.normpath(clip) for clip in clips]
+    keys = [os.path.normpath(clip) for clip in clips] if field is None else clips
     sizes = Counter(keys)
     target = round(len(keys) * val_ratio)
 
@@ -354,12 +404,21 @@ def split_by_clip(clips: list[str], val_ratio: float, seed: int) -> tuple[list[i
 
     chosen: set[str] = set()
     room = target
-    for clip in sorted(sizes, key=rank):
+    ranked = sorted(sizes, key=rank)
+    for clip in ranked:
         if sizes[clip] <= room:
             chosen.add(clip)
             room -= sizes[clip]
         if room == 0:
             break
+    left = [clip for clip in ranked if clip not in chosen]
+    if field and len(left) > 1 and (not chosen or min(map(sizes.get, left)) < 2 * room):
+        chosen.add(min(left, key=sizes.__getitem__))
+    if field and len(sizes) == 1:
+        raise AvqaError(
+            f"--split_by {field}: all {len(keys)} rows are one group, by the same {field} or by shared clips, so none "
+            "can be held out; name another field"
+        )
     if not chosen or len(chosen) == len(sizes):
         part = "validation" if not chosen else "training"
         raise AvqaError(
