@@ -40,6 +40,7 @@ CUT = ("--mask_truncated", "--generate_max_len", 12)  # the model cuts some resp
 GSPO = ("--use_gspo", "--eps_clip", 0.3, "--eps_clip_high", 0.4)
 TIS = ("--rollout_correction", "tis", "--rollout_correction_limit", 1.2)
 MIS = ("--rollout_correction", "mis", "--rollout_correction_limit", 1.2)
+GEO = ("--rollout_correction", "geo", "--rollout_correction_floor", 0.98, "--rollout_correction_limit", 1.02)
 OVERLONG = ("--overlong_buffer", "--overlong_buffer_len", 10)
 CLIPPED = ("--max_norm", 0.3)
 # processes, flags: each flag of a method is in one case at least, with one process or two, on each way to shard
@@ -92,6 +93,10 @@ CASES = {
     "REINFORCE, MIS, k1 in the reward, two steps": (
         1,
         ("--advantage_estimator", "reinforce", *MIS, *K1, *TWO_STEPS),
+    ),
+    "CISPO, geometric mask, two steps and two epochs": (
+        1,
+        ("--use_cispo", "--eps_clip_high", 0.02, *GEO, "--max_epochs", 2, *TWO_STEPS),
     ),
     "two rollouts a step, truncated masked": (1, ("--train_batch_size", 32, *CUT)),
     "LoRA on ZeRO-3": (2, ("--lora_rank", 2, "--lora_alpha", 4, "--zero_stage", 3)),
@@ -220,11 +225,15 @@ class Oracle:
         ratio, low = log_ratio.exp(), args["eps_clip"]
         high = low if args["eps_clip_high"] is None else args["eps_clip_high"]
         tokens = -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+        if args["use_cispo"]:  # weights without a gradient, and nothing is left out
+            tokens = -ratio.detach().clamp(max=1 + high) * advantage * log_probs
         off_policy, limit = (item["old"] - item["engine_log_probs"]).exp(), args["rollout_correction_limit"]
         if args["rollout_correction"] == "tis":
             tokens = tokens * off_policy.clamp(max=limit)
         elif args["rollout_correction"] == "mis":
             tokens = tokens * (off_policy.prod() if off_policy.prod() <= limit else 0.0)
+        elif args["rollout_correction"] == "geo":
+            tokens = tokens * float(args["rollout_correction_floor"] <= off_policy.log().mean().exp() <= limit)
         if args["use_kl_loss"]:
             to_reference = item["reference"] - log_probs
             kl = {"k2": to_reference**2 / 2, "k3": to_reference.exp() - to_reference - 1}[args["kl_estimator"]]
@@ -328,7 +337,7 @@ def test_the_update_is_the_gradient_of_the_documented_loss(case, request, demo_p
         sampled = torch.cat([item["old"] for rank in record["ranks"] for item in rank])
         assert metric["train/entropy"] == pytest.approx(-sampled.mean().item(), rel=1e-5)
     # the case has what it is there for
-    assert "--eps_clip" not in flags or any(metric["train/clip_fraction"] for metric in metrics)
+    assert not {"--eps_clip", "--use_cispo"} & set(flags) or any(metric["train/clip_fraction"] for metric in metrics)
     assert "--mask_truncated" not in flags or any(0 < metric["rollout/truncated_fraction"] < 1 for metric in metrics)
     assert "--rollout_correction" not in flags or any(metric["train/correction_limited"] for metric in metrics)
     for step in oracle.steps(updates):

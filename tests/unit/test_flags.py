@@ -194,6 +194,7 @@ def test_sizes_below_one_are_refused(problems, name, value):
         ("eps_clip", 0.0, 0.2),
         ("eps_clip_high", 0.0, 0.28),
         ("rollout_correction_limit", 0.0, 2.0),
+        ("rollout_correction_floor", -1.0, 0.5),
         ("dynamic_sampling_rounds", 0, 1),
         ("overlong_buffer_penalty_factor", -1.0, 0.0),
         ("lora_rank", -1, 4),
@@ -285,6 +286,8 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
             "GSPO weighs all responses alike",
             {"loss_agg_mode": "seq-mean-token-mean"},
         ),
+        ({"use_cispo": True}, "at most 1 \\+ --eps_clip_high, which is not given", {"eps_clip_high": 4.0}),
+        ({"use_cispo": True, "eps_clip_high": 4.0, "use_gspo": True}, "two losses; drop one", {"use_gspo": None}),
         ({"keep_best": "eval/reward"}, "--keep_best without an evaluation", {"eval_steps": 5}),
         ({"eval_benchmark": "gone.json", "eval_audio_dir": ".", "eval_steps": 5}, "gone", {"eval_benchmark": None}),
         ({"load_checkpoint": True, "ckpt_path": "gone"}, "gone holds no checkpoint", {"load_checkpoint": None}),
@@ -306,6 +309,9 @@ def test_rules_between_flags(problems, flags, message, remedy):
         (["--flash_attn"], "each computes its own"),
         (["--use_gspo"], "--eps_clip 3e-4 --eps_clip_high 4e-4"),  # Zheng et al. (2025), section 5.1
         (["--use_gspo", "--eps_clip", "3e-4", "--eps_clip_high", "4e-4"], None),
+        (["--use_cispo", "--eps_clip_high", "4"], "--train_batch_size"),
+        (["--use_cispo", "--eps_clip_high", "4", "--max_epochs", "2"], None),
+        (["--rollout_correction", "geo"], "--rollout_correction_floor 0.999 --rollout_correction_limit 1.001"),
     ],
 )
 def test_flags_that_are_not_quite_their_method(flags, said):

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from lightrft.models.loss import (
     KL_ESTIMATORS,
     LOSS_AGG_MODES,
+    ROLLOUT_CORRECTIONS,
     LossSettings,
     aggregate,
+    cispo_loss_tokens,
     grpo_loss,
     kl_tokens,
     policy_loss_tokens,
@@ -106,6 +108,17 @@ def test_on_policy_gspo_has_grpos_gradient():
     torch.testing.assert_close(*gradients)
 
 
+def test_cispo_by_hand():
+    """Ratios 1.5, 4 and 0.5, at most 3: where PPO's clip would leave the first two out, all of them have a gradient."""
+    old = torch.tensor([[-2.0, -3.0, -1.0]])
+    log_probs = (old + torch.tensor([[1.5, 4.0, 0.5]]).log()).requires_grad_()
+    values, cut = cispo_loss_tokens(log_probs, old, torch.tensor([[2.0, 2.0, -1.0]]), eps_clip_high=2.0)
+    values.sum().backward()
+    torch.testing.assert_close(log_probs.grad, torch.tensor([[-3.0, -6.0, 0.5]]))
+    torch.testing.assert_close(values.detach(), log_probs.grad * log_probs.detach())
+    assert cut.tolist() == [[False, True, False]]
+
+
 OLD = torch.log(torch.tensor([[0.5, 0.9, 0.1], [0.3, 0.2, 0.7]]))
 ENGINE = torch.log(torch.tensor([[0.4, 0.3, 0.9], [0.3, 0.4, 0.1]]))
 SAMPLED = torch.tensor([[1, 1, 0], [1, 1, 0]])
@@ -118,11 +131,17 @@ SAMPLED = torch.tensor([[1, 1, 0], [1, 1, 0]])
         ("tis", [[1.25, 2.0], [1.0, 0.5]], [[False, True], [False, False]]),
         # products 3.75, beyond 2, and 0.5
         ("mis", [[0.0, 0.0], [0.5, 0.5]], [[True, True], [False, False]]),
+        # their square roots: 1.94 and 0.71, below the floor of 0.8
+        ("geo", [[1.0, 1.0], [0.0, 0.0]], [[False, False], [True, True]]),
+        # 0.5 is below the floor of 0.8; 3.75 is within the limit of 4
+        ("mis", [[3.75, 3.75], [0.0, 0.0]], [[False, False], [True, True]]),
     ],
 )
 def test_rollout_corrections_by_hand(method, weights, limited):
     old = OLD.clone().requires_grad_()
-    found, beyond = rollout_weights(old, ENGINE, SAMPLED, method, 2.0)
+    floored = limited[1] == [True, True]
+    bounds = (0.8 if floored else 0.0, 4.0 if floored and method == "mis" else 2.0)
+    found, beyond = rollout_weights(old, ENGINE, SAMPLED, method, bounds)
     torch.testing.assert_close(found[:, :2], torch.tensor(weights))
     assert beyond.tolist() == [[*row, False] for row in limited]  # padding is no token
     assert not found.requires_grad
@@ -132,7 +151,7 @@ def test_a_rollout_correction_makes_the_mean_that_of_the_trainers_policy():
     """What importance weights are for: the engine samples from q, the weighted mean is the one under p."""
     p, q, value = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.2, 0.3]), torch.tensor([1.0, -1.0, 3.0])
     for method in ("tis", "mis"):
-        weights, _ = rollout_weights(p.log()[:, None], q.log()[:, None], torch.ones(3, 1), method, 2.0)
+        weights, _ = rollout_weights(p.log()[:, None], q.log()[:, None], torch.ones(3, 1), method, (0.0, 2.0))
         torch.testing.assert_close((q * weights[:, 0] * value).sum(), (p * value).sum())
 
 
@@ -201,11 +220,11 @@ def test_a_masked_response_counts_in_the_divisors_alone(mode, expected):
     assert loss.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("correction", ["none", "tis", "mis"])
-@pytest.mark.parametrize("gspo", [False, True])
+@pytest.mark.parametrize("correction", ["none", *ROLLOUT_CORRECTIONS])
+@pytest.mark.parametrize("kind", ["ppo", "gspo", "cispo"])
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
-def test_a_micro_batch_that_is_all_masked_adds_exactly_nothing(mode, gspo, correction):
-    settings = LossSettings(EPS, None, gspo, mode, 10, True, "k3", correction, 2.0)
+def test_a_micro_batch_that_is_all_masked_adds_exactly_nothing(mode, kind, correction):
+    settings = LossSettings(EPS, 4.0, kind == "gspo", kind == "cispo", mode, 10, True, "k3", correction, 2.0, 0.5)
     log_probs = (OLD + 0.3).requires_grad_()
     mask = torch.zeros(OLD.shape, dtype=torch.bool)
     loss, statistics = grpo_loss(log_probs, OLD, ENGINE, OLD - 1, torch.ones(2, 1), mask, settings, 0.04, 3.0)
@@ -287,5 +306,5 @@ def test_unknown_estimator_is_refused():
 
 
 def test_an_unknown_rollout_correction_is_refused():
-    with pytest.raises(ValueError, match="known: tis, mis"):
-        rollout_weights(OLD, ENGINE, SAMPLED, "none", 2.0)
+    with pytest.raises(ValueError, match="known: tis, mis, geo"):
+        rollout_weights(OLD, ENGINE, SAMPLED, "none", (0.0, 2.0))

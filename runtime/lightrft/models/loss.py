@@ -11,7 +11,7 @@ import torch
 
 LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-ROLLOUT_CORRECTIONS = ("tis", "mis")
+ROLLOUT_CORRECTIONS = ("tis", "mis", "geo")
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class LossSettings:
     eps_clip: float
     eps_clip_high: float | None
     use_gspo: bool
+    use_cispo: bool
     loss_agg_mode: str
     max_response_length: int
     use_kl_loss: bool
     kl_estimator: str
     rollout_correction: str
     rollout_correction_limit: float
+    rollout_correction_floor: float
 
 
 def grpo_loss(
@@ -60,15 +62,16 @@ def grpo_loss(
     Source: Shao et al., DeepSeekMath (2024), equation 3; that of each term stands with its function.
     """
     s = settings
-    # PPO's clipped surrogate: -min(r A, clip(r, 1 - eps, 1 + eps_high) A), r = exp(log_probs - old_log_probs)
-    losses, clipped = policy_loss_tokens(
-        log_probs, old_log_probs, advantages, s.eps_clip, s.eps_clip_high, mask if s.use_gspo else None
-    )  # (batch, length) each
+    if s.use_cispo:  # -sg(min(r, 1 + eps_high)) A log_probs, r as below
+        losses, clipped = cispo_loss_tokens(log_probs, old_log_probs, advantages, s.eps_clip_high)
+    else:  # PPO's clipped surrogate: -min(r A, clip(r, 1 - eps, 1 + eps_high) A), r = exp(log_probs - old_log_probs)
+        losses, clipped = policy_loss_tokens(
+            log_probs, old_log_probs, advantages, s.eps_clip, s.eps_clip_high, mask if s.use_gspo else None
+        )  # (batch, length) each
     statistics = {"tokens": mask.sum(), "clipped": (clipped & mask).sum()}
     if s.rollout_correction != "none":  # importance weights for having sampled with the engine's probabilities
-        weights, limited = rollout_weights(
-            old_log_probs, engine_log_probs, mask, s.rollout_correction, s.rollout_correction_limit
-        )  # (batch, length) each
+        bounds = (s.rollout_correction_floor, s.rollout_correction_limit)
+        weights, limited = rollout_weights(old_log_probs, engine_log_probs, mask, s.rollout_correction, bounds)
         losses = losses * weights
         statistics |= {"weights": (weights * mask).sum(), "limited": limited.sum()}
 
@@ -152,31 +155,62 @@ def policy_loss_tokens(
     return -torch.min(unclipped, clipped), clipped < unclipped
 
 
+def cispo_loss_tokens(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, eps_clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CISPO's loss for each token: REINFORCE with an importance weight that is cut off and has no gradient.
+
+    Where PPO's clip takes a token out of the update, this one still counts, with the weight ``1 + eps_clip_high``.
+
+    :param log_probs: ``(batch, length)`` under the policy that is trained; ``old_log_probs`` under the one that
+        sampled.
+    :param advantages: ``(batch, length)`` or ``(batch, 1)``.
+    :return: Loss ``(batch, length)`` to be minimised, and whether the weight was cut off, ``(batch, length)`` bool.
+
+    Source: MiniMax, MiniMax-M1 (2025), equations 4 and 5, whose weight has no lower bound either.
+    """
+    ratio = (log_probs - old_log_probs).exp().detach()
+    limit = 1 + eps_clip_high
+    return -ratio.clamp(max=limit) * advantages * log_probs, ratio > limit
+
+
 def rollout_weights(
-    old_log_probs: torch.Tensor, engine_log_probs: torch.Tensor, mask: torch.Tensor, method: str, limit: float
+    old_log_probs: torch.Tensor,
+    engine_log_probs: torch.Tensor,
+    mask: torch.Tensor,
+    method: str,
+    bounds: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What corrects a loss for tokens that were sampled from the engine's probabilities, not from the trainer's.
 
     :param old_log_probs: ``(batch, length)``, the trainer's for the policy that sampled.
     :param engine_log_probs: ``(batch, length)``, the engine's.
     :param mask: ``(batch, length)``, 1 at response tokens.
-    :param method: ``tis``: each token weighs its ratio of the two, at most ``limit``; ``mis``: each response weighs the
-        product of its tokens' ratios, and nothing above ``limit``.
-    :return: Weights ``(batch, length)`` without gradient, and where the limit took hold, ``(batch, length)`` bool.
+    :param method: ``tis``: each token weighs its ratio of the two, at most the upper bound; ``mis``: each response
+        weighs the product of its tokens' ratios; ``geo``: each weighs 1. A response whose product (``mis``) or
+        geometric mean (``geo``) is out of bounds weighs nothing.
+    :param bounds: Lower and upper; ``tis`` uses the upper one.
+    :return: Weights ``(batch, length)`` without gradient, and where a bound took hold, ``(batch, length)`` bool.
     :raises ValueError: if the method is unknown.
 
     Sources: Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (2025), for ``tis``;
-    Liu et al., When Speed Kills Stability (2025), for ``mis``.
+    Liu et al., When Speed Kills Stability (2025), for ``mis`` and ``geo``.
     """
+    lowest, highest = bounds
     log_ratio = ((old_log_probs - engine_log_probs) * mask).detach()
     if method == "tis":
         ratio = log_ratio.exp()
-        return ratio.clamp(max=limit), (ratio > limit) & mask.bool()
+        return ratio.clamp(max=highest), (ratio > highest) & mask.bool()
+    total = log_ratio.sum(-1, keepdim=True)
     if method == "mis":
-        ratio = log_ratio.sum(-1, keepdim=True).exp().expand_as(log_ratio)
-        beyond = ratio > limit
-        return ratio.masked_fill(beyond, 0.0), beyond & mask.bool()
-    raise ValueError(f"unknown rollout correction {method!r}; known: {', '.join(ROLLOUT_CORRECTIONS)}")
+        ratio = weight = total.exp()
+    elif method == "geo":
+        ratio = (total / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+        weight = torch.ones_like(ratio)
+    else:
+        raise ValueError(f"unknown rollout correction {method!r}; known: {', '.join(ROLLOUT_CORRECTIONS)}")
+    beyond = ((ratio < lowest) | (ratio > highest)).expand_as(log_ratio)
+    return weight.expand_as(log_ratio).masked_fill(beyond, 0.0), beyond & mask.bool()
 
 
 def kl_tokens(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str) -> torch.Tensor:

@@ -150,12 +150,14 @@ class SPMDPPOTrainerVL:
             eps_clip=eps_clip,
             eps_clip_high=args.eps_clip_high,
             use_gspo=args.use_gspo,
+            use_cispo=args.use_cispo,
             loss_agg_mode=loss_agg_mode,
             max_response_length=max_new_tokens,
             use_kl_loss=args.use_kl_loss,
             kl_estimator=args.kl_estimator,
             rollout_correction=args.rollout_correction,
             rollout_correction_limit=args.rollout_correction_limit,
+            rollout_correction_floor=args.rollout_correction_floor,
         )
         warn = console.warn if strategy.is_rank_0() else lambda _: None
         self.health = Health(torch.bfloat16 if args.bf16 else torch.float32, args.on_anomaly, warn)

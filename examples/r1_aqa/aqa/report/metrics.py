@@ -118,7 +118,7 @@ METRICS = {
     "train/clip_fraction": Metric(
         "Clipped",
         "share",
-        "tokens at which the ratio was clipped; 0 where a rollout has one optimizer step",
+        "tokens at which the ratio was clipped (--use_cispo: their weight); 0 where a rollout has one optimizer step",
         "Above 0.2 with several optimizer steps a rollout: fewer of them (--train_batch_size, --max_epochs), or a "
         "lower learning rate.",
     ),
@@ -131,7 +131,7 @@ METRICS = {
     "train/correction_limited": Metric(
         "Correction limited",
         "share",
-        "tokens whose weight was at its limit, or 0 beyond it",
+        "tokens whose weight was at its bound, or 0 because their response is out of bounds",
         "Above some per cent: engine and trainer differ; see the log-prob gap.",
     ),
     "train/not_finite": Metric(

@@ -91,7 +91,12 @@ def _range_problems(args: argparse.Namespace) -> list[str]:
             ("top_k", args.top_k == -1 or args.top_k >= 1, "-1 (all tokens) or 1 and more"),
             ("eps_clip", 0 < args.eps_clip < math.inf, "above 0"),
             ("eps_clip_high", args.eps_clip_high is None or 0 < args.eps_clip_high < math.inf, "above 0"),
-            ("rollout_correction_limit", 0 < args.rollout_correction_limit < math.inf, "above 0"),
+            ("rollout_correction_floor", args.rollout_correction_floor >= 0, "0 or more"),
+            (
+                "rollout_correction_limit",
+                args.rollout_correction_floor < args.rollout_correction_limit < math.inf,
+                "above --rollout_correction_floor",
+            ),
             ("dynamic_sampling_rounds", args.dynamic_sampling_rounds >= 1, "1 or more"),
             ("overlong_buffer_penalty_factor", 0 <= args.overlong_buffer_penalty_factor < math.inf, "0 or more"),
             ("gamma", 0 < args.gamma <= 1, "in (0, 1]"),
@@ -166,6 +171,12 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
             f"--use_gspo with --loss_agg_mode {args.loss_agg_mode}: GSPO weighs all responses alike, this by their "
             "length; use seq-mean-token-mean",
         ),
+        (
+            args.use_cispo and args.eps_clip_high is None,
+            "--use_cispo: its weight is at most 1 + --eps_clip_high, which is not given; 4 to 8 were good choices in "
+            "Khatri et al., ScaleRL (2025)",
+        ),
+        (args.use_cispo and args.use_gspo, "--use_cispo with --use_gspo: two losses; drop one"),
         # --quiet is a flag of the runtime only
         (getattr(args, "quiet", False) and args.verbose, "--quiet with --verbose: drop one of the two"),
         (
@@ -216,6 +227,18 @@ def find_warnings(args: argparse.Namespace) -> list[str]:
         warnings.append(
             f"--use_gspo with --eps_clip {args.eps_clip}: the ratio of a response hardly leaves 1 so far; GSPO's paper "
             "has --eps_clip 3e-4 --eps_clip_high 4e-4"
+        )
+    one_step = args.train_batch_size >= args.rollout_batch_size * args.n_samples_per_prompt and args.max_epochs == 1
+    if args.use_cispo and one_step:
+        warnings.append(
+            "--use_cispo with one optimizer step a rollout: every ratio is 1, so its gradient is GRPO's; it differs "
+            "with a smaller --train_batch_size, or with --max_epochs"
+        )
+    if args.rollout_correction == "geo" and args.rollout_correction_limit > 1.1:
+        warnings.append(
+            f"--rollout_correction geo with --rollout_correction_limit {args.rollout_correction_limit}: the mean over "
+            "a response's tokens hardly leaves 1 so far; try --rollout_correction_floor 0.999 "
+            "--rollout_correction_limit 1.001"
         )
     if args.flash_attn and args.n_samples_per_prompt > 1:
         warnings.append(

@@ -201,13 +201,21 @@ def _add_grpo_flags(g: Any) -> None:
     g.add_argument("--eps_clip_high", type=float, help="its upper half (DAPO's clip-higher); default: --eps_clip")
     g.add_argument("--use_gspo", action=BOOL, default=False, help="one ratio a response, not a token (GSPO)")
     g.add_argument(
+        "--use_cispo",
+        action=BOOL,
+        default=False,
+        help="weigh a token by its ratio, at most 1 + --eps_clip_high, where PPO would leave it out (CISPO)",
+    )
+    g.add_argument(
         "--rollout_correction",
-        choices=("none", "tis", "mis"),
+        choices=("none", "tis", "mis", "geo"),
         default="none",
         help="weigh the loss by the trainer's over the engine's probability of what was sampled: tis of each token, at "
-        "most --rollout_correction_limit; mis of each response, and 0 beyond that",
+        "most --rollout_correction_limit; mis of each response, and 0 out of bounds; geo: 0 for a response whose "
+        "geometric mean over tokens is out of bounds, else 1",
     )
-    g.add_argument("--rollout_correction_limit", type=float, default=2.0, help="largest weight of a correction")
+    g.add_argument("--rollout_correction_limit", type=float, default=2.0, help="upper bound; geo wants some 1.001")
+    g.add_argument("--rollout_correction_floor", type=float, default=0.0, help="lower bound of mis and geo")
     g.add_argument(
         "--dynamic_sampling",
         action=BOOL,

@@ -90,6 +90,7 @@ class LightRFTHost:
             for flag, neutral in (
                 ("eps_clip_high", None),
                 ("use_gspo", False),
+                ("use_cispo", False),
                 ("rollout_correction", "none"),
                 ("mask_truncated", False),
                 ("save_hf_on_stop", None),
