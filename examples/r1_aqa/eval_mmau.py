@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate an audio question answering model on MMAU or MMAR; the scores equal those of the official scripts.
+"""Evaluate an audio question answering model on MMAU, MMAR, MMSU or ADQA; scores equal those of the official scripts.
 
     python examples/r1_aqa/eval_mmau.py [run] --model_path RUN --data_file mmau-test-mini.json --audio_dir mmau \\
         --out_file results/mmau.json --engine vllm
@@ -32,11 +32,9 @@ from aqa.common.lock import lock
 from aqa.common.versions import installed_versions
 from aqa.data.rows import show_value
 from aqa.evaluation.answers import Answer, extract_answer
+from aqa.evaluation.benchmarks import BENCHMARKS, Benchmark
 from aqa.evaluation.checkpoints import Model, asked_to_think, resolve_model
 from aqa.evaluation.items import (
-    BENCHMARKS,
-    MMAU,
-    Benchmark,
     EvalError,
     Item,
     PartialFile,
@@ -93,7 +91,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--data_file",
         required=True,
-        help="questions: MMAU's .json, MMAR's .jsonl, or R1-AQA's rows as avqa.py reads them",
+        help="questions of a benchmark, or rows as avqa.py reads them",
     )
     g.add_argument(
         "--audio_dir",
@@ -142,7 +140,7 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the result file and of how answers are generated."""
     flag = argparse.BooleanOptionalAction
     g = parser.add_argument_group("output")
-    g.add_argument("--out_file", required=True, help="result file: .json, or .jsonl for MMAR")
+    g.add_argument("--out_file", required=True, help="result file: .json, .jsonl for MMSU")
     g.add_argument(
         "--overwrite", action=flag, default=False, help="replace results, finished or not, of an earlier run"
     )
@@ -207,8 +205,9 @@ def evaluate(args: argparse.Namespace) -> None:
     """
     out = Path(args.out_file)
     benchmark, rows = read_rows(Path(args.data_file), args.benchmark)
-    if benchmark is MMAU and out.suffix != ".json":
-        raise EvalError(f"--out_file {out}: must end in .json, the only format that MMAU's script reads")
+    if out.suffix not in benchmark.suffixes:
+        ends = " or ".join(benchmark.suffixes)
+        raise EvalError(f"--out_file {out}: must end in {ends}, the only format that {benchmark.title}'s script reads")
     model = resolve_model(args.model_path, args.base_model)
     trained_to_think = asked_to_think(model)
     if args.think is None:
@@ -324,7 +323,7 @@ def show_result(out: Path, benchmark: Benchmark, scores: dict[str, Any] | None) 
         print(f"results  {out}")
         return
     bad = len(scores["bad_audio"])
-    print(score_table(scores, f"{benchmark.title}, official rule"))
+    print(score_table(scores, f"{benchmark.title}, {benchmark.rule}"))
     print(
         f"\nanswers that name one choice: {scores['names_a_choice']}, in the asked-for form: {scores['asked_form']}, "
         f"of {scores['total']}" + (f"; without usable audio, counted as wrong: {bad}" if bad else "")
@@ -464,13 +463,13 @@ def score_file(argv: Sequence[str]) -> None:
     parser = Parser(
         prog="eval_mmau.py score", description="Score a result file by the official rule.", epilog=EXIT_STATUS
     )
-    parser.add_argument("file", type=Path, help="result file of MMAU or MMAR")
+    parser.add_argument("file", type=Path, help="result file of a benchmark")
     parser.add_argument("--benchmark", choices=["auto", *BENCHMARKS], default="auto", help="auto: by the fields")
     parser.add_argument("--out_file", type=Path, help="write the scores here too, as JSON")
     args = parser.parse_args(argv)
     verdicts = judge_file(args.file, args.benchmark)
     scores = score(verdicts)
-    print(score_table(scores, f"{verdicts.benchmark.title}, official rule: {args.file} ({verdicts.key})"))
+    print(score_table(scores, f"{verdicts.benchmark.title}, {verdicts.benchmark.rule}: {args.file} ({verdicts.key})"))
     write_beside(args.out_file, to_json(scores), [args.file])
 
 

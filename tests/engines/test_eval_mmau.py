@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from aqa.common.lock import lock
 from aqa.data.prompts import render_chat, render_prompt
 from aqa.evaluation import engines
+from aqa.evaluation.benchmarks import MMAR, MMAU
 from aqa.evaluation.checkpoints import Model, resolve_model
 from aqa.evaluation.items import (
-    MMAR,
-    MMAU,
     EvalError,
     PartialFile,
     find_audio,
@@ -155,7 +154,7 @@ def test_result_rows_keep_everything(tmp_path):
     }
     for benchmark, added in (
         (MMAU, {"model_prediction": "A", "model_output": "A", "raw_output": "B"}),
-        (MMAR, {"answer_prediction": "A", "raw_output": "B"}),
+        (MMAR, {"answer_prediction": "A", "thinking_prediction": "B", "raw_output": "B"}),
     ):
         items = make_items([row], benchmark, tmp_path, False)
         results = result_rows(items, [("A", "B")], benchmark, silent_audio=False)
@@ -452,7 +451,7 @@ def test_mmar(tmp_path, flags, questions, capsys):
     assert status == 0, text
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert [set(result) - set(row) for row, result in zip(rows, results, strict=True)] == [
-        {"answer_prediction", "raw_output"}
+        {"answer_prediction", "thinking_prediction", "raw_output"}
     ] * 6
     scores = json.loads((tmp_path / "out.score.json").read_text())
     assert (scores["benchmark"], scores["by"]["modality"]["sound"]["total"]) == ("mmar", 6)

@@ -19,7 +19,8 @@ from transformers import AutoProcessor
 
 from aqa.data.prompts import render_prompt
 from aqa.evaluation import while_training
-from aqa.evaluation.items import MMAU, make_items
+from aqa.evaluation.benchmarks import MMAU
+from aqa.evaluation.items import make_items
 from aqa.evaluation.while_training import BenchmarkEvaluator
 from aqa.training import gloo_shutdown
 from lightrft.engines.base import Sampling

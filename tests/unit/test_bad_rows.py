@@ -28,7 +28,8 @@ from aqa.common.constants import ASSISTANT_HEADER
 from aqa.data.prompts import render_prompt
 from aqa.data.rows import AvqaError, parse_records, read_records
 from aqa.evaluation import items
-from aqa.evaluation.items import BENCHMARKS, MMAU, EvalError, PartialFile, make_items, read_rows
+from aqa.evaluation.benchmarks import BENCHMARKS, MMAU
+from aqa.evaluation.items import EvalError, PartialFile, make_items, read_rows
 from lightrft.utils import blending_datasets
 
 

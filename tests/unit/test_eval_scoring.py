@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from aqa.evaluation.items import MMAR, MMAU, EvalError, make_items, read_rows, result_rows
+from aqa.evaluation.benchmarks import ADQA, MMAR, MMAU, MMSU
+from aqa.evaluation.items import EvalError, make_items, read_rows, result_rows
 from aqa.evaluation.scoring import (
     Said,
     compare,
     comparison_table,
     find_collapsed,
-    is_right,
     judge,
     judge_file,
     mcnemar_p,
@@ -24,6 +24,7 @@ from aqa.evaluation.scoring import (
     score_table,
     wilson_interval,
 )
+from aqa.rewards.choices import is_right
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -173,6 +174,43 @@ def test_real_gold_answers(name, benchmark, tmp_path):
         assert scored(lambda row: f"({letter(row)}) {row['answer']}")["correct"] == 1000 - 33
 
 
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        *((text, True) for text in ("B", " B\n", "Bee", "B. dog", "The answer is B.", "(B)", "Is it B?", "A or B")),
+        *((text, False) for text in ("A", "D", "Cat", "", " ", "None", "The answer is C.", "All of these")),
+        *((text, None) for text in ("b", "dog", "x", "The answer is B", "None.", "1", "**dog**")),
+        ("D. no, B.", False),  # the first character comes first
+        ("\nB\n", True),
+    ],
+)
+def test_mmsu_reads_the_first_letter_else_the_last_but_one(response, verdict):
+    """Worked out by hand from what its script does; "A or B" begins with A, whose text is also the right one here."""
+    options = {"choice_a": "dog" if response == "A or B" else "cat", "choice_b": "dog", "choice_c": "", "choice_d": "x"}
+    rows = [{"id": i, "answer_gt": "dog", "category": "P", "sub-category": "S", **options} for i in range(3)]
+    rows = [MMSU.as_question(row | {"response": said}) for row, said in zip(rows, (response, "B", "C"), strict=True)]
+    del rows[2]["response"]  # wrong, not left out
+    verdicts = judge(rows, MMSU)
+    assert verdicts.right == [*([] if verdict is None else [verdict]), True, False]
+    scores = score(verdicts)
+    right, total = 1 + bool(verdict), 2 + (verdict is not None)
+    assert (scores["correct"], scores["total"], scores["without_prediction"]) == (right, total, 3 - total)
+    assert scores["of_all"] == {"accuracy": right / 3, "correct": right, "total": 3}
+    assert scores["by"]["category / sub-category"]["P / S"]["total"] == total
+
+
+def test_what_mmar_rubrics_judges_is_written(tmp_path):
+    row = {"id": 1, "question": "?", "choices": ["a", "b"], "answer": "a", "audio_path": "x.wav"}
+    items = make_items([row], MMAR, tmp_path, True)
+    for raw, thinking in (
+        ("<think> It\nbarks. </think> <answer>a</answer>", "It\nbarks."),
+        ("<think>cut off", "cut off"),
+        ("It barks. <answer>a</answer>", "It barks."),
+        ("<answer>a</answer>", ""),
+    ):
+        assert result_rows(items, [("a", raw)], MMAR, False)[0]["thinking_prediction"] == thinking
+
+
 # --------------------------------------------------------------------------------------------------------- result files
 def rows_of(*predictions: str | None, key: str = "model_output", **fields) -> list[dict]:
     """Rows whose right answer is "dog"; None leaves the key out."""
@@ -206,7 +244,7 @@ def test_table():
     table = score_table(scores, "title")
     assert re.search(r"overall +2 +3 +66\.67 % +20\.8 to 93\.9", table)  # Wilson, worked out below
     assert re.search(r"\n  easy +2 +3 +66\.67 %", table)
-    assert "1 items without a prediction key" in table
+    assert "1 items without a prediction that it reads; of all 4 items 50.00 %" in table
     assert "ABLATION" not in table
     silent = score(judge([row | {"silent_audio": True} for row in rows], MMAU))
     assert "ABLATION: silence" in score_table(silent, "title")
@@ -402,43 +440,54 @@ def test_rows_of_r1_aqa_are_questions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "task", "kept"),
+    ("row", "benchmark", "kept", "written"),
     [
-        ({"question_text": "?", "multi_choice": ["a", "b"], "answer": "b", "question_type": "music"}, "music", {}),
-        ({"question": "?", "choices": ["a", "b"], "answer": "b", "source_dataset": "D", "cot": "c"}, "D", {"cot": "c"}),
+        (
+            {"question_text": "?", "multi_choice": ["a", "b"], "answer": "b", "question_type": "music"},
+            ADQA,
+            {"question_type": "music"},
+            {"model_output": "b"},
+        ),
+        (
+            {"question": "?", "choices": ["a", "b"], "answer": "b", "source_dataset": "D", "cot": "c"},
+            MMAU,
+            {"task": "D", "cot": "c"},
+            {"model_output": "b", "model_prediction": "b"},
+        ),
         (
             {"question": "?", "answer_gt": "b", "category": "Perception", "sub-category": "Semantics"}
-            | dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), "abcd", strict=True)),
-            "Perception",
-            {"sub-category": "Semantics"},
+            | {"choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": ""},
+            MMSU,
+            {"category": "Perception", "sub-category": "Semantics", "choice_d": ""},
+            {"response": "B"},
         ),
     ],
-    ids=["dcase", "audiomcq", "mmsu"],
+    ids=["adqa", "audiomcq", "mmsu"],
 )
-def test_rows_of_other_data_sets_are_questions(tmp_path, row, task, kept):
+def test_rows_of_other_data_sets_are_questions(tmp_path, row, benchmark, kept, written):
     path, answer = tmp_path / "rows.jsonl", "answer_gt" if "answer_gt" in row else "answer"
     rows = [row | {"id": i, "audio_path": f"{i}.wav", answer: text} for i, text in enumerate(("b", "a", "horse"))]
 
     def items(*rows):
         path.write_text("\n".join(map(json.dumps, rows)))
-        benchmark, questions = read_rows(path)
-        assert benchmark is MMAU
-        return make_items(questions, MMAU, tmp_path, False)
+        found, questions = read_rows(path)
+        assert found is benchmark
+        return make_items(questions, benchmark, tmp_path, False)
 
     found = items(*rows)
     assert [item.gold for item in found] == ["b", "a", "horse"]  # the last is warned of, and no prediction matches
     assert [item.audio.name for item in found] == ["0.wav", "1.wav", "2.wav"]
     assert "following options: ['a', 'b'" in found[0].prompt
-    assert found[0].row.items() >= {"task": task, **kept}.items()
-    results = result_rows(found, [("b", "b")] * 3, MMAU, False)
+    results = result_rows(found, [("b", "<answer>b</answer>")] * 3, benchmark, False)
+    assert results[0].items() >= {**kept, **written}.items()
     path.write_text(json.dumps(results))
-    assert judge(read_rows(path)[1], MMAU).right == [True, False, False]  # a result is a result, and no question again
+    assert judge(*read_rows(path)[::-1]).right == [True, False, False]  # a result is a result, and no question again
     assert [item.gold for item in items(*({k: v for k, v in r.items() if k != answer} for r in rows))] == [None] * 3
     for audio in ("audio_id", "audio_path"):  # MMAU's rows, and MMAR's, stay as they are
         own = {"question": "?", "choices": ["a"], "answer": "a", audio: "a.wav"}
         path.write_text(json.dumps([own]))
         assert read_rows(path)[1] == [own]
-    with pytest.raises(EvalError, match=r"1 of 2 questions(?s:.*)audio_id is None"):
+    with pytest.raises(EvalError, match=rf"1 of 2 questions(?s:.*){benchmark.audio_key} is None"):
         items(rows[0], row | {"id": 9})
 
 

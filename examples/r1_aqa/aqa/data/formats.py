@@ -28,9 +28,14 @@ class Format(NamedTuple):
     by_text: bool = True
 
     def choices_of(self, row: dict[str, Any]) -> Any:
-        """The choices of a row, unchecked; None where a field of theirs is absent or null."""
+        """The choices of a row, unchecked; None where a field of theirs is absent or null. Of four fields, the last
+        two may be empty."""
         found = [row.get(name) for name in self.choices]
-        return found[0] if len(found) == 1 else None if None in found else found
+        if len(found) == 1:
+            return found[0]
+        while len(found) > 2 and found[-1] in (None, ""):
+            found.pop()
+        return None if None in found else found
 
     def as_question(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as one of MMAU's questions, unchecked; fields that MMAU does not have keep their names."""
@@ -54,6 +59,7 @@ DCASE = Format(
 )
 AUDIO_MCQ = Format("AudioMCQ", "question", ("choices",), "answer", "audio_path", "source_dataset", "question_type")
 MMAU = Format("MMAU", "question", ("choices",), "answer", "audio_id", "dataset", "task")
+MMAR = Format("MMAR", "question", ("choices",), "answer", "audio_path", "source", "modality")
 MMSU = Format(
     "MMSU",
     "question",

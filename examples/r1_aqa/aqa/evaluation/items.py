@@ -12,8 +12,9 @@ from typing import Any
 
 from aqa.audio.sandbox import escape_of
 from aqa.common.files import write_atomically
-from aqa.data.formats import AUDIO_MCQ, R1_AQA, format_of
+from aqa.data.formats import AUDIO_MCQ, DCASE, R1_AQA, format_of
 from aqa.data.formats import MMAU as MMAU_FIELDS
+from aqa.data.formats import MMSU as MMSU_FIELDS
 from aqa.data.prompts import render_prompt
 from aqa.data.rows import (
     AvqaError,
@@ -25,6 +26,7 @@ from aqa.data.rows import (
     read_records,
     show_value,
 )
+from aqa.evaluation.benchmarks import ADQA, BENCHMARKS, MMAR, MMAU, MMSU, Benchmark
 from aqa.rewards.choices import find_choice, is_right
 
 SHOWN_PROBLEMS = 20
@@ -33,24 +35,6 @@ MAX_DEPTH = 50  # of a row; Python's json reads deeper ones than it writes
 
 class EvalError(ValueError):
     """A mistake that the user can correct; the message names the place, the value and the remedy."""
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """The format of a benchmark's files."""
-
-    name: str  # as in --benchmark
-    title: str  # as printed
-    audio_key: str  # field with the path of a question's recording
-    prediction_keys: tuple[str, ...]  # fields with the prediction; the official script reads the first
-    breakdowns: tuple[str, ...]  # fields by which accuracies are broken down, the main one first
-
-
-MMAU = Benchmark(
-    "mmau", "MMAU", "audio_id", ("model_output", "model_prediction"), ("task", "difficulty", "sub-category")
-)
-MMAR = Benchmark("mmar", "MMAR", "audio_path", ("answer_prediction",), ("modality", "category", "sub-category"))
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (MMAU, MMAR)}
 
 
 @dataclass(frozen=True)
@@ -68,11 +52,11 @@ class Item:
 def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[str, Any]]]:
     """Read a benchmark or result file: a JSON array or JSON lines, told apart by content.
 
-    Rows of R1-AQA, DCASE 2026, AudioMCQ and MMSU become questions in MMAU's format.
+    Rows of R1-AQA and AudioMCQ, which are no benchmark, become questions in MMAU's format.
 
-    :param wanted: ``mmau``, ``mmar``, or ``auto``: by the field that names the recording.
+    :param wanted: Name of the benchmark, or ``auto``: by the fields of the rows.
     :return: The benchmark and the file's rows.
-    :raises EvalError: if the file is missing, malformed, empty, or of neither benchmark.
+    :raises EvalError: if the file is missing, malformed, empty, or of no benchmark.
     """
     try:
         records = read_records(path.read_bytes(), str(path))
@@ -95,22 +79,43 @@ def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[st
     rows = [record.value for record in records]
     if not rows:
         raise EvalError(f"{path}: no rows")
+    benchmark = find_benchmark(path, rows, wanted)
+    if benchmark is not None:
+        return benchmark, [benchmark.as_question(row) for row in rows]
     fields = format_of(rows)
+    return MMAU, own_questions(path, records) if fields is R1_AQA else [fields.as_question(row) for row in rows]
+
+
+def find_benchmark(path: Path, rows: Sequence[dict[str, Any]], wanted: str) -> Benchmark | None:
+    """The benchmark whose fields a file has; None for rows that must be made questions of MMAU's first.
+
+    :param wanted: As for :func:`read_rows`.
+    :raises EvalError: if no benchmark has these fields, or not the wanted one.
+    """
+    fields, first = format_of(rows), rows[0]
+    found = {MMSU_FIELDS: MMSU, DCASE: ADQA}.get(fields)
+    if found is not None and wanted in ("auto", found.name):
+        return found
     # MMAR's questions have the fields of AudioMCQ but for the name of the data set
-    is_mmar = wanted == "mmar" or (fields is AUDIO_MCQ and fields.dataset not in rows[0])
-    if fields.question in rows[0] and not is_mmar and fields is not MMAU_FIELDS:
-        return MMAU, own_questions(path, records) if fields is R1_AQA else [fields.as_question(row) for row in rows]
+    is_mmar = wanted == "mmar" or (fields is AUDIO_MCQ and fields.dataset not in first)
+    if fields.question in first and not is_mmar and fields is not MMAU_FIELDS:
+        if wanted in ("auto", "mmau"):
+            return None
+    elif wanted in ("mmau", "mmar"):
+        return BENCHMARKS[wanted]
     if wanted != "auto":
-        return BENCHMARKS[wanted], rows
-    found = [benchmark for benchmark in BENCHMARKS.values() if benchmark.audio_key in rows[0]]
-    if len(found) != 1:
-        keys = " or ".join(f"{b.audio_key} ({b.title})" for b in BENCHMARKS.values())
-        raise EvalError(
-            f"{path}: cannot tell the benchmark from the first row, whose fields are "
-            f"{', '.join(key if key.isprintable() else ascii(key) for key in rows[0])}; expected "
-            f"{keys}. Say which with --benchmark"
-        )
-    return found[0], rows
+        named = BENCHMARKS[wanted]
+        lacking = [name for name in (named.fields.question, *named.fields.choices[:2]) if name not in first]
+        raise EvalError(f"{path}: --benchmark {wanted}: no rows of {named.title}; the first lacks {', '.join(lacking)}")
+    matching = [benchmark for benchmark in (MMAU, MMAR) if benchmark.audio_key in first]
+    if len(matching) == 1:
+        return matching[0]
+    keys = " or ".join(f"{b.audio_key} ({b.title})" for b in (MMAU, MMAR))
+    raise EvalError(
+        f"{path}: cannot tell the benchmark from the first row, whose fields are "
+        f"{', '.join(key if key.isprintable() else ascii(key) for key in first)}; expected "
+        f"{keys}. Say which with --benchmark"
+    )
 
 
 def own_questions(path: Path, records: list[Record]) -> list[dict[str, Any]]:
@@ -271,7 +276,11 @@ def result_rows(
     """
     mark = {"silent_audio": True} if silent_audio else {}
     return [
-        {**item.row, **dict.fromkeys(reversed(benchmark.prediction_keys), prediction), "raw_output": raw, **mark}
+        item.row
+        | dict.fromkeys(reversed(benchmark.prediction_keys), prediction)
+        | benchmark.written(item.row, prediction, raw)
+        | {"raw_output": raw}
+        | mark
         for item, (prediction, raw) in zip(items, answers, strict=True)
     ]
 

@@ -1,8 +1,8 @@
-"""Scores of MMAU and MMAR result files by the official rule, and paired comparisons of them. No model, no torch.
+"""Scores of result files by the benchmark's rule, and paired comparisons of them. No model, no torch.
 
-The rule (both benchmarks' ``evaluation.py``): lower-case prediction and answer and take the set of ``\\w+`` words of
-each; right if the prediction has every word of the answer, and none that only other choices have. An item without a
-prediction key is left out, an empty prediction is wrong.
+The rule of MMAU and MMAR (their ``evaluation.py``): lower-case prediction and answer and take the set of ``\\w+`` words
+of each; right if the prediction has every word of the answer, and none that only other choices have. An item without a
+prediction key is left out, an empty prediction is wrong. The other rules: :mod:`aqa.evaluation.benchmarks`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aqa.evaluation.items import Benchmark, EvalError, answer_texts, read_rows, several
-from aqa.rewards.choices import is_right
+from aqa.evaluation.benchmarks import Benchmark
+from aqa.evaluation.items import EvalError, answer_texts, read_rows, several
 
 COLLAPSE_FROM, COLLAPSE_SHARE, COLLAPSE_RIGHT = 10, 0.95, 0.8  # answers; shares of them
 Z95 = 1.959963984540054  # standard normal quantile at 97.5 %
@@ -45,7 +45,7 @@ def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
             f"none of the {len(rows)} rows has a prediction under {' or '.join(benchmark.prediction_keys)}: this is "
             f"no result file of {benchmark.title}"
         )
-    answered = [row for row in rows if key in row]
+    answered = [row for row in rows if key in row] if benchmark.leaves_out else list(rows)
     if all(answer is None for answer in answer_texts(answered)):
         raise EvalError(
             f"none of {len(answered)} rows has an answer, so they cannot be scored; the file can be submitted"
@@ -53,15 +53,18 @@ def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
     problems = []
     for row in answered:
         for field in (key, "answer"):
-            if not isinstance(row.get(field), str):
+            if not isinstance(row.get(field, "" if field == key else None), str):
                 problems.append(f"id {row.get('id')}: {field} is {row.get(field)!r:.60}, expected a text")
         choices = row.get("choices")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             problems.append(f"id {row.get('id')}: choices is {choices!r:.60}, expected a list of texts")
     if problems:
         raise EvalError(several(f"{len(problems)} fields of the result file cannot be scored", problems))
-    right = [is_right(row[key], row["answer"], row["choices"]) for row in answered]
-    return Verdicts(benchmark, key, answered, right, len(rows) - len(answered))
+    judged = [(row, verdict) for row in answered if (verdict := benchmark.verdict(row, key)) is not None]
+    if not judged:
+        raise EvalError(f"none of {len(rows)} rows has a prediction that {benchmark.title}'s script can read")
+    right = [verdict for _, verdict in judged]
+    return Verdicts(benchmark, key, [row for row, _ in judged], right, len(rows) - len(judged))
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
@@ -95,17 +98,21 @@ def score(verdicts: Verdicts) -> dict[str, Any]:
 
     :return: What :func:`tally` says of all rows; under ``by`` the same for each value of each breakdown.
     """
+    benchmark = verdicts.benchmark
     by = {
         field: {value: tally([verdicts.right[i] for i in places]) for value, places in groups.items()}
-        for field in verdicts.benchmark.breakdowns
-        if (groups := group(verdicts.rows, lambda row, field=field: row.get(field)))
+        for field in benchmark.breakdowns
+        if (groups := group(verdicts.rows, lambda row, field=field: benchmark.value(row, field)))
     }
-    types = [[f"{field} {row[field]}" for field in by if row.get(field) is not None] for row in verdicts.rows]
-    said = [Said(row[verdicts.key], row["answer"], row["choices"]) for row in verdicts.rows]
+    values = [[(field, benchmark.value(row, field)) for field in by] for row in verdicts.rows]
+    types = [[f"{field} {value}" for field, value in each if value is not None] for each in values]
+    said = [Said(benchmark.said(row, verdicts.key), row["answer"], row["choices"]) for row in verdicts.rows]
+    correct, everything = sum(verdicts.right), len(verdicts.rows) + verdicts.left_out
     return {
-        "benchmark": verdicts.benchmark.name,
+        "benchmark": benchmark.name,
         **tally(verdicts.right),
         "without_prediction": verdicts.left_out,
+        "of_all": {"accuracy": correct / everything, "correct": correct, "total": everything},
         "silent_audio": any(row.get("silent_audio") for row in verdicts.rows),
         "by": by,
         "collapsed": find_collapsed(said, types),
@@ -186,8 +193,10 @@ def score_table(scores: dict[str, Any], title: str) -> str:
             f"{low * 100:.1f} to {high * 100:.1f}"
         )
     if scores["without_prediction"]:
+        every = scores["of_all"]
         lines.append(
-            f"left out, as the official script does: {scores['without_prediction']} items without a prediction key"
+            f"left out, as the official script does: {scores['without_prediction']} items without a prediction "
+            f"that it reads; of all {every['total']} items {percent(every['accuracy'])}"
         )
     lines += [f"WARNING: {name}: {sentence}" for name, sentence in scores["collapsed"].items()]
     return "\n".join(lines)
@@ -256,7 +265,7 @@ def compare(first: Verdicts, second: Verdicts) -> dict[str, Any]:
         raise EvalError(several("the files come from different releases of the benchmark", changed))
     verdicts = [(first.right[i], second.right[j]) for i, j in pairs]
     main = first.benchmark.breakdowns[0]
-    groups = group([first.rows[i] for i, _ in pairs], lambda row: row.get(main))
+    groups = group([first.rows[i] for i, _ in pairs], lambda row: first.benchmark.value(row, main))
 
     def of(chosen: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
         return paired([a for a, _ in chosen], [b for _, b in chosen])
@@ -316,9 +325,9 @@ def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def judge_file(path: Path, benchmark: str = "auto") -> Verdicts:
-    """Read and judge a result file of either benchmark, ours or another program's.
+    """Read and judge a result file of a benchmark, ours or another program's.
 
-    :param benchmark: ``mmau``, ``mmar`` or ``auto``.
+    :param benchmark: Its name, or ``auto``.
     :raises EvalError: if it cannot be read or scored; the message names it.
     """
     found, rows = read_rows(path, benchmark)

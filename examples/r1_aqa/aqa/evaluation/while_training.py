@@ -54,7 +54,7 @@ class BenchmarkEvaluator:
     Each rank asks its share of the questions. Every evaluation writes a result file into ``<save_path>/eval/``, which
     ``eval_mmau.py score`` and ``compare`` read.
 
-    :param path: MMAU's .json or MMAR's .jsonl, with answers.
+    :param path: A benchmark's questions, with answers.
     :param audio_dir: Folder of the recordings.
     :param think: Ask for the thinking process before the answer.
     :raises SystemExit: naming the questions that cannot be asked.
@@ -71,6 +71,8 @@ class BenchmarkEvaluator:
         self.batch_size = args.rollout_batch_size * args.n_samples_per_prompt // strategy.world_size
         try:
             self.benchmark, rows = read_rows(path)
+            suffixes = self.benchmark.suffixes
+            self.suffix = path.suffix if path.suffix in suffixes else suffixes[0]
             self.items = make_items(rows, self.benchmark, audio_dir, think, confine=args.confine_audio is not None)
             self.prompts = [render(processor, item.prompt) for item in self.items]
             self._check(args)
@@ -112,13 +114,16 @@ class BenchmarkEvaluator:
             the accuracies of ``eval/<file>_silent``.
         """
         heard, metrics = self.measure(ask, step, silent=False)
-        said = [Said(row[self.benchmark.prediction_keys[0]], row["answer"], row["choices"]) for row in heard]
+        text_of = functools.partial(self.benchmark.said, key=self.benchmark.prediction_keys[0])
+        said = [Said(text_of(row), row["answer"], row["choices"]) for row in heard]
         if self.silent:
             silent, more = self.measure(ask, step, silent=True)
             metrics |= more
-            key = self.benchmark.prediction_keys[0]
-            said = [entry._replace(in_silence=row[key]) for entry, row in zip(said, silent, strict=True)]
-        types = [[f"{k} {row[k]}" for k in self.benchmark.breakdowns if row.get(k) is not None] for row in heard]
+            said = [entry._replace(in_silence=text_of(row)) for entry, row in zip(said, silent, strict=True)]
+        types = [
+            [f"{k} {value}" for k in self.benchmark.breakdowns if (value := self.benchmark.value(row, k)) is not None]
+            for row in heard
+        ]
         found = find_collapsed(said, types)
         for name in found.keys() - self.warned:
             self.strategy.print(f"WARNING: {self.path.name}: {name}: {found[name]}")
@@ -138,7 +143,7 @@ class BenchmarkEvaluator:
         results = result_rows(self.items, zip(predictions, raw, strict=True), self.benchmark, silent)
         name = self.path.stem + ("_silent" if silent else "")
         if self.strategy.is_rank_0():
-            self._write(results, f"{name}_step_{step:06d}{self.path.suffix or '.json'}")
+            self._write(results, f"{name}_step_{step:06d}{self.suffix}")
         scores = score(judge(results, self.benchmark))
         main = scores["by"].get(self.benchmark.breakdowns[0], {})
         by_value = {f"eval/{name}/{value}": entry["accuracy"] for value, entry in main.items()}
