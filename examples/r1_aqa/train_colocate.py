@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -487,7 +488,6 @@ def describe_devices(strategy: Any) -> str:
 
 def banner(args: argparse.Namespace, strategy: Any) -> str:
     """Describe the run in the first lines of its output."""
-    import deepspeed
     import torch
     import transformers
 
@@ -499,8 +499,8 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
         (
             f"host      {describe_host()}",
             *([f"fixes     {', '.join(HOST.fixes)}"] if HOST.fixes else []),
-            f"versions  torch {torch.__version__}, transformers {transformers.__version__}, "
-            f"deepspeed {deepspeed.__version__}",
+            f"versions  torch {torch.__version__}, transformers {transformers.__version__}"
+            f"{'' if args.fsdp else ', deepspeed ' + version('deepspeed')}",
             f"devices   {describe_devices(strategy)}; {sharding}, {'bf16' if args.bf16 else 'fp32'}; "
             f"engine {args.engine_type}, TP {args.engine_tp_size}",
             f"model     {args.pretrain}",

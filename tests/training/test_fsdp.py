@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -49,8 +50,9 @@ def step(engine, shift=0, factor=1.0, discard=False):
 
 
 @pytest.fixture(autouse=True)
-def any_family(monkeypatch):
-    """The small model here names its weights as Qwen2-Audio does."""
+def surroundings(monkeypatch):
+    """The small model here names its weights as Qwen2-Audio does; and FSDP2 does without DeepSpeed."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setitem(model_specs.FAMILIES, "qwen2", model_specs.Qwen2Audio)
 
 

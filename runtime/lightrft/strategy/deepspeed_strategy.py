@@ -1,10 +1,11 @@
 """Training on DeepSpeed: ZeRO 0, 2 and 3.
 
-DeepSpeed is imported inside functions, once ``init_process_group`` has told it which accelerator to use.
+DeepSpeed is imported inside functions, because it reads DS_ACCELERATOR, which is set just before the first import.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +21,17 @@ from lightrft.strategy.strategy_base import StrategyBase
 
 class DeepspeedStrategy(StrategyBase):
     """See :class:`~lightrft.strategy.strategy_base.StrategyBase`."""
+
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
+        import deepspeed
+
+        if self.device.type == "cpu":
+            # DeepSpeed would compile, with the machine's C++ compiler, a shared-memory reduction that only inference
+            # uses; on a GPU this question alone would probe all its operators
+            getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)  # it takes the process group that is there
 
     def get_ds_train_config(self, is_actor: bool = True) -> dict[str, Any]:
         """DeepSpeed configuration of the trained model.

@@ -1,12 +1,10 @@
-"""Process groups, and the few collectives that the runtime needs.
-
-DeepSpeed is imported inside a function, because it reads DS_ACCELERATOR, which is set just before.
-"""
+"""Process groups, and the few collectives that the runtime needs."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import socket
 import time
@@ -24,7 +22,7 @@ from lightrft.utils.rank_watch import own_address
 
 # flags that may differ between ranks, because only rank 0 uses them
 OF_RANK_0 = ("wandb_run_name", "wandb_org", "wandb_group", "wandb_project", "use_wandb", "use_tensorboard")
-SAME_VERSIONS = ("torch", "transformers", "deepspeed")
+SAME_VERSIONS = ("torch", "transformers", "deepspeed")  # FSDP2 does without the last
 SEEN_WITHIN = 10  # seconds within which a shared file system shows a new file on the other hosts
 
 
@@ -45,18 +43,19 @@ def init_process_group(device: torch.device, timeout: timedelta = timedelta(minu
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    if device.type == "cuda":
+    if dist.is_initialized():
+        return
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
-    import deepspeed
-
     address = own_address()
     if address is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
         # gloo would use the address of the host's name: on Debian and Ubuntu 127.0.1.1, which no other host reaches
         os.environ["GLOO_SOCKET_IFNAME"] = interface_of(address)
-    # DeepSpeed would compile, with the machine's C++ compiler, a shared-memory reduction that only inference uses
-    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+    several = int(os.environ["WORLD_SIZE"]) > 1
+    # a rank that knows its device joins NCCL at once, and its barriers use no other GPU
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu and several else None)
+
 
 
 def interface_of(address: str) -> str:
@@ -123,7 +122,7 @@ def check_same_run(args: Any) -> None:
     if dist.get_world_size() == 1:
         return
     flags = {f"--{name}": str(value) for name, value in sorted(vars(args).items()) if name not in OF_RANK_0}
-    versions = {name: importlib.metadata.version(name) for name in SAME_VERSIONS}
+    versions = {name: importlib.metadata.version(name) for name in SAME_VERSIONS if importlib.util.find_spec(name)}
     check_same(flags | versions, "Start all hosts with the same flags, and the same environment.")
     if not args.disable_ds_ckpt:
         check_shared(Path(args.ckpt_path))

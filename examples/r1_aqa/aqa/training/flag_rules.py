@@ -70,8 +70,8 @@ def find_problems(
     """
     problems = _batch_problems(args, world_size, local_world_size or world_size)
     if paths:
-        engine = ["vllm"] if args.engine_type == "vllm" else []
-        problems += not_installed("torch", "transformers", "deepspeed", "soundfile", *engine)
+        chosen = ["vllm"] * (args.engine_type == "vllm") + ["deepspeed"] * (not args.fsdp)
+        problems += not_installed("torch", "transformers", "soundfile", *chosen)
     problems += _range_problems(args) + _method_problems(args)
     if args.load_in_4bit:
         problems += _four_bit_problems(args)
