@@ -54,8 +54,9 @@ def init_process_group(device: torch.device, timeout: timedelta = timedelta(minu
         os.environ["GLOO_SOCKET_IFNAME"] = interface_of(address)
     several = int(os.environ["WORLD_SIZE"]) > 1
     # a rank that knows its device joins NCCL at once, and its barriers use no other GPU
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu and several else None)
-
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu and several else None
+    )
 
 
 def interface_of(address: str) -> str:
