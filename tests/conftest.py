@@ -19,6 +19,7 @@ NO_WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a whole safetensors file witho
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the environment of `make setup` is for the CPU, also beside a GPU
 
 
 def child_environment() -> dict[str, str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aqa.common.arguments import Parser
+from aqa.common.gpu import FOR_GPU, SMI, parse_smi, why_unseen
 from aqa.common.versions import installed_versions
 
 EXAMPLE = Path(__file__).resolve().parent
@@ -30,15 +31,16 @@ OK, WARNING, MISSING = "ok", "warning", "missing"
 SECONDS = 60  # longest wait for one program; importing vllm takes 5 s on an idle machine
 MIN_DISK, MIN_MEMORY = 5, 4  # GB: the environment (3) and a demo need 5 of disk; the demo's training with vLLM 4 of RAM
 MANUAL = f"see Prerequisites in {EXAMPLE / 'README.md'}"  # for an example that was copied into LightRFT
-FOR_GPU = "pip install -r requirements/gpu.txt, in an environment of its own"
 FOR_CPU = (
     "make setup, then use .venv/bin/python; or here: pip install -r requirements/torch.txt; pip install --no-deps {}"
 )
 
 TORCH = """
 import json, torch
-devices = range(torch.cuda.device_count())
-print(json.dumps({"cuda": torch.version.cuda, "devices": [torch.cuda.get_device_capability(i) for i in devices]}))"""
+from aqa.common.gpu import inspect_torch
+seen = inspect_torch()
+seen["devices"] = [torch.cuda.get_device_capability(i) for i in range(seen["count"])]
+print(json.dumps(seen))"""
 IMPORTS = {  # how training first uses each package
     "torch": TORCH,
     "vllm": "import vllm",
@@ -47,7 +49,6 @@ IMPORTS = {  # how training first uses each package
     "soundfile": "import soundfile",
 }
 PROBES = IMPORTS | {"host": "from aqa.hosts.locate import *; find_host(); print(f'{host_version()}, {host_folder()}')"}
-SMI = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader"]
 
 
 class Finding(NamedTuple):
@@ -162,15 +163,16 @@ def check_gpu(smi: str, error: str, torch: str) -> Finding:
         return Finding("gpu", WARNING, f"nvidia-smi: {error}", "install or repair the NVIDIA driver")
     if not smi.strip():
         return Finding("gpu", OK, "none; the CPU is enough for the demo, not for Qwen2-Audio-7B")
-    rows = [line.rsplit(", ", 3) for line in smi.strip().splitlines()]
-    names, free = sorted({f"{name} {total}" for name, total, _, _ in rows}), ", ".join(row[2] for row in rows)
-    text = f"{len(rows)} x {' and '.join(names)}; free: {free}; driver {rows[0][3]}"
+    gpus = parse_smi(smi)
+    names, free = sorted({f"{gpu.name} {gpu.total}" for gpu in gpus}), ", ".join(gpu.free for gpu in gpus)
+    text = f"{len(gpus)} x {' and '.join(names)}; free: {free}; driver {gpus[0].driver}"
     if not torch:
         return Finding("gpu", WARNING, f"{text}; torch does not work, so nothing can use it", FOR_GPU)
     seen = json.loads(torch.splitlines()[-1])
     text += f", torch's CUDA {seen['cuda']}"
     if not seen["devices"]:
-        return Finding("gpu", WARNING, f"{text}; torch sees no GPU", FOR_GPU)
+        reason, remedy = why_unseen(gpus[0].driver, seen["cuda"], seen["error"])
+        return Finding("gpu", WARNING, f"{text}; torch sees no GPU: {reason}", remedy)
     if min(seen["devices"]) < [8, 0]:
         return Finding("gpu", WARNING, f"{text}; no bfloat16", "train without --bf16, or on a GPU of 2020 or later")
     return Finding("gpu", OK, text)

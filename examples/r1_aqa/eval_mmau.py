@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from aqa.common import gpu
 from aqa.common.arguments import Parser
 from aqa.common.files import write_atomically
 from aqa.common.lock import lock
@@ -47,7 +48,7 @@ from aqa.evaluation.items import (
     write_rows,
 )
 from aqa.evaluation.scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json
-from aqa.hosts.locate import not_installed
+from aqa.hosts.locate import lacks, not_installed
 
 if TYPE_CHECKING:
     from aqa.audio.reader import AudioReader
@@ -167,6 +168,7 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
 def find_problems(args: argparse.Namespace) -> list[str]:
     """Check the flags; return one message per problem."""
     problems = not_installed("torch", "transformers", "soundfile")
+    problems += lacks("vllm", "--engine vllm") if args.engine == "vllm" else []
     for name in ("batch_size", "max_new_tokens", "tensor_parallel_size", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -209,6 +211,8 @@ def evaluate(args: argparse.Namespace) -> None:
         ends = " or ".join(benchmark.suffixes)
         raise EvalError(f"--out_file {out}: must end in {ends}, the only format that {benchmark.title}'s script reads")
     model = resolve_model(args.model_path, args.base_model)
+    if model.adapter is not None and (problems := lacks("peft", f"the LoRA adapter {model.adapter}")):
+        raise EvalError(*problems)
     trained_to_think = asked_to_think(model)
     if args.think is None:
         args.think = trained_to_think == 1
@@ -239,6 +243,8 @@ def ask_and_score(
     from aqa.audio.reader import AudioReader
 
     reader = AudioReader(args.sandbox_audio)
+    if len(done) < len(items):
+        check_device(args)
     lengths, bad, silent = check_audio(items, reader)
     report_audio(items, bad, silent, skip_bad=args.skip_bad_audio)
     done = {index: raw for index, raw in done.items() if index in lengths}
@@ -386,6 +392,18 @@ def ask(
         "asked": asked,
         "questions_per_second": round(asked / seconds, 3),
     }
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Look at the GPUs before anything takes long.
+
+    :raises EvalError: if torch sees none of those that the driver lists, or fewer than ``--tensor_parallel_size``.
+    """
+    problems, size = gpu.find_problems(os.environ, ranks=1, vllm=args.engine == "vllm"), args.tensor_parallel_size
+    if not problems and 0 < (count := gpu.inspect_torch()["count"]) < size:
+        problems = [f"--tensor_parallel_size {size}: torch sees {count} GPU{'s' * (count > 1)}"]
+    if problems:
+        raise EvalError("\n".join(problems))
 
 
 def check_audio(items: Sequence[Item], reader: AudioReader) -> tuple[dict[int, int], dict[int, str], list[int]]:

@@ -64,8 +64,13 @@ for argument in "$@"; do
     if [ "$argument" = --plan ]; then plan=1; fi
 done
 
-# bfloat16 and ZeRO-3 are for GPUs; a CPU trains the demo's model in float32
-if [ "$plan" = 1 ] || "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+# bfloat16 and ZeRO-3 are for GPUs; a CPU trains the demo's model in float32. GPUs that the driver lists and torch cannot
+# use are refused here, with the reason: nobody wants to train the 7B model on the CPU by mistake.
+device=cuda
+if [ "$plan" = 0 ]; then
+    device="$(PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m aqa.common.gpu "$MLP_WORKER_GPU")" || exit 2
+fi
+if [ "$device" = cuda ]; then
     precision=(--bf16 --zero_stage 3 --gradient_checkpointing)
 else
     precision=(--no-bf16 --zero_stage 2)

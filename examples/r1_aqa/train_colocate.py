@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from aqa.audio.prefetch import PrefetchLoader
+from aqa.common import gpu
 from aqa.hosts.current import current_host, describe_host
 from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
@@ -529,6 +530,9 @@ def main() -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     problems = find_problems(args, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     problems += HOST.find_problems(args)
+    problems = problems or gpu.find_problems(
+        os.environ, vllm=args.engine_type == "vllm"
+    )  # imports torch, so it is last
     if problems:
         text = "\n  - ".join([f"{len(problems)} problems with this configuration:", *problems])
         if HOST.speaks_for_node():

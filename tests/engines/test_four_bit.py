@@ -138,13 +138,6 @@ def test_refused_flags(more, message):
     assert any(message in problem for problem in find_problems(flags(*more), 1, paths=False))
 
 
-def test_refused_without_bitsandbytes_but_planned(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (problem,) = find_problems(flags("--lora_rank", "8"), 1, paths=False)
-    assert "pip install bitsandbytes" in problem
-    assert find_problems(flags("--lora_rank", "8", "--plan"), 1, paths=False) == []
-
-
 @real
 @pytest.mark.slow  # two minutes
 @pytest.mark.parametrize("engine", ["vllm", "hf"])

@@ -126,13 +126,13 @@ def test_the_gpu_list_counts_where_a_gpu_or_its_vllm_is_found(monkeypatch):
         ("", "NVIDIA-SMI has failed", "[]", WARNING, "nvidia-smi: NVIDIA-SMI has failed"),
         (CARDS, "", "[[9, 0], [9, 0]]", OK, "2 x NVIDIA H100 80GB HBM3 81559 MiB; free: 81008 MiB, 81008 MiB; driver"),
         (CARDS, "", "[[9, 0], [7, 5]]", WARNING, "no bfloat16"),
-        (CARDS, "", "[]", WARNING, "torch sees no GPU"),
+        (CARDS, "", "[]", WARNING, "torch sees no GPU: torch says 'Error 802'"),
         (CARDS, "", None, WARNING, "torch does not work"),
         ("NVIDIA GB10, [N/A], [N/A], 580.65", "", "[[12, 1]]", OK, "1 x NVIDIA GB10 [N/A]"),
     ],
 )
 def test_gpus(smi, error, devices, status, text):
-    torch = f'chatter\n{{"cuda": "13.0", "devices": {devices}}}\n' if devices else ""
+    torch = f'chatter\n{{"cuda": "13.0", "devices": {devices}, "error": "Error 802"}}\n' if devices else ""
     found = doctor.check_gpu(smi, error, torch)
     assert found.status == status and text in found.text
 

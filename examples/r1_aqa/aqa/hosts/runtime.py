@@ -66,7 +66,8 @@ class RuntimeHost:
                 target_modules=args.target_modules,
                 load_in_4bit=args.load_in_4bit,
             )
-        except (OSError, ValueError) as error:  # no such model, of another kind, not whole, or not fit for a flag
+        # no such model, of another kind, not whole, not fit for a flag, or what a flag needs cannot be imported
+        except (OSError, ValueError, ImportError) as error:
             raise SystemExit(f"--pretrain {args.pretrain}: {error}") from error
 
     def model_spec(self, model_type: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import socket
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from aqa.common.model_type import cut_weights, has_weights, missing_tokenizer, model_type_of
 from aqa.evaluation.checkpoints import NOTES_FILE
-from aqa.hosts.locate import not_installed
+from aqa.hosts.locate import lacks, not_installed
 from aqa.training.flags import (
     GROUP_METHODS,
     MODEL_TYPES,
@@ -70,12 +69,27 @@ def find_problems(
     """
     problems = _batch_problems(args, world_size, local_world_size or world_size)
     if paths:
-        chosen = ["vllm"] * (args.engine_type == "vllm") + ["deepspeed"] * (not args.fsdp)
-        problems += not_installed("torch", "transformers", "soundfile", *chosen)
+        problems += _package_problems(args)
     problems += _range_problems(args) + _method_problems(args)
     if args.load_in_4bit:
         problems += _four_bit_problems(args)
     return problems + (_path_problems(args) if paths else [])
+
+
+def _package_problems(args: argparse.Namespace) -> list[str]:
+    """Packages that are missing: those that every run needs, and those that some flags need."""
+    always = ("torch", "transformers", "accelerate", "datasets", "math_verify", "soundfile")
+    problems = not_installed(*always, *([] if args.fsdp else ["deepspeed"]))
+    for used, flag, package in (
+        (args.engine_type == "vllm", "--engine_type vllm", "vllm"),
+        (args.lora_rank > 0, f"--lora_rank {args.lora_rank}", "peft"),
+        (args.load_in_4bit, "--load_in_4bit", "bitsandbytes"),
+        (args.flash_attn, "--flash_attn", "flash_attn"),
+        (args.use_wandb, "--use_wandb", "wandb"),
+        (args.use_tensorboard, f"--use_tensorboard {args.use_tensorboard}", "tensorboard"),
+    ):
+        problems += lacks(package, flag) if used else []
+    return problems
 
 
 def _range_problems(args: argparse.Namespace) -> list[str]:
@@ -147,6 +161,7 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
             args.lora_rank > 0 and args.freeze_prefix,
             "--freeze_prefix with --lora_rank: adapters freeze all else anyway; choose --target_modules",
         ),
+        (args.flash_attn and not args.bf16, "--flash_attn: its kernels do not take float32; add --bf16"),
         (
             args.overlong_buffer and not 1 <= args.overlong_buffer_len <= args.generate_max_len,
             f"--overlong_buffer_len {args.overlong_buffer_len}: must be 1 to --generate_max_len "
@@ -256,8 +271,6 @@ def _four_bit_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--load_in_4bit with --fsdp: FSDP2 cannot split packed weights; drop --fsdp")
     if args.zero_stage == 3:
         problems.append("--load_in_4bit with --zero_stage 3: ZeRO-3 cannot split packed weights; use --zero_stage 2")
-    if not args.plan and importlib.util.find_spec("bitsandbytes") is None:
-        problems.append("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
     return problems
 
 

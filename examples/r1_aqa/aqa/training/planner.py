@@ -16,8 +16,6 @@ import functools
 import json
 import math
 import os
-import shutil
-import subprocess
 import sys
 import textwrap
 from collections import Counter
@@ -25,6 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aqa.common.gpu import listed_gpus
 from aqa.training.flag_rules import find_problems
 from aqa.training.freezing import is_below
 
@@ -505,10 +504,9 @@ def run(args: argparse.Namespace, problems: list[str]) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     listed: list[float] = []
-    if shutil.which("nvidia-smi") and None in (args.plan_gpus, args.plan_gpu_gib):
-        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        done = subprocess.run(query, capture_output=True, text=True)
-        listed = [float(line) / 1024 for line in done.stdout.split() if line.isdecimal()] if not done.returncode else []
+    if None in (args.plan_gpus, args.plan_gpu_gib):
+        totals = [gpu.total.split()[0] for gpu in listed_gpus()]
+        listed = [float(mib) / 1024 for mib in totals if mib.isdecimal()]
     gpus = args.plan_gpus or int(os.environ.get("WORLD_SIZE", 0)) or len(listed) or 8  # as R1-AQA
     gib = args.plan_gpu_gib or min(listed, default=80.0)
     asked = "as asked" if args.plan_gpus and args.plan_gpu_gib else "assumed: --plan_gpus, --plan_gpu_gib"

@@ -18,6 +18,7 @@ from aqa.common.patch import Patch
 from aqa.data.prompts import end_tokens
 from aqa.hosts.lightrft import fixes
 from aqa.hosts.lightrft.contract import check_contract
+from aqa.hosts.locate import lacks
 
 # What LightRFT's examples have flags for and this one has not: the values that change nothing.
 NEUTRAL = {
@@ -79,6 +80,7 @@ class LightRFTHost:
             problems.append(
                 "--engine_type hf: LightRFT rolls out with vllm or sglang; hf is this repository's runtime's"
             )
+        problems += lacks("sglang", "--engine_type sglang") if args.engine_type == "sglang" else []
         if args.packing_samples:
             problems.append("--packing_samples: LightRFT packs text only, the audio would be lost; drop it")
         if args.sp_size > 1:
