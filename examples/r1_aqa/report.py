@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A run as one page that opens anywhere: curves, clips to listen to with what was answered, evaluations, settings.
+"""A run as one page that opens anywhere: accuracy by question type, what is confused, clips to listen to, curves.
 
     python examples/r1_aqa/report.py results/demo/run
     python examples/r1_aqa/report.py RUN --compare OTHER_RUN result_before.json result_after.json
@@ -27,10 +27,10 @@ def main() -> None:
         default=[],
         metavar="PATH",
         help="folders of other runs, drawn over it, and result files of eval_mmau.py, of which each is compared with "
-        "the first",
+        "the first, and one in silence with the last that heard the sound",
     )
     parser.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
-    parser.add_argument("--groups", type=int, default=80, help="most groups to listen to (default: %(default)s)")
+    parser.add_argument("--groups", type=int, default=80, help="most groups to listen to, and twice as many held-out questions (default: %(default)s)")
     args = parser.parse_args()
     for path in (args.run / "metrics.jsonl", *args.compare):
         if not path.exists():

@@ -41,8 +41,12 @@ def metrics_of(step: int, slower: float = 1.0) -> dict[str, float | None]:
         "time/rollout": 1.0,
         "time/train": 0.5,
         "my/own": float(step),
+        "my/zero": 0.0,
+        "rollout/accuracy_reward/question_type/drum": 0.5,
+        "rollout/share/question_type/drum": 0.25,
     }
-    return metrics | ({"eval/accuracy_reward": share} if step % 10 == 0 else {})
+    evaluated = {"eval/accuracy_reward": share, "eval/accuracy_reward/question_type/drum": share}
+    return metrics | (evaluated if step % 10 == 0 else {})
 
 
 def make_run(folder: Path, steps: int = 30, slower: float = 1.0, rollouts: bool = False) -> Path:
@@ -50,7 +54,7 @@ def make_run(folder: Path, steps: int = 30, slower: float = 1.0, rollouts: bool 
 
     :param folder: Made.
     :param slower: Below 1 it learns slower.
-    :param rollouts: With trajectories and clips, hostile ones among them.
+    :param rollouts: With trajectories, evaluations and clips, hostile ones among them.
     """
     folder.mkdir(parents=True)
     lines = [json.dumps({"step": step} | metrics_of(step, slower)) for step in range(1, steps + 1)]
@@ -63,11 +67,14 @@ def make_run(folder: Path, steps: int = 30, slower: float = 1.0, rollouts: bool 
         "machine": "Linux",
         "versions": {"python": "3.11", "torch": "2.0"},
         "changed": ["seed", "wandb_run_name"],
-        "flags": {"seed": 1, "wandb_run_name": HOSTILE[1], "bf16": False},
+        "flags": {"seed": 1, "wandb_run_name": HOSTILE[1], "bf16": False, "temperature": 1.0}
+        | {"rollout_batch_size": 8, "n_samples_per_prompt": 4},
+        "sessions": [{"started": "a", "first_step": 1}, {"started": "b", "first_step": 13}],
     }
     (folder / "run_config.json").write_text(json.dumps(config))
     if rollouts:
         make_rollouts(folder)
+        make_evaluations(folder)
     return folder
 
 
@@ -105,6 +112,41 @@ def make_rollouts(folder: Path) -> None:
                 }
                 lines.append(json.dumps(record))
         (folder / "trajectories" / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def make_evaluations(folder: Path, items: int = 12) -> None:
+    """Answers to held-out questions of two types after steps 10 and 30, after the latter in silence, too.
+
+    The right answer is bell to the first two thirds, rain to the rest. Right are, of 12, the first 3 after step 10, the
+    3rd to the 10th after step 30, and the first 6 in silence. The last one's answer has no form after step 30.
+    """
+    clip = folder / "held out.wav"
+    soundfile.write(clip, 0.3 * np.sin(np.arange(8_000) / 5), 16_000)
+    (folder / "eval" / "rows").mkdir(parents=True)
+    rounds = ((10, False, range(3)), (30, False, range(2, items - 2)), (30, True, range(6)))
+    for step, silent, right in rounds:
+        lines = []
+        for i in range(items):
+            gold = "bell" if i < items * 2 // 3 else "rain"
+            said = gold if i in right else {"bell": "rain", "rain": "bell"}[gold]
+            formless = (step, silent, i) == (30, False, items - 1)
+            record = {
+                "row": i,
+                "silent": silent,
+                "audio_path": None if silent else str(clip),
+                "tags": ["dataset/x", f"question_type/{'drum' if i % 2 else HOSTILE[0]}"],
+                "prompt": PROMPT.format(question=f"Number {i}?", choices=["bell", "rain", HOSTILE[1]]),
+                "response": f"{HOSTILE[3] if formless else f'<answer>{said}</answer>'}<|im_end|>",
+                "reference": gold,
+                "label": "avqa_rule",
+                "reward": float(i in right) + float(not formless),
+                "accuracy_reward": float(i in right),
+                "format_reward": float(not formless),
+                "truncated": False,
+            }
+            lines.append(json.dumps(record))
+        with (folder / "eval" / "rows" / f"step_{step:06d}.jsonl").open("a") as file:
+            file.write("\n".join(lines) + "\n")
 
 
 def make_result(path: Path, right: int, silent: bool = False) -> Path:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from conftest import run_script
-from support.report_run import HOSTILE, make_result, make_run
+from support.report_run import HOSTILE, make_evaluations, make_result, make_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements/dev.txt)")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -80,6 +83,27 @@ def test_it_is_small_and_quickly_seen(open_page, report):
     assert min(times) < 2_000, times
 
 
+@pytest.mark.slow
+def test_a_long_run_with_many_questions_is_below_8_mb(tmp_path):
+    """1,000 steps, 1,000 evaluation items, and clips of 10 s, of which only some have room."""
+    run = make_run(tmp_path / "run", steps=1000)
+    make_evaluations(run, items=1000)
+    noise = np.random.default_rng(0)
+    for path in (run / "eval" / "rows").glob("*.jsonl"):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            if record["row"] < 100:  # each its own clip, whose noise is what compresses worst
+                clip = tmp_path / f"{record['row']}.wav"
+                record["audio_path"] = str(clip)
+                if not clip.exists():
+                    soundfile.write(clip, noise.standard_normal(160_000) * 0.1, 16_000)
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run_script("report.py", run)
+    page = (run / "report.html").read_text()
+    assert 2_000_000 < len(page) < 8_000_000
+    assert "of 1,000 questions, of each question type and outcome in turn" in page
+
+
 def test_curves_show_values_smoothed_zoomed_and_over_each_other(open_page):
     page = open_page()
     titles = page.locator("#panels h3").all_inner_texts()
@@ -106,7 +130,7 @@ def test_curves_show_values_smoothed_zoomed_and_over_each_other(open_page):
     reward.hover(position={"x": 60, "y": 60})
     step = int(accuracy.locator(".at").inner_text().split()[1])
     assert 5 <= step <= 7  # the left edge of the zoomed range
-    page.get_by_role("button", name="All steps").click()
+    page.get_by_role("button", name="All", exact=True).click()
     assert (page.locator("#from").input_value(), page.locator("#to").input_value()) == ("1", "30")
     page.locator("#more > summary").click()
     page.locator("#more-panels h3").first.wait_for()
@@ -136,10 +160,69 @@ def test_the_curve_that_is_drawn_is_the_metric(open_page):
     assert heights[0] < heights[1] - 0.1 < heights[2] - 0.2
 
 
+def test_axes_make_runs_of_different_length_comparable(open_page):
+    page = open_page()
+    reward = page.get_by_role("slider", name="Reward: step")
+    page.locator("#axis").select_option("share")
+    assert page.locator("#to").input_value() == "100" and page.locator("#unit").inner_text() == "% of the run"
+    reward.focus()
+    page.keyboard.press("End")
+    # both runs end here: 1 + 1 / (1 + e^(4 - 30 / 4)) = 1.97, and of the shorter, slower one 1 + 1 / (1 + e^1.5) = 1.18
+    spoken = reward.get_attribute("aria-valuetext")
+    assert spoken.startswith("100 % of the run:") and "1.97" in spoken and "1.18" in spoken
+    page.locator("#axis").select_option("log")
+    over = page.locator("#panels .u-over").first
+    over.hover(position={"x": over.bounding_box()["width"] / 2, "y": 60})
+    step = int(page.locator(".panel .at").first.inner_text().split()[1])
+    assert 5 <= step <= 6  # the middle of 1 to 30 on this axis is its root, 5.5
+
+
+# dark pixels of a panel's plot, without its axes: how many there are in each row and column
+INK = """(panel) => {
+    const canvas = panel.querySelector("canvas"), box = canvas.getBoundingClientRect();
+    const over = panel.querySelector(".u-over").getBoundingClientRect(), scale = canvas.width / box.width;
+    const [left, top, width, height] = [over.left - box.left, over.top - box.top, over.width, over.height]
+        .map((size) => Math.round(size * scale));
+    const { data } = canvas.getContext("2d").getImageData(left, top, width, height);
+    const ink = { rows: Array(height).fill(0), columns: Array(width).fill(0) };
+    for (let p = 0; p < data.length; p += 4) {
+        if (data[p + 3] < 150 || data[p] + data[p + 1] + data[p + 2] > 500) continue;
+        ink.rows[Math.floor(p / 4 / width)]++;
+        ink.columns[(p / 4) % width]++;
+    }
+    return ink;
+}"""
+
+
+def test_a_resumed_runs_sessions_are_drawn(open_page):
+    """A dashed line at step 13 of 30, in the panel of the format, whose own line is level."""
+    page = open_page()
+    assert "its sessions begin at step 13 (dashed lines)" in page.locator("#curves").inner_text()
+    columns = page.locator("#panels .panel").nth(2).evaluate(INK)["columns"]
+    assert columns.index(max(columns)) / len(columns) == pytest.approx(12 / 29, abs=0.01)
+    assert max(columns) > len(columns) / 10 > sorted(columns)[-5]
+
+
+def test_panels_of_zeros_and_of_kinds_are_readable(open_page):
+    page = open_page()
+    page.locator("#more > summary").click()
+    page.locator("#more-panels h3").first.wait_for()
+    titles = page.locator(".panel h3").all_inner_texts()
+    assert not any("question_type/" in title for title in titles)
+    assert any("Evaluation accuracy by question type: drum" in title for title in titles)
+    assert page.evaluate("[...document.querySelectorAll('.panel')].every((p) => p.scrollWidth <= p.clientWidth)")
+    # the line of a metric that is always 0 is at the bottom, because the scale is 0 to 1
+    rows = page.locator(".panel", has=page.get_by_role("heading", name="my/zero")).evaluate(INK)["rows"]
+    assert rows.index(max(rows)) / len(rows) > 0.95
+
+
 def test_clips_play(open_page):
     page = open_page()
+    page.locator("#set").select_option(label="training: sampled rollouts")
+    page.locator("#step").select_option(label="15")
     until(page, "document.querySelector('audio').readyState >= 1")
     assert page.evaluate("document.querySelector('audio').duration") == pytest.approx(0.8, abs=0.15)
+    page.locator("#list button").first.focus()
     page.keyboard.press("p")
     until(page, "document.querySelector('audio').currentTime > 0.1")
     page.locator(".pictures").click(position={"x": 5, "y": 20})
@@ -148,35 +231,70 @@ def test_clips_play(open_page):
     assert mel.evaluate("image => image.complete && image.naturalWidth") > 100
     page.keyboard.press("j")
     until(page, "document.querySelector('audio').duration > 1")  # the next one has 1.2 s
+    page.locator("#step").select_option(label="all")
     assert page.locator("#list button").count() == 6
-    page.locator("#list button").last.click()
+    page.locator("#list button").nth(1).click()
     assert "No clip to play" in page.locator("#group .notice").inner_text()
     assert page.locator("audio").count() == 0
 
 
-def test_filters_filter(open_page):
+def test_rollouts_are_filtered_and_open_on_the_last_step(open_page):
     page = open_page()
+    page.locator("#set").select_option(label="training: sampled rollouts")
     shown = page.locator("#list button")
     where = page.locator("#list .where")
     assert shown.count() == 6
-    page.locator("#step").select_option("15")
+    assert page.locator("#group h3").inner_text() == "Step 30, group 1"
+    page.locator("#step").select_option(label="15")
     assert where.all_inner_texts() == ["step 15 · 1", "step 15 · 2"]
     page.get_by_role("radio", name="out of format").check()
     assert where.all_inner_texts() == ["step 15 · 1", "step 15 · 2"]
     assert page.locator(".responses tbody tr:not(.dim)").count() == 1
-    page.locator("#step").select_option("1")
-    assert shown.count() == 0 and "No group" in page.locator("#list").inner_text()
-    page.locator("#step").select_option("")
+    page.locator("#step").select_option(label="1")
+    assert shown.count() == 0 and "No question" in page.locator("#list").inner_text()
+    page.locator("#step").select_option(label="all")
     assert shown.count() == 2
-    page.get_by_role("radio", name="wrong").check()
+    page.locator("#kinds [value=wrong]").check()
     assert shown.count() == 6
     assert page.locator(".responses tbody tr:not(.dim) .verdict").first.inner_text() == "✗ wrong"
 
 
+def test_held_out_questions_are_filtered(open_page):
+    page = open_page()
+    shown = page.locator("#list button")
+    assert page.locator("#set option").first.inner_text() == "held-out: evaluation data"
+    assert shown.count() == 12
+    until(page, "document.querySelector('audio').readyState >= 1")
+    assert page.locator("#group .rounds tbody tr").count() == 3  # step 10, step 30, silence
+    counts = dict(line.rsplit(None, 1) for line in page.locator("#kinds label").all_inner_texts())
+    changed = {"became right": "7", "became wrong": "2"}
+    assert counts == {"all": "12", "right": "8", "wrong": "4", "out of format": "1"} | changed
+    page.locator("#kinds [value=gained]").check()
+    assert shown.count() == 7
+    page.locator("#type").select_option(label="drum")
+    assert shown.count() == 4  # of the questions 3 to 9 those with an odd number
+    page.get_by_role("button", name="Listen to rain, answered no answer in the form").click()
+    assert shown.count() == 1 and page.locator("#group h3").inner_text() == "Question 12"
+    assert page.locator(".responses tbody tr:not(.dim) .verdict").all_inner_texts() == ["✗ wrong", "✗ out of form"]
+    page.locator("#pair").click()
+    assert shown.count() == 12
+
+
+def test_accuracy_and_confusions_are_shown(open_page):
+    page = open_page()
+    assert page.locator("section").first.get_attribute("id") == "accuracy"  # before everything else
+    text = page.locator("#accuracy").inner_text()
+    assert "sampled training accuracy" in text and "in silence" in text and "8 of 12" in text
+    table = page.locator("table.confusion").first
+    assert table.locator("tbody tr").first.inner_text().split() == ["bell", "8", "6", "2", "·"]
+
+
 def test_all_by_keyboard(open_page):
     page = open_page()
+    page.locator("#set").select_option(label="training: sampled rollouts")
+    page.locator("#list button").first.focus()
     title = page.locator("#group h3")
-    assert title.inner_text() == "Step 1, group 1"
+    assert title.inner_text() == "Step 30, group 1"
     for _ in range(3):
         page.keyboard.press("j")
     page.keyboard.press("k")
@@ -190,7 +308,7 @@ def test_all_by_keyboard(open_page):
     page.locator("#keys").uncheck()
     page.keyboard.press("1")
     assert page.get_by_role("radio", name="out of format").is_checked()
-    page.get_by_role("button", name="Next group").press("Enter")
+    page.get_by_role("button", name="Next question").press("Enter")
     assert title.inner_text() == "Step 15, group 2"
     assert page.evaluate("document.activeElement.tagName") != "BODY"  # the focus is not lost
 
@@ -198,6 +316,8 @@ def test_all_by_keyboard(open_page):
 def test_hostile_texts_are_texts(open_page):
     page = open_page()
     page.locator("#more > summary").click()
+    page.locator("#set").select_option(label="training: sampled rollouts")
+    page.locator("#list button").first.focus()
     texts = ""
     for _ in range(6):
         texts += page.locator("#group").inner_text()
@@ -222,13 +342,14 @@ def test_the_policy_stops_scripts_that_are_not_the_pages(browser, report, tmp_pa
     page.close()
 
 
-def test_evaluations_and_settings_are_shown(open_page):
+def test_comparisons_and_settings_are_shown(open_page):
     page = open_page()
-    text = page.locator("#evaluation").inner_text()
-    assert "10 of 40" in text and "silence in place of every clip" in text
-    assert "+50.00" in text and "1.9e-06" in text and "unlikely (p < 0.05)" in text
+    for summary in page.locator("#accuracy summary").all():
+        summary.click()
+    text = page.locator("#accuracy").inner_text()
+    assert "10 of 40" in text and "+50.00" in text and "1.9e-06" in text and "unlikely (p < 0.05)" in text
     assert "cannot be ruled out" in text
-    assert "wandb_run_name" in page.locator("#settings table").nth(1).inner_text()
+    assert "wandb_run_name" in page.locator("#settings").inner_text()
 
 
 @pytest.mark.parametrize(("scheme", "width"), VIEWS)

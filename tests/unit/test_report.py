@@ -9,6 +9,7 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from PIL import Image
 from support.report_run import HOSTILE, PROMPT, make_result, make_run
 from transformers import WhisperFeatureExtractor
 
-from aqa.report import audio, metrics, page, run_data
+from aqa.report import audio, held_out, listening, metrics, page, run_data
 from aqa.training import run_config
 
 
@@ -71,14 +72,14 @@ def test_a_prompt_of_another_form_is_shown_whole():
 
 def test_groups_in_either_hosts_form(tmp_path):
     folder = make_run(tmp_path / "run", rollouts=True)
-    path = run_data.saved_steps(folder, last=29)[15]
+    path = run_data.saved_steps(folder / "trajectories", last=29)[15]
     first, second = run_data.read_groups(path, 15)
     assert (first.step, first.number, second.number) == (15, 0, 1)
     assert (first.gold, first.choices[:2]) == ("bell", ["bell", "rain"])
     assert [r["right"] for r in first.responses] == [True, False, True, False]
     assert [r["form"] for r in first.responses] == [True, True, True, False]
     assert first.responses[0]["text"] == "<answer>bell</answer>"
-    assert 30 not in run_data.saved_steps(folder, last=29)  # of an older, longer run
+    assert 30 not in run_data.saved_steps(folder / "trajectories", last=29)  # of an older, longer run
     prompt = PROMPT.format(question="What?", choices=["a", "b"])
     records = [
         {
@@ -104,28 +105,116 @@ def test_groups_in_either_hosts_form(tmp_path):
 
 
 def test_every_beginning_of_the_order_is_spread():
-    assert [run_data.spread(n) for n in (0, 1, 2, 5)] == [[], [0], [0, 1], [0, 4, 2, 1, 3]]
+    assert [run_data.spread(n) for n in (0, 1, 2, 5)] == [[], [0], [1, 0], [4, 0, 2, 1, 3]]
     assert sorted(run_data.spread(77)) == list(range(77))
     assert sorted(run_data.spread(101)[:5]) == [0, 25, 50, 75, 100]
 
 
 def test_rollouts_are_sampled_within_the_limits(tmp_path):
     folder = make_run(tmp_path / "run", rollouts=True)
-    whole = page.sample_rollouts(folder, 30, 80)
-    assert [(g["step"], g["number"]) for g in whole["groups"]] == [(s, n) for s in (1, 15, 30) for n in (0, 1)]
-    assert len(whole["clips"]) == 5
-    assert "does not exist" in whole["groups"][-1]["silent"] and whole["groups"][-1]["clip"] is None
-    for group in whole["groups"][:-1]:
-        assert f'"{group["step"]}" <b>{group["number"]}' in whole["clips"][group["clip"]]["name"]
-    assert [g["step"] for g in page.sample_rollouts(folder, 30, 2)["groups"]] == [1, 1]
-    room = page.json_size(whole["groups"][:2] + whole["groups"][-2:] + whole["clips"][:2] + whole["clips"][-1:])
-    less = page.sample_rollouts(folder, 30, 80, room)
-    assert [g["step"] for g in less["groups"]] == [1, 1, 30, 30]
+
+    def sample(most, room=10**7):
+        clips = listening.Clips(room)
+        return *listening.sample_rollouts(folder, 30, most, clips), clips.encoded
+
+    groups, _, clips = sample(80)
+    assert [(g["step"], g["number"]) for g in groups] == [(s, n) for s in (30, 15, 1) for n in (0, 1)]
+    assert len(clips) == 5
+    assert "does not exist" in groups[1]["silent"] and groups[1]["clip"] is None
+    for group in groups[:1] + groups[2:]:
+        assert f'"{group["step"]}" <b>{group["number"]}' in clips[group["clip"]]["name"]
+    assert [g["step"] for g in sample(2)[0]] == [30, 30]  # the last step comes first
+    two_steps = groups[:2] + groups[4:]
+    room = 50 + listening.json_size(two_steps + [clips[g["clip"]] for g in two_steps if g["clip"] is not None])
+    assert [g["step"] for g in sample(80, room)[0]] == [30, 30, 1, 1]
     (folder / "trajectories" / "step_000015.jsonl").write_text('{"prompt": 1}')
     (folder / "trajectories" / "step_000030.jsonl").open("a").write('{"prom')  # killed while writing
-    rest = page.sample_rollouts(folder, 30, 80)
-    assert [g["step"] for g in rest["groups"]] == [1, 1, 30, 30]
-    assert rest["note"] == "4 groups of 2 steps; the run saved 3 steps, of which 1 cannot be read (15)"
+    groups, note, _ = sample(80)
+    assert [g["step"] for g in groups] == [30, 30, 1, 1]
+    assert note == "4 groups of 2 steps; the run saved 3 steps, of which 1 cannot be read (15)"
+
+
+# ------------------------------------------------------------------------------------------------------------- held out
+def test_held_out_answers_by_question_type(tmp_path):
+    """Of make_evaluations: accuracies, what is confused, what has changed, what is compared."""
+    run = run_data.read_run(make_run(tmp_path / "run", rollouts=True))
+    (held,), problems = held_out.read_held_out(run, {})
+    assert problems == [] and [(r.name, r.silent) for r in held.rounds] == [
+        ("step 10", False),
+        ("step 30", False),
+        ("step 30", True),
+    ]
+    table = held_out.accuracy_table(run, [held], last=10)
+    assert [column[0] for column in table["columns"]] == ["sampled training accuracy"] + [
+        "held-out, evaluation data"
+    ] * 3
+    assert table["columns"][0][1] == "steps 21 to 30, temperature 1.0"
+    rows = {name: (chance, cells) for name, chance, cells in table["rows"]}
+    assert list(rows) == ["all", HOSTILE[0], "drum"] and rows["drum"][0] == pytest.approx(1 / 3)
+    assert [(c.right, c.total) for c in rows["all"][1][1:]] == [(3, 12), (8, 12), (6, 12)]
+    assert [(c.right, c.total) for c in rows["drum"][1][1:]] == [(1, 6), (4, 6), (3, 6)]
+    drum = rows["drum"][1][0]  # 10 steps of 8 prompts and 4 responses, a quarter of them of this type, half right
+    assert (drum.accuracy, drum.right, drum.total) == (0.5, 40, 80)
+    assert drum.interval == pytest.approx((0.2993, 0.7007), abs=1e-4)  # Wilson's of 10 of 20 prompts, by hand
+    assert rows[HOSTILE[0]][1][0] is None  # the metrics do not have this type
+
+    mistakes = held_out.confusions(held)
+    assert (mistakes["right"], mistakes["total"]) == (8, 12)
+    pairs = {(p["kind"], p["gold"], p["said"]): (p["times"], p["of"]) for p in mistakes["pairs"]}
+    odd = HOSTILE[0]
+    assert pairs == {
+        ("drum", "bell", "rain"): (1, 4),
+        (odd, "bell", "rain"): (1, 4),
+        (odd, "rain", "bell"): (1, 2),
+        ("drum", "rain", held_out.NO_ANSWER): (1, 2),
+    }
+    whole = mistakes["tables"][0]
+    assert whole["kind"] == "" and whole["columns"] == ["bell", "rain", held_out.NO_ANSWER]
+    counts = {gold: [times for times, _, _ in cells] for gold, _, cells in whole["rows"]}
+    assert counts == {"bell": [6, 2, 0], "rain": [1, 2, 1]}
+    assert [len(c["rows"]) for c in held_out.comparisons(held)] == [3, 3]
+    better, silent = (c["rows"][0][1] for c in held_out.comparisons(held))
+    assert (better["only_first"], better["only_second"], silent["only_first"]) == (2, 7, 4)
+
+    items = listening.sample_items(held, 80, listening.Clips(10**7), 0)
+    outcomes = [item["outcome"] for item in items]
+    assert outcomes == ["became wrong"] * 2 + ["right"] + ["became right"] * 7 + ["wrong"] * 2
+    assert [r["who"] for r in items[0]["responses"]] == ["step 10", "step 30", "step 30, silence"]
+    few = listening.sample_items(held, 4, listening.Clips(10**7), 0)  # of each outcome and type in turn
+    changed = {(change, kind) for change in ("became right", "became wrong") for kind in ("drum", odd)}
+    assert {(item["outcome"], item["kind"]) for item in few} == changed
+
+
+def test_answers_that_a_table_has_no_room_for():
+    counts = Counter({("bell", "bell"): 3, ("bell", "horn"): 2, ("rain", held_out.OTHER): 1, ("drum", "drum"): 1})
+    table = held_out.confusion_table(counts)
+    assert table["columns"] == ["bell", "drum", "rain", "horn", held_out.OTHER, held_out.NO_ANSWER]
+    gold, total, cells = table["rows"][0]
+    assert (gold, total) == ("bell", 5) and [times for times, _, _ in cells] == [3, 0, 0, 2, 0, 0]
+    assert cells[0] == (3, 3, True) and cells[3] == (2, 2, False)
+    assert held_out.confusion_table(Counter({("bell", "bell"): 9})) is None  # one right answer
+    many = Counter({(str(i), str(i)): 1 for i in range(30)})
+    assert held_out.confusion_table(many) is None  # 12 of 30 questions would be shown
+    more = held_out.confusion_table(many + Counter({("0", "29"): 20}))
+    assert more["left_out"] == 18 and more["rows"][0][2][-2] == (20, 5, False)  # 29 is not among the columns
+
+
+def test_result_files_while_training(tmp_path):
+    """Those of --eval_benchmark: first and last, the last in silence; a damaged one is named and passed over."""
+    folder = make_run(tmp_path / "run")
+    (folder / "eval").mkdir()
+    for step, right in ((10, 10), (20, 20), (30, 30), (40, 40)):  # 40: of an older, longer run
+        make_result(folder / "eval" / f"mini_step_{step:06d}.json", right)
+        make_result(folder / "eval" / f"mini_silent_step_{step:06d}.json", 5, silent=True)
+    (folder / "eval" / "other_step_000030.json").write_text("[{")
+    (held,), problems = held_out.read_held_out(run_data.read_run(folder), {})
+    rounds = [(r.name, r.silent, sum(a.right for a in r.answers.values())) for r in held.rounds]
+    assert held.name == "benchmark mini" and rounds == [
+        ("step 10", False, 10),
+        ("step 30", False, 30),
+        ("step 30", True, 5),
+    ]
+    assert len(problems) == 1 and "other_step_000030.json" in problems[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- clips
@@ -157,26 +246,48 @@ def test_the_spectrogram_is_the_models():
 
 
 # ------------------------------------------------------------------------------------------------------------- the rest
-def test_evaluations_are_compared_with_the_first(tmp_path):
-    paths = [make_result(tmp_path / f"{name}.json", right) for name, right in (("before", 10), ("after", 30))]
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps([{**row, "id": f"z{row['id']}"} for row in json.loads(paths[0].read_text())]))
-    found = page.evaluations([*paths, other])
-    assert [s["accuracy"] for s in found["scores"]] == [0.25, 0.75, 0.25]
-    after, apart = found["comparisons"]
-    name, overall = after["rows"][0]
-    assert (name, overall["difference"], overall["only_second"]) == ("overall", 0.5, 20)
+def test_result_files_are_compared(tmp_path):
+    paths = {name: make_result(tmp_path / f"{name}.json", n) for name, n in (("before", 10), ("after", 30))}
+    paths["silent"] = make_result(tmp_path / "silent.json", 11, silent=True)
+    paths["other"] = tmp_path / "other.json"
+    paths["other"].write_text(json.dumps([{**r, "id": f"z{r['id']}"} for r in json.loads(paths["before"].read_text())]))
+    run = run_data.read_run(make_run(tmp_path / "run"))
+    same, apart = held_out.read_held_out(run, paths)[0]
+    assert [r.name for r in same.rounds] == ["before", "after", "silent"] and [r.name for r in apart.rounds] == [
+        "other"
+    ]
+    after, silent = held_out.comparisons(same)
+    assert [name for name, _ in after["rows"]] == ["all", "music", f"sound {HOSTILE[0]}"]
+    overall = after["rows"][0][1]
+    assert (overall["difference"], overall["only_second"]) == (0.5, 20)
     assert overall["mcnemar_p"] == pytest.approx(2 / 2**20)
-    assert [name for name, _ in after["rows"][1:]] == ["music", f"sound {HOSTILE[0]}"]
-    assert "share no item" in apart["problem"]
+    assert silent["first"].name == "after" and silent["rows"][0][1]["only_first"] == 19
+    assert held_out.comparisons(apart) == []
+
+
+def test_curves_of_kinds_share_a_panel(tmp_path):
+    run = run_data.read_run(make_run(tmp_path / "run"))
+    found = {panel["title"]: panel for panel in page.panels([run])}
+    assert found["Evaluation accuracy by question type"]["labels"] == ["drum"]
+    assert found["Accuracy"]["labels"] == ["sampled in training", "held-out, greedy"]
+    assert not any("/question_type/" in title for title in found)
+    names = {f"eval/mini/{i}": [0.5] * 30 for i in range(8)} | {"eval/mini/collapsed": [3.0] * 30}
+    run.metrics |= names | {"eval/rule_reward/question_type/drum": [2.0] * 30}
+    found = {panel["title"]: panel for panel in page.panels([run])}
+    assert found["Benchmark mini (1 of 2)"]["labels"] == list("012345") and found["Benchmark mini (1 of 2)"]["full"]
+    assert not found["eval/mini/collapsed"]["full"]
+    assert not found["Evaluation reward by rule by question type"]["full"]
+    apart = [panel["title"] for panel in page.panels([run, run])]
+    assert "Benchmark mini: 7" in apart and "Sampled training accuracy by question type: drum" in apart
+    assert page.resumed_at(run) == [13]
 
 
 def test_embedded_json_has_nothing_that_ends_a_script():
-    text = page.embed({"texts": HOSTILE})
+    text = listening.embed({"texts": HOSTILE})
     assert not set(text) & set("<>&") and text.isascii()
     assert json.loads(text) == {"texts": HOSTILE}
     with pytest.raises(ValueError, match="JSON"):
-        page.embed(float("nan"))
+        listening.embed(float("nan"))
     assert page.visible("a\u202eb\x00") == "a[U+202E]b[U+0000]"
 
 

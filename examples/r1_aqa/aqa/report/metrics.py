@@ -27,9 +27,9 @@ METRICS = {
         "rate are the first to look at.",
     ),
     "rollout/accuracy_reward": Metric(
-        "Accuracy",
+        "Sampled training accuracy",
         "share",
-        "responses that are right by --reward's rule (R1-AQA's for a reward of your own)",
+        "sampled responses that are right by --reward's rule (R1-AQA's for a reward of your own)",
         "Flat at chance: does the model hear? Listen to clips, evaluate with --silent_audio. High at once: the answer "
         "may stand in the question.",
     ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -15,19 +14,30 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from aqa.audio.decode import AudioError
 from aqa.common.files import write_atomically
-from aqa.evaluation.items import EvalError
-from aqa.evaluation.scoring import compare, judge_file, score
-from aqa.report.audio import encode_clip
-from aqa.report.metrics import METRICS
-from aqa.report.run_data import Group, ReportError, Run, read_groups, read_run, saved_steps, spread, write_csv
+from aqa.report.held_out import (
+    NO_ANSWER,
+    OTHER,
+    HeldOut,
+    accuracy_table,
+    comparisons,
+    confusions,
+    make_cell,
+    read_held_out,
+)
+from aqa.report.listening import embed, json_size, sample
+from aqa.report.metrics import METRICS, PATTERNS, Metric
+from aqa.report.run_data import Run, read_run, write_csv
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-SCRIPTS = ("vendor/uPlot.iife.min.js", "common.js", "curves.js", "listen.js")
+SCRIPTS = ("vendor/uPlot.iife.min.js", "common.js", "curves.js", "player.js", "listen.js")
 STYLES = ("vendor/uPlot.min.css", "page.css")
 PAGE_BYTES = 7_500_000  # limit of the page
 CLIP_BYTES = 5_000_000  # of it for clips and responses
+FULL = re.compile(r"(rollout|eval)/((accuracy|format)_reward(_silent)?|groups_without_spread)")  # scale 0 to 1
+BY_KIND = re.compile(r"(?P<metric>(?:rollout|eval)/[^/]+)/(?P<kind>source|dataset|question_type|label)/(?P<value>.+)")
+BENCHMARK = re.compile(r"(?P<metric>eval)/(?P<kind>[^/]+)/(?P<value>.+)")
+MOST_LINES = 6  # of a panel; there are as many colours
 TIMES = ("time/step", "time/rollout", "time/train", "time/logprobs", "time/sync", "time/data")
 # title, metrics that share the panel, logarithmic
 PANELS = (
@@ -42,7 +52,14 @@ PANELS = (
     ("Log-prob gap", ("rollout/logprob_gap_mean", "rollout/logprob_gap_max"), True),
     ("Time per phase", TIMES, True),
 )
-LABELS = {"rollout/logprob_gap_mean": "mean", "rollout/logprob_gap_max": "largest"}
+LABELS = {
+    "rollout/logprob_gap_mean": "mean",
+    "rollout/logprob_gap_max": "largest",
+    "rollout/accuracy_reward": "sampled in training",
+    "rollout/format_reward": "sampled in training",
+    "rollout/reward": "sampled in training",
+    "rollout/response_length": "sampled in training",
+}
 ABOUT = ("started", "host", "code", "devices", "machine")  # of run_config.json
 LAST = 10  # steps; the value "at the end" is their mean
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
@@ -62,19 +79,24 @@ def write_report(folder: Path, compare_with: Sequence[Path], out: Path, groups: 
     for run, name in zip(runs, unique_names([run.folder.resolve() for run in runs]), strict=True):
         run.name = name
     results = [path for path in compare_with if not path.is_dir()]
+    names = unique_names([path.resolve().with_suffix("") for path in results], 1)
+    sets, problems = read_held_out(runs[0], dict(zip(names, results, strict=True)))
     curves = {"runs": [run_values(run) for run in runs], "panels": panels(runs)}
     room = min(CLIP_BYTES, PAGE_BYTES - json_size(curves))
-    rollouts = sample_rollouts(folder, runs[0].steps[-1], groups, room)
-    page = render(runs, curves, evaluations(results), rollouts).encode("utf-8")
+    listening = sample(folder, runs[0].steps[-1], sets, groups, room)
+    page = render(runs, curves, sets, listening, problems).encode("utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(runs[0], out.with_name("metrics.csv"))
     write_atomically(out, page)
     return len(page)
 
 
-def unique_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of absolute paths that tell them apart."""
-    for parts in range(1, 6):
+def unique_names(paths: Sequence[Path], least: int = 2) -> list[str]:
+    """The shortest ends of absolute paths that tell them apart.
+
+    :param least: Parts that a name has; two for runs, many of which are called "run".
+    """
+    for parts in range(least, 6):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
             return names
@@ -82,7 +104,11 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def render(
-    runs: Sequence[Run], curves: dict[str, Any], evaluation: dict[str, Any] | None, rollouts: dict[str, Any]
+    runs: Sequence[Run],
+    curves: dict[str, Any],
+    sets: Sequence[HeldOut],
+    listening: dict[str, Any],
+    problems: Sequence[str],
 ) -> str:
     """The page's HTML.
 
@@ -90,9 +116,12 @@ def render(
 
     :param runs: The run, then those drawn over it.
     :param curves: Their values, and the panels.
-    :param evaluation: From :func:`evaluations`.
-    :param rollouts: From :func:`sample_rollouts`.
+    :param sets: Held-out questions with answers, of the first run.
+    :param listening: From :func:`aqa.report.listening.sample`.
+    :param problems: What could not be read.
     """
+    held_out = [(held, confusions(held), comparisons(held)) for held in sets]
+    pairs = [mistakes["pairs"] for _, mistakes, _ in held_out]
     script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS)
     style = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in STYLES)
     environment = jinja2.Environment(
@@ -109,15 +138,20 @@ def render(
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; media-src blob:; script-src '{source_hash(script)}'; "
         f"style-src '{source_hash(style)}'; base-uri 'none'; form-action 'none'",
-        data=Markup(embed(curves | rollouts)),
+        data=Markup(embed(curves | listening | {"pairs": pairs})),
         runs=runs,
         run=runs[0],
-        tiles=tiles(runs[0]),
+        tiles=tiles(runs[0], sets),
+        curves=curves,
+        accuracy=accuracy_table(runs[0], sets, LAST),
+        held_out=held_out,
+        problems=problems,
+        other=OTHER,
+        no_answer=NO_ANSWER,
         tables=[(run, metric_rows(run)) for run in runs],
         sessions=session_rows(runs[0]),
         settings=settings(runs),
-        evaluation=evaluation,
-        listening=rollouts,
+        listening=listening,
         made=datetime.now().strftime("%Y-%m-%d %H:%M"),
     )
 
@@ -125,17 +159,6 @@ def render(
 def source_hash(text: str) -> str:
     """A script's or style's hash in the form of a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
-
-
-def embed(value: Any) -> str:
-    """A value as JSON that cannot end the script element it stands in, whatever texts it holds."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def json_size(value: Any) -> int:
-    """Bytes of a value in the page."""
-    return len(embed(value))
 
 
 def visible(text: str) -> str:
@@ -150,13 +173,24 @@ def run_values(run: Run) -> dict[str, Any]:
         name: [None if value is None else float(f"{value:.6g}") for value in values]
         for name, values in run.metrics.items()
     }
-    return {"name": run.name, "steps": run.steps, "metrics": metrics}
+    return {"name": run.name, "steps": run.steps, "metrics": metrics, "resumed": resumed_at(run)}
+
+
+def resumed_at(run: Run) -> list[int]:
+    """First steps of the sessions that went on where an earlier one had ended."""
+    firsts = [session.get("first_step") for session in (run.config or {}).get("sessions", ())]
+    return sorted({step for step in firsts[1:] if step is not None and run.steps[0] < step <= run.steps[-1]})
 
 
 def panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What is drawn where: the main panels, then one for each other metric."""
+    """What is drawn where: the main panels, then one for each other metric, or group of metrics that belong together.
+
+    :return: Of each panel: title, unit, names and labels of its metrics, whether it is logarithmic, whether its scale
+        is 0 to 1, whether it is a main one, and advice: name, meaning and advice of its metrics.
+    """
     present = {name for run in runs for name, values in run.metrics.items() if any(v is not None for v in values)}
-    taken = {name for _, names, _ in PANELS for name in names}
+    groups = list(grouped(present, len(runs) > 1))
+    taken = {name for _, names, _ in PANELS for name in names} | {name for group in groups for name in group[1]}
     # first in the order of the table, then the metrics of a user's own reward
     others = [name for name in [*METRICS, *sorted(present - METRICS.keys())] if name not in taken]
     main = [(*panel, True) for panel in PANELS]
@@ -165,9 +199,9 @@ def panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
         main[-1] = ("Time of a step", TIMES[:1], True, True)
         rest += [(METRICS[name].title, (name,), True, False) for name in TIMES[1:]]
     found = []
-    for title, wanted, log, is_main in (*main, *rest):
+    for title, wanted, log, is_main in (*main, *groups, *rest):
         names = [name for name in wanted if name in present]
-        known = {name: METRICS[name] for name in names if name in METRICS}
+        known = {name: about for name in names if (about := meaning(name))}
         if names:
             found.append(
                 {
@@ -176,28 +210,90 @@ def panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     "names": names,
                     "labels": [label(name) for name in names],
                     "log": log,
+                    "full": all(FULL.match(name) or is_benchmark(name) for name in names),
                     "main": is_main,
-                    "advice": [[name, metric.meaning, metric.advice] for name, metric in known.items()],
+                    "advice": list(
+                        {(m.meaning, m.advice): [n, m.meaning, m.advice] for n, m in known.items()}.values()
+                    ),
                 }
             )
     return found
 
 
+def grouped(present: set[str], apart: bool) -> Iterator[tuple[str, tuple[str, ...], bool, bool]]:
+    """Panels of the metrics that are recorded by question type or another kind, or by the tasks of a benchmark.
+
+    :param present: Names of metrics.
+    :param apart: Give each metric its own panel, because each has a line of every run.
+    :return: Title, names, whether it is logarithmic, and whether it is a main panel.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name in sorted(present):
+        if found := BY_KIND.fullmatch(name):
+            title = f"{metric_title(found['metric'])} by {found['kind'].replace('_', ' ')}"
+        elif (found := BENCHMARK.fullmatch(name)) and is_benchmark(name):
+            title = f"Benchmark {found['kind']}"
+        else:
+            continue
+        groups.setdefault(title, []).append((name, found["value"]))
+    for title, members in groups.items():
+        main = title == "Evaluation accuracy by question type"
+        size = 1 if apart else MOST_LINES
+        for start in range(0, len(members), size):
+            part = members[start : start + size]
+            number = f" ({start // size + 1} of {-(-len(members) // size)})" if len(members) > size else ""
+            yield f"{title}{f': {part[0][1]}' if apart else number}", tuple(name for name, _ in part), False, main
+
+
+def is_benchmark(name: str) -> bool:
+    """Whether a metric is an accuracy of ``--eval_benchmark``."""
+    found = BENCHMARK.fullmatch(name)
+    return bool(found) and not BY_KIND.fullmatch(name) and found["value"] != "collapsed"
+
+
+def metric_title(name: str) -> str:
+    """Title of a metric of which there is one for every kind of row."""
+    if name == "rollout/share":
+        return "Share of responses"
+    return METRICS[name].title if name in METRICS else name
+
+
+def meaning(name: str) -> Metric | None:
+    """What the table says of a metric, or of the one that it is a part of."""
+    by_kind = BY_KIND.fullmatch(name)
+    if by_kind and by_kind["metric"] == "rollout/share":
+        return PATTERNS["rollout/share/<kind>/<value>"]
+    found = METRICS.get(by_kind["metric"] if by_kind else name)
+    return PATTERNS["eval/<file>/<task>"] if found is None and BENCHMARK.fullmatch(name) else found
+
+
 def label(name: str) -> str:
     """What a metric is called beside the others of its panel."""
+    found = BY_KIND.fullmatch(name) or (BENCHMARK.fullmatch(name) if is_benchmark(name) else None)
+    if found:
+        return found["value"]
     if name.startswith("eval/"):
-        return "evaluation"
+        return "held-out, greedy"
     return LABELS.get(name, name.partition("/")[2].removesuffix("_reward"))
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
-def tiles(run: Run) -> list[tuple[str, str, str]]:
+def tiles(run: Run, sets: Sequence[HeldOut]) -> list[tuple[str, str, str]]:
     """The figures at the top: name, value, explanation."""
     found = [("Steps", f"{len(run.steps):,}", "trained")]
-    for title, name in (("Reward", "rollout/reward"), ("Accuracy", "rollout/accuracy_reward")):
+    for held in sets[:1]:
+        cells = [make_cell([a.right for a in each.answers.values()]) for each in (held.heard[0], held.heard[-1])]
+        (first, last), names = cells, [held.heard[0].name, held.heard[-1].name]
+        if first and last:
+            same = len(held.heard) == 1
+            value = f"{last.accuracy:.2f}" if same else f"{first.accuracy:.2f} → {last.accuracy:.2f}"
+            found.append(("Held-out accuracy", value, f"{held.name}, {' → '.join(names[same:])}"))
+    for title, name in (("Sampled training accuracy", "rollout/accuracy_reward"), ("Reward", "rollout/reward")):
         if values := run.values(name):
-            last = statistics.fmean(values[-LAST:])
-            found.append((title, f"{values[0]:.2f} → {last:.2f}", f"first → mean of last {min(LAST, len(values))}"))
+            last_mean = statistics.fmean(values[-LAST:])
+            found.append(
+                (title, f"{values[0]:.2f} → {last_mean:.2f}", f"first → mean of last {min(LAST, len(values))}")
+            )
     if gaps := run.values("rollout/logprob_gap_max"):
         found.append(("Log-prob gap", number(max(gaps)), "largest, nats"))
     if times := run.values("time/step"):
@@ -279,93 +375,3 @@ def show_flag(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "not set", True: "yes", False: "no"}[value]
     return str(value)
-
-
-# ------------------------------------------------------------------------------------------------------------- rollouts
-def sample_rollouts(folder: Path, last: int, most: int, room: int = CLIP_BYTES) -> dict[str, Any]:
-    """Groups of steps that are spread over the run, with their clips, as many as the page has room for.
-
-    :param room: Bytes that they may take.
-    :return: ``groups``, ``clips``, and ``note``: how much is shown of what there is.
-    """
-    files = saved_steps(folder, last)
-    steps = list(files)
-    unreadable: list[int] = []
-
-    def candidates() -> Iterator[Group]:
-        for place in spread(len(steps)):
-            try:
-                yield from read_groups(files[steps[place]], steps[place])
-            except ReportError:
-                unreadable.append(steps[place])
-
-    groups: list[dict[str, Any]] = []
-    clips: dict[Path, dict[str, Any]] = {}
-    for group in candidates():
-        entry, clip = group_entry(group, clips)
-        new = clip is not None and group.audio not in clips
-        room -= json_size(entry) + (json_size(clip) if new else 0)
-        if room < 0:
-            break
-        if clip is not None:
-            clips[group.audio] = clip
-            entry["clip"] = list(clips).index(group.audio)
-        groups.append(entry)
-        if len(groups) == most:
-            break
-    groups.sort(key=lambda group: (group["step"], group["number"]))
-    shown = len({group["step"] for group in groups})
-    note = f"{len(groups)} groups of {shown} steps; the run saved {len(files)} steps"
-    if unreadable:
-        note += f", of which {len(unreadable)} cannot be read ({', '.join(map(str, sorted(unreadable)[:5]))})"
-    return {"groups": groups, "clips": list(clips.values()), "note": note if files else ""}
-
-
-def group_entry(group: Group, clips: dict[Path, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A group as the page holds it, and its clip, if it can be played.
-
-    :param clips: Those that are encoded already, by file.
-    """
-    clip, silent_because = clips.get(group.audio), None
-    if group.audio is None:
-        silent_because = "the trajectories do not name the clip"
-    elif clip is None:
-        try:
-            clip = encode_clip(group.audio)
-        except AudioError as error:
-            silent_because = str(error)
-    entry = {
-        "step": group.step,
-        "number": group.number,
-        "question": group.question,
-        "choices": group.choices,
-        "gold": group.gold,
-        "clip": None,
-        "silent": silent_because,
-        "responses": group.responses,
-    }
-    return entry, clip
-
-
-# ---------------------------------------------------------------------------------------------------------- evaluations
-def evaluations(paths: Sequence[Path]) -> dict[str, Any] | None:
-    """Accuracies of result files, and each against the first on the items that both have; None without files.
-
-    :raises EvalError: if a file cannot be read.
-    """
-    if not paths:
-        return None
-    judged = [judge_file(path) for path in paths]
-    names = unique_names([path.resolve().with_suffix("") for path in paths])
-    comparisons = []
-    for name, verdicts in zip(names[1:], judged[1:], strict=True):
-        try:
-            found = compare(judged[0], verdicts)
-        except EvalError as error:
-            comparisons.append({"name": name, "problem": str(error), "rows": []})
-            continue
-        values = [row for by_value in found["by"].values() for row in by_value.items()]
-        rows = [("overall", found), *(values if len(values) > 1 else [])]
-        comparisons.append({"name": name, "problem": None, "rows": rows, "not_shared": found["not_shared"]})
-    scores = [{"name": name, **score(verdicts)} for name, verdicts in zip(names, judged, strict=True)]
-    return {"scores": scores, "first": names[0], "comparisons": comparisons}

@@ -25,7 +25,19 @@ _USER_TURN = re.compile(
 )
 _AUDIO_LINE = re.compile(r"Audio \d+: <\|audio_bos\|>(?:<\|AUDIO\|>)+<\|audio_eos\|>\n")
 # fields of a record that are no further components of the reward
-_KNOWN = {"step", "group", "audio_path", "prompt", "response", "reference", "label", "reward", "advantage", "truncated"}
+_KNOWN = {
+    "step",
+    "group",
+    "audio_path",
+    "tags",
+    "prompt",
+    "response",
+    "reference",
+    "label",
+    "reward",
+    "advantage",
+    "truncated",
+}
 _KNOWN |= {"accuracy_reward", "format_reward", "rule_reward"}
 
 
@@ -55,6 +67,7 @@ class Group:
 
     step: int
     number: int  # among the step's groups
+    tags: list[str]  # such as question_type/music; none in runs of an older version
     question: str  # the whole prompt if it is not of R1-AQA's form
     choices: list[str] | None
     gold: str  # the right answer; empty if it was not recorded
@@ -105,13 +118,14 @@ def write_csv(run: Run, path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- rollouts
 def saved_steps(folder: Path, last: int) -> dict[int, Path]:
-    """Files of trajectories by step.
+    """Files of responses by step.
 
+    :param folder: ``trajectories`` or ``eval/rows`` of a run.
     :param last: Last step of the run; files of later steps are left over from an older run.
     """
     pattern = re.compile(r"(?:trajectories_)?step_(\d+)\.jsonl?")
     found = {}
-    for path in sorted((folder / "trajectories").glob("*.json*")):
+    for path in sorted(folder.glob("*.json*")):
         name = pattern.fullmatch(path.name)
         if name and int(name[1]) <= last:
             found[int(name[1])] = path
@@ -125,13 +139,23 @@ def read_groups(path: Path, step: int) -> list[Group]:
     :raises ReportError: if it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            records = [from_lightrft(record, path.parent) for record in json.loads(text)]
-        else:
-            records = [record for line in text.split("\n") if (record := _record(line)) is not None]
+        records = read_records(path)
         keyed = itertools.groupby(records, key=lambda record: (record.get("group"), record["prompt"]))
         return [make_group(step, number, list(members)) for number, (_, members) in enumerate(keyed)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"{path}: not readable as trajectories ({type(error).__name__}: {error})") from error
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The responses in a file of the runtime (JSON Lines) or of LightRFT (JSON).
+
+    :raises ReportError: if it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return [from_lightrft(record, path.parent) for record in json.loads(text)]
+        return [record for line in text.split("\n") if (record := _record(line)) is not None]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"{path}: not readable as trajectories ({type(error).__name__}: {error})") from error
 
@@ -180,7 +204,9 @@ def make_group(step: int, number: int, records: list[dict[str, Any]]) -> Group:
     """A group, made of the records of its responses; there is at least one."""
     question, choices = split_prompt(records[0]["prompt"])
     audio = records[0].get("audio_path")
-    group = Group(step, number, question, choices, str(records[0]["reference"] or ""), Path(audio) if audio else None)
+    gold = str(records[0]["reference"] or "")
+    tags = list(records[0].get("tags") or ())
+    group = Group(step, number, tags, question, choices, gold, Path(audio) if audio else None)
     for record in records:
         accuracy, form = record.get("accuracy_reward"), record.get("format_reward")
         group.responses.append(
@@ -218,8 +244,8 @@ def shorten(text: str) -> str:
 
 
 def spread(count: int) -> list[int]:
-    """0 to ``count - 1``: both ends, then middles, so that the first k are spread over the whole for every k."""
-    order = list(dict.fromkeys([0, count - 1])) if count else []
+    """0 to ``count - 1``: the last, the first, then middles, so that any first k are spread over the whole."""
+    order = list(dict.fromkeys([count - 1, 0])) if count else []
     gaps = [(0, count - 1)]
     while gaps:
         low, high = gaps.pop(0)

@@ -1,42 +1,111 @@
-// The listening page: a list of groups, and the chosen one with its clip and responses.
+// The listening page: a list of groups (a question with its responses), and the chosen one with its clip.
+// A group is a held-out question with the answers of several rounds, or a prompt of a step with sampled responses.
 (() => {
-  const { groups, clips } = DATA;
+  const { groups, clips, pairs } = DATA;
   if (!groups.length) return;
-  const list = byId("list"), article = byId("group"), steps = byId("step");
-  const KINDS = [
+  const list = byId("list"), article = byId("group"), sets = byId("set"), types = byId("type"), steps = byId("step");
+  // value, label, and whether a response that the filters look at fits
+  const FILTERS = [
     ["all", "all", () => true],
     ["right", "right", (r) => r.right === true],
     ["wrong", "wrong", (r) => r.right === false],
     ["form", "out of format", (r) => r.form === false],
+    ["gained", "became right", (r, group) => group.outcome === "became right"],
+    ["lost", "became wrong", (r, group) => group.outcome === "became wrong"],
   ];
-  let fits = KINDS[0][2];
+  let test = FILTERS[0][2];
+  let pair = null;  // the mistake that is shown alone
   let shown = [];
   let chosen = null;
-  let player = null;
-  let address = null;
 
-  KINDS.forEach(([value, label, test], i) => {
-    const count = groups.reduce((sum, group) => sum + group.responses.filter(test).length, 0);
-    const radio = make("input", { type: "radio", name: "kind", value });
-    radio.checked = i === 0;
-    radio.addEventListener("change", () => { fits = test; filter(); });
-    byId("kinds").append(make("label", {}, radio, label, make("span", { class: "count" }, ` ${count}`)));
-  });
-  for (const step of new Set(groups.map((group) => group.step))) steps.append(make("option", { value: step }, step));
-  steps.addEventListener("change", filter);
+  const fits = (r, group) => r.main && test(r, group);
+  const inSet = () => groups.filter((group) => group.set === +sets.value);
 
-  function filter() {
-    shown = groups.filter((group) => (!steps.value || group.step === +steps.value) && group.responses.some(fits));
-    list.replaceChildren(...shown.map(entry));
-    if (!shown.length) {
-      list.append(make("p", { class: "empty" }, "No group fits the filter."));
-      article.replaceChildren(make("p", { class: "empty" }, "Nothing to show."));
-      stop();
-      chosen = null;
-    } else choose(shown.includes(chosen) ? chosen : shown[0]);
+  // ------------------------------------------------------------------------------------------------------- filters
+  function addFilters() {
+    for (const [value, label] of FILTERS) {
+      const radio = make("input", { type: "radio", name: "kind", value });
+      radio.checked = value === "all";
+      radio.addEventListener("change", () => { test = FILTERS.find((filter) => filter[0] === value)[2]; filter(); });
+      byId("kinds").append(make("label", {}, radio, label, " ", make("span", { class: "count" })));
+    }
   }
 
+  function options(select, label, values) {
+    select.replaceChildren(make("option", { value: "" }, "all"), ...values.map((value, i) => make("option", { value: i }, String(value))));
+    select.values = values;
+    label.hidden = values.length < 2;
+  }
+
+  const selected = (select) => (select.value === "" ? null : select.values[+select.value]);
+
+  // Another set: the filters that it has, and how many responses fit each.
+  function openSet() {
+    const here = inSet();
+    options(types, byId("type-label"), [...new Set(here.map((group) => group.kind).filter(Boolean))].sort());
+    options(steps, byId("step-label"), [...new Set(here.map((group) => group.step).filter((step) => step !== null))]);
+    byId("kinds").querySelectorAll("label").forEach((label, i) => {
+      const [value, , fit] = FILTERS[i];
+      const count = here.reduce((sum, group) => sum + group.responses.filter((r) => r.main && fit(r, group)).length, 0);
+      label.querySelector(".count").textContent = count;
+      label.hidden = !count && (value === "gained" || value === "lost" || value === "form");
+      if (label.hidden && label.querySelector("input").checked) reset();
+    });
+    showPair(null);
+  }
+
+  function reset() {
+    byId("kinds").querySelector("input").checked = true;
+    test = FILTERS[0][2];
+  }
+
+  function isPair(group, { kind, gold, said }) {
+    return group.kind === kind && group.gold === gold && group.said === said && group.responses.some((r) => r.main && !r.right);
+  }
+
+  function showPair(mistake) {
+    pair = mistake;
+    const button = byId("pair");
+    button.hidden = !mistake;
+    button.replaceChildren();
+    if (mistake) show(button, `${mistake.gold}, answered ${mistake.said} ✕`);
+    filter();
+  }
+
+  // The buttons in the table of mistakes lead to the questions that were answered so, as far as the page has them.
+  function connectPairs() {
+    for (const button of document.querySelectorAll("button.pair")) {
+      const mistake = pairs[+button.dataset.set][+button.dataset.pair];
+      const set = +button.dataset.set;
+      button.hidden = !groups.some((group) => group.set === set && isPair(group, mistake));
+      button.addEventListener("click", () => {
+        sets.value = set;
+        reset();
+        openSet();
+        showPair(mistake);
+        byId("listen").scrollIntoView();
+        article.querySelector("[aria-label='Next question']")?.focus({ preventScroll: true });
+      });
+    }
+  }
+
+  function filter() {
+    const type = selected(types), step = selected(steps);
+    shown = inSet().filter((group) => (type === null || group.kind === type) && (step === null || group.step === step)
+      && (!pair || isPair(group, pair)) && group.responses.some((r) => fits(r, group)));
+    list.replaceChildren(...shown.map(entry));
+    if (shown.length) return choose(shown.includes(chosen) ? chosen : shown[0]);
+    list.append(make("p", { class: "empty" }, "No question fits the filter."));
+    article.replaceChildren(make("p", { class: "empty" }, "Nothing to show."));
+    PLAYER.stop();
+    chosen = null;
+  }
+
+  // ---------------------------------------------------------------------------------------------------------- list
+  const nameOf = (group) => (group.step === null ? `Question ${group.number + 1}` : `Step ${group.step}, group ${group.number + 1}`);
+
   function tally(group) {
+    if (group.outcome) return group.outcome;
     const { length } = group.responses;
     if (group.responses.every((r) => r.right === null)) return `${length} responses`;
     return `${group.responses.filter((r) => r.right).length} of ${length} right`;
@@ -45,8 +114,9 @@
   function entry(group) {
     const pips = make("span", { class: "pips", "aria-hidden": "true" },
       ...group.responses.map((r) => make("span", { class: `pip${r.right ? " right" : ""}${r.form === false ? " off" : ""}` })));
+    if (group.outcome) pips.append(make("span", { class: "note" }, tally(group)));
     const button = make("button", { type: "button" },
-      make("span", { class: "where" }, `step ${group.step} · ${group.number + 1}`),
+      make("span", { class: "where" }, group.step === null ? `${group.number + 1}` : `step ${group.step} · ${group.number + 1}`),
       show(make("span", { class: "gold" }), group.gold), pips,
       make("span", { class: "hidden" }, `, ${tally(group)}`));
     button.addEventListener("click", () => choose(group));
@@ -65,7 +135,6 @@
       list.scrollTop = below - list.clientHeight / 2 + button.offsetHeight / 2;
     }
     if (focus && list.contains(document.activeElement)) button.focus();
-    if (group !== chosen) stop();
     chosen = group;
     article.replaceChildren(top(group, at), heard(group), responses(group));
   }
@@ -76,104 +145,68 @@
     if (shown[next] !== chosen) choose(shown[next], true);
   }
 
+  // ----------------------------------------------------------------------------------------------- the chosen group
+  function mover(label, text, by, end) {
+    const button = make("button", { type: "button", "aria-label": label, "aria-disabled": end }, text);  // not disabled, which would lose the focus
+    button.addEventListener("click", () => { move(by); article.querySelector(`[aria-label='${label}']`).focus(); });
+    return button;
+  }
+
   function top(group, at) {
-    const right = tally(group);
-    byId("say").textContent = `Step ${group.step}, group ${group.number + 1}: ${right}`;
-    const back = make("button", { type: "button", "aria-label": "Previous group" }, "‹ Back");
-    const next = make("button", { type: "button", "aria-label": "Next group" }, "Next ›");
-    back.setAttribute("aria-disabled", at === 0);  // not disabled, which would lose the focus
-    next.setAttribute("aria-disabled", at === shown.length - 1);
-    back.addEventListener("click", () => { move(-1); article.querySelector("[aria-label='Previous group']").focus(); });
-    next.addEventListener("click", () => { move(1); article.querySelector("[aria-label='Next group']").focus(); });
+    byId("say").textContent = `${nameOf(group)}: ${tally(group)}`;
+    const about = [group.kind, tally(group), `${at + 1} of ${shown.length} shown`].filter(Boolean).join(" · ");
     return make("div", { class: "bar" },
-      make("div", {}, make("h3", {}, `Step ${group.step}, group ${group.number + 1}`),
-        make("p", {}, `${right} · ${at + 1} of ${shown.length} shown`)),
-      make("div", { class: "steps" }, back, next));
+      make("div", {}, make("h3", {}, nameOf(group)), show(make("p"), about)),
+      make("div", { class: "steps" }, mover("Previous question", "‹ Back", -1, at === 0),
+        mover("Next question", "Next ›", 1, at === shown.length - 1)));
   }
 
   function heard(group) {
     const asked = make("div", {}, show(make("p", { class: "question" }), group.question));
     if (group.choices) {
-      const known = group.choices.includes(group.gold);
       asked.append(make("ul", { class: "choices", "aria-label": "Choices" }, ...group.choices.map((choice) => {
         const gold = choice === group.gold;
         const item = make("li", gold ? { class: "gold" } : {}, show(make("span"), choice));
         if (gold) item.append(make("span", { class: "mark" }, "✓ right answer"));
         return item;
       })));
-      if (!known) asked.append(goldLine(group));
-    } else asked.append(goldLine(group));
-    return make("div", { class: "heard" }, listenTo(group), asked);
+    }
+    if (!group.choices?.includes(group.gold)) asked.append(goldLine(group));
+    return make("div", { class: "heard" }, PLAYER.figure(clips[group.clip], group.silent), asked);
   }
 
   const goldLine = (group) => (group.gold
     ? show(make("p", {}, make("span", { class: "label" }, "Right answer: ")), group.gold)
     : make("p", { class: "label" }, "The run did not record the right answer."));
 
-  function listenTo(group) {
-    const clip = clips[group.clip];
-    if (!clip) return make("figure", {}, show(make("p", { class: "notice" }, "No clip to play: "), group.silent ?? "no room in this page"));
-    stop();
-    address = URL.createObjectURL(new Blob([bytes(clip.mp3)], { type: "audio/mpeg" }));
-    player = make("audio", { controls: "", preload: "metadata", src: address, "aria-label": "The clip" });
-    const head = make("div", { class: "head" });
-    const middle = 100, outline = [];
-    const columns = clip.peaks.length / 2;
-    for (let i = 0; i < columns; i++) outline.push(`M${i + 0.5} ${middle - clip.peaks[2 * i + 1] - 1}V${middle - clip.peaks[2 * i] + 1}`);
-    const wave = draw("svg", { viewBox: `0 -8 ${columns} 216`, preserveAspectRatio: "none", role: "img",
-      "aria-label": `Waveform of ${clip.seconds.toFixed(1)} seconds` },
-      draw("path", { d: outline.join(""), stroke: "currentColor", "stroke-width": "0.9", fill: "none" }));
-    const mel = make("img", { src: `data:image/webp;base64,${clip.mel}`,
-      alt: `Mel spectrogram, 0 to 8 kHz from below; ${clip.heard}` });
-    const pictures = make("div", { class: "pictures" }, wave, mel, head);
-    const seconds = () => (Number.isFinite(player.duration) ? player.duration : clip.seconds);
-    const mine = player;
-    const follow = () => { head.style.left = `${(100 * mine.currentTime) / seconds()}%`; };
-    const tick = () => { follow(); if (!mine.paused) requestAnimationFrame(tick); };
-    player.addEventListener("play", tick);
-    player.addEventListener("seeked", follow);
-    player.addEventListener("timeupdate", follow);
-    pictures.addEventListener("click", (event) => {
-      const box = pictures.getBoundingClientRect();
-      mine.currentTime = ((event.clientX - box.left) / box.width) * seconds();
-      mine.play();
-    });
-    return make("figure", {}, pictures, player,
-      show(make("figcaption", {}, `${clip.seconds.toFixed(1)} s; `), `${clip.heard}; ${clip.name}`));
-  }
-
-  function bytes(text) {
-    const binary = atob(text), out = new Uint8Array(binary.length);
-    for (let i = 0; i < binary.length; i++) out[i] = binary.charCodeAt(i);
-    return out;
-  }
-
-  function stop() {
-    if (player) { player.pause(); player.removeAttribute("src"); player = null; }
-    if (address) { URL.revokeObjectURL(address); address = null; }
-  }
+  // Cells name their roles, because the table is no table to a screen reader where it is stacked (page.css).
+  const cell = (kind, ...children) => make("td", { role: "cell", ...(kind && { class: kind }) }, ...children);
 
   function responses(group) {
+    const sampled = group.step !== null;
+    const titles = [["", sampled ? "#" : "when"], ["", "response"], ["", "answer"], ["", "format"], ["n", "reward"], ...(sampled ? [["n", "advantage"]] : [])];
+    const head = make("tr", { role: "row" }, ...titles.map(([kind, text]) =>
+      make("th", { scope: "col", role: "columnheader", ...(kind && { class: kind }) }, text)));
     const largest = Math.max(1e-9, ...group.responses.map((r) => Math.abs(r.advantage ?? 0)));
-    const head = make("tr", { role: "row" }, ...[["", "#"], ["", "response"], ["", "answer"], ["", "format"], ["n", "reward"], ["n", "advantage"]]
-      .map(([kind, text]) => make("th", { scope: "col", role: "columnheader", ...(kind && { class: kind }) }, text)));
-    const body = group.responses.map((r, i) => {
-      const said = show(make("span", { class: "text" }), r.text || " ");
-      const parts = Object.entries(r.parts).map(([name, value]) => `${name} ${digits(value)}`).join(", ");
-      const cell = make("td", { role: "cell", class: "said" }, said);
-      if (r.truncated) cell.append(" ", make("span", { class: "tag" }, "cut off"));
-      if (parts) cell.append(" ", show(make("span", { class: "label" }), parts));
-      return make("tr", { role: "row", ...(!fits(r) && { class: "dim" }) },
-        make("td", { role: "cell" }, String(i + 1)), cell, verdict(r.right, "right", "wrong"), verdict(r.form, "in form", "out of form"),
-        make("td", { role: "cell", class: "n reward" }, digits(r.reward)), make("td", { role: "cell", class: "n gain" }, advantage(r.advantage, largest)));
-    });
-    return make("table", { role: "table", class: "responses" }, make("caption", { class: "hidden" }, "Responses of the group"),
+    const body = group.responses.map((r) => make("tr", { role: "row", ...(!fits(r, group) && { class: "dim" }) },
+      show(cell("who"), r.who), said(r), verdict(r.right, "right", "wrong"), verdict(r.form, "in form", "out of form"),
+      cell("n reward", digits(r.reward)), ...(sampled ? [cell("n gain", advantage(r.advantage, largest))] : [])));
+    return make("table", { role: "table", class: `responses${sampled ? "" : " rounds"}` },
+      make("caption", { class: "hidden" }, "Responses to the question"),
       make("thead", { role: "rowgroup" }, head), make("tbody", { role: "rowgroup" }, ...body));
   }
 
+  function said(r) {
+    const parts = Object.entries(r.parts).map(([name, value]) => `${name} ${digits(value)}`).join(", ");
+    const box = cell("said", show(make("span", { class: "text" }), r.text || " "));
+    if (r.truncated) box.append(" ", make("span", { class: "tag" }, "cut off"));
+    if (parts) box.append(" ", show(make("span", { class: "label" }), parts));
+    return box;
+  }
+
   function verdict(value, yes, no) {
-    if (value === null) return make("td", { role: "cell", class: "verdict" }, "–");
-    return make("td", { role: "cell", class: `verdict ${value ? "right" : "wrong"}` }, value ? `✓ ${yes}` : `✗ ${no}`);
+    if (value === null) return cell("verdict", "–");
+    return cell(`verdict ${value ? "right" : "wrong"}`, value ? `✓ ${yes}` : `✗ ${no}`);
   }
 
   function advantage(value, largest) {
@@ -186,21 +219,29 @@
       make("span", {}, `${value < 0 ? "−" : value > 0 ? "+" : ""}${Math.abs(value).toFixed(2)}`));
   }
 
-  document.addEventListener("keydown", (event) => {
+  // ------------------------------------------------------------------------------------------------------- keyboard
+  function press(event) {
     const { target } = event;
     if (event.ctrlKey || event.metaKey || event.altKey || !byId("keys").checked) return;
     if (target.matches("select, textarea, input:not([type=radio]):not([type=checkbox])")) return;
     const key = event.key.toLowerCase();
     if (key === "j") move(1);
     else if (key === "k") move(-1);
-    else if (key === "p" && player) player.paused ? player.play() : player.pause();
-    else if (/^[1-4]$/.test(key)) {
-      const radio = byId("kinds").querySelectorAll("input")[+key - 1];
-      radio.checked = true;
-      radio.dispatchEvent(new Event("change"));
+    else if (key === "p") PLAYER.toggle();
+    else if (/^[1-6]$/.test(key)) {
+      const label = byId("kinds").querySelectorAll("label")[+key - 1];
+      if (label.hidden) return;
+      label.querySelector("input").click();
     } else return;
     event.preventDefault();
     if (key !== "p") byId("listen").scrollIntoView({ block: "nearest" });
-  });
-  filter();
+  }
+
+  addFilters();
+  sets.addEventListener("change", openSet);
+  for (const select of [types, steps]) select.addEventListener("change", filter);
+  byId("pair").addEventListener("click", () => showPair(null));
+  document.addEventListener("keydown", press);
+  connectPairs();
+  openSet();
 })();

@@ -1,0 +1,412 @@
+"""What a model answered to questions that it is not trained on: accuracy by question type, and what it confuses.
+
+Three places have such answers: the run's ``eval/rows`` (``--eval_data``, judged by the reward), the run's result files
+in ``eval`` (``--eval_benchmark``), and result files of ``eval_mmau.py`` that the report is told to compare. Questions
+of the latter two are judged by the benchmark's rule.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aqa.common.constants import ASSISTANT_HEADER
+from aqa.data.prompts import choices_in
+from aqa.evaluation.answers import extract_answer
+from aqa.evaluation.items import EvalError, find_audio
+from aqa.evaluation.scoring import Verdicts, judge_file, paired, wilson_interval
+from aqa.report.run_data import ReportError, Run, read_records, saved_steps, shorten, split_prompt
+from aqa.rewards.r1_aqa import extract_response
+
+NO_ANSWER = "no answer in the form"  # no answer tags, and the response names no choice
+OTHER = "another answer"  # than the choices, or than those that a table has room for
+KINDS = ("question_type", "dataset", "source", "label")  # of tags; the first that the data has is its question type
+MOST_ANSWERS = 12  # rows of a table of confusions
+MOST_PAIRS = 12  # of the most frequent mistakes
+
+Key = tuple[Any, ...]
+
+
+class Answer(NamedTuple):
+    """What a model answered to an item."""
+
+    text: str  # the response
+    said: str  # the choice that it names, or OTHER, or NO_ANSWER
+    right: bool
+    form: bool | None  # whether it has the form that was asked for, if that was judged
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question."""
+
+    kind: str  # question type; empty if the data has none
+    question: str
+    choices: list[str] | None
+    gold: str
+    audio: Path | None
+
+
+@dataclass(frozen=True)
+class Round:
+    """The answers of one model."""
+
+    name: str
+    silent: bool  # it heard silence in place of every clip
+    answers: dict[Key, Answer]
+
+
+@dataclass
+class HeldOut:
+    """Questions, and rounds of answers to them in the order of time, at least one."""
+
+    name: str
+    items: dict[Key, Item]
+    rounds: list[Round]
+
+    @property
+    def heard(self) -> list[Round]:
+        """The rounds with sound; all where every one is silent."""
+        return [each for each in self.rounds if not each.silent] or self.rounds
+
+    def kinds(self) -> dict[str, list[Key]]:
+        """Items by question type, in the order of the names; empty where there is one type only."""
+        found = defaultdict(list)
+        for key, item in self.items.items():
+            found[item.kind].append(key)
+        return dict(sorted(found.items())) if len(found) > 1 else {}
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+def read_held_out(run: Run, results: dict[str, Path]) -> tuple[list[HeldOut], list[str]]:
+    """All held-out questions of a run's folder and of further result files.
+
+    :param results: Result files of ``eval_mmau.py`` by name.
+    :return: The questions, and a sentence for each file of the run that cannot be read.
+    :raises EvalError: if one of ``results`` cannot be read.
+    """
+    problems: list[str] = []
+    found = read_rows(run, problems) + read_benchmarks(run, problems) + read_results(results)
+    return found, problems
+
+
+def first_and_last(steps: Sequence[int]) -> list[int]:
+    """The ends of rising steps, of which there may be one or none."""
+    return sorted({*steps[:1], *steps[-1:]})
+
+
+def read_rows(run: Run, problems: list[str]) -> list[HeldOut]:
+    """The first and the last evaluation of ``--eval_data``, and the last one's answers in silence."""
+    files = saved_steps(run.folder / "eval" / "rows", run.steps[-1])
+    items: dict[Key, Item] = {}
+    rounds: list[Round] = []
+    for step in first_and_last(list(files)):
+        try:
+            records = read_records(files[step])
+            kind = main_kind(tag.partition("/")[0] for record in records for tag in record["tags"])
+            heard, silent = ([r for r in records if r["silent"] == quiet] for quiet in (False, True))
+            new = [Round(f"step {step}", bool(part is silent), {row_key(r): answer_of(r) for r in part})
+                   for part in (heard, silent) if part]  # fmt: skip
+            items = {row_key(r): item_of(r, kind) for r in heard}
+            rounds = [each for each in rounds if not each.silent] + new  # of those in silence the last is enough
+        except (ReportError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{files[step]}: cannot be read ({type(error).__name__}: {error})")
+    return [HeldOut("evaluation data", items, rounds)] if items else []
+
+
+def row_key(record: dict[str, Any]) -> Key:
+    """What tells a record's question apart: its row, and all of it, since a resumed run may have other data."""
+    return (record["row"], record["prompt"], record["reference"])
+
+
+def main_kind(kinds: Iterable[str]) -> str | None:
+    """The kind of tag that tells question types apart; None if there is none."""
+    there = set(kinds)
+    return next((kind for kind in KINDS if kind in there), None)
+
+
+def item_of(record: dict[str, Any], kind: str | None) -> Item:
+    """The question of a record of ``eval/rows``."""
+    question, choices = split_prompt(record["prompt"])
+    values = (tag.partition("/") for tag in record["tags"])
+    name = next((value for tag_kind, _, value in values if tag_kind == kind), "")
+    audio = record.get("audio_path")
+    return Item(name, question, choices, record["reference"], Path(audio) if audio else None)
+
+
+def answer_of(record: dict[str, Any]) -> Answer:
+    """The answer of a record of ``eval/rows``."""
+    choices = choices_in(record["prompt"])
+    response = extract_response(ASSISTANT_HEADER + record["response"])
+    form, right = record.get("format_reward"), record.get("accuracy_reward", record["reward"])
+    said = what_was_said(response, choices or [record["reference"]])
+    return Answer(shorten(response), said, right > 0, None if form is None else form > 0, record["reward"])
+
+
+def what_was_said(response: str, choices: Sequence[str]) -> str:
+    """The choice that a response names, else :data:`OTHER` or :data:`NO_ANSWER`."""
+    answer = extract_answer(response, choices)
+    if answer.is_choice:
+        return answer.text
+    return OTHER if answer.tagged else NO_ANSWER
+
+
+def read_benchmarks(run: Run, problems: list[str]) -> list[HeldOut]:
+    """The first and the last result file of each benchmark that was asked while training, and the last in silence."""
+    files: dict[str, dict[int, Path]] = defaultdict(dict)
+    for path in (run.folder / "eval").glob("*_step_*.json*"):
+        name = re.fullmatch(r"(.+)_step_(\d+)\.jsonl?", path.name)
+        if name and int(name[2]) <= run.steps[-1]:
+            files[name[1]][int(name[2])] = path
+    found = []
+    for name, steps in sorted(files.items()):
+        if name.endswith("_silent") and name.removesuffix("_silent") in files:
+            continue
+        silent = files.get(f"{name}_silent", {})
+        chosen = [(step, steps[step]) for step in first_and_last(sorted(steps))]
+        chosen += [(step, silent[step]) for step in sorted(silent)[-1:]]
+        held = HeldOut(f"benchmark {name}", {}, [])
+        for step, path in chosen:
+            try:
+                add_round(held, f"step {step}", judge_file(path), benchmark_folder(run, name))
+            except EvalError as error:
+                problems.append(str(error))
+        found += [held] if held.rounds else []
+    return found
+
+
+def benchmark_folder(run: Run, name: str) -> Path | None:
+    """The recordings of a benchmark of ``--eval_benchmark``, as the run's settings have it."""
+    flags = (run.config or {}).get("flags", {})
+    files, folders = ((flags.get(flag) or "").split(",") for flag in ("eval_benchmark", "eval_audio_dir"))
+    folders = folders * len(files) if len(folders) == 1 else folders
+    return next((Path(b) for a, b in zip(files, folders, strict=False) if b and Path(a).stem == name), None)
+
+
+def read_results(results: dict[str, Path]) -> list[HeldOut]:
+    """Result files by name; those that share a question are rounds of answers to the same questions.
+
+    :raises EvalError: if one cannot be read.
+    """
+    found: list[HeldOut] = []
+    for name, path in results.items():
+        verdicts = judge_file(path)
+        keys = {result_key(row) for row in verdicts.rows}
+        held = next((each for each in found if keys & each.items.keys()), None)
+        if held is None:
+            held = HeldOut("result files" if not found else f"result files {len(found) + 1}", {}, [])
+            found.append(held)
+        add_round(held, name, verdicts, result_folder(path))
+    return found
+
+
+def result_folder(path: Path) -> Path | None:
+    """The recordings of a result file, as the score file beside it has it."""
+    try:
+        settings = json.loads(path.with_suffix(".score.json").read_text(encoding="utf-8"))["run"]
+        return Path(settings["audio_dir"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # another program's result file has none
+
+
+def result_key(row: dict[str, Any]) -> Key:
+    """What tells a question of a result file apart: its id, and all of it, since benchmarks have had releases."""
+    return (str(row.get("id")), row.get("question"), tuple(row["choices"]), row["answer"])
+
+
+def add_round(held: HeldOut, name: str, verdicts: Verdicts, folder: Path | None) -> None:
+    """Add the answers of a result file.
+
+    :param folder: Of the recordings, if it is known.
+    """
+    main, audio_key = verdicts.benchmark.breakdowns[0], verdicts.benchmark.audio_key
+    answers = {}
+    for row, right in zip(verdicts.rows, verdicts.right, strict=True):
+        raw = row.get("raw_output", row[verdicts.key])
+        said = row[verdicts.key] if row[verdicts.key] in row["choices"] else what_was_said(raw, row["choices"])
+        answers[result_key(row)] = Answer(shorten(raw), said, right, None)
+        audio = find_audio(row[audio_key], folder) if folder and isinstance(row.get(audio_key), str) else None
+        item = Item(str(row.get(main) or ""), shorten(str(row.get("question"))), row["choices"], row["answer"], audio)
+        held.items.setdefault(result_key(row), item)
+    held.rounds.append(Round(name, any(row.get("silent_audio") for row in verdicts.rows), answers))
+
+
+# ------------------------------------------------------------------------------------------------------------- accuracy
+class Cell(NamedTuple):
+    """A share of right answers."""
+
+    accuracy: float
+    interval: tuple[float, float] | None  # 95 %, Wilson; None where the number of answers is not known
+    right: int
+    total: int
+
+
+def make_cell(verdicts: Sequence[bool]) -> Cell | None:
+    """The share of right answers among verdicts; None of none."""
+    right, total = sum(verdicts), len(verdicts)
+    return Cell(right / total, wilson_interval(right, total), right, total) if total else None
+
+
+def accuracy_table(run: Run, sets: Sequence[HeldOut], last: int) -> dict[str, Any]:
+    """Accuracies by question type, in training and of every round of held-out answers.
+
+    :param last: Training steps that are counted.
+    :return: ``columns``: title, note, and whether the model heard silence; ``rows``: name, chance level and cells.
+    """
+    training, note = training_accuracy(run, last)
+    columns = [("sampled training accuracy", note, False)] if training else []
+    cells: list[dict[str, Cell | None]] = [training] if training else []
+    chances: dict[str, list[float]] = defaultdict(list)
+    for held in sets:
+        groups = {"all": list(held.items)} | held.kinds()
+        for each in held.rounds:
+            columns.append((f"held-out, {held.name}", each.name, each.silent))
+            verdicts = {
+                kind: [each.answers[k].right for k in keys if k in each.answers] for kind, keys in groups.items()
+            }
+            cells.append({kind: make_cell(right) for kind, right in verdicts.items()})
+        for kind, keys in groups.items():
+            chances[kind] += [1 / len(c) for key in keys if (c := held.items[key].choices)]
+    kinds = dict.fromkeys(["all", *sorted({kind for column in cells for kind in column})])
+    rows = [
+        (kind, sum(chances[kind]) / len(chances[kind]) if chances[kind] else None, [c.get(kind) for c in cells])
+        for kind in kinds
+    ]
+    return {"columns": columns, "rows": rows if columns else []}
+
+
+def training_accuracy(run: Run, last: int) -> tuple[dict[str, Cell | None], str]:
+    """Accuracy of the responses of the last training steps, which are sampled, by question type.
+
+    The interval counts prompts and not responses, since the responses to a prompt are alike; this makes it rather too
+    wide than too narrow.
+
+    :return: Nothing where the run records no accuracy; and a note for the reader.
+    """
+    name = "rollout/accuracy_reward"
+    flags = (run.config or {}).get("flags", {})
+    prompts, samples = flags.get("rollout_batch_size"), flags.get("n_samples_per_prompt")
+    kind = main_kind(found[1] for metric in run.metrics if (found := re.match(f"{name}/([^/]+)/", metric)))
+    values = {"all": (name, None)} | {
+        metric.removeprefix(f"{name}/{kind}/"): (metric, metric.replace(name, "rollout/share", 1))
+        for metric in run.metrics
+        if kind is not None and metric.startswith(f"{name}/{kind}/")
+    }
+    found: dict[str, Cell | None] = {}
+    for value, (metric, share) in values.items():
+        accuracies = run.metrics.get(metric, [])[-last:]
+        shares = run.metrics.get(share, [])[-last:] if share else [1.0] * len(accuracies)
+        pairs = [(a, s) for a, s in zip(accuracies, shares, strict=False) if a is not None and s]
+        weight = sum(s for _, s in pairs)
+        if not weight:
+            continue
+        accuracy = min(1.0, sum(a * s for a, s in pairs) / weight)
+        if prompts and samples:
+            asked, total = weight * prompts, round(weight * prompts * samples)
+            found[value] = Cell(accuracy, wilson_interval(accuracy * asked, asked), round(accuracy * total), total)
+        else:
+            found[value] = Cell(accuracy, None, 0, 0)
+    steps = run.steps[-last:]
+    warmth = f", temperature {flags['temperature']}" if "temperature" in flags else ""
+    return found, f"steps {steps[0]} to {steps[-1]}{warmth}"
+
+
+def comparisons(held: HeldOut) -> list[dict[str, Any]]:
+    """Rounds against each other on the questions that both have, over all and by question type.
+
+    Later rounds are compared with the first; those in silence with the last one that heard the sound.
+    """
+    heard = held.heard
+    pairs = [(heard[0], each) for each in heard[1:]] + [(heard[-1], r) for r in held.rounds if r not in heard]
+    groups = {"all": list(held.items)} | held.kinds()
+    found = []
+    for first, second in pairs:
+        rows = []
+        for kind, keys in groups.items():
+            shared = [key for key in keys if key in first.answers and key in second.answers]
+            if shared:
+                verdicts = ([each.answers[key].right for key in shared] for each in (first, second))
+                rows.append((kind, paired(*verdicts)))
+        left_out = [
+            len(each.answers.keys() - other.answers.keys()) for each, other in ((first, second), (second, first))
+        ]
+        found.append({"first": first, "second": second, "rows": rows, "left_out": left_out})
+    return [each for each in found if each["rows"]]
+
+
+# ----------------------------------------------------------------------------------------------------------- confusions
+def confusions(held: HeldOut) -> dict[str, Any]:
+    """What the last round with sound answered in place of what was right.
+
+    :return: ``round``; ``right`` and ``total``; ``pairs``: the most frequent mistakes, each with kind, gold, said, how
+        often, and of how many questions; ``tables``: one for each question type, see :func:`confusion_table`.
+    """
+    last = held.heard[-1]
+    counts: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+    wrong: Counter[tuple[str, str, str]] = Counter()
+    for key, item in held.items.items():
+        if (answer := last.answers.get(key)) is not None:
+            counts[item.kind][item.gold, answer.said] += 1
+            if not answer.right:
+                wrong[item.kind, item.gold, answer.said] += 1
+    pairs = [
+        {"kind": kind, "gold": gold, "said": said, "times": times, "of": asked(counts[kind])[gold]}
+        for (kind, gold, said), times in sorted(wrong.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_PAIRS]
+    ]
+    everything = sum(counts.values(), Counter())
+    groups = [("", everything), *sorted(counts.items())] if len(counts) > 1 else [("", everything)]
+    tables = [{"kind": kind, **table} for kind, found in groups if (table := confusion_table(found))]
+    total = len(last.answers)
+    return {
+        "round": last,
+        "right": total - sum(wrong.values()),
+        "total": total,
+        "kinds_of_mistakes": len(wrong),
+        "pairs": pairs,
+        "tables": tables,
+    }
+
+
+def asked(counts: Counter[tuple[str, str]]) -> Counter[str]:
+    """How often each answer was the right one."""
+    found: Counter[str] = Counter()
+    for (gold, _), times in counts.items():
+        found[gold] += times
+    return found
+
+
+def confusion_table(counts: Counter[tuple[str, str]]) -> dict[str, Any] | None:
+    """Right answers against what was answered.
+
+    :param counts: Of right answer and answer.
+    :return: ``columns``: what was answered; ``rows``: right answer, number of questions, and for each column how often,
+        the shade from 0 to 5, and whether it is right; ``left_out``: right answers that :data:`MOST_ANSWERS` leaves no
+        room for. None where there is a single right answer, or the table would leave out most of the questions.
+    """
+    golds = asked(counts)
+    shown = [gold for gold, _ in sorted(golds.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_ANSWERS]]
+    if len(shown) < 2 or sum(golds[gold] for gold in shown) < sum(golds.values()) / 2:
+        return None
+    others: Counter[str] = Counter()  # answers that are right for no question
+    for (_, said), times in counts.items():
+        others[said] += times if said not in golds and said not in (OTHER, NO_ANSWER) else 0
+    columns = [*shown, *(said for said, times in others.most_common(MOST_ANSWERS - len(shown)) if times)]
+    rows = []
+    for gold in shown:
+        cells = dict.fromkeys([*columns, OTHER, NO_ANSWER], 0)
+        for (right, said), times in counts.items():
+            if right == gold:
+                cells[said if said in cells else OTHER] += times
+        rows.append((gold, golds[gold], cells))
+    columns += [said for said in (OTHER, NO_ANSWER) if said == NO_ANSWER or any(cells[said] for _, _, cells in rows)]
+    shaded = [
+        (gold, total, [(cells[said], -(-5 * cells[said] // total), said == gold) for said in columns])
+        for gold, total, cells in rows
+    ]
+    return {"columns": columns, "rows": shaded, "left_out": len(golds) - len(shown)}
