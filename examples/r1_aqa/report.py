@@ -30,7 +30,12 @@ def main() -> None:
         "the first, and one in silence with the last that heard the sound",
     )
     parser.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
-    parser.add_argument("--groups", type=int, default=80, help="most groups to listen to, and twice as many held-out questions (default: %(default)s)")
+    parser.add_argument(
+        "--groups",
+        type=int,
+        default=80,
+        help="most groups to listen to; questions: twice as many (default: %(default)s)",
+    )
     args = parser.parse_args()
     for path in (args.run / "metrics.jsonl", *args.compare):
         if not path.exists():
