@@ -48,6 +48,7 @@ from aqa.evaluation.items import (
     write_rows,
 )
 from aqa.evaluation.scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json
+from aqa.evaluation.variants import ask_again, further_answers
 from aqa.hosts.locate import lacks, not_installed
 
 if TYPE_CHECKING:
@@ -87,6 +88,12 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face folder, or hub name, of a Qwen2-Audio or Qwen2.5-Omni; a training run's folder means its "
         "final model, or its newest hf_step_NNNNNN where it has not ended",
     )
+    g.add_argument(
+        "--lora_scale",
+        type=float,
+        default=1.0,
+        help="for a LoRA adapter: multiply what it adds to the weights; 0 is the base model (default: 1)",
+    )
     g.add_argument("--base_model", help="for a LoRA adapter: the model it was trained on (default: the one it names)")
     g = parser.add_argument_group("benchmark")
     g.add_argument(
@@ -110,10 +117,20 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument(
         "--silent_audio",
-        action=flag,
-        default=False,
-        help="ablation: replace every clip by silence of the same length, to see what the model knows without "
-        "listening; all output says so",
+        nargs="?",
+        choices=["no", "only", "also"],
+        default="no",
+        const="only",
+        help="replace every clip by silence of the same length, to see what the model knows without listening. only "
+        "(the default where no value is given): an ablation, and all output says so; also: ask each question with "
+        "sound and in silence, which becomes a column of the table",
+    )
+    g.add_argument(
+        "--option_orders",
+        type=int,
+        default=1,
+        help="ask each question with its options in this many orders, each beginning with another option, and report "
+        "how much the accuracy depends on it; the score is that of the file's own order (default: 1)",
     )
     g.add_argument(
         "--skip_bad_audio",
@@ -169,7 +186,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     """Check the flags; return one message per problem."""
     problems = not_installed("torch", "transformers", "soundfile")
     problems += lacks("vllm", "--engine vllm") if args.engine == "vllm" else []
-    for name in ("batch_size", "max_new_tokens", "tensor_parallel_size", "limit"):
+    for name in ("batch_size", "max_new_tokens", "tensor_parallel_size", "limit", "option_orders"):
         value = getattr(args, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value}: must be at least 1")
@@ -210,26 +227,34 @@ def evaluate(args: argparse.Namespace) -> None:
     if out.suffix not in benchmark.suffixes:
         ends = " or ".join(benchmark.suffixes)
         raise EvalError(f"--out_file {out}: must end in {ends}, the only format that {benchmark.title}'s script reads")
-    model = resolve_model(args.model_path, args.base_model)
+    model = resolve_model(args.model_path, args.base_model, args.lora_scale)
     if model.adapter is not None and (problems := lacks("peft", f"the LoRA adapter {model.adapter}")):
         raise EvalError(*problems)
     trained_to_think = asked_to_think(model)
     if args.think is None:
         args.think = trained_to_think == 1
     items = make_items(rows, benchmark, Path(args.audio_dir), args.think, args.confine_audio, args.limit)
+    again = ask_again(items, args.option_orders, args.silent_audio == "also", args.think, len(rows))
     announce(args, benchmark, items, model, trained_to_think)
     announce_answers(rows, items)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with lock(out.with_suffix(".lock"), f"--out_file {out}"):
-        ask_and_score(args, benchmark, items, model, trained_to_think)
+        ask_and_score(args, benchmark, items, again, len(rows), model, trained_to_think)
 
 
 def ask_and_score(
-    args: argparse.Namespace, benchmark: Benchmark, items: Sequence[Item], model: Model, trained_to_think: float | None
+    args: argparse.Namespace,
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    again: Sequence[Item],
+    stride: int,
+    model: Model,
+    trained_to_think: float | None,
 ) -> None:
     """Ask the questions, write and score the answers; the files beside ``--out_file`` are this process's alone.
 
+    :param again: The same questions, asked in other ways; see :func:`ask_again`, also for ``stride``.
     :param trained_to_think: Share of the model's training rows that asked for the thinking process; None: unknown.
     :raises EvalError: for what the user can correct.
     """
@@ -243,19 +268,23 @@ def ask_and_score(
     from aqa.audio.reader import AudioReader
 
     reader = AudioReader(args.sandbox_audio)
-    if len(done) < len(items):
+    if len(done) < len(items) + len(again):
         check_device(args)
     lengths, bad, silent = check_audio(items, reader)
     report_audio(items, bad, silent, skip_bad=args.skip_bad_audio)
+    audio = {item.audio: lengths[item.index] for item in items if item.index in lengths}
+    lengths |= {item.index: audio[item.audio] for item in again if item.audio in audio}
     done = {index: raw for index, raw in done.items() if index in lengths}
     if done:
         print(f"continuing: {len(done)} answers were finished before")
 
-    timing = ask(args, model, items, lengths, done, partial, out.with_suffix(".log"), reader)
+    timing = ask(args, model, [*items, *again], lengths, done, partial, out.with_suffix(".log"), reader)
     responses = [done.get(item.index, "") for item in items]
     answers = [extract_answer(raw, item.row["choices"]) for item, raw in zip(items, responses, strict=True)]
     predictions = [answer.text for answer in answers]
-    results = result_rows(items, zip(predictions, responses, strict=True), benchmark, args.silent_audio)
+    results = result_rows(items, zip(predictions, responses, strict=True), benchmark, args.silent_audio == "only")
+    ways = (args.option_orders, args.silent_audio == "also", stride)
+    results = [row | further_answers(item, done, *ways) for row, item in zip(results, items, strict=True)]
     scores = None
     if items[0].gold is not None:
         scores = score(judge(results, benchmark)) | describe_answers(answers, responses, args.think)
@@ -282,7 +311,7 @@ def announce(
     if trained_to_think == 1 - args.think:
         habit = "to think before it answers" if trained_to_think else "to answer at once"
         print(f"WARNING: the model was trained {habit}, and is asked otherwise", file=sys.stderr)
-    if args.silent_audio:
+    if args.silent_audio == "only":
         print("ABLATION: silence of the same length in place of every clip")
 
 
@@ -364,7 +393,14 @@ def ask(
     with output_to_log(log) as screen:
         processor = load_processor(model)
         jobs = [
-            Job(item.index, render(processor, item.prompt), item.audio, lengths[item.index], args.silent_audio, reader)
+            Job(
+                item.index,
+                render(processor, item.prompt),
+                item.audio,
+                lengths[item.index],
+                item.silent or args.silent_audio == "only",
+                reader,
+            )
             for item in items
             if item.index in lengths
         ]
@@ -454,7 +490,7 @@ def identity(args: argparse.Namespace, benchmark: Benchmark, model: Model) -> di
         "dtype": args.dtype,
         "max_new_tokens": args.max_new_tokens,
         "think": args.think,
-        "silent_audio": args.silent_audio,
+        "silent_audio": args.silent_audio == "only",
     }
 
 

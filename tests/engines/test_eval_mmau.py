@@ -284,6 +284,62 @@ def test_vllm_refuses_weights_that_it_cannot_load(tiny_model, tmp_path):
         engines.VLLMEngine(model, None, settings, [])
 
 
+def test_other_orders_and_silence_are_asked_beside(tmp_path, flags, tiny_model, demo_data, questions, capsys):
+    """As transformers answers the question with its options in that order, worked out here; silence in a file."""
+    rows = json.loads(questions.read_text())
+    out = tmp_path / "out.json"
+    status, text = run_main(capsys, *flags, "--out_file", out, "--option_orders", 3, "--silent_audio", "also")
+    assert status == 0, text
+    results = json.loads(out.read_text())
+    for k in range(3):
+        moved = [row | {"choices": row["choices"][k:] + row["choices"][:k]} for row in rows]
+        said = [row["option_orders"][k] for row in results]
+        assert [each["raw_output"] for each in said] == plain_answers(tiny_model, moved, demo_data)
+        for row, there, each in zip(rows, moved, said, strict=True):
+            assert [row["choices"][i] for i in each["order"]] == there["choices"]
+            assert each["prediction"] in row["choices"]
+    for row in rows:
+        samples, rate = soundfile.read(find_audio(row["audio_id"], demo_data))
+        row["audio_id"] = str(tmp_path / f"silence_{row['id']}.wav")
+        soundfile.write(row["audio_id"], 0 * samples, rate)
+    heard_nothing = [row["in_silence"]["raw_output"] for row in results]
+    questions.write_text(json.dumps(rows))
+    status, text = run_main(capsys, *flags, "--out_file", tmp_path / "silent.json")
+    assert heard_nothing == [row["raw_output"] for row in json.loads((tmp_path / "silent.json").read_text())]
+    status, text = run_main(capsys, *flags, "--out_file", tmp_path / "more.json", "--option_orders", 99)
+    assert status == 2 and "--option_orders 99: the questions have at most 4 options" in text
+
+
+def test_an_adapter_is_merged_times_its_scale(tiny_model, tmp_path):
+    """W + scale * alpha / r * B A (Hu et al. 2021, section 4.1), in transformers and in the folder that vLLM loads."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    base = Qwen2AudioForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    (name,) = [name for name in before if name.endswith("layers.0.self_attn.q_proj.weight") and "language" in name]
+    adapted = get_peft_model(base, LoraConfig(r=2, lora_alpha=6, target_modules=[name.removesuffix(".weight")]))
+    a, b = (p for n, p in adapted.named_parameters() if "lora_" in n)
+    torch.nn.init.normal_(b)
+    adapted.save_pretrained(tmp_path)
+    settings = engines.Settings(max_new_tokens=4, batch_size=4, dtype="float32")
+    for scale in (0.0, 0.5, 1.0):
+        model = resolve_model(str(tmp_path), str(tiny_model), scale)
+        weights = dict(engines.load_model(model, settings, "cpu").named_parameters())
+        expected = before | {name: before[name] + scale * 6 / 2 * b @ a}
+        torch.testing.assert_close(weights, expected)
+        assert (scale == 1) == (model.identity() == resolve_model(str(tmp_path), str(tiny_model)).identity())
+    processor = engines.load_processor(model)
+    with engines.merged(resolve_model(str(tmp_path), str(tiny_model), 0.5), processor, settings) as folder:
+        assert engines.weight_names(Path(folder.path)) == engines.weight_names(tiny_model)
+        whole = dict(engines.load_model(folder, settings, "cpu").named_parameters())
+        torch.testing.assert_close(whole, before | {name: before[name] + 1.5 * b @ a})
+        assert type(engines.load_processor(folder)) is type(processor)
+    assert not Path(folder.path).exists()
+    with pytest.raises(EvalError, match=r"--lora_scale 2.0: .* is a whole model"):
+        resolve_model(str(tiny_model), lora_scale=2.0)
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 def test_mistakes_end_with_a_message_before_any_model_is_loaded(tmp_path, flags, demo_data, capsys, monkeypatch):
     monkeypatch.setattr(eval_mmau, "ask", lambda *_: pytest.fail("a model would have been loaded"))

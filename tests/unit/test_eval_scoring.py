@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from aqa.data.prompts import choices_in
+from aqa.evaluation.answers import extract_answer
 from aqa.evaluation.benchmarks import ADQA, MMAR, MMAU, MMSU
 from aqa.evaluation.items import EvalError, make_items, read_rows, result_rows
 from aqa.evaluation.scoring import (
@@ -24,7 +26,8 @@ from aqa.evaluation.scoring import (
     score_table,
     wilson_interval,
 )
-from aqa.rewards.choices import is_right
+from aqa.evaluation.variants import ask_again, describe_orders, further_answers
+from aqa.rewards.choices import is_right, rotated
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -312,6 +315,69 @@ def test_compare_refuses_what_cannot_be_paired():
         compare(first, judge([row | {"answer": "cat"} for row in rows], MMAU))
     with pytest.raises(EvalError, match="one file is of MMAU, the other of MMAR"):
         compare(first, judge(rows_of("dog", key="answer_prediction"), MMAR))
+
+
+# ------------------------------------------------------------------------------------------------- asked in other ways
+@pytest.mark.parametrize(
+    ("choices", "shift", "expected"),
+    [
+        (["a b", "c", "d"], 1, ["c", "d", "a b"]),
+        (["a", "b", "c"], 2, ["c", "a", "b"]),
+        (["(A) rain", "(B) bell", "(C) car"], 1, ["(A) bell", "(B) car", "(C) rain"]),
+        (["1. rain", "2. bell"], 1, ["1. bell", "2. rain"]),
+        (["(A) rain", "bell"], 1, ["bell", "(A) rain"]),
+        (["(A) rain", "(B) bell"], 0, ["(A) rain", "(B) bell"]),
+    ],
+)
+def test_labels_stay_in_place_when_options_go_round(choices, shift, expected):
+    assert rotated(choices, shift) == expected
+
+
+@pytest.mark.parametrize("benchmark", [MMAU, MMSU], ids=lambda b: b.name)
+def test_orders_and_silence_in_the_scores(tmp_path, benchmark):
+    """Three questions with four, four and two options, whose right one is the first, third and second. One model always
+    takes the first option: right in order 0 for the first question, in order 2 for the second, in 1 (and 3) for the
+    third. The other knows, but hears nothing in silence."""
+    rows = [
+        {"id": i, "question": "?", "choices": choices, "answer": gold, benchmark.audio_key: "x.wav", "task": "t"}
+        for i, (choices, gold) in enumerate(
+            [(["a", "b", "c", "d"], "a"), (["(A) e", "(B) f", "(C) g", "(D) h"], "(C) g"), (["y", "n"], "n")]
+        )
+    ]
+    if benchmark is MMSU:
+        for row in rows:
+            row |= {f"choice_{letter}": choice for letter, choice in zip("abcd", row["choices"], strict=False)}
+            row |= {"answer_gt": row["answer"], "category": "t", "sub-category": "s"}
+    items = make_items(rows, benchmark, tmp_path, False)
+    again = ask_again(items, 4, True, False, stride=3)
+    assert [item.index for item in again] == [3, 4, 5, 6, 7, 9, 10, -1, -2, -3]  # n and y come round after two
+    assert "['(A) f', '(B) g', '(C) h', '(D) e']" in next(item for item in again if item.index == 4).prompt
+
+    def results(answer):
+        said = {item.index: answer(item, choices_in(item.prompt)) for item in [*items, *again]}
+        first = [(extract_answer(said[item.index], item.row["choices"]).text, said[item.index]) for item in items]
+        ways = [further_answers(item, said, 4, True, 3) for item in items]
+        return [row | way for row, way in zip(result_rows(items, first, benchmark, False), ways, strict=True)]
+
+    scores = score(judge(results(lambda item, shown: shown[0]), benchmark))
+    assert scores["option_orders"]["accuracies"] == [1 / 3, 1 / 3, 1 / 3, 1 / 3]
+    assert scores["option_orders"]["agreement"] == 0 == scores["option_orders"]["std"]
+    knows = ["a", "g", "n"]
+
+    def knowing(item, shown):
+        return shown[1] if item.silent else next(c for c in shown if c.endswith(knows[item.index % 3]))
+
+    found = results(knowing)
+    assert found[1]["option_orders"][3] == {"order": [3, 0, 1, 2], "prediction": "(C) g", "raw_output": "(D) g"}
+    scores = score(judge(found, benchmark))
+    orders = {"accuracies": [1.0] * 4, "mean": 1, "least": 1, "greatest": 1, "std": 0, "agreement": 1}
+    assert (scores["accuracy"], scores["option_orders"]) == (1, orders)
+    assert scores["accuracy_in_silence"] == 1 / 3  # the second option is right for the third question
+    table = score_table(scores, "title")
+    assert re.search(r"95 % interval +in silence\noverall +3 +3 +100.00 % +\S+ to 100.0 +33.33 %\n", table)
+    assert "options in 4 orders: mean 100.00 %, 100.00 % to 100.00 %, standard deviation 0.00" in table
+    uneven = describe_orders([[True, False], [True, True], [False, False]], [["a", "b"], ["a", "c"], ["b", "c"]])
+    assert (uneven["mean"], uneven["least"], uneven["greatest"], uneven["std"]) == (0.5, 0, 1, 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------- answers all alike

@@ -98,6 +98,11 @@ class Benchmark:
         own = {"question": row.get(fields.question), "choices": fields.choices_of(row)}
         return row | own | ({"answer": row[fields.answer]} if fields.answer in row else {})
 
+    def answered(self, row: Row, prediction: str, raw: str) -> Row:
+        """A question with a prediction, under every key in use, as its script reads it."""
+        keys = dict.fromkeys(reversed(self.prediction_keys), prediction)
+        return row | keys | self.written(row, prediction, raw)
+
     def value(self, row: Row, field: str) -> str | None:
         """A row's value of a breakdown; None where it has none."""
         parts = [row.get(name) for name in field.split(" / ")]

@@ -29,6 +29,7 @@ class Model:
     processor: str  # folder or hub name of tokenizer and feature extractor
     adapter: str | None = None  # folder of a LoRA adapter on it
     note: str | None = None  # what the user should know about the choice
+    lora_scale: float = 1.0  # what the adapter adds to the weights is multiplied by it
 
     def identity(self) -> list[str]:
         """Path, and size and time of every weight file: these differ between two models."""
@@ -37,7 +38,7 @@ class Model:
             parts.append(place)
             files = sorted(file for pattern in _WEIGHTS for file in Path(place).glob(pattern))
             parts += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-        return parts
+        return parts if self.lora_scale == 1 else [*parts, f"lora_scale {self.lora_scale}"]
 
 
 def asked_to_think(model: Model) -> float | None:
@@ -52,27 +53,28 @@ def asked_to_think(model: Model) -> float | None:
     return None
 
 
-def resolve_model(model_path: str, base_model: str | None = None) -> Model:
+def resolve_model(model_path: str, base_model: str | None = None, lora_scale: float = 1.0) -> Model:
     """Find what to load.
 
     :param model_path: A Hugging Face folder, a LoRA adapter's folder, a training run's folder (its final model, or
         the newest ``hf_step_NNNNNN`` if there is none or it is older), or a name on the Hugging Face hub.
     :param base_model: For an adapter: the model that it was trained on; None: the one that the adapter names.
+    :param lora_scale: For an adapter: what it adds to the weights is multiplied by it.
     :raises EvalError: if there is nothing to load; a DeepSpeed checkpoint alone gets an explanation.
     """
     folder = Path(model_path)
     if not folder.exists():
         # a hub name has the form of a relative path: it is one only where not even the parent folder exists
         if _HUB_NAME.fullmatch(model_path) and not folder.parent.exists():
-            _refuse_base_model(base_model, model_path)
+            _refuse_adapters_flags(base_model, lora_scale, model_path)
             return Model(model_path, model_path)
         raise EvalError(f"--model_path {model_path}: does not exist")
     if not folder.is_dir():
         raise EvalError(f"--model_path {model_path}: is a file; give the folder that holds it")
     folder = folder.resolve()
     if (folder / "adapter_config.json").is_file():
-        return _adapter(folder, base_model)
-    _refuse_base_model(base_model, model_path)
+        return _adapter(folder, base_model, lora_scale)
+    _refuse_adapters_flags(base_model, lora_scale, model_path)
     lacking = missing_files(folder)
     steps = sorted(
         (int(match[1]), child)
@@ -134,7 +136,7 @@ def missing_files(folder: Path) -> list[str]:
     return lacking + missing_tokenizer(folder)
 
 
-def _adapter(folder: Path, base_model: str | None) -> Model:
+def _adapter(folder: Path, base_model: str | None, lora_scale: float) -> Model:
     config = _read_json(folder / "adapter_config.json")
     named = base_model or config.get("base_model_name_or_path")
     if not named:
@@ -150,12 +152,15 @@ def _adapter(folder: Path, base_model: str | None) -> Model:
     except EvalError as error:
         where = "--base_model" if base_model else "the base model that it names"
         raise EvalError(f"--model_path {folder}: a LoRA adapter, {where}: {error}; give --base_model") from error
-    return Model(base.path, base.processor, adapter=str(folder), note=f"a LoRA adapter on {base.path}")
+    note = f"a LoRA adapter on {base.path}" + (f", times {lora_scale}" if lora_scale != 1 else "")
+    return Model(base.path, base.processor, str(folder), note, lora_scale)
 
 
-def _refuse_base_model(base_model: str | None, model_path: str) -> None:
-    if base_model is not None:
-        raise EvalError(f"--base_model {base_model}: {model_path} is a whole model, not a LoRA adapter; leave it out")
+def _refuse_adapters_flags(base_model: str | None, lora_scale: float, model_path: str) -> None:
+    given = [f"--base_model {base_model}"] if base_model is not None else []
+    given += [f"--lora_scale {lora_scale}"] if lora_scale != 1 else []
+    if given:
+        raise EvalError(f"{', '.join(given)}: {model_path} is a whole model, not a LoRA adapter; leave it out")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

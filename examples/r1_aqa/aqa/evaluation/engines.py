@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -281,15 +282,16 @@ class HFEngine:
         return [decode(self.processor, row) for row in tokens.tolist()]
 
 
-def load_model(model: Model, settings: Settings) -> Any:
-    """The model in evaluation mode, on the GPU if there is one, with its adapter merged.
+def load_model(model: Model, settings: Settings, device: str | None = None) -> Any:
+    """The model in evaluation mode, with its adapter merged.
 
+    :param device: None: the GPU if there is one.
     :raises EvalError: as :class:`HFEngine`.
     """
     import torch
     import transformers
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, choose_dtype(settings.dtype))
     family = family_of(model)
     cls = family.model_class if family else transformers.Qwen2AudioForConditionalGeneration
@@ -301,14 +303,38 @@ def load_model(model: Model, settings: Settings) -> Any:
         shown = {kind: names[:5] for kind, names in wrong.items()}
         raise EvalError(f"{model.path}: is not a whole {family.name if family else 'Qwen2-Audio'} checkpoint: {shown}")
     if model.adapter is not None:
-        loaded = _with_adapter(loaded, model.adapter)
+        loaded = _with_adapter(loaded, model.adapter, model.lora_scale)
     return loaded.to(device).eval()
 
 
-def _with_adapter(model: Any, adapter: str) -> Any:
+def _with_adapter(model: Any, adapter: str, scale: float) -> Any:
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    adapted = PeftModel.from_pretrained(model, adapter)
+    if scale != 1 and (whole := adapted.peft_config["default"].modules_to_save):
+        raise EvalError(f"--lora_scale {scale}: {adapter} also holds whole modules, which have no scale: {whole}")
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(scale)
+    return adapted.merge_and_unload()
+
+
+@contextlib.contextmanager
+def merged(model: Model, processor: Any, settings: Settings) -> Iterator[Model]:
+    """A model that vLLM can load: the same, or for an adapter a temporary folder (``TMPDIR``) with it merged.
+
+    :raises EvalError: for an adapter on a model that is no Qwen2-Audio.
+    """
+    if model.adapter is None:
+        yield model
+        return
+    if family_of(model) is not None:
+        raise EvalError(f"{model.adapter}: an adapter on {model.path} is evaluated with --engine hf")
+    with tempfile.TemporaryDirectory(prefix="merged-adapter-") as folder:
+        load_model(model, settings, "cpu").save_pretrained(folder)
+        processor.save_pretrained(folder)
+        yield Model(folder, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------- vLLM
@@ -321,10 +347,17 @@ class VLLMEngine:
 
     def __init__(self, model: Model, processor: Any, settings: Settings, jobs: Sequence[Job]) -> None:
         _refuse_model(model)
+        self.processor = processor
+        self.queued = 0
+        with merged(model, processor, settings) as whole:
+            self.load(whole, settings, jobs)
+
+    def load(self, model: Model, settings: Settings, jobs: Sequence[Job]) -> None:
+        """Load the weights, which are not read again; parameters as for the class."""
         import torch
         from transformers import AutoConfig
 
-        family = family_of(model)
+        processor, family = self.processor, family_of(model)
         on_gpu = torch.cuda.is_available()
         dtype = choose_dtype(settings.dtype)
         max_model_len = longest_prompt(processor, jobs) + settings.max_new_tokens
@@ -366,8 +399,6 @@ class VLLMEngine:
             logit_bias={processor.tokenizer.convert_tokens_to_ids(processor.audio_token): -math.inf},
             detokenize=False,
         )
-        self.processor = processor
-        self.queued = 0
 
     def answer(self, jobs: Sequence[Job], finished: set[int]) -> Answers:
         """Ask all questions but those whose indices are ``finished``."""
@@ -394,8 +425,6 @@ class VLLMEngine:
 
 
 def _refuse_model(model: Model) -> None:
-    if model.adapter is not None:
-        raise EvalError(f"{model.adapter}: LoRA adapters are evaluated with --engine hf, or merged beforehand")
     renamed = [name for name in weight_names(Path(model.path)) if name.startswith(("model.", "lm_head."))]
     if renamed:
         raise EvalError(

@@ -41,12 +41,13 @@ class EvalError(ValueError):
 class Item:
     """One question."""
 
-    index: int  # its place in the file, from 0
+    index: int  # its place in the file, from 0; another number where it is asked again
     label: str  # its name in messages
     row: dict[str, Any]  # all its fields
     prompt: str  # the text of the user's turn, as in training
     audio: Path
     gold: str | None  # text of the right choice; None on all items where the file withholds the answers
+    silent: bool = False  # ask with silence in place of the recording
 
 
 def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[str, Any]]]:
@@ -276,11 +277,7 @@ def result_rows(
     """
     mark = {"silent_audio": True} if silent_audio else {}
     return [
-        item.row
-        | dict.fromkeys(reversed(benchmark.prediction_keys), prediction)
-        | benchmark.written(item.row, prediction, raw)
-        | {"raw_output": raw}
-        | mark
+        benchmark.answered(item.row, prediction, raw) | {"raw_output": raw} | mark
         for item, (prediction, raw) in zip(items, answers, strict=True)
     ]
 

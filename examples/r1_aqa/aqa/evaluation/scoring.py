@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from aqa.evaluation.benchmarks import Benchmark
 from aqa.evaluation.items import EvalError, answer_texts, read_rows, several
+from aqa.evaluation.variants import describe_orders
 
 COLLAPSE_FROM, COLLAPSE_SHARE, COLLAPSE_RIGHT = 10, 0.95, 0.8  # answers; shares of them
 Z95 = 1.959963984540054  # standard normal quantile at 97.5 %
@@ -31,7 +32,29 @@ class Verdicts:
     key: str  # the field that the predictions were read from
     rows: list[dict[str, Any]]  # the rows that have a prediction
     right: list[bool]  # for each of them
-    left_out: int  # rows without a prediction key
+    left_out: int  # rows without a prediction that the script reads
+
+    @property
+    def in_silence(self) -> list[bool] | None:
+        """The verdicts on what was answered without sound; None unless all rows have that."""
+        said = [row.get("in_silence") for row in self.rows]
+        return None if None in said else [self._again(row, each) for row, each in zip(self.rows, said, strict=True)]
+
+    @property
+    def option_orders(self) -> list[list[bool]]:
+        """The verdicts on the answers to each order of the options; empty unless all rows have equally many."""
+        orders = [row.get("option_orders", []) for row in self.rows]
+        if len({len(each) for each in orders}) > 1:
+            return []
+        return [
+            [self._again(row, said) for row, said in zip(self.rows, each, strict=True)]
+            for each in zip(*orders, strict=True)
+        ]
+
+    def _again(self, row: dict[str, Any], said: dict[str, str]) -> bool:
+        """The verdict with another answer; one that the script cannot read is wrong."""
+        answered = self.benchmark.answered(row, said["prediction"], said["raw_output"])
+        return bool(self.benchmark.verdict(answered, self.benchmark.prediction_keys[0]))
 
 
 def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
@@ -82,14 +105,18 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return (0.0 if correct == 0 else low), (1.0 if correct == total else high)  # otherwise rounding leaves 1e-17
 
 
-def tally(right: Sequence[bool]) -> dict[str, Any]:
-    """Accuracy of at least one verdict: accuracy (fraction), correct, total, interval_95 (fractions)."""
+def tally(right: Sequence[bool], in_silence: Sequence[bool] | None = None) -> dict[str, Any]:
+    """Accuracy of at least one verdict: accuracy (fraction), correct, total, interval_95 (fractions).
+
+    :param in_silence: The verdicts without sound, whose accuracy is added.
+    """
     correct, total = sum(right), len(right)
     return {
         "accuracy": correct / total,
         "correct": correct,
         "total": total,
         "interval_95": list(wilson_interval(correct, total)),
+        **({} if in_silence is None else {"accuracy_in_silence": sum(in_silence) / total}),
     }
 
 
@@ -98,22 +125,32 @@ def score(verdicts: Verdicts) -> dict[str, Any]:
 
     :return: What :func:`tally` says of all rows; under ``by`` the same for each value of each breakdown.
     """
-    benchmark = verdicts.benchmark
+    benchmark, silent, orders = verdicts.benchmark, verdicts.in_silence, verdicts.option_orders
+
+    def of(places: Sequence[int]) -> dict[str, Any]:
+        return tally([verdicts.right[i] for i in places], None if silent is None else [silent[i] for i in places])
+
     by = {
-        field: {value: tally([verdicts.right[i] for i in places]) for value, places in groups.items()}
+        field: {value: of(places) for value, places in groups.items()}
         for field in benchmark.breakdowns
         if (groups := group(verdicts.rows, lambda row, field=field: benchmark.value(row, field)))
     }
     values = [[(field, benchmark.value(row, field)) for field in by] for row in verdicts.rows]
     types = [[f"{field} {value}" for field, value in each if value is not None] for each in values]
-    said = [Said(benchmark.said(row, verdicts.key), row["answer"], row["choices"]) for row in verdicts.rows]
+    quiet = [None if silent is None else row["in_silence"]["prediction"] for row in verdicts.rows]
+    said = [
+        Said(benchmark.said(row, verdicts.key), row["answer"], row["choices"], in_silence)
+        for row, in_silence in zip(verdicts.rows, quiet, strict=True)
+    ]
+    predictions = [[row["option_orders"][k]["prediction"] for row in verdicts.rows] for k in range(len(orders))]
     correct, everything = sum(verdicts.right), len(verdicts.rows) + verdicts.left_out
     return {
         "benchmark": benchmark.name,
-        **tally(verdicts.right),
+        **of(range(len(verdicts.rows))),
         "without_prediction": verdicts.left_out,
         "of_all": {"accuracy": correct / everything, "correct": correct, "total": everything},
         "silent_audio": any(row.get("silent_audio") for row in verdicts.rows),
+        "option_orders": describe_orders(orders, predictions) if orders else None,
         "by": by,
         "collapsed": find_collapsed(said, types),
     }
@@ -182,15 +219,22 @@ def score_table(scores: dict[str, Any], title: str) -> str:
     lines = [title]
     if scores["silent_audio"]:
         lines.append("ABLATION: silence of the same length in place of every clip; these are no benchmark scores")
-    lines.append(f"{'':{width}}correct   total   accuracy   95 % interval")
+    column = "accuracy_in_silence" in scores
+    lines.append(f"{'':{width}}correct   total   accuracy   95 % interval" + "   in silence" * column)
     for name, entry in groups:
         if entry is None:
             lines.append(name)
             continue
-        low, high = entry["interval_95"]
+        interval = "{:.1f} to {:.1f}".format(*(100 * bound for bound in entry["interval_95"]))
         lines.append(
             f"{name:{width}}{entry['correct']:7}{entry['total']:8}{percent(entry['accuracy']):>11}   "
-            f"{low * 100:.1f} to {high * 100:.1f}"
+            + (f"{interval:13}{percent(entry['accuracy_in_silence']):>13}" if column else interval)
+        )
+    if orders := scores["option_orders"]:
+        lines.append(
+            f"options in {len(orders['accuracies'])} orders: mean {percent(orders['mean'])}, "
+            f"{percent(orders['least'])} to {percent(orders['greatest'])}, standard deviation "
+            f"{orders['std'] * 100:.2f} points; the same answer in every order: {percent(orders['agreement'])}"
         )
     if scores["without_prediction"]:
         every = scores["of_all"]

@@ -74,6 +74,17 @@ def is_right(prediction: str, answer: str, choices: Sequence[str]) -> bool:
     return bool(said) and wanted <= said and not said & forbidden
 
 
+def rotated(choices: Sequence[str], shift: int) -> list[str]:
+    """The choices from number ``shift`` on, then those before it; labels that all carry ("(A) dog") stay in place."""
+    places = [(place + shift) % len(choices) for place in range(len(choices))]
+    options = _options(choices)
+    if not options.labelled or shift == 0:
+        return [choices[i] for i in places]
+    plain = [choice.translate(_WIDE).strip() for choice in choices]
+    labels = [text.removesuffix(bare) for text, bare in zip(plain, options.bare, strict=True)]
+    return [label + options.bare[i] for label, i in zip(labels, places, strict=True)]
+
+
 class _Options(NamedTuple):
     """A question's choices, ready to be looked up."""
 
