@@ -65,7 +65,7 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
 
     from reward_models_utils import find_reward
 
-    reward_fn = find_reward(args.reward)
+    reward_fn = find_reward(args.reward, args.reward_weights, words=args.reward_words, group=args.n_samples_per_prompt)
     strategy.print(banner(args, strategy))
     for warning in find_warnings(args):
         strategy.print(f"WARNING: {warning}")

@@ -98,6 +98,13 @@ CASES = {
         1,
         ("--use_cispo", "--eps_clip_high", 0.02, *GEO, "--max_epochs", 2, *TWO_STEPS),
     ),
+    "GDPO, three rewards, overlong penalty": (
+        1,
+        (
+            *("--advantage_estimator", "gdpo", "--reward", "accuracy+format+gradient_capture:vowels"),
+            *("--reward_weights", 1, 1, 0.5, *OVERLONG),
+        ),
+    ),
     "two rollouts a step, truncated masked": (1, ("--train_batch_size", 32, *CUT)),
     "LoRA on ZeRO-3": (2, ("--lora_rank", 2, "--lora_alpha", 4, "--zero_stage", 3)),
     "Qwen2.5-Omni, two steps": (1, ("--eps_clip", 0.01, *TWO_STEPS)),
@@ -191,6 +198,14 @@ class Oracle:
         (2025): KL in the reward, returns, and whitening over all tokens, its baseline version after the group's mean.
         """
         n, estimator = self.args["n_samples_per_prompt"], self.args["advantage_estimator"]
+        if estimator == "gdpo":  # GDPO (2026): each part by itself within the group, the sum over the batch
+            names = {**self.args["reward_parts"], "overlong_penalty": 1.0}
+            parts = torch.tensor([[item["reward_metrics"][name] for name in names] for item in items]).double()
+            groups = parts.reshape(-1, n, len(names))
+            groups = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+            total = (groups.flatten(0, 1) * torch.tensor(list(names.values()))).sum(1)
+            total = (total - total.mean()) / total.std(correction=0)
+            return [score.expand(len(item["old"])) for score, item in zip(total, items, strict=True)]
         rewards = torch.tensor([self.reward(item) for item in items], dtype=torch.float64).reshape(-1, n)
         mean = rewards.mean(1, keepdim=True)
         scores = {

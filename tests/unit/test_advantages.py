@@ -176,6 +176,22 @@ def test_advantages_of_every_estimator_by_hand(monkeypatch, estimator, first, ot
     torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)  # the digits written here
 
 
+def test_gdpo_by_hand(monkeypatch):
+    """Two groups of two responses, parts (1, 0) and (1, 1), then (1, 0) and (0, 1), weighed 1 and 2.
+
+    A group's 1 and 0 become +-0.5 / (sqrt(0.5) + 1e-4) = +-0.707007. The sums over parts, -1.414, +1.414, then 0.707 -
+    1.414 and its negative, have mean 0 and the variance 0.707007^2 * (4 + 4 + 1 + 1) / 4: +-2 and +-1 over sqrt(2.5).
+    GRPO would have seen 1 and 3, then 1 and 2.
+    """
+    items = make_items([1.0, 3.0, 1.0, 2.0], [2, 1, 1, 1])
+    for item, first, second in zip(items, (1.0, 1.0, 1.0, 0.0), (0.0, 1.0, 0.0, 1.0), strict=True):
+        item.reward_metrics = {"accuracy_reward": first, "format_reward": second}
+    weights = {"accuracy_reward": 1.0, "format_reward": 2.0}
+    make_maker(monkeypatch, "gdpo", reward_parts=weights).add_advantages(items)
+    expected = torch.tensor([-1.264911, -1.264911, 1.264911, -0.632456, 0.632456])  # by token
+    torch.testing.assert_close(torch.cat([item.advantages for item in items]), expected, rtol=0, atol=1e-5)
+
+
 def test_overlong_penalty_by_hand(monkeypatch):
     # limit 16, buffer 4: nothing up to 12, half of 0.8 at 14, all of it at 16
     lengths = torch.tensor([3.0, 12.0, 13.0, 14.0, 16.0])

@@ -289,6 +289,10 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
         ),
         ({"use_cispo": True}, "at most 1 \\+ --eps_clip_high, which is not given", {"eps_clip_high": 4.0}),
         ({"use_cispo": True, "eps_clip_high": 4.0, "use_gspo": True}, "two losses; drop one", {"use_gspo": None}),
+        ({"reward": "accuracy+fromat"}, "must be one of .* or a sum", {"reward": "accuracy+format"}),
+        ({"reward": "m:f+n:f"}, "two parts have the same name", {"reward": "m:f+n:g"}),
+        ({"reward_weights": "0.5"}, "1 weights for the 2 parts .*accuracy, format", {"reward_weights": None}),
+        ({"advantage_estimator": "gdpo", "reward": "exact"}, "give a sum, such as", {"reward": "r1_aqa"}),
         ({"keep_best": "eval/reward"}, "--keep_best without an evaluation", {"eval_steps": 5}),
         ({"eval_benchmark": "gone.json", "eval_audio_dir": ".", "eval_steps": 5}, "gone", {"eval_benchmark": None}),
         ({"load_checkpoint": True, "ckpt_path": "gone"}, "gone holds no checkpoint", {"load_checkpoint": None}),
@@ -472,7 +476,7 @@ def test_every_flag_is_read_by_something():
 
 
 def test_the_choices_are_those_of_the_runtime():
-    assert set(ESTIMATORS) == set(advantages.ESTIMATORS) | set(REFUSED_ESTIMATORS)
+    assert set(ESTIMATORS) == {*advantages.ESTIMATORS, "gdpo", *REFUSED_ESTIMATORS}
     assert LOSS_AGG_MODES == loss.LOSS_AGG_MODES
     choices = {a.dest: a.choices for a in actions()}
     assert tuple(choices["kl_estimator"]) == loss.KL_ESTIMATORS

@@ -504,6 +504,57 @@ def test_rewards_by_hand(name, response, label, reward):
     assert pay(name, response, label=label)[0].tolist() == [reward]
 
 
+def test_a_sum_of_rewards_by_hand(own):
+    choices = ["a dog", "dog", "cat"]
+    prompt = f"<|im_start|>user\n{render_prompt('What is it?', choices, True)}<|im_end|>\n{HEADER}"
+    texts = [
+        # of "a dog" and "dog", which end at the same place, the longer one is what was named
+        "<think>A cat? No, a DOG it is.</think><answer>a dog</answer>",
+        "<think>a dog</think><answer>dog</answer>",  # right, and not what was thought
+        "<think>cat, dog, cat</think><answer>cat</answer>",
+        "<think>concatenate</think><answer>cat</answer>",  # "cat" inside a word
+        "dog",  # no thinking, no form, no answer
+        "<think>a dog</think><answer>the dog</answer>",  # none of the choices
+    ]
+    name, weights = "accuracy+format+consistency+length+majority+my_rewards:shout", [1, 0.5, 2, 1, 1, 1]
+    pay = find_reward(name, weights, words=(2, 4), group=6)
+    total, metrics = pay([], ["avqa_think_rule"] * 6, [f"{prompt}{text}<|im_end|>" for text in texts], ["dog"] * 6, {})
+    expected = {
+        "accuracy_reward": [0, 1, 0, 0, 1, 0],
+        "format_reward": [1, 1, 1, 1, 0, 1],
+        "consistency_reward": [1, 0, 1, 0, 0, 0],
+        # 8 3 4 3 1 4 words, of which one of 21 to 40 characters counts as two
+        "length_reward": [0, 1, 1, 1, 0.5, 1],
+        "majority_reward": [0, 0, 1, 1, 0, 0],  # cat twice; all others once
+        "shout_reward": [0] * 6,
+    }
+    found = {metric: values.tolist() for metric, values in metrics.items() if metric in expected}
+    assert found == expected
+    sums = [sum(w * v[i] for w, v in zip(weights, expected.values(), strict=True)) for i in range(6)]
+    assert total.tolist() == sums == metrics["rule_reward"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("answers", "paid"),
+    [
+        ("aab", [1, 1, 0]),
+        ("aabb", [0, 0, 0, 0]),  # a tie
+        ("a--", [1, 0, 0]),  # an answer that is missing has no vote
+        ("---", [0, 0, 0]),
+        ("aab" + "bba", [1, 1, 0, 1, 1, 0]),  # two prompts of one wording: groups are cut at their size
+    ],
+)
+def test_the_most_frequent_answer_is_paid(answers, paid):
+    texts = [f"{HEADER}<answer>{answer.strip('-')}</answer><|im_end|>" for answer in answers]
+    pay = find_reward("majority", group=4 if len(answers) == 4 else 3)
+    assert pay([], None, texts, ["never read"] * len(texts), {})[0].tolist() == paid
+
+
+def test_consistency_wants_data_that_ask_for_the_thinking():
+    with pytest.raises(ValueError, match=r"avqa\.py --enable_think"):
+        find_reward("accuracy+consistency")([], ["avqa_rule"], [f"{HEADER}<answer>dog</answer>"], ["dog"], {})
+
+
 SOUNDS = ["(A) rain", "(B) beep", "(C) 3"]
 ASKED = f"<|im_start|>user\n<|AUDIO|>{render_prompt('What is it?', SOUNDS, False)}<|im_end|>\n{HEADER}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce")
+ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce")  # of one reward
 WHITENED = ("reinforce_baseline", "reinforce++", "reinforce")  # over all response tokens of the rollout
 STD_EPS = 1e-4  # R1-AQA's; also keeps rounding noise in a group of equal rewards from being blown up
 
@@ -37,6 +37,22 @@ def shape_rewards(rewards: torch.Tensor, estimator: str, n_samples: int) -> torc
     else:
         raise ValueError(f"unknown advantage estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
     return shaped.reshape(-1)
+
+
+def decoupled_advantages(parts: torch.Tensor, weights: torch.Tensor, n_samples: int) -> torch.Tensor:
+    """GDPO before its normalisation over the batch: each part of the reward relative to its group, then summed.
+
+    A sum of rewards that is normalised as one (GRPO) gives responses that earn it with different parts the same
+    advantage, and the part that varies most hides the others.
+
+    :param parts: ``(prompts * n_samples, parts)``, a group's responses next to each other.
+    :param weights: ``(parts,)``.
+    :return: ``(prompts * n_samples,)``; the caller whitens them over all responses of the rollout (:func:`whiten`).
+
+    Source: Liu et al., GDPO (2026), equations 4 and 5.
+    """
+    shaped = torch.stack([shape_rewards(part, "group_norm", n_samples) for part in parts.T], dim=-1)
+    return shaped @ weights
 
 
 def overlong_penalty(lengths: torch.Tensor, max_length: int, buffer: int, factor: float) -> torch.Tensor:

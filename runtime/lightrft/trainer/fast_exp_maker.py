@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightrft.models.loss import kl_tokens
 from lightrft.trainer.advantages import (
     WHITENED,
     KLController,
+    decoupled_advantages,
     overlong_penalty,
     shape_rewards,
     token_advantages,
@@ -208,7 +209,8 @@ class FastExperienceMaker:
         """
         n = self.sampling.n
         groups = [items[i : i + n] for i in range(0, len(items), n)]
-        dull = [i for i, group in enumerate(groups) if not has_spread(group)]
+        parts = self.strategy.args.reward_parts if self.strategy.args.advantage_estimator == "gdpo" else None
+        dull = [i for i, group in enumerate(groups) if not has_spread(group, parts)]
         replaced = set()
         for attempt in range(1, self.strategy.args.dynamic_sampling_rounds + 1):
             most = torch.tensor(float(len(dull)), device=self.strategy.device)
@@ -220,8 +222,8 @@ class FastExperienceMaker:
                 drawn = self.rollout(*prompts, self.sampling, step, attempt, all_tags=tags)
             self.score(drawn)
             fresh = [drawn[i : i + n] for i in range(0, len(drawn), n)]
-            for group in filter(has_spread, fresh):
-                if dull:
+            for group in fresh:
+                if dull and has_spread(group, parts):
                     groups[dull[0]] = group
                     replaced.add(dull.pop(0))
         for i, group in enumerate(groups):
@@ -310,19 +312,30 @@ class FastExperienceMaker:
         :param items: Whole groups; changed in place.
         """
         args = self.strategy.args
-        rewards = torch.tensor([item.reward for item in items])
-        shaped = shape_rewards(rewards, args.advantage_estimator, self.sampling.n)
+        if args.advantage_estimator == "gdpo":
+            parts = torch.tensor([reward_parts(item, args.reward_parts) for item in items])
+            shaped = decoupled_advantages(parts, torch.tensor([*args.reward_parts.values(), 1.0]), self.sampling.n)
+            mean, factor = self.whitening(shaped)
+            shaped = (shaped - mean) * factor
+        else:
+            rewards = torch.tensor([item.reward for item in items])
+            shaped = shape_rewards(rewards, args.advantage_estimator, self.sampling.n)
         in_reward = self.initial_model is not None and not args.use_kl_loss
         for item, value in zip(items, shaped, strict=True):
             kl = kl_tokens(item.old_log_probs, item.ref_log_probs, args.kl_estimator) if in_reward else None
             item.advantages = token_advantages(value, len(item.response_ids), kl, self.kl_ctl.value, args.gamma)
         if args.advantage_estimator in WHITENED:
-            flat = torch.cat([item.advantages for item in items]).double()
-            sums = torch.stack([flat.sum(), flat.square().sum(), flat.new_tensor(len(flat))]).to(self.strategy.device)
-            dist.all_reduce(sums)
-            mean, factor = whiten(*sums.tolist())
+            mean, factor = self.whitening(torch.cat([item.advantages for item in items]))
             for item in items:
                 item.advantages = (item.advantages - mean) * factor
+
+    def whitening(self, values: torch.Tensor) -> tuple[float, float]:
+        """Mean, and the factor that makes the variance 1, of the values ``(n,)`` of all ranks together."""
+        values = values.double()
+        sums = torch.stack([values.sum(), values.square().sum(), values.new_tensor(len(values))])
+        sums = sums.to(self.strategy.device)
+        dist.all_reduce(sums)
+        return whiten(*sums.tolist())
 
 
 def split_tags(batch: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Sequence[str]] | None]:
@@ -330,9 +343,14 @@ def split_tags(batch: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Sequence[s
     return batch[:4], batch[4] if len(batch) > 4 else None
 
 
-def has_spread(group: Sequence[Experience]) -> bool:
-    """Whether the rewards of a group differ."""
-    rewards = [item.reward for item in group]
+def reward_parts(item: Experience, names: Iterable[str]) -> list[float]:
+    """The named parts of a response's reward, and its overlong penalty, which is 0 without one."""
+    return [*(item.reward_metrics[name] for name in names), item.reward_metrics.get("overlong_penalty", 0.0)]
+
+
+def has_spread(group: Sequence[Experience], names: Iterable[str] | None = None) -> bool:
+    """Whether the rewards of a group differ, or with names any of these parts."""
+    rewards = [reward_parts(item, names) if names else item.reward for item in group]
     return min(rewards) < max(rewards)
 
 

@@ -259,6 +259,10 @@ PATTERNS = {
     "rollout/<metric>/<kind>/<value>": Metric(
         "The same of a kind", "as the metric's", "a metric of those rows alone", "As the metric; compare kinds."
     ),
+    "rollout/<part>_reward": Metric(
+        "Part of the reward", "as paid", "a part of --reward a+b, before its weight", "Rises alone: weigh it less."
+    ),
+    "eval/<part>_reward": Metric("Evaluation part", "as paid", "the same for the evaluation data", "As the part."),
     "eval/<metric>/<kind>/<value>": Metric(
         "Evaluation of a kind", "as the metric's", "the same for the evaluation data", "As the metric; compare kinds."
     ),

@@ -1,4 +1,4 @@
-"""Rewards by name: R1-AQA's, some others, and a user's own ``module:function``.
+"""Rewards by name: R1-AQA's, some others, a user's own ``module:function``, and sums of these and of further parts.
 
 A reward is a function ``(response, reference, think) -> number``: the response's text without special tokens, the gold
 answer, and whether the thinking process was asked for. Accuracy and format by R1-AQA's rule are measured beside it.
@@ -18,16 +18,18 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from aqa.common.constants import ASSISTANT_HEADER
+from aqa.common.constants import ASSISTANT_HEADER, THINK_LABEL
 from aqa.data.prompts import choices_in
 from aqa.rewards.choices import find_choice
 from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN, first_answer, texts_equal
+from aqa.rewards.parts import BRIEF_WORDS, PARTS, count_words, read_response
 from aqa.rewards.r1_aqa import (
     SPECIAL_TOKENS,
     avqa_combined_reward_fn,
@@ -42,8 +44,6 @@ Reward = Callable[[str, str, bool], float]
 BatchReward = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]  # as aqa.rewards.r1_aqa.reward_fn
 Scores = tuple[float, float, float]  # total, accuracy (0 or 1), R1-AQA's format (0 or 1)
 NamedReward = Callable[[str, str, bool], Scores]
-BRIEF_WORDS = 64  # words allowed before the length penalty starts
-LONGEST_WORD = 20  # characters; a longer word counts as several, so that leaving out spaces does not pay
 LONGEST_COST = 0.5  # the most that length can cost
 LONGEST_OUTPUT = 2_000  # characters that a reward may print while it scores one batch
 LARGEST = torch.finfo(torch.float32).max  # rewards are float32
@@ -80,27 +80,68 @@ def length_aware(response: str, reference: str, think: bool) -> Scores:
     :return: The total is -0.5 to 2.0.
     """
     total, accuracy, form = avqa_combined_reward_fn(response, reference, think)
-    words = sum(-(-len(word) // LONGEST_WORD) for word in response.split())
-    beyond = max(0, words - BRIEF_WORDS) / BRIEF_WORDS
+    beyond = max(0, count_words(response) - BRIEF_WORDS) / BRIEF_WORDS
     return total - LONGEST_COST * min(1.0, beyond), accuracy, form
 
 
+R1_AQA_PARTS = ("accuracy", "format")  # of a sum, measured in any case
 NAMED: dict[str, NamedReward] = {"exact": exact, "graded_format": graded_format, "length_aware": length_aware}
 
 
-def find_reward(name: str) -> BatchReward:
+def find_reward(
+    name: str, weights: Sequence[float] | None = None, words: tuple[int, int] = (0, BRIEF_WORDS), group: int = 1
+) -> BatchReward:
     """The reward function for LightRFT's trainer.
 
-    :param name: ``r1_aqa``, one of :data:`NAMED`, or ``module:function``; the module is looked for in the folder that
-        the run was started in, then on ``PYTHONPATH``.
+    :param name: ``r1_aqa``, one of :data:`NAMED`, or ``module:function``, whose module is looked for in the folder that
+        the run was started in, then on ``PYTHONPATH``; or a sum of these and of the parts of :mod:`aqa.rewards.parts`.
+    :param weights: Of the sum's parts; ``r1_aqa`` has two, accuracy and format. None: 1 each.
+    :param words: See :func:`aqa.rewards.parts.length`.
+    :param group: Responses a prompt.
     :return: A function with the signature of :func:`aqa.rewards.r1_aqa.reward_fn`.
     :raises SystemExit: if there is no such function.
     """
-    if name == "r1_aqa":
+    if name == "r1_aqa" and weights is None:
         return reward_fn
-    if name in NAMED:
-        return score_named(NAMED[name])
-    return score_batch_with(_import(name), name)
+    names = ["accuracy", "format"] if name == "r1_aqa" else name.split("+")
+    if names == [name] and name not in PARTS:
+        return score_named(NAMED[name]) if name in NAMED else score_batch_with(_import(name), name)
+    further = {part: partial(PARTS[part], words=words, group=group) for part in names if part in PARTS}
+    whole = {part: find_reward(part) for part in names if part not in (*PARTS, *R1_AQA_PARTS)}
+    return add_up(names, weights or [1.0] * len(names), further, whole)
+
+
+def add_up(
+    names: Sequence[str], weights: Sequence[float], further: Mapping[str, Callable], whole: Mapping[str, BatchReward]
+) -> BatchReward:
+    """Make a function that scores a batch by a weighted sum; each part is a metric, too.
+
+    :param further: Those of ``names`` that are in :data:`aqa.rewards.parts.PARTS`; ``whole`` are rewards by themselves.
+    """
+
+    def chosen(
+        model_reward_list: Sequence[torch.Tensor],
+        labels: Sequence[str] | None,
+        queries: Sequence[str],
+        refs: Sequence[str],
+        label_map: Mapping[str, int] | None,
+        special: Sequence[str] = SPECIAL_TOKENS,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        _, measured = reward_fn(model_reward_list, labels, queries, refs, label_map, special)
+        thinks = [label == THINK_LABEL for label in labels or [None] * len(queries)]
+        asked = zip(queries, thinks, strict=True) if further else ()
+        responses = [read_response(query, think, special) for query, think in asked]
+        total = torch.zeros_like(measured["rule_reward"])
+        for name, weight in zip(names, weights, strict=True):
+            metric = f"{name.rpartition(':')[2]}_reward"
+            if name in further:
+                measured[metric] = torch.tensor(further[name](responses), dtype=total.dtype, device=total.device)
+            elif name in whole:
+                measured[metric] = whole[name](model_reward_list, labels, queries, refs, label_map, special)[0]
+            total = total + weight * measured[metric]
+        return total, measured | {"rule_reward": total.clone()}
+
+    return chosen
 
 
 def score_named(score: NamedReward) -> BatchReward:

@@ -16,8 +16,10 @@ from aqa.training.flags import (
     MODEL_TYPES,
     PROCESSOR_FILES,
     REFUSED_ESTIMATORS,
+    REWARD_PARTS,
     REWARDS,
     has_split,
+    split_reward,
 )
 
 
@@ -111,6 +113,8 @@ def _range_problems(args: argparse.Namespace) -> list[str]:
                 args.rollout_correction_floor < args.rollout_correction_limit < math.inf,
                 "above --rollout_correction_floor",
             ),
+            ("reward_words", 0 <= args.reward_words[0] < args.reward_words[1], "two numbers, the first one smaller"),
+            ("reward_weights", all(map(math.isfinite, args.reward_weights or ())), "finite"),
             ("dynamic_sampling_rounds", args.dynamic_sampling_rounds >= 1, "1 or more"),
             ("overlong_buffer_penalty_factor", 0 <= args.overlong_buffer_penalty_factor < math.inf, "0 or more"),
             ("gamma", 0 < args.gamma <= 1, "in (0, 1]"),
@@ -142,6 +146,7 @@ def _range_problems(args: argparse.Namespace) -> list[str]:
 def _method_problems(args: argparse.Namespace) -> list[str]:
     """Flags that contradict each other."""
     estimator, samples = args.advantage_estimator, args.n_samples_per_prompt
+    parts = split_reward(args.reward)
     rules = (
         (
             estimator in REFUSED_ESTIMATORS,
@@ -154,8 +159,24 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
             f"--n_samples_per_prompt {samples} must be 2 or more",
         ),
         (
-            args.reward not in REWARDS and not all(args.reward.partition(":")),
-            f"--reward {args.reward}: must be one of {', '.join(REWARDS)}, or module:function",
+            any(part not in (*REWARDS, *REWARD_PARTS) and not all(part.partition(":")) for part in parts),
+            f"--reward {args.reward}: must be one of {', '.join(REWARDS)}, or module:function, or a sum (a+b) of these "
+            f"and of {', '.join(REWARD_PARTS)}",
+        ),
+        (len(args.reward_parts) < len(parts), f"--reward {args.reward}: two parts have the same name"),
+        (
+            args.reward_weights is not None and len(args.reward_weights) != len(parts),
+            f"--reward_weights: {len(args.reward_weights or ())} weights for the {len(parts)} parts of --reward "
+            f"{args.reward} ({', '.join(parts)})",
+        ),
+        (
+            estimator == "gdpo" and len(parts) < 2,
+            f"--advantage_estimator gdpo with --reward {args.reward}: it normalises each of several rewards by itself; "
+            "give a sum, such as accuracy+format",
+        ),
+        (
+            "majority" in parts and samples < 2,
+            "--reward majority: a group of one response has no majority; --n_samples_per_prompt 2 or more",
         ),
         (
             args.lora_rank > 0 and args.freeze_prefix,

@@ -9,11 +9,12 @@ from typing import Any
 
 from aqa.common.arguments import Parser
 
-ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
+ESTIMATORS = ("group_norm", "gdpo", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
 REFUSED_ESTIMATORS = {"gae": "needs a critic, and none is trained here", "cpgd": "needs a loss that is not in here"}
 REWARDS = ("r1_aqa", "exact", "graded_format", "length_aware")
+REWARD_PARTS = ("accuracy", "format", "consistency", "length", "majority")
 LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
-GROUP_METHODS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline")
+GROUP_METHODS = ("group_norm", "gdpo", "dr_grpo", "rloo", "reinforce_baseline")
 BOOL = argparse.BooleanOptionalAction
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 EXIT_STATUS = (
@@ -188,14 +189,28 @@ def _add_grpo_flags(g: Any) -> None:
         "--advantage_estimator",
         choices=ESTIMATORS,
         default="group_norm",
-        help="group_norm is GRPO; dr_grpo; rloo; reinforce_baseline is REINFORCE++-baseline; reinforce and reinforce++ "
-        "are REINFORCE++ by LightRFT's and the paper's name; gae and cpgd are refused",
+        help="group_norm is GRPO; gdpo normalises each part of --reward by itself; dr_grpo; rloo; reinforce_baseline: "
+        "REINFORCE++-baseline; reinforce and reinforce++ are REINFORCE++ by LightRFT's and the paper's name; gae and "
+        "cpgd are refused",
     )
     g.add_argument(
         "--reward",
         default="r1_aqa",
         help="what is paid for: r1_aqa (accuracy + format), exact (no math_verify), graded_format, length_aware, or a "
-        "function of your own, module:function, of (response, reference, think)",
+        "function of your own, module:function, of (response, reference, think); or a sum of these and of accuracy, "
+        "format, consistency (the thinking ends at the choice that is answered), length (see --reward_words) and "
+        "majority (the group's most frequent answer; needs no right one), such as accuracy+format+consistency",
+    )
+    g.add_argument(
+        "--reward_weights", type=float, nargs="+", metavar="W", help="weight of each part of --reward; default: 1"
+    )
+    g.add_argument(
+        "--reward_words",
+        type=int,
+        nargs=2,
+        default=(0, 64),
+        metavar=("LEAST", "MOST"),
+        help="words of a response for which the part length pays 1; it falls to 0 at no word, and at twice the most",
     )
     g.add_argument("--eps_clip", type=float, default=0.2, help="PPO's clip range")
     g.add_argument("--eps_clip_high", type=float, help="its upper half (DAPO's clip-higher); default: --eps_clip")
@@ -346,11 +361,23 @@ def _add_planning_flags(g: Any) -> None:
     g.add_argument("--plan_clip_seconds", type=float, default=30.0, help="longest clip to plan for, in seconds")
 
 
+def reward_parts(reward: str, weights: list[float] | None) -> dict[str, float]:
+    """The metric of each part of ``--reward``, and its weight."""
+    names = [f"{part.rpartition(':')[2]}_reward" for part in split_reward(reward)]
+    return dict(zip(names, [*(weights or ()), *[1.0] * len(names)], strict=False))
+
+
+def split_reward(reward: str) -> list[str]:
+    """The parts of ``--reward``; R1-AQA's has two."""
+    return ["accuracy", "format"] if reward == "r1_aqa" else reward.split("+")
+
+
 def finish(args: argparse.Namespace) -> None:
     """Fill in what depends on other flags.
 
     :param args: Parsed flags, changed in place.
     """
+    args.reward_parts = reward_parts(args.reward, args.reward_weights)
     if args.freeze_prefix == []:
         args.freeze_prefix = ["audio_tower"]
     if args.ckpt_path is None:

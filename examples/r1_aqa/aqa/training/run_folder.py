@@ -405,11 +405,13 @@ def model_digest(pretrain: str) -> str | None:
 
 
 def reward_digest(reward: str) -> str | None:
-    """A short hash of the file of a user's ``module:function``; None for a reward of this program."""
-    module, _, function = reward.partition(":")
-    places = (Path(place, *module.split(".")) for place in (os.getcwd(), *sys.path[1:]))  # sys.path[0] is ours
-    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
-    return _digest(files[:1]) if function and files else None
+    """A short hash of the files of a user's ``module:function``, one or parts of a sum; None without any."""
+    files = []
+    for module in [part.partition(":")[0] for part in reward.split("+") if ":" in part]:
+        places = [Path(place, *module.split(".")) for place in (os.getcwd(), *sys.path[1:])]  # sys.path[0] is ours
+        paths = (path for place in places for path in (place.with_suffix(".py"), place / "__init__.py"))
+        files += [path for path in paths if path.is_file()][:1]
+    return _digest(files) if files else None
 
 
 def data_digest(args: argparse.Namespace) -> str:

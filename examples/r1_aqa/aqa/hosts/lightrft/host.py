@@ -103,7 +103,11 @@ class LightRFTHost:
             problems.append(f"--lora_rank {args.lora_rank}: LightRFT would send the engine adapters unmerged; drop it")
         problems += [
             f"--advantage_estimator {name}: LightRFT has no such thing; use {instead}"
-            for name, instead in (("dr_grpo", "group_norm"), ("reinforce++", "reinforce, which is the same there"))
+            for name, instead in (
+                ("dr_grpo", "group_norm"),
+                ("gdpo", "group_norm"),
+                ("reinforce++", "reinforce, which is the same there"),
+            )
             if args.advantage_estimator == name
         ]
         if args.dynamic_sampling:
