@@ -101,7 +101,7 @@ def test_a_long_run_with_many_questions_is_below_8_mb(tmp_path):
     run_script("report.py", run)
     page = (run / "report.html").read_text()
     assert 2_000_000 < len(page) < 8_000_000
-    assert "of 1,000 questions, of each question type and outcome in turn" in page
+    assert "of 1,000 questions, one of each mistake, then of each question type and outcome in turn" in page
 
 
 def test_curves_show_values_smoothed_zoomed_and_over_each_other(open_page):

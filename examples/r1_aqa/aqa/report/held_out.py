@@ -24,7 +24,8 @@ from aqa.report.run_data import ReportError, Run, read_records, saved_steps, sho
 from aqa.rewards.r1_aqa import extract_response
 
 NO_ANSWER = "no answer in the form"  # no answer tags, and the response names no choice
-OTHER = "another answer"  # than the choices, or than those that a table has room for
+OTHER = "another answer"  # than those that a table has room for
+LONGEST_ANSWER = 60  # characters of an answer that is no choice
 KINDS = ("question_type", "dataset", "source", "label")  # of tags; the first that the data has is its question type
 MOST_ANSWERS = 12  # rows of a table of confusions
 MOST_PAIRS = 12  # of the most frequent mistakes
@@ -36,7 +37,7 @@ class Answer(NamedTuple):
     """What a model answered to an item."""
 
     text: str  # the response
-    said: str  # the choice that it names, or OTHER, or NO_ANSWER
+    said: str  # the choice that it names, else the text between its answer tags, or NO_ANSWER
     right: bool
     form: bool | None  # whether it has the form that was asked for, if that was judged
     reward: float | None = None
@@ -150,11 +151,11 @@ def answer_of(record: dict[str, Any]) -> Answer:
 
 
 def what_was_said(response: str, choices: Sequence[str]) -> str:
-    """The choice that a response names, else :data:`OTHER` or :data:`NO_ANSWER`."""
+    """The choice that a response names, else the beginning of its answer, or :data:`NO_ANSWER`."""
     answer = extract_answer(response, choices)
     if answer.is_choice:
         return answer.text
-    return OTHER if answer.tagged else NO_ANSWER
+    return answer.text[:LONGEST_ANSWER] if answer.tagged else NO_ANSWER
 
 
 def read_benchmarks(run: Run, problems: list[str]) -> list[HeldOut]:

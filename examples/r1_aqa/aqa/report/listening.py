@@ -85,7 +85,7 @@ def sample(folder: Path, last: int, sets: Sequence[HeldOut], most: int, room: in
         groups += [item | {"set": number} for item in items]
         note = f"{len(items):,} of {len(held.items):,} questions"
         if len(items) < len(held.items):
-            note += ", of each question type and outcome in turn"
+            note += ", one of each mistake, then of each question type and outcome in turn"
         names.append({"name": f"held-out: {held.name}", "note": note})
     rollouts, note = sample_rollouts(folder, last, most, clips)
     groups += [group | {"set": len(names)} for group in rollouts]
@@ -100,7 +100,8 @@ def sample(folder: Path, last: int, sets: Sequence[HeldOut], most: int, room: in
 
 # ------------------------------------------------------------------------------------------------------ held-out items
 def sample_items(held: HeldOut, most: int, clips: Clips, least_room: int) -> list[dict[str, Any]]:
-    """Questions with the first, the last and the silent answer: of each outcome and question type in turn.
+    """Questions with the first, the last and the silent answer: one of each mistake, the most frequent first, then of
+    each outcome and question type in turn.
 
     :param least_room: Bytes that are left for others.
     """
@@ -109,6 +110,7 @@ def sample_items(held: HeldOut, most: int, clips: Clips, least_room: int) -> lis
     shown = [each for each in held.rounds if id(each) in rounds] + [r for r in held.rounds if r not in heard][-1:]
     first, last = heard[0].answers, heard[-1].answers
     found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    mistakes: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for number, (key, item) in enumerate(held.items.items()):
         if key not in last:
             continue
@@ -127,9 +129,14 @@ def sample_items(held: HeldOut, most: int, clips: Clips, least_room: int) -> lis
                 if key in each.answers
             ],
         }
-        found[entry["outcome"], item.kind].append(entry | {"audio": item.audio})
+        entry["audio"] = item.audio
+        found[entry["outcome"], item.kind].append(entry)
+        if not last[key].right:
+            mistakes[item.kind, item.gold, last[key].said].append(entry)
+    frequent = [entries[0] for entries in sorted(mistakes.values(), key=len, reverse=True)]
+    in_turn = filter(None, chain.from_iterable(zip_longest(*(found[key] for key in sorted(found)))))
     chosen: list[dict[str, Any]] = []
-    for entry in filter(None, chain.from_iterable(zip_longest(*(found[key] for key in sorted(found))))):
+    for entry in {entry["number"]: entry for entry in [*frequent, *in_turn]}.values():
         audio = entry.pop("audio")
         if len(chosen) == most or not clips.add(entry, audio, least_room):
             break
