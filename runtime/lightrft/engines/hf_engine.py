@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lightrft.engines.base import RolloutOutput, Sampling
+from lightrft.engines.base import RolloutOutput, Sampling, plain_linear
 from lightrft.utils.model_specs import family_of
 
 
@@ -39,7 +39,7 @@ class HFEngine:
         """See :class:`~lightrft.engines.base.RolloutEngine`."""
         rows = [(prompt, s, i) for prompt, s in enumerate(sampling) for i in range(s.n)]
         outputs = []
-        with self.policy() as model:
+        with self.policy() as model, plain_linear():
             training, stored = model.training, model.generation_config
             model.eval()
             # generate fills in what a configuration leaves open from the model's: repetition_penalty, min_length, ...

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightrft.engines.base import RolloutOutput, Sampling
+from lightrft.engines.base import RolloutOutput, Sampling, plain_linear
 from lightrft.utils.model_specs import Qwen2_5Omni, Qwen2Audio, family_of
 from lightrft.utils.weight_names import checksum
 
@@ -55,7 +55,9 @@ class VLLMEngine:
         self._vllm = vllm
         self._can_sleep = enable_sleep and on_gpu
         self._checksums: dict[str, int] = {}
-        self.llm = vllm.LLM(
+        self._apart = Apart(on_gpu)
+        self.llm = self._apart(
+            vllm.LLM,
             model=model,
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=max_model_len,
@@ -97,7 +99,7 @@ class VLLMEngine:
             for s in sampling
         ]
         outputs = []
-        for request in self.llm.generate(requests, params, use_tqdm=False):
+        for request in self._apart(self.llm.generate, requests, params, use_tqdm=False):
             for completion in sorted(request.outputs, key=lambda c: c.index):
                 tokens = list(completion.token_ids)
                 log_probs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
@@ -116,6 +118,7 @@ class VLLMEngine:
 
         :raises RuntimeError: if the engine's weights are not the new ones afterwards, or others have changed.
         """
+        # not apart: the weights come out of the trainer's collectives, on the trainer's stream
         sent, self._checksums = self.llm.collective_rpc(_load, args=(weights, self._checksums))[0]
         self.llm.reset_prefix_cache()
         if not all(name.startswith(LANGUAGE) for name in sent):
@@ -126,14 +129,52 @@ class VLLMEngine:
     def sleep(self) -> None:
         """See :class:`~lightrft.engines.base.RolloutEngine`."""
         if self._can_sleep:
-            self.llm.sleep(level=1)
+            self._apart(self.llm.sleep, level=1)
 
     def wake_up(self) -> None:
         """See :class:`~lightrft.engines.base.RolloutEngine`."""
         if self._can_sleep:
             torch.cuda.empty_cache()  # torch caches what training has freed, and vLLM cannot use that cache
-            self.llm.wake_up()
+            self._apart(self.llm.wake_up)
             self.llm.reset_mm_cache()
+
+
+class Apart:
+    """Calls vLLM's functions apart from training, which is in the same process.
+
+    The ranks of a shared engine use NCCL, and at its first use vLLM 0.32 sets a new stream for the thread and leaves it
+    set (``vllm.utils.torch_utils.current_stream``). Training would go on there. But DeepSpeed 0.19's ZeRO-3 makes only
+    the default stream wait for its search for infinities (``has_overflow`` in ``stage3.py``), and reads the result on
+    the current one: too early. So vLLM keeps the stream that it has set, training the one that it had, and each waits
+    for the other. Can be deleted when vLLM restores the stream. For linear layers see
+    :func:`~lightrft.engines.base.plain_linear`.
+    """
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        self.stream: torch.cuda.Stream | None = None  # vLLM's
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the function.
+
+        :return: What it returns.
+        """
+        ours = torch.cuda.current_stream() if self.on_gpu else None
+        if self.stream is not None:
+            _change_stream(ours, self.stream)
+        try:
+            with plain_linear():
+                return function(*args, **kwargs)
+        finally:
+            if self.on_gpu:
+                self.stream = torch.cuda.current_stream()
+                _change_stream(self.stream, ours)
+
+
+def _change_stream(old: torch.cuda.Stream, new: torch.cuda.Stream) -> None:
+    if new != old:
+        new.wait_stream(old)
+        torch.cuda.set_stream(new)
 
 
 def _name_shared_memory() -> None:
