@@ -223,7 +223,7 @@ def evaluate(args: argparse.Namespace) -> None:
     :raises EvalError: for anything that the user can correct; before the model is loaded, except for its own faults.
     """
     out = Path(args.out_file)
-    benchmark, rows = read_rows(Path(args.data_file), args.benchmark)
+    benchmark, rows = read_rows(Path(args.data_file), args.benchmark, Path(args.audio_dir))
     if out.suffix not in benchmark.suffixes:
         ends = " or ".join(benchmark.suffixes)
         raise EvalError(f"--out_file {out}: must end in {ends}, the only format that {benchmark.title}'s script reads")

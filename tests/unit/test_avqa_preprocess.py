@@ -1,5 +1,6 @@
 """avqa.py: both input layouts to parquet, what is left out and reported, and that a failed run changes nothing."""
 
+import csv
 import json
 import os
 import resource
@@ -19,6 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aqa.common.lock import lock
+from aqa.data.rows import AvqaError
+from aqa.data.tables import records_of
 
 R1_ROW = {
     "id": 183,
@@ -178,6 +181,96 @@ def test_rows_of_other_data_sets(run, name):
     assert info["multi_choice"][:3] == CHOICES[:3]
     assert (written["audio_path"], written["question_type"]) == (str(run.audio / "a.ogg"), "sound")
     assert written["dataset_name"] == "AudioSet"
+
+
+def table_of(kind: str, rows: list[dict], folder: Path, sound: bytes | None = None) -> Path:
+    """A table of rows, with a recording inside each where ``sound`` is given."""
+    path = folder / f"table.{kind}"
+    if kind in ("csv", "tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
+            writer.writerow(rows[0])
+            for number, each in enumerate(rows):  # lists as JSON, or as pandas writes them
+                writer.writerow(
+                    [(json.dumps, repr)[number % 2](v) if isinstance(v, list) else v for v in each.values()]
+                )
+        return path
+    if sound is not None:
+        rows = [{k: v for k, v in r.items() if k != "audio_path"} for r in rows]
+        rows = [r | {"sound": {"bytes": sound, "path": "/there/a.ogg"}} for r in rows]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset = dataset.cast_column("sound", datasets.Audio()) if sound is not None else dataset
+    dataset.to_parquet(path) if kind == "parquet" else dataset.save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "saved"])
+@pytest.mark.parametrize("name", ["dcase", "audiomcq", "mmsu"])
+def test_tables_hold_the_same_rows(tmp_path, name, kind):
+    rows = [FORMATS[name] | {"id": str(number)} for number in range(3)]
+    rows[1]["question" if "question" in rows[1] else "question_text"] = 'Two lines,\n"and" a tab\t?'
+    path = table_of(kind, rows, tmp_path)
+    assert [record.value for record in records_of(path)] == rows
+    assert [record.error for record in records_of(path)] == [None] * 3
+    without_id = [{field: value for field, value in row.items() if field != "id"} for row in rows]
+    (tmp_path / "more").mkdir()
+    found = records_of(table_of(kind, without_id, tmp_path / "more"))
+    assert [record.value for record in found] == [row | {"id": number} for number, row in enumerate(without_id, 1)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_sound_inside_a_dataset_becomes_files(run, tmp_path, kind):
+    write_wav(tmp_path / "a.wav", 0.5)
+    sound = (tmp_path / "a.wav").read_bytes()
+    rows = [FORMATS["audiomcq"] | {"id": f"{n}", "answer": a} for n, a in enumerate(("duck", "horse", "cow", "bee"))]
+    path = table_of(kind, rows, tmp_path, sound)
+    assert run([], "--input_jsonl", str(path)) == 0
+    bad = [f"{problem['line']} {problem['reason']}"[:40] for problem in run.report()["problems"]]
+    assert bad == ["2 answer is 'horse', which is no choice ", "3 answer is 'cow', which is the text of "]
+    written = run.rows()
+    assert [row["reference"] for row in written] == ["duck", "bee"]
+    (file,) = {Path(row["audio_path"]) for row in written}  # one recording is one clip, however often it occurs
+    assert file.parent == run.audio / "embedded" and file.suffix == ".ogg" and file.read_bytes() == sound
+    with pytest.raises(AvqaError, match=r"row 1 has sound inside \(sound\)"):
+        records_of(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("question_text;multi_choice;answer\nq;[1, 2];0\n", [{"multi_choice": [1, 2], "answer": 0}]),
+        ("question_text;multi_choice;answer\nq;[1, 2];1\n", [{"multi_choice": [1, 2], "answer": "1"}]),  # either
+        ("question,choices,answer\nq,a|b,\n", [{"choices": "a|b", "answer": None}]),
+        ("\ufeffquestion,choices\nq\n\nq,[]\n", ["1 cells, but the header has 2", {"choices": []}]),
+        ("question,question\nq,q\n", "the column 'question' occurs twice"),
+        ('question,choices\nq,[]\n"q,x\n', "line 3: unexpected end of data, after 1 whole rows"),
+    ],
+)
+def test_cells(tmp_path, text, expected):
+    (tmp_path / "t").write_text(text, encoding="utf-8")
+    if isinstance(expected, str):
+        with pytest.raises(AvqaError, match=expected):
+            records_of(tmp_path / "t")
+        return
+    for record, wanted in zip(records_of(tmp_path / "t"), expected, strict=True):
+        assert record.error == wanted if isinstance(wanted, str) else record.value.items() >= wanted.items()
+
+
+def test_what_is_no_whole_dataset_is_said(tmp_path):
+    rows = [FORMATS["dcase"]]
+    datasets.DatasetDict({"dev": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(AvqaError, match=r"has the splits dev; name one of them: .*splits/dev"):
+        records_of(tmp_path / "splits")
+    (part,) = (tmp_path / "splits/dev").glob("*.arrow")
+    part.write_bytes(part.read_bytes()[:-200])
+    with pytest.raises(AvqaError, match=r"arrow: cannot be read .*; copy or download it again"):
+        records_of(tmp_path / "splits/dev")
+    part.write_bytes(b"PAR1x")
+    with pytest.raises(AvqaError, match=r"arrow: cannot be read .*Parquet"):
+        records_of(tmp_path / "splits/dev")
+    (tmp_path / "splits/dev/state.json").write_text("[]")
+    with pytest.raises(AvqaError, match=r"state\.json: names no data files"):
+        records_of(tmp_path / "splits/dev")
 
 
 @pytest.mark.parametrize(

@@ -419,7 +419,7 @@ EVAL_FLAGS = "--data_file {0}/in --audio_dir {0} --model_path none --out_file {0
         (avqa.main, AVQA_FLAGS, "no usable row"),
         (avqa.main, AVQA_FLAGS + " --input_jsonl none", "no such file"),
         (eval_mmau.main, EVAL_FLAGS, "1 of 1 rows cannot be read"),
-        (eval_mmau.main, EVAL_FLAGS + " --data_file {0}", "Is a directory"),
+        (eval_mmau.main, EVAL_FLAGS + " --data_file {0}", "a folder; name the file in it"),
         (eval_mmau.main, "score {0}/in", "1 of 1 rows cannot be read"),
         (eval_mmau.main, "compare {0}/none {0}/none", "No such file"),
     ],

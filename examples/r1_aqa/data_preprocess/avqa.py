@@ -52,7 +52,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     files = parser.add_argument_group("files")
     files.add_argument(
-        "--input_jsonl", required=True, help="R1-AQA's JSON lines or the raw AVQA JSON array, told apart by themselves"
+        "--input_jsonl",
+        required=True,
+        help="questions, told by their content: JSON lines or an array of R1-AQA, AVQA, AudioMCQ, DCASE 2026, MMSU or "
+        "MMAU, the same as CSV or TSV with a header, parquet, or a folder of datasets.save_to_disk; sound inside the "
+        "last two is written to --audio_dir",
     )
     files.add_argument(
         "--audio_dir",
@@ -161,8 +165,6 @@ def check_args(args: argparse.Namespace) -> list[str]:
     for flag, file in (("input_jsonl", args.input_jsonl), ("val_file", args.val_file)):
         if file is not None and not os.path.exists(file):
             problems.append(f"--{flag} {file}: no such file; the manual's step 1 says what its rows look like")
-        elif file is not None and os.path.isdir(file):
-            problems.append(f"--{flag} {file}: a folder; name the file in it")
     # A folder that does not exist is no error: then all audio is missing, and that is reported as such.
     if os.path.exists(args.audio_dir) and not os.path.isdir(args.audio_dir):
         problems.append(f"--audio_dir {args.audio_dir}: not a folder; name the one that holds the .wav files")

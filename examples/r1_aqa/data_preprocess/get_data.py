@@ -239,7 +239,7 @@ def get_mmau(args: argparse.Namespace) -> None:
         raise DataError("no recording is there; --archive unpacks them, --help says where to download it")
     source = ["--data_file", file, "--audio_dir", args.out_dir]
     skip = ["--skip_bad_audio"] if problems else []
-    out = ["--out_file", f"results/{file.stem}{'.json' if benchmark.name == 'mmau' else '.jsonl'}"]
+    out = ["--out_file", f"results/{file.stem}{benchmark.suffixes[-1]}"]
     show_next("eval_mmau.py", "--model_path", "YOUR_MODEL", *source, *skip, *out, "--engine", "vllm")
 
 

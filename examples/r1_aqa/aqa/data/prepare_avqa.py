@@ -32,10 +32,10 @@ from aqa.data.rows import (
     join_groups,
     parse_records,
     read_groups,
-    read_records,
     show_value,
     split_by_clip,
 )
+from aqa.data.tables import records_of
 
 TRAIN_FILE, VALIDATION_FILE, REPORT_FILE = "train.parquet", "validation.parquet", "report.json"
 QUESTIONS_FILE = "validation.json"
@@ -121,8 +121,7 @@ def read_rows(args: argparse.Namespace, name: str) -> Source:
     :param name: Of the file.
     :raises AvqaError: if no row is usable, or a row lacks the field of ``--split_by``.
     """
-    with open(name, "rb") as file:
-        records = read_records(file.read(), name)
+    records = records_of(Path(name), Path(args.audio_dir))
     doubt = counts_from_one(records) if args.answers_from is None else None
     if doubt:
         raise AvqaError(f"{name}: {doubt}. Say which it is: --answers_from 1, or --answers_from 0")

@@ -23,9 +23,9 @@ from aqa.data.rows import (
     counts_from_one,
     is_whole,
     parse_records,
-    read_records,
     show_value,
 )
+from aqa.data.tables import records_of
 from aqa.evaluation.benchmarks import ADQA, BENCHMARKS, MMAR, MMAU, MMSU, Benchmark
 from aqa.rewards.choices import find_choice, is_right
 
@@ -50,19 +50,22 @@ class Item:
     silent: bool = False  # ask with silence in place of the recording
 
 
-def read_rows(path: Path, wanted: str = "auto") -> tuple[Benchmark, list[dict[str, Any]]]:
-    """Read a benchmark or result file: a JSON array or JSON lines, told apart by content.
+def read_rows(
+    path: Path, wanted: str = "auto", audio_dir: Path | None = None
+) -> tuple[Benchmark, list[dict[str, Any]]]:
+    """Read a benchmark or result file: JSON, JSON lines or a table (:mod:`aqa.data.tables`), told apart by content.
 
     Rows of R1-AQA and AudioMCQ, which are no benchmark, become questions in MMAU's format.
 
     :param wanted: Name of the benchmark, or ``auto``: by the fields of the rows.
+    :param audio_dir: Where sound inside a table is written; None: refuse it.
     :return: The benchmark and the file's rows.
     :raises EvalError: if the file is missing, malformed, empty, or of no benchmark.
     """
     try:
-        records = read_records(path.read_bytes(), str(path))
+        records = records_of(path, audio_dir)
     except OSError as error:
-        raise EvalError(f"{path}: {error.strerror}") from error
+        raise EvalError(f"{error.filename or path}: {error.strerror}") from error
     except AvqaError as error:
         raise EvalError(str(error)) from error
     problems = [
@@ -366,8 +369,12 @@ class PartialFile:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file, or of those of a folder."""
+    if path.is_dir():
+        inner = [f"{file.relative_to(path)} {digest(file)}\n" for file in sorted(path.rglob("*")) if file.is_file()]
+        return hashlib.sha256("".join(inner).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def several(title: str, lines: Sequence[str]) -> str:
