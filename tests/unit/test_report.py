@@ -261,6 +261,12 @@ def test_result_files_are_compared(tmp_path):
     overall = after["rows"][0][1]
     assert (overall["difference"], overall["only_second"]) == (0.5, 20)
     assert overall["mcnemar_p"] == pytest.approx(2 / 2**20)
+    rows = json.loads(paths["before"].read_text())  # answered in silence too, without a file of its own
+    again = {"in_silence": {"prediction": "rain", "raw_output": "<answer>rain</answer>"}}
+    paths["also"] = tmp_path / "also.json"
+    paths["also"].write_text(json.dumps([row | again for row in rows]))
+    ((also,), _) = held_out.read_held_out(run, {"also": paths["also"]})
+    assert [(r.silent, sum(a.right for a in r.answers.values())) for r in also.rounds] == [(False, 10), (True, 0)]
     assert silent["first"].name == "after" and silent["rows"][0][1]["only_first"] == 19
     assert held_out.comparisons(apart) == []
 
@@ -278,6 +284,8 @@ def test_curves_of_kinds_share_a_panel(tmp_path):
     assert not found["eval/mini/collapsed"]["full"]
     assert not found["Evaluation reward by rule by question type"]["full"]
     apart = [panel["title"] for panel in page.panels([run, run])]
+    del run.metrics["eval/accuracy_reward"]
+    assert page.panels([run])[1]["title"] == "Sampled training accuracy"
     assert "Benchmark mini: 7" in apart and "Sampled training accuracy by question type: drum" in apart
     assert page.resumed_at(run) == [13]
 

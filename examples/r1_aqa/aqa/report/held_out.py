@@ -222,20 +222,32 @@ def result_key(row: dict[str, Any]) -> Key:
 
 
 def add_round(held: HeldOut, name: str, verdicts: Verdicts, folder: Path | None) -> None:
-    """Add the answers of a result file.
+    """Add the answers of a result file, and those in silence where its rows have some (``--silent_audio also``).
 
     :param folder: Of the recordings, if it is known.
     """
-    main, audio_key = verdicts.benchmark.breakdowns[0], verdicts.benchmark.audio_key
-    answers = {}
-    for row, right in zip(verdicts.rows, verdicts.right, strict=True):
-        raw = row.get("raw_output", row[verdicts.key])
-        said = row[verdicts.key] if row[verdicts.key] in row["choices"] else what_was_said(raw, row["choices"])
-        answers[result_key(row)] = Answer(shorten(raw), said, right, None)
-        audio = find_audio(row[audio_key], folder) if folder and isinstance(row.get(audio_key), str) else None
-        item = Item(str(row.get(main) or ""), shorten(str(row.get("question"))), row["choices"], row["answer"], audio)
-        held.items.setdefault(result_key(row), item)
+    benchmark, silent = verdicts.benchmark, verdicts.in_silence
+    answers, quiet = {}, {}
+    for number, (row, right) in enumerate(zip(verdicts.rows, verdicts.right, strict=True)):
+        key, said = result_key(row), benchmark.said(row, verdicts.key)
+        answers[key] = result_answer(row, said, row.get("raw_output", said), right)
+        if silent is not None:
+            again = row["in_silence"]
+            quiet[key] = result_answer(row, again["prediction"], again["raw_output"], silent[number])
+        clip = row.get(benchmark.audio_key)
+        audio = find_audio(clip, folder) if folder and isinstance(clip, str) else None
+        kind = benchmark.value(row, benchmark.breakdowns[0]) or ""
+        item = Item(kind, shorten(str(row.get("question"))), row["choices"], row["answer"], audio)
+        held.items.setdefault(key, item)
     held.rounds.append(Round(name, any(row.get("silent_audio") for row in verdicts.rows), answers))
+    if quiet:
+        held.rounds.append(Round(name, True, quiet))
+
+
+def result_answer(row: dict[str, Any], prediction: str, raw: str, right: bool) -> Answer:
+    """An answer of a result file's row."""
+    said = prediction if prediction in row["choices"] else what_was_said(raw, row["choices"])
+    return Answer(shorten(raw), said, right, None)
 
 
 # ------------------------------------------------------------------------------------------------------------- accuracy

@@ -202,6 +202,8 @@ def panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for title, wanted, log, is_main in (*main, *groups, *rest):
         names = [name for name in wanted if name in present]
         known = {name: about for name in names if (about := meaning(name))}
+        if names == ["rollout/accuracy_reward"]:
+            title = METRICS[names[0]].title  # "Accuracy" alone would be taken for that of an evaluation
         if names:
             found.append(
                 {
