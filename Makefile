@@ -4,13 +4,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check -qq
 READY := $(VENV)/.ready
+LISTS := requirements/torch.txt requirements/cpu.txt requirements/dev.txt
+WANTED := $(shell cat $(LISTS) | cksum)
 SEED ?= 0
 DEMO_DIR ?= results/demo
 TRAIN_FLAGS ?=
 RUN ?= $(DEMO_DIR)/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo report test test-all test-faults test-docs test-lightrft bench soak lint clean
+.PHONY: FORCE help setup install doctor demo report test test-all test-faults test-docs test-lightrft bench soak lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,14 +21,20 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with everything the CPU needs (2 to 3 minutes, 3 GB)
 
-$(READY): requirements/torch.txt requirements/cpu.txt requirements/dev.txt
+# .venv/.ready holds the checksum of the lists that are installed: what a checkout does to the files' dates, or a user who
+# has installed the packages himself, installs nothing
+$(READY): FORCE
+	@test -x $(PY) && test "$$(cat $@ 2>/dev/null)" = "$(WANTED)" || $(MAKE) --no-print-directory install
+
+install:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=...")'
-	@rm -f $@
+	@rm -f $(READY)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): torch, vLLM, DeepSpeed and what they need (2 to 3 minutes)"
-	@$(PIP) install -r requirements/torch.txt
-	@$(PIP) install --no-deps -r requirements/cpu.txt -r requirements/dev.txt
-	@touch $@
+	@$(PIP) install --no-index --no-deps $(LISTS:%=-r %) 2>/dev/null || { \
+		echo "installing into $(VENV): torch, vLLM, DeepSpeed and what they need (2 to 3 minutes)" && \
+		$(PIP) install -r requirements/torch.txt && \
+		$(PIP) install --no-deps -r requirements/cpu.txt -r requirements/dev.txt; }
+	@echo "$(WANTED)" > $(READY)
 
 doctor: ## say what this machine can do and what is missing (8 seconds; also without .venv)
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) examples/r1_aqa/doctor.py
@@ -34,8 +42,8 @@ doctor: ## say what this machine can do and what is missing (8 seconds; also wit
 demo: $(READY) ## train a tiny Qwen2-Audio to listen, and show what it learned (2 to 4 minutes)
 	@$(PY) examples/r1_aqa/demo/run_demo.py --out_dir $(DEMO_DIR) --seed $(SEED) -- $(TRAIN_FLAGS)
 
-report: $(READY) ## one page about a run: RUN=results/..., COMPARE="other runs and result files of eval_mmau.py"
-	@$(PY) examples/r1_aqa/report.py "$(RUN)" $(if $(COMPARE),--compare $(COMPARE))
+report: ## one page about a run: RUN=results/..., COMPARE="other runs and result files of eval_mmau.py"
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) examples/r1_aqa/report.py "$(RUN)" $(if $(COMPARE),--compare $(COMPARE))
 
 test: $(READY) ## run the tests (about 9 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -58,6 +58,10 @@ EXIT_STATUS = (
     "exit status: 0 done; 2 wrong use, wrong data or a file that cannot be read or written, the message says what to "
     "put right; 130\ninterrupted; 1 a fault of this program, with its traceback"
 )
+ESSENTIAL = (
+    *("--model_path", "--data_file", "--audio_dir", "--out_file", "--overwrite", "--engine", "--max_new_tokens"),
+    *("--limit", "--silent_audio", "--think"),
+)
 DEFAULT_BATCH = {"hf": 32, "vllm": 256}
 
 
@@ -65,7 +69,9 @@ DEFAULT_BATCH = {"hf": 32, "vllm": 256}
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags of ``run``; the EvalError names every setting that cannot be used."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="eval_mmau.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter)
+    parser = Parser(
+        prog="eval_mmau.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter, essential=ESSENTIAL
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     add_question_flags(parser)
     add_answer_flags(parser)

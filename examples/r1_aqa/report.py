@@ -41,10 +41,12 @@ def main() -> None:
         if not path.exists():
             raise SystemExit(f"report.py: error: {path}: does not exist; the folder of a run holds metrics.jsonl")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # imported here, because numpy, matplotlib and transformers would make --help slow
-    from aqa.evaluation.items import EvalError
-    from aqa.report.page import write_report
-    from aqa.report.run_data import ReportError
+    try:  # here, because numpy, matplotlib and transformers would make --help slow
+        from aqa.evaluation.items import EvalError
+        from aqa.report.page import write_report
+        from aqa.report.run_data import ReportError
+    except ImportError as error:
+        raise SystemExit(f"report.py: error: {error}; use the Python that trains, or make setup") from error
 
     out = args.out or args.run / "report.html"
     try:

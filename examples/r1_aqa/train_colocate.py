@@ -34,9 +34,10 @@ from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
 from aqa.training.flag_rules import find_problems, find_warnings, has_checkpoint, rank_problems
 from aqa.training.flags import build_parser, finish, has_split
+from aqa.training.length import describe_chance, describe_length, has_ended, plan_length
 from aqa.training.run_config import describe_program, write_report
 from aqa.training.run_folder import RunFolder, open_run
-from aqa.training.summary import summary
+from aqa.training.summary import next_command, summary
 
 # atexit runs handlers last-registered first, so this one runs last, when all else that uses gloo has ended
 atexit.register(gloo_shutdown.settle)
@@ -47,8 +48,8 @@ from lightrft.utils import add_arguments  # noqa: E402
 
 FAILED, WRONG_USE = 1, 2  # exit statuses
 NOTHING_LEFT = (
-    "nothing left to do: this run has ended, its model is in {0}; to train it further, give more --num_episodes and "
-    "--allow_changes num_episodes"
+    "nothing left to do: this run has ended, its model is in {0}; to train it further, give more --num_episodes (or "
+    "--max_steps) and --allow_changes num_episodes (or max_steps)"
 )
 
 
@@ -77,15 +78,19 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     # ---- data
     HOST.status("checking the data ...")
     data = load_data(args, strategy, actor)
-    max_steps = count_steps(args, strategy, len(data.prompts))
-    total = len(data.prompts) * args.rollout_batch_size * args.num_episodes  # prompts
+    length = plan_length(args, len(data.prompts))
+    strategy.print("\n".join(describe_length(args, length, len(data.prompts.dataset))))
+    strategy.print(
+        describe_chance(data.prompts.dataset.prompts, data.evaluation.dataset.prompts if data.evaluation else ())
+    )
+    total = length.steps * args.rollout_batch_size  # prompts
     if args.load_checkpoint and has_ended(on_rank_0(lambda: folder.trained()), total):
         HOST.say(NOTHING_LEFT.format(args.save_path))
         return
 
     # ---- optimizer
     (actor, optimizer, scheduler), _, _, initial_model = strategy.prepare_models_and_optimizers(
-        actor, None, [], initial_model, args, max_steps
+        actor, None, [], initial_model, args, length.updates
     )
     if args.fsdp and initial_model is not None:
         strategy.offload_model(initial_model)
@@ -106,21 +111,26 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     HOST.complete_trainer(trainer, data.prompts, data.evaluators, states, find_collapsed(data))
 
     # ---- train and save
+    args.num_episodes = length.episodes  # --max_steps may need more, or fewer
+    data.prompts.remaining = length.steps - done // args.rollout_batch_size
     trainer.fit(
         args,
         prompts_dataloader=data.prompts,
         pretrain_dataloader=None,
         eval_dataloader=data.evaluation,
         consumed_samples=done,
-        num_update_steps_per_episodes=max_steps // args.num_episodes,
+        num_update_steps_per_episodes=length.updates_an_episode,
     )
     notes |= model_notes(folder, data.asked_to_think, total)
+    HOST.status("saving the model ...")
     strategy.save_model(actor, data.tokenizer, args.save_path)
     if folder is not None:
         folder.end()  # before the report, which shows it
-        HOST.say(summary(args.save_path))
+        HOST.say(summary(args))
         if args.report:
+            HOST.status("writing report.html ...")
             HOST.say(write_report(Path(args.save_path)))
+        HOST.say(next_command(args))
 
 
 # ------------------------------------------------------------------------------------------------------ models, trainer
@@ -145,40 +155,6 @@ def load_models(args: argparse.Namespace, strategy: Any) -> tuple[Any, Any]:
     if args.gradient_checkpointing:
         actor.gradient_checkpointing_enable({"use_reentrant": False})
     return actor, initial_model
-
-
-def count_steps(args: argparse.Namespace, strategy: Any, batches: int) -> int:
-    """Optimizer steps of the run.
-
-    :param batches: Rollout batches per episode.
-    :raises SystemExit: if there would be no step.
-    """
-    rollouts = batches * args.num_episodes
-    responses = args.rollout_batch_size * args.n_samples_per_prompt
-    steps, left_over = divmod(rollouts * responses * args.max_epochs, args.train_batch_size)
-    if steps == 0:
-        raise SystemExit(
-            f"{rollouts} rollouts of {responses} responses never fill --train_batch_size {args.train_batch_size}: "
-            f"no optimizer step would be made; use --train_batch_size {responses} or more data"
-        )
-    if left_over:
-        strategy.print(f"note: the last {left_over} responses do not fill an optimizer step and are not trained on")
-    return steps
-
-
-def has_ended(trained: int, total: int) -> bool:
-    """Whether a resumed run has nothing left to do.
-
-    :param trained: Prompts that its model or checkpoint was trained on.
-    :param total: Prompts that the flags ask for.
-    :raises SystemExit: if these are fewer.
-    """
-    if trained > total:
-        raise SystemExit(
-            f"--load_checkpoint: this run was trained on {trained} prompts already, and rows, --max_samples and "
-            f"--num_episodes now make {total}: give at least as many, or start a new run with another --save_path"
-        )
-    return trained == total
 
 
 def resume(args: argparse.Namespace, strategy: Any, actor: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
@@ -349,7 +325,7 @@ def load_data(args: argparse.Namespace, strategy: Any, actor: Any) -> Data:
     source = (args.prompt_data, args.prompt_split, args.max_samples)
     dataset = load_prompts(args, strategy, tokenizer, processor, *source, training=True)
     if len(dataset) < args.rollout_batch_size:
-        raise SystemExit(f"{len(dataset)} rows are fewer than --rollout_batch_size {args.rollout_batch_size}")
+        raise SystemExit(too_few(args, len(dataset), strategy.world_size))
     for doubt in label_doubts(dataset.prompts, dataset.labels):
         strategy.print(f"WARNING: {doubt}")
     per_rank = args.rollout_batch_size // strategy.world_size
@@ -361,6 +337,18 @@ def load_data(args: argparse.Namespace, strategy: Any, actor: Any) -> Data:
     evaluators = make_evaluators(args, strategy, processor, asked_to_think == 1)
     choose_metric(args, evaluation, evaluators)
     return Data(tokenizer, processor, PrefetchLoader(loader), evaluation, evaluators, asked_to_think)
+
+
+def too_few(args: argparse.Namespace, rows: int, ranks: int) -> str:
+    """Why there is no step, and batch sizes that fit the data."""
+    prompts, samples = rows // ranks * ranks, args.n_samples_per_prompt
+    remedy = "; more rows are needed"
+    if prompts:
+        remedy = (
+            f": add rows, or use --rollout_batch_size {prompts} --train_batch_size {prompts * samples} "
+            f"--micro_train_batch_size {samples} --micro_rollout_batch_size {samples}"
+        )
+    return f"{rows} rows are fewer than --rollout_batch_size {args.rollout_batch_size}{remedy}"
 
 
 def load_prompts(
@@ -393,6 +381,8 @@ def load_prompts(
     else:
         rows = mixing.mix(parts, start, args.seed)
     if limit < len(rows):
+        flag = "max_samples" if training else "max_eval_samples"
+        strategy.print(f"note: --{flag} {limit} takes that many of {len(rows):,} rows, drawn by --seed")
         rows = rows.shuffle(seed=args.seed).select(range(limit))
     if len(parts) > 1:
         strategy.print(mixing.describe_mix(rows))

@@ -85,11 +85,14 @@ CASES = {
 }
 
 
+LENGTH = ("--max_samples", 8, "--max_steps", 3)  # an episode and a half of two steps each
+
+
 @pytest.fixture(scope="module", params=CASES)
 def run(request, checkout, tiny_model, demo_parquet, tmp_path_factory):
     """Three steps with everything switched on."""
     out = tmp_path_factory.mktemp("lightrft") / "run"
-    flags = ("--max_samples", 12, "--save_steps", 2, "--save_hf_ckpt", "--save_trajectories", "--eval_steps", 2)
+    flags = (*LENGTH, "--save_steps", 2, "--save_hf_ckpt", "--save_trajectories", "--eval_steps", 2)
     done = train(
         checkout, tiny_model, demo_parquet, out, *flags, "--max_eval_samples", 8, "--report", *CASES[request.param]
     )
@@ -146,7 +149,7 @@ def test_a_second_start_continues_after_the_checkpoint(checkout, run, tiny_model
     shutil.copytree(out, copy)
     for name in ("metrics.jsonl", "r1_aqa.json"):  # as if it had been killed before it had written the model
         (copy / name).unlink()
-    done = train(checkout, tiny_model, demo_parquet, copy, "--max_samples", 12, "--load_checkpoint", *CASES[kind])
+    done = train(checkout, tiny_model, demo_parquet, copy, *LENGTH, "--load_checkpoint", *CASES[kind])
     assert "8 prompts were already used" in done.stdout
     [resumed] = metrics_of(copy)
     [uninterrupted] = [m for m in metrics_of(out) if m["step"] == 3]

@@ -317,7 +317,7 @@ def test_trajectories_hold_their_clips(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 def make_trainer(tmp_path):
-    args = SimpleNamespace(save_path=str(tmp_path), bf16=False, num_episodes=2, fsdp=False)
+    args = SimpleNamespace(save_path=str(tmp_path), bf16=False, num_episodes=2, max_steps=None, fsdp=False)
     strategy = SimpleNamespace(args=args, update_engine_weights=lambda actor: None, print=print)
     rewards = [torch.tensor([2.0, 1.0]), torch.tensor([0.0, 1.0])]
     experiences = [

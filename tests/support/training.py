@@ -57,7 +57,9 @@ def train(model, data, out, *extra, processes=1, check=True):
 
 
 def metrics_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """A run's records of its steps, without that of the evaluation before them, step 0."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["step"] > 0]
 
 
 def moved(model, out):

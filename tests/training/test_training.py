@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_settings_and_report_are_left_in_the_folder(run):
     assert "temperature" not in config["changed"] and config["versions"]["torch"] == torch.__version__
     assert f"report    {out / 'report.html'}" in done.stdout
     rows = list(csv.DictReader((out / "metrics.csv").open()))
-    for row, record in zip(rows, metrics_of(out), strict=True):
+    for row, record in zip(rows[1:], metrics_of(out), strict=True):  # the first is the evaluation of the start model
         assert {name: float(value) for name, value in row.items() if value} == {
             name: value for name, value in record.items() if value is not None
         }
@@ -157,13 +158,19 @@ def test_resume_continues_after_the_checkpoint(run, tiny_model, demo_parquet, de
     weights = (out / "best" / "model.safetensors").read_bytes()
     assert [path.name for path in (out / "_actor").iterdir() if path.is_dir()] == ["step_000004"]  # rotated
     every = ("--eval_steps", 4, "--keep_best", *benchmark_of(demo_data))
-    more = ("--load_checkpoint", "--allow_changes", "num_episodes")
-    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, "--num_episodes", 2, *more, *every)
+    more = ("--load_checkpoint", "--allow_changes", "max_steps")
+    done = train(tiny_model, demo_parquet, out, "--max_samples", 16, "--max_steps", 7, *more, *every)
     assert "16 prompts were already used" in done.stdout
-    assert [record["step"] for record in metrics_of(out)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert "16 rows / 4 prompts = 4 steps an episode; --max_steps 7: 1.75 episodes" in done.stdout
+    assert [record["step"] for record in metrics_of(out)] == [1, 2, 3, 4, 5, 6, 7]
+    # of the cosine from 1e-3 down to a tenth, 4 and 6 of 7 optimizer steps are done before steps 5 and 7
+    rates = [1e-3 * (0.55 + 0.45 * math.cos(math.pi * share)) for share in (4 / 7, 6 / 7)]
+    assert [metrics_of(out)[step - 1]["train/lr"] for step in (5, 7)] == pytest.approx(rates)
+    [start] = [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if r["step"] == 0]
+    assert "eval/demo-test/accuracy" in start and "rollout/reward" not in start  # the start model's, asked once
     assert json.loads((out / "best" / "best.json").read_text()) == better
     assert (out / "best" / "model.safetensors").read_bytes() == weights
-    assert metrics_of(out)[7]["eval/best"] == 2.0 and metrics_of(out)[7]["eval/demo-test/accuracy"] < 2.0
+    assert metrics_of(out)[6]["eval/best"] == 2.0 and metrics_of(out)[6]["eval/demo-test/accuracy"] < 2.0
 
 
 def test_methods_together(run, tiny_model, demo_parquet, tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
-from conftest import EXAMPLE, child_environment
+from conftest import EXAMPLE, ROOT, child_environment
 
 from aqa.common.arguments import expand_home
 
@@ -73,6 +74,25 @@ def test_mistakes(tmp_path, script, arguments, said):
     assert not (tmp_path / "OUT").exists() and not (tmp_path / "OUT.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "rare"),
+    [("train_colocate.py", "--audio_cache_mib"), ("eval_mmau.py", "--tensor_parallel_size"),
+     ("data_preprocess/avqa.py", "--sandbox_audio")],
+)  # fmt: skip
+def test_help_shows_what_matters_and_help_all_the_rest(script, rare):
+    def shown(flag: str) -> str:
+        command = [sys.executable, str(EXAMPLE / script), flag]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60, env=child_environment() | {"COLUMNS": "80"}
+        ).stdout
+
+    short, long = shown("--help"), shown("--help_all")
+    flags = re.findall(r"^  (--\w+)", short, re.MULTILINE)
+    assert len(flags) == 10 and len(short.splitlines()) <= 80 and rare not in short
+    assert rare in long and all(flag in long for flag in flags)
+    assert len(re.findall(r"^ +(?:python |torchrun )", short, re.MULTILINE)) >= 3
+
+
 def test_home_is_replaced_where_a_shell_leaves_it(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     words = ["~/a", "--x=~/a", "~/a,~/b", "--x=~/a,b,~/c", "~", "a~/b", "--x=a~", "~nobody-here/a", "--x", "0.5,0.5"]
@@ -81,3 +101,37 @@ def test_home_is_replaced_where_a_shell_leaves_it(monkeypatch):
         *(f"{me}/a", f"--x={me}/a", f"{me}/a,{me}/b", f"--x={me}/a,b,{me}/c"),
         *(me, "a~/b", "--x=a~", "~nobody-here/a", "--x", "0.5,0.5"),
     ]
+
+
+def test_make_installs_only_what_is_not_there(tmp_path):
+    """The lists' dates do not matter, nor who has installed what they name; a list that has changed does."""
+    (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    lists = [tmp_path / "requirements" / f"{name}.txt" for name in ("torch", "cpu", "dev")]
+    for name, text in (
+        ("python", "true"),
+        ("pip", 'echo "$*" >> pip.log\n[ -e there ] || ! expr "$*" : ".*--no-index"'),
+    ):
+        (tmp_path / ".venv" / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+
+    def make() -> list[bool]:
+        """Which calls of pip could install something."""
+        log = tmp_path / "pip.log"
+        log.write_text("")
+        subprocess.run(["make", "setup"], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        return ["--no-index" not in line for line in log.read_text().splitlines()]
+
+    for path in lists:
+        path.write_text("package==1\n")
+    assert make() == [False, True, True]  # they are not there
+    for path in lists:
+        path.touch()
+    assert make() == []
+    (tmp_path / ".venv" / ".ready").unlink()
+    (tmp_path / "there").touch()
+    assert make() == [False]  # someone else has installed them
+    lists[0].write_text("package==2\n")
+    (tmp_path / "there").unlink()
+    assert make() == [False, True, True]

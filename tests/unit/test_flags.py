@@ -1,6 +1,7 @@
 """The flags of training and the rules between them."""
 
 import argparse
+import dataclasses
 import importlib.util
 import re
 from itertools import product
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from aqa.data.prompts import render_prompt
 from aqa.training.flag_rules import find_warnings
 from aqa.training.flags import (
     ESTIMATORS,
@@ -16,6 +18,7 @@ from aqa.training.flags import (
     build_parser,
     finish,
 )
+from aqa.training.length import describe_chance, describe_length, plan_length
 from lightrft.models import loss
 from lightrft.trainer import advantages
 from lightrft.utils import add_arguments
@@ -212,6 +215,7 @@ def test_sizes_below_one_are_refused(problems, name, value):
         ("prompt_max_len", 0, 1),
         ("max_ckpt_num", 0, 1),
         ("num_episodes", 0, 1),
+        ("max_steps", 0, 1),
         ("max_epochs", 0, 1),
         ("limit_mm_image_per_prompt", 0, 1),
         ("audio_cache_mib", -1, 0),
@@ -361,6 +365,33 @@ def test_the_hf_engine_has_no_tensor_parallelism(problems):
     ]
 
 
+@pytest.mark.parametrize(
+    ("rows", "flags", "length", "says"),
+    [
+        # of the recordings in the README: 1151 = 71 x 16 + 15; 71 x 20 = 1420 steps of 16 x 8 responses
+        (1151, {"num_episodes": 20}, (71, 1420, 1420, 71, 0, 20), ["71 steps an episode x 20 episodes = 1,420 steps",
+         "181,760 responses", "15 rows do not fill a step and are left out of an episode, others in the next"]),
+        (1151, {"num_episodes": 20, "max_steps": 399}, (71, 399, 399, 71, 0, 6), ["--max_steps 399: 5.62 episodes"]),
+        (16, {"max_steps": 5, "train_batch_size": 256}, (1, 5, 2, 0, 128, 5), ["= 1 step an episode; --max_steps 5",
+         "the last 128 responses do not fill an optimizer step"]),
+        (64, {"train_batch_size": 64, "max_epochs": 3}, (4, 4, 24, 24, 0, 1), ["x 1 episodes = 4 steps"]),
+    ],
+)  # fmt: skip
+def test_the_length_of_a_run(rows, flags, length, says):
+    args = build_parser(add_arguments).parse_args([])
+    vars(args).update(flags)
+    found = plan_length(args, rows // 16)
+    assert (*dataclasses.astuple(found), found.episodes) == length
+    text = "\n".join(describe_length(args, found, rows))
+    assert all(part in text for part in says), text
+
+
+def test_the_level_of_chance():
+    two, four = (render_prompt("What?", options, False) for options in (["a", "b"], ["a", "b", "c", "d"]))
+    assert describe_chance([two, four, "no options"], [four]).endswith("training 0.375, held-out 0.250")
+    assert describe_chance(["no options"], ()).endswith("not known, since the prompts list no options")
+
+
 def test_several_sources_each_need_a_share(problems, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
@@ -371,7 +402,8 @@ def test_several_sources_each_need_a_share(problems, tmp_path):
     assert "must add up to 1, not 3; 0.3333,0.6667" in problems(prompt_data=sources, prompt_data_probs="1,2")[0]
     curriculum = {"prompt_data": sources, "prompt_data_probs": "1,0", "prompt_data_probs_end": "0,1"}
     assert problems(**curriculum) == []
-    assert "use --num_episodes 1" in problems(**curriculum, num_episodes=2)[0]
+    for longer in ({"num_episodes": 2}, {"max_steps": 5}):
+        assert "use --num_episodes 1" in problems(**curriculum, **longer)[0]
     assert "use one of the two" in problems(**curriculum, dynamic_sampling=True)[0]
     # the same spelling for the data to evaluate on
     assert problems(eval_data=sources, eval_split="train") == []

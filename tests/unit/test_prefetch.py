@@ -222,6 +222,8 @@ def test_batches_and_their_order_are_the_loaders(world, rank):
         assert episodes[-1] == list(plain)
         assert len(episodes[-1]) == len(plain)
     assert episodes[0] != episodes[1] != episodes[2]
+    ahead.remaining = len(plain) + 1  # --max_steps ends inside the second of these episodes
+    assert [len(list(ahead)) for _ in range(3)] == [len(plain), 1, 0]
 
 
 def test_a_run_goes_on_inside_an_episode_where_it_was_left():

@@ -17,6 +17,7 @@ from aqa.report.page import session_rows
 from aqa.report.run_data import Run
 from aqa.training.flag_rules import find_problems, has_checkpoint
 from aqa.training.flags import build_parser, finish
+from aqa.training.length import has_ended
 from aqa.training.run_folder import EARLIER, FIXED, FREE, open_run
 from lightrft.utils import add_arguments
 
@@ -273,9 +274,9 @@ def test_runs_of_an_older_version_resume_with_a_note(session, tmp_path):
 def test_a_run_that_has_ended_is_not_trained_further_and_none_becomes_shorter(session):
     _, _, folder = session(files=["config.json"], trained=8)
     assert folder.work_done == 8
-    assert train_colocate.has_ended(8, 8) and not train_colocate.has_ended(8, 12)
+    assert has_ended(8, 8) and not has_ended(8, 12)
     with pytest.raises(SystemExit, match=r"trained on 8 prompts already, and .* now make 4"):
-        train_colocate.has_ended(8, 4)
+        has_ended(8, 4)
     with pytest.raises(SystemExit, match=r"holds no checkpoint to go on from; --pretrain .*/run with another"):
         train_colocate.resume(folder.args, None, None, None, None)
 

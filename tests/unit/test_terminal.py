@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from conftest import EXAMPLE, ROOT, child_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqa.training.summary import read_metrics, summary, summary_table
+from aqa.training.summary import lesson, read_metrics, summary, summary_table
 from lightrft.utils import progress
 from lightrft.utils.console import Console, paint
 from lightrft.utils.progress import fit, step_lines
@@ -102,6 +103,21 @@ def test_lines_fit_80_columns(step, metrics, verbose):
     assert max(map(len, plain)) <= 80, plain
 
 
+def test_the_time_that_is_left_is_told_from_the_steps_that_were_made(monkeypatch, capsys):
+    """The first step is slow and does not count; then 2 s a step, and 3.6 s on average with evaluations."""
+    clock = iter([60.0, 64.0, 92.0])  # ends of steps 1, 3 and 10
+    bar = progress.Progress(total=1005, done=5)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(progress.console, "stream", sys.stdout)
+    for _ in range(10):
+        bar.step()
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "about 33 min to go, at 2.0 s a step",
+        "about 59 min to go, at 3.6 s a step",
+    ]  # 997 x 2, 990 x 32 / 9
+
+
 @pytest.mark.parametrize(
     ("value", "decimals", "width", "text"),
     [
@@ -148,7 +164,7 @@ def test_a_file_gets_plain_lines(capsys):
     console.status("starting ...")
     console.print(paint("first", "bold"), 2)
     console.warn("look")
-    assert capsys.readouterr().out == "first 2\nWARNING (rank 0): look\n"
+    assert capsys.readouterr().out == "starting ...\nfirst 2\nWARNING (rank 0): look\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- the summary
@@ -158,14 +174,14 @@ def records(count: int) -> list[dict]:
 
 
 def test_the_summary_compares_first_last_and_recent_steps():
-    rows = records(20)
-    rows[9]["eval/accuracy_reward"], rows[19]["eval/accuracy_reward"] = 0.25, 0.75
+    rows = [{"step": 0, "eval/accuracy_reward": 0.25}, *records(20)]
+    rows[20]["eval/accuracy_reward"] = 0.75
     rows[-1] |= {"health/anomalies": 2.0}
     lines = summary_table(rows)
     assert lines[0].split() == ["step", "1", "step", "20", "mean", "of", "10"]
     cells = {line[:18].strip(): line[18:].split() for line in lines[1:]}
     assert cells["reward"] == ["0.100", "2.000", "1.550"]  # 1.1 to 2.0: 15.5 / 10
-    assert cells["eval/accuracy"] == ["0.250", "0.750", "0.750"]
+    assert cells["eval/accuracy"] == ["0.250", "at", "step", "0", "to", "0.750", "at", "step", "20"]
     assert "gradient norm" not in cells
     assert lines[-1] == "2 warnings, see above"
     assert max(map(len, lines)) <= 80
@@ -174,11 +190,39 @@ def test_the_summary_compares_first_last_and_recent_steps():
 def test_short_empty_and_cut_runs(tmp_path):
     assert summary_table(records(1))[0].split() == ["step", "1", "step", "1", "mean", "of", "1"]
     assert summary_table([]) == []
-    assert summary(str(tmp_path)).split() == ["model", str(tmp_path), "metrics", f"{tmp_path}/metrics.jsonl"]
+    args = Namespace(save_path=str(tmp_path), eval_benchmark=None, eval_data=None)
+    learned, *places = summary(args).strip().splitlines()
+    assert learned.startswith("learned   not measured on held-out data: add --eval_steps")
+    assert places == [f"model     {tmp_path}", f"metrics   {tmp_path}/metrics.jsonl"]
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records(3)) + '{"step": 4, "roll')
     assert [record["step"] for record in read_metrics(file)] == [1, 2, 3]
-    assert "step 3" in summary(str(tmp_path))
+    assert "step 3" in summary(args)
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        # right of 12 questions before, after, and in silence; p = 2 * (1/2)^n where all n that differ are on one side
+        ({0: (2, None), 9: (12, 3)}, "0.167 before, 1.000 after step 9 (12 questions, p 0.002): it has learned; in "
+         "silence 0.250 (p 0.004): it listens"),
+        ({5: (12, None), 9: (5, 5)}, "1.000 at step 5, 0.417 after step 9 (12 questions, p 0.02): it has become worse; "
+         "in silence 0.417 (p 1): no sign that it listens"),
+        ({0: (4, None), 9: (6, None)}, "0.333 before, 0.500 after step 9 (12 questions, p 0.5): too little for a "
+         "difference; --eval_silent would tell whether it listens"),
+    ],
+)  # fmt: skip
+def test_what_was_learned(tmp_path, steps, says):
+    folder = tmp_path / "eval" / "rows"
+    folder.mkdir(parents=True)
+    for step, counts in steps.items():
+        lines = [
+            {"row": row, "prompt": "", "reference": "", "silent": part > 0, "accuracy_reward": row < right, "reward": 0}
+            for part, right in enumerate(counts) if right is not None
+            for row in range(12)
+        ]  # fmt: skip
+        (folder / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert lesson(tmp_path, Namespace(eval_benchmark=None, eval_data=None)) == f"held-out accuracy {says}"
 
 
 def test_quiet_and_verbose_are_refused_together():

@@ -2,9 +2,14 @@
 
     python examples/r1_aqa/data_preprocess/avqa.py \\
         --input_jsonl data/AVQA/train_qa.data --audio_dir data/AVQA/audios --local_save_dir ~/data/avqa_lightrft
+    python examples/r1_aqa/data_preprocess/avqa.py --input_jsonl mine/rows.jsonl --audio_dir mine \\
+        --local_save_dir results/own/parquet --val_ratio 0.2 --split_by speaker
+    python examples/r1_aqa/data_preprocess/avqa.py --input_jsonl mine/rows.jsonl --audio_dir mine \\
+        --local_save_dir results/own/parquet --val_file mine/held_out.jsonl
 
-Written are ``train.parquet``, with ``--val_ratio`` also ``validation.parquet``, and ``report.json``: what was read,
-what was left out and why, and what the audio is like. Files are replaced only once every new one is complete.
+Written are ``train.parquet``, with ``--val_ratio`` or ``--val_file`` also ``validation.parquet``, and ``report.json``:
+what was read, what was left out and why, and what the audio is like. Files are replaced only once every new one is
+complete.
 
 Rows that cannot be used (malformed JSON, missing fields, an answer out of range, a control token of the model in the
 text, ...) are left out. Rows whose audio is missing or unreadable are kept, because data is often prepared where the
@@ -31,6 +36,10 @@ from aqa.data.rows import AvqaError, split_by_clip
 
 __all__ = ["AvqaError", "build_table", "main", "make_resolver", "render_prompt", "split_by_clip"]
 
+ESSENTIAL = (
+    *("--input_jsonl", "--audio_dir", "--local_save_dir", "--val_ratio", "--split_by", "--val_file", "--skip_bad"),
+    *("--strict", "--pretrain", "--enable_think"),
+)
 EXIT_STATUS = (
     "exit status: 0 written; 2 nothing written: wrong use, wrong data or a file that cannot be read or written, the "
     "message says which;\n130 interrupted, nothing written; 1 a fault of this program, with its traceback"
@@ -48,6 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         epilog=EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        essential=ESSENTIAL,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     files = parser.add_argument_group("files")

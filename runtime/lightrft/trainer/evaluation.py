@@ -66,7 +66,7 @@ class Evaluation:
         self.warned: set[str] = set()
 
     def due(self, step: int, total: int, every: int) -> bool:
-        """Whether to evaluate after a step: every so many, and after the last.
+        """Whether to evaluate after a step: every so many, after the last, and before the first, as step 0.
 
         :param every: ``eval_steps``; -1: never.
         """
@@ -107,9 +107,9 @@ class Evaluation:
             metrics |= {k.replace(name, f"{name}_silent", 1): v for k, v in more.items() if k.startswith(name)}
         if self.find_collapsed is not None:
             found = self.find_collapsed(heard, silent)
-            for name in found.keys() - self.warned:
+            for name in found.keys() - self.warned if step > 0 else ():  # the start model's are what training is for
                 self.strategy.print(f"WARNING: evaluation data: {name}: {found[name]}")
-            self.warned |= found.keys()
+                self.warned.add(name)
             metrics["eval/collapsed"] = float(len(found))
         if self.folder is not None and self.strategy.is_rank_0():
             try:

@@ -40,7 +40,7 @@ from lightrft.utils.console import console
 from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_metrics
 from lightrft.utils.metrics import MetricsWriter
 from lightrft.utils.preemption import RankError, StopError, stop_request
-from lightrft.utils.progress import Progress, step_lines
+from lightrft.utils.progress import Progress, evaluation_lines, step_lines
 from lightrft.utils.protocols import Actor, Strategy, Tokenizer
 
 ANOMALY_EXIT = 4  # exit status after --on_anomaly stop
@@ -217,7 +217,7 @@ class SPMDPPOTrainerVL:
         # steps go on from the checkpoint's, also if --rollout_batch_size was changed and the data are at another batch
         first = self.restored_step
         self.batches_ahead = consumed_samples // self.args.rollout_batch_size - first
-        total = len(prompts_dataloader) * self.args.num_episodes - self.batches_ahead
+        total = (self.args.max_steps or len(prompts_dataloader) * self.args.num_episodes) - self.batches_ahead
         self.saver.point = ResumePoint(first, consumed_samples, self.kl_ctl.value, self.health.state())
         self.saver.saved = first
         stop_request.install()
@@ -246,6 +246,8 @@ class SPMDPPOTrainerVL:
         started, step = time.perf_counter(), first
         metrics: dict[str, float] = {}
         try:
+            if first == 0 and evaluation.due(0, total, self.args.eval_steps):
+                self._evaluate_start(evaluation, writer, total)
             for step, (batch, waited) in enumerate(batches, first + 1):
                 metrics = self.train_on(batch, step, waited)
                 self._after_step(evaluation, writer, step, total, metrics)
@@ -285,6 +287,15 @@ class SPMDPPOTrainerVL:
             sampler.start = max(0, done - episode * len(loader)) * loader.batch_size
             yield from stop_request.each(timed(loader), self.strategy.device)
             sampler.start = 0
+
+    def _evaluate_start(self, evaluation: Evaluation, writer: MetricsWriter | None, total: int) -> None:
+        """Evaluate the start model, as step 0, which shows later what was learned."""
+        console.status("evaluating the start model ...")
+        self.progress.phase("evaluate")
+        metrics = evaluation(0)
+        if writer is not None:
+            writer.write(0, metrics)
+            self.progress.show(*evaluation_lines(0, total, metrics))
 
     def _after_step(
         self, evaluation: Evaluation, writer: MetricsWriter | None, step: int, total: int, metrics: dict[str, float]

@@ -76,14 +76,19 @@ class Console:
             self._write(sys.stdout, f"ERROR: {message}")
 
     def status(self, text: str) -> None:
-        """Show on the terminal's last line what is going on, until the next line is printed.
+        """Show on the terminal's last line what is going on, until the next line is printed; in a file as a line.
 
-        :param text: At most 79 columns.
+        :param text: At most 79 columns; empty: nothing is going on any more.
         """
-        if self.rank == 0 and not self.quiet and self.stream.isatty():
-            with suppress(OSError):
-                print(f"\r\x1b[K{text}", end="", file=self.stream, flush=True)
-                self._status = True
+        if self.rank != 0 or self.quiet:
+            return
+        if not self.stream.isatty():
+            if text:
+                self._write(self.stream, text)
+            return
+        with suppress(OSError):
+            print(f"\r\x1b[K{text}", end="", file=self.stream, flush=True)
+            self._status = True
 
     def _write(self, stream: TextIO, *parts: object) -> None:
         on_screen = stream is self.stream and stream.isatty()

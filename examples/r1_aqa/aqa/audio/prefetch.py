@@ -84,6 +84,7 @@ class PrefetchLoader:
         self.loader = loader
         self.dataset, self.sampler, self.batch_size = loader.dataset, loader.sampler, loader.batch_size
         self.seconds_waited = 0.0  # for the last batch
+        self.remaining: int | None = None  # batches that it still gives, over all episodes; None: all
         pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         pool.submit(self.dataset.__getitems__, next(iter(loader.batch_sampler), []))
         pool.shutdown(wait=False)  # the thread ends when it is done
@@ -99,7 +100,9 @@ class PrefetchLoader:
                 started = time.perf_counter()
                 batch = ahead.result()
                 self.seconds_waited = time.perf_counter() - started
-                if batch is None:
+                if batch is None or self.remaining == 0:
                     return
+                if self.remaining is not None:
+                    self.remaining -= 1
                 ahead = pool.submit(next, batches, None)
                 yield batch

@@ -13,7 +13,29 @@ from typing import Any, NoReturn
 class Parser(argparse.ArgumentParser):
     """argparse's parser. It replaces ``~`` at the start of any value, which a shell leaves in ``--flag=~/x``, behind a
     comma and in variables, and answers a wrong flag with the one that is meant instead of all flags.
+
+    :param essential: The flags that ``--help`` shows, where there are many; ``--help_all`` then shows all of them.
+    :param examples: Commands, which ``--help`` shows behind its flags.
     """
+
+    def __init__(self, *args: Any, essential: Sequence[str] = (), examples: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.essential, self.examples = essential, examples
+        if essential:
+            self.add_argument("--help_all", action=HelpAll, nargs=0, help="show all flags and exit")
+
+    def format_help(self) -> str:
+        """What ``--help`` shows."""
+        if not self.essential:
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_usage("%(prog)s FLAGS", [], [])
+        formatter.add_text(self.description)
+        formatter.start_section("the flags that matter most")
+        formatter.add_arguments([self._option_string_actions[flag] for flag in self.essential])
+        formatter.end_section()
+        shown = formatter.format_help() + f"\n{self.examples}\n" * bool(self.examples)
+        return f"{shown}\n--help_all shows all {len(self._actions)} flags\n"
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse's, which :meth:`parse_args` calls."""
@@ -28,7 +50,21 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--") and not any(flag.startswith(name) for flag in known):
                 close = difflib.get_close_matches(name, known, n=1)
                 message += f"; {name}: did you mean {close[0]}?" if close else ""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        self.exit(
+            2, f"{self.prog}: error: {message} ({'--help_all' if self.essential else '--help'} lists all flags)\n"
+        )
+
+
+class HelpAll(argparse.Action):
+    """Shows all flags, and ends."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs | {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS})
+
+    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+        """Called by argparse."""
+        print(argparse.ArgumentParser.format_help(parser), end="")
+        parser.exit()
 
 
 def flags_of(parser: argparse.ArgumentParser) -> list[str]:

@@ -125,9 +125,9 @@ class BenchmarkEvaluator:
             for row in heard
         ]
         found = find_collapsed(said, types)
-        for name in found.keys() - self.warned:
+        for name in found.keys() - self.warned if step > 0 else ():  # the start model's are what training is for
             self.strategy.print(f"WARNING: {self.path.name}: {name}: {found[name]}")
-        self.warned |= found.keys()
+            self.warned.add(name)
         return metrics | {f"eval/{self.path.stem}/collapsed": float(len(found))}
 
     def measure(self, ask: Ask, step: int, silent: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:

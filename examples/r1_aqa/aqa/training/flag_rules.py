@@ -136,6 +136,7 @@ def _range_problems(args: argparse.Namespace) -> list[str]:
             ("wandb_table_steps", args.wandb_table_steps >= 0, "0 (never) or more"),
             ("max_ckpt_num", args.max_ckpt_num >= 1, "1 or more"),
             ("num_episodes", args.num_episodes >= 1, "1 or more"),
+            ("max_steps", args.max_steps is None or args.max_steps >= 1, "1 or more"),
             ("max_epochs", args.max_epochs >= 1, "1 or more"),
             ("limit_mm_image_per_prompt", args.limit_mm_image_per_prompt >= 1, "1 or more"),
         )
@@ -428,10 +429,10 @@ def _share_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--{name} {text}: the shares must add up to 1, not {total:g}{remedy}")
     if args.prompt_data_probs_end is not None and sources == 1:
         problems.append("--prompt_data_probs_end: a curriculum needs several sources in --prompt_data")
-    if args.prompt_data_probs_end is not None and args.num_episodes != 1:
+    if args.prompt_data_probs_end is not None and (args.num_episodes != 1 or args.max_steps is not None):
         problems.append(
-            f"--num_episodes {args.num_episodes} with --prompt_data_probs_end: the shares move over one episode, for "
-            "which --max_samples sets the rows; use --num_episodes 1"
+            f"--num_episodes {args.num_episodes} or --max_steps with --prompt_data_probs_end: the shares move over one "
+            "episode, for which --max_samples sets the rows; use --num_episodes 1, without --max_steps"
         )
     return problems
 

@@ -23,6 +23,22 @@ EXIT_STATUS = (
     "138, 143 asked to end by Ctrl-C, SIGUSR1, SIGTERM, state saved (torchrun makes all of these 1); 1 any other "
     "failure, with its traceback"
 )
+ESSENTIAL = (
+    *("--pretrain", "--prompt_data", "--save_path", "--max_steps", "--actor_learning_rate", "--generate_max_len"),
+    *("--eval_steps", "--eval_silent", "--save_steps", "--load_checkpoint"),
+)
+EXAMPLES = """\
+examples:
+  one process:
+    python examples/r1_aqa/train_colocate.py --pretrain MODEL --prompt_data DATA --save_path RUN \\
+        --max_steps 400 --eval_steps 100 --eval_silent --save_steps 100
+  go on with it after an interruption: the same, and
+    ... --load_checkpoint
+  what it needs on GPUs, without loading anything:
+    python examples/r1_aqa/train_colocate.py --plan --pretrain MODEL --bf16 --zero_stage 3
+  several GPUs:
+    torchrun --nproc-per-node 8 examples/r1_aqa/train_colocate.py --bf16 --zero_stage 3 ...\
+"""
 MODEL_TYPES = ("qwen2_audio", "qwen2_5_omni")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -34,6 +50,8 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
     """
     parser = Parser(
         description="Train Qwen2-Audio with GRPO on audio question answering (R1-AQA's recipe).",
+        essential=ESSENTIAL,
+        examples=EXAMPLES,
         epilog=EXIT_STATUS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -167,6 +185,11 @@ def _add_batch_flags(g: Any) -> None:
     )
     g.add_argument("--micro_rollout_batch_size", type=int, help="responses in one log-prob forward; default: a group")
     g.add_argument("--num_episodes", type=int, default=1, help="passes over the data")
+    g.add_argument(
+        "--max_steps",
+        type=int,
+        help="in place of --num_episodes: this many steps (rollouts), with as many passes over the data as that takes",
+    )
     g.add_argument("--max_epochs", type=int, default=1, help="passes over each rollout batch")
 
 

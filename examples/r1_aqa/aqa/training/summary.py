@@ -1,11 +1,19 @@
-"""The table that a run ends with on the terminal: its metrics at the first and the last step."""
+"""What a run ends with on the terminal: its metrics at the first and the last step, what it learned, what is next."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+from aqa.data.prepare_avqa import QUESTIONS_FILE
+from aqa.evaluation.scoring import paired
+
+EVALUATION_FOLDER = "eval/rows"  # a file for each evaluation, with a record for each answer
+SURE = 0.05  # a smaller p-value counts as a difference
 RECENT = 10  # steps of the last column's mean
 ROWS = (
     ("reward", "rollout/reward", ".3f"),
@@ -25,9 +33,9 @@ COUNTS = {
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a run, in the order of the steps.
+    """The records of a file of JSON Lines, such as ``metrics.jsonl``, in the order of the steps.
 
-    :param path: ``metrics.jsonl``; empty if there is none. A last line that was cut off is left out.
+    :param path: The result is empty if there is no such file. A last line that was cut off is left out.
     """
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -38,28 +46,98 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def summary(save_path: str) -> str:
-    """The table, and where model and metrics are; at most 80 columns, except for paths."""
-    path = Path(save_path) / "metrics.jsonl"
-    return "\n".join(("", *summary_table(read_metrics(path)), f"model     {save_path}", f"metrics   {path}"))
+def summary(args: argparse.Namespace) -> str:
+    """The table, what was learned, and where model and metrics are.
+
+    :param args: The run's flags.
+    """
+    path = Path(args.save_path) / "metrics.jsonl"
+    return "\n".join(
+        (
+            "",
+            *summary_table(read_metrics(path)),
+            f"learned   {lesson(Path(args.save_path), args)}",
+            f"model     {args.save_path}",
+            f"metrics   {path}",
+        )
+    )
+
+
+def lesson(run: Path, args: argparse.Namespace) -> str:
+    """A sentence about the answers to the evaluation data: before training, after it, and without sound."""
+    files = sorted((run / EVALUATION_FOLDER).glob("step_*.jsonl"))
+    if not files and args.eval_benchmark:
+        return f"eval_mmau.py compare shows it, of the first and the last result file in {run / 'eval'}"
+    if not files:
+        held_out = "" if args.eval_data else ", and hold rows out by avqa.py --val_ratio 0.2"
+        return f"not measured on held-out data: add --eval_steps 100{held_out}"
+    first, last = read_verdicts(files[0]), read_verdicts(files[-1])
+    if not first[False].keys() & last[False].keys():
+        return f"the first and the last evaluation, {files[0]} and {files[-1]}, asked different questions"
+    heard, steps = last[False], [int(file.stem.removeprefix("step_")) for file in files]
+    when = "before" if steps[0] == 0 else f"at step {steps[0]}"
+    change, told = against(first[False], heard)
+    verdict = "too little for a difference"
+    if told["mcnemar_p"] < SURE:
+        verdict = "it has learned" if told["difference"] > 0 else "it has become worse"
+    sentence = f"held-out accuracy {change} {when}, {told['accuracy'][1]:.3f} after step {steps[-1]}"
+    sentence += f" ({told['total']} questions, p {told['mcnemar_p']:.1g}): {verdict}"
+    if not last[True]:
+        return f"{sentence}; --eval_silent would tell whether it listens"
+    silent, told = against(last[True], heard)
+    sign = "it listens" if told["mcnemar_p"] < SURE and told["difference"] > 0 else "no sign that it listens"
+    return f"{sentence}; in silence {silent} (p {told['mcnemar_p']:.1g}): {sign}"
+
+
+def read_verdicts(file: Path) -> dict[bool, dict[tuple, bool]]:
+    """Which questions of an evaluation were answered rightly, with sound (False) and in silence (True)."""
+    found: dict[bool, dict[tuple, bool]] = {False: {}, True: {}}
+    for record in read_metrics(file):
+        key = (record["row"], record["prompt"], record["reference"])
+        found[record["silent"]][key] = record.get("accuracy_reward", record["reward"]) > 0
+    return found
+
+
+def against(first: dict[tuple, bool], second: dict[tuple, bool]) -> tuple[str, dict[str, Any]]:
+    """The accuracy of the first, and both compared on the questions that both have, by McNemar's exact test."""
+    shared = [key for key in first if key in second]
+    told = paired([first[key] for key in shared], [second[key] for key in shared])
+    return f"{told['accuracy'][0]:.3f}", told
+
+
+def next_command(args: argparse.Namespace) -> str:
+    """A line with the command that evaluates the model on all held-out questions."""
+    script = Path(sys.argv[0]).with_name("eval_mmau.py")
+    folder = Path(args.prompt_data.split(",")[0].strip())
+    questions = folder / QUESTIONS_FILE
+    data = [str(questions), "--audio_dir", str(folder)] if questions.is_file() else ["FILE", "--audio_dir", "FOLDER"]
+    result = f"{args.save_path.rstrip('/')}_result.json"
+    words = ["python", str(script), "--model_path", args.save_path, "--data_file", *data, "--out_file", result]
+    return f"next      {shlex.join([*words, '--max_new_tokens', str(args.generate_max_len)])}"
 
 
 def summary_table(records: list[dict[str, Any]]) -> list[str]:
-    """First and last step, mean of the last ones, and counts of what went wrong.
+    """First and last step, mean of the last ones, first and last evaluation, and counts of what went wrong.
 
-    :param records: One a step; a value is None where the step has no such number.
+    :param records: One a step, and step 0 for the evaluation before them; a value is None where the step has no such
+        number.
     """
+    measured, records = records, [record for record in records if record["step"] > 0]
     if not records:
         return []
     last = f"step {records[-1]['step']}"
     lines = [f"{'':18}{'step ' + str(records[0]['step']):>12}{last:>12}{f'mean of {min(RECENT, len(records))}':>12}"]
-    evaluations = sorted({name for record in records for name in record if is_accuracy(name)})
-    for label, name, form in (*ROWS, *((name.removesuffix("_reward"), name, ".3f") for name in evaluations)):
+    for label, name, form in ROWS:
         values = [record[name] for record in records if record.get(name) is not None]
         if values:
             recent = [r[name] for r in records[-RECENT:] if r.get(name) is not None] or values[-1:]
             cells = (values[0], values[-1], sum(recent) / len(recent))
             lines.append(f"{label:18}" + "".join(f"{format(value, form):>12}" for value in cells))
+    for name in sorted({name for record in measured for name in record if is_accuracy(name)}):
+        found = [record for record in measured if record.get(name) is not None]
+        if found:
+            ends = [f"{record[name]:.3f} at step {record['step']}" for record in (found[0], found[-1])]
+            lines.append(f"{name.removesuffix('_reward'):18} {' to '.join(dict.fromkeys(ends))}")
     lines += [f"{int(records[-1][name])} {what}" for name, what in COUNTS.items() if records[-1].get(name)]
     return lines
 

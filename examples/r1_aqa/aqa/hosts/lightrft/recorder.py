@@ -183,7 +183,7 @@ class Recorder:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         m = metrics
-        total = steps_an_episode * self.args.num_episodes
+        total = self.args.max_steps or steps_an_episode * self.args.num_episodes
         print(
             f"\nstep {step:>{len(str(total))}}/{total}  reward {m['rollout/reward']:.3f}  "
             f"acc {m['rollout/accuracy_reward']:.3f}  len {m['rollout/response_length']:.1f}  kl {m['train/kl']:.4f}  "
