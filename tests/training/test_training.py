@@ -20,8 +20,8 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from aqa.evaluation.checkpoints import missing_files
 from aqa.evaluation.items import read_rows
-from aqa.evaluation.scoring import is_right
 from aqa.report import metrics
+from aqa.rewards.choices import is_right
 from lightrft.strategy.checkpoint import damage
 
 JUDGE = """
