@@ -402,7 +402,7 @@ def test_a_missing_column_is_named_with_its_flag():
 @pytest.mark.parametrize("main", [avqa.main, eval_mmau.main])
 def test_help_documents_the_exit_status_and_debug(main, capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(["--help_all"])
     text = capsys.readouterr().out
     tail = text[text.index("exit status:") :]
     assert all(part in tail for part in ("0 ", "2 ", "130", "; 1 a fault of this program"))

@@ -7,6 +7,7 @@ import random
 import re
 from pathlib import Path
 
+import avqa
 import pytest
 
 from aqa.data.prompts import choices_in
@@ -478,7 +479,7 @@ def test_the_first_questions_are_read_as_the_whole_file_is(tmp_path):
         make_items(rows, MMAU, tmp_path, False, limit=2)
 
 
-def test_rows_of_r1_aqa_are_questions(tmp_path):
+def test_rows_of_r1_aqa_are_questions(tmp_path, capsys):
     row = {
         "id": 7,
         "question_text": "What is in the video?",
@@ -499,8 +500,25 @@ def test_rows_of_r1_aqa_are_questions(tmp_path):
     assert questions[0] == first | {"answer": "3", "dataset": "AVQA", "task": "Which"}
     assert questions[1]["audio_id"] == "b_30.wav"  # the name that avqa.py looks for
     assert make_items(questions, benchmark, tmp_path, False)[0].prompt.startswith("What is in the audio? Please choose")
-    with pytest.raises(EvalError, match=r"1 of 2 rows(?s:.*)line 2: answer_out_of_range"):
-        read(named, raw | {"answer": 5})
+    # as avqa.py leaves rows out, wherever they stand
+    for bad, line in (
+        ([raw, {"id": 7}], 2),
+        ([{"id": 9, "multi_choice": []}, raw], 1),
+        ([raw | {"answer": 5}, raw], 1),
+    ):
+        assert read(*bad) == (MMAU, questions[1:])
+        assert re.search(
+            rf"1 of 2 rows cannot be used:\n  line {line}: \w+: .*\nthey are not asked", capsys.readouterr().err
+        )
+    with pytest.raises(EvalError, match=r"1 of 1 rows(?s:.*)line 1: answer_out_of_range"):
+        read(raw | {"answer": 5})
+    # and the parquet that it writes
+    (tmp_path / "rows.jsonl").write_text(json.dumps(named) + "\n" + json.dumps(raw))
+    places = ("--input_jsonl", path, "--audio_dir", tmp_path, "--local_save_dir", tmp_path, "--no_check_audio")
+    assert avqa.main(list(map(str, places))) == 0
+    there = [{"audio_id": str(tmp_path / name)} for name in ("a.wav", "b_30.wav")]
+    prepared = [question | place for question, place in zip(questions, there, strict=True)]
+    assert read_rows(tmp_path / "train.parquet") == (MMAU, prepared)
     with pytest.raises(EvalError, match="count the choices from 1"):
         read(*(named | {"id": i, "answer": 3} for i in range(3)))
 

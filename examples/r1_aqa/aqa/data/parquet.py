@@ -1,4 +1,4 @@
-"""From checked rows to the columns of a parquet file.
+"""From checked rows to the columns of a parquet file, and back to questions.
 
 pyarrow is imported inside the functions, so that avqa.py --help does without.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import array
 import itertools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from aqa.data.rows import Row
 
@@ -70,6 +71,35 @@ def build_table(rows: list[Row], paths: list[str], label: str) -> pa.Table:
         "extra_info": struct(extra_info),
     }
     return pa.Table.from_arrays(list(columns.values()), names=list(columns))
+
+
+def read_questions(path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a file that ``avqa.py`` wrote, as MMAU's questions; None of any other parquet file.
+
+    :raises OSError: if it cannot be read as parquet.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if not {"data_source", "extra_info", "reference", "question_type"} <= set(file.schema_arrow.names):
+                return None
+            rows = file.read(columns=["extra_info", "reference", "question_type"]).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise OSError(f"cannot be read as parquet: {error}") from error
+    return [
+        {
+            "id": str(row["extra_info"]["id"]),
+            "audio_id": row["extra_info"]["audio_path"],
+            "question": row["extra_info"]["question_text"],
+            "choices": row["extra_info"]["multi_choice"],
+            "answer": row["reference"],
+            "dataset": row["extra_info"]["dataset_name"],
+            "task": row["question_type"] or row["extra_info"]["dataset_name"],
+        }
+        for row in rows
+    ]
 
 
 # pyarrow.array() and pyarrow.table() would import pandas wherever it is installed, to ask whether a list is a series;

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from aqa.audio.sandbox import escape_of
+from aqa.common.console import say
 from aqa.common.files import write_atomically
 from aqa.data.formats import AUDIO_MCQ, DCASE, R1_AQA, format_of
 from aqa.data.formats import MMAU as MMAU_FIELDS
 from aqa.data.formats import MMSU as MMSU_FIELDS
+from aqa.data.parquet import read_questions
 from aqa.data.prompts import render_prompt
 from aqa.data.rows import (
     AvqaError,
@@ -55,7 +57,8 @@ def read_rows(
 ) -> tuple[Benchmark, list[dict[str, Any]]]:
     """Read a benchmark or result file: JSON, JSON lines or a table (:mod:`aqa.data.tables`), told apart by content.
 
-    Rows of R1-AQA and AudioMCQ, which are no benchmark, become questions in MMAU's format.
+    Rows of R1-AQA and AudioMCQ, which are no benchmark, become questions in MMAU's format, and so do the parquet files
+    of ``avqa.py``.
 
     :param wanted: Name of the benchmark, or ``auto``: by the fields of the rows.
     :param audio_dir: Where sound inside a table is written; None: refuse it.
@@ -63,11 +66,16 @@ def read_rows(
     :raises EvalError: if the file is missing, malformed, empty, or of no benchmark.
     """
     try:
+        if path.suffix == ".parquet" and path.is_file() and (questions := read_questions(path)):
+            return MMAU, questions
         records = records_of(path, audio_dir)
     except OSError as error:
-        raise EvalError(f"{error.filename or path}: {error.strerror}") from error
+        raise EvalError(f"{error.filename or path}: {error.strerror or error}") from error
     except AvqaError as error:
         raise EvalError(str(error)) from error
+    objects = [record.value for record in records if isinstance(record.value, dict)]
+    if wanted in ("auto", "mmau") and format_of(objects) is R1_AQA and any(R1_AQA.question in row for row in objects):
+        return MMAU, own_questions(path, records)
     problems = [
         f"line {record.line}: {record.error or f'{show_value(record.value)} is no JSON object'}"
         for record in records
@@ -86,8 +94,7 @@ def read_rows(
     benchmark = find_benchmark(path, rows, wanted)
     if benchmark is not None:
         return benchmark, [benchmark.as_question(row) for row in rows]
-    fields = format_of(rows)
-    return MMAU, own_questions(path, records) if fields is R1_AQA else [fields.as_question(row) for row in rows]
+    return MMAU, [format_of(rows).as_question(row) for row in rows]
 
 
 def find_benchmark(path: Path, rows: Sequence[dict[str, Any]], wanted: str) -> Benchmark | None:
@@ -123,16 +130,19 @@ def find_benchmark(path: Path, rows: Sequence[dict[str, Any]], wanted: str) -> B
 
 
 def own_questions(path: Path, records: list[Record]) -> list[dict[str, Any]]:
-    """Rows as ``avqa.py`` reads them, as questions in MMAU's format.
+    """The rows that ``avqa.py`` trains on, as questions in MMAU's format; the others are left out with a warning.
 
-    :raises EvalError: naming the rows that cannot be used.
+    :raises EvalError: if none is left, or they seem to count their choices from 1.
     """
     if doubt := counts_from_one(records):
-        raise EvalError(f"{path}: {doubt}. Subtract 1")
+        raise EvalError(f"{path}: {doubt}. Subtract 1, or evaluate what avqa.py --answers_from 1 writes")
     rows, problems = parse_records(records, enable_think=False)
     if problems:
         lines = [f"line {problem.line}: {problem.kind}: {problem.reason}" for problem in problems]
-        raise EvalError(several(f"{path}: {len(lines)} of {len(records)} rows cannot be used", lines))
+        message = several(f"{path}: {len(lines)} of {len(records)} rows cannot be used", lines)
+        if not rows:
+            raise EvalError(message)
+        say(f"WARNING: {message}\nthey are not asked, as they are not trained on")
     return [as_question(row, row.audio_name) for row in rows]
 
 
