@@ -27,7 +27,7 @@ EVALUATION = ("--model_path", "m", "--data_file", "nowhere.json", "--out_file", 
 @pytest.mark.parametrize(
     ("script", "arguments", "status", "message"),
     [
-        ("train_colocate.py", ("--help",), 0, "--freeze_prefix"),
+        ("train_colocate.py", ("--help_all",), 0, "--freeze_prefix"),
         ("train_colocate.py", ("--rollout_batch_size", "3"), 2, "3 x 8 = 24"),
         ("train_colocate.py", ("--pretrain", "./nowhere"), 2, "./nowhere: no such folder"),
         ("eval_mmau.py", ("--help",), 0, "--silent_audio"),

@@ -301,7 +301,7 @@ def test_launch_script_fails_when_training_fails(tiny_model, tmp_path):
 
 
 def test_help_is_quick_and_a_bad_configuration_is_refused_before_anything_loads(tmp_path):
-    shown = run_script("train_colocate.py", "--help")
+    shown = run_script("train_colocate.py", "--help_all")
     assert "--freeze_prefix" in shown.stdout
     refused = run_script("train_colocate.py", "--train_batch_size", 7, "--temperature", 0, check=False)
     assert refused.returncode == 2

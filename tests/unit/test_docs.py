@@ -71,7 +71,10 @@ def flags_of(script: Path) -> frozenset[str]:
     texts, words = [], [[]]
     for word in words:
         command = [sys.executable, str(script), *word, "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), cwd=ROOT, timeout=120)
+        options = {"capture_output": True, "text": True, "env": child_environment(), "cwd": ROOT, "timeout": 120}
+        done = subprocess.run(command, **options)
+        if "--help_all" in done.stdout:
+            done = subprocess.run([*command[:-1], "--help_all"], **options)
         assert done.returncode == 0, f"{script} --help: {done.stderr}"
         texts.append(done.stdout)
         commands = None if word else re.search(r"^\s+\{([\w,]+)\}", done.stdout, re.M)
