@@ -397,6 +397,7 @@ def ask(
     started = time.monotonic()
     settings = Settings(args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size, args.seed)
     with output_to_log(log) as screen:
+        print(f"loading the model into {args.engine} ...", file=screen, flush=True)
         processor = load_processor(model)
         jobs = [
             Job(

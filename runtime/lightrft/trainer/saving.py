@@ -114,7 +114,7 @@ class RunSaver:
         try:
             if not self.disable_ds_ckpt:
                 self.save_state()
-                said += " and saved; --load_checkpoint goes on from there"
+                said += " and saved; the same command with --load_checkpoint goes on from there"
         except SaveError as error:
             return f"{said}, but could not be saved: {error}"
         try:
