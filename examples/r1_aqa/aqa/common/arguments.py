@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.essential, self.examples = essential, examples
         if essential:
-            self.add_argument("--help_all", action=HelpAll, nargs=0, help="show all flags and exit")
+            self.add_argument("--help_all", action=HelpAll, help="show all flags and exit")
 
     def format_help(self) -> str:
         """What ``--help`` shows."""
@@ -55,11 +55,8 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-class HelpAll(argparse.Action):
+class HelpAll(argparse._HelpAction):
     """Shows all flags, and ends."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs | {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS})
 
     def __call__(self, parser: Any, *_: Any) -> NoReturn:
         """Called by argparse."""
