@@ -12,7 +12,7 @@ transformers and vLLM load it as they load the real one. Three things stand in f
 
     python examples/r1_aqa/demo/make_model.py --out_dir models/demo --seed 0
 
-With ``--rows`` the questions and options are those of a file in R1-AQA's format, for training on sounds of one's own.
+With ``--rows`` the questions and options are those of files as ``avqa.py`` reads them, for sounds of one's own.
 """
 
 import argparse
@@ -21,20 +21,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aqa.common.arguments import Parser
-from aqa.data.rows import AvqaError, parse_records, read_records
+from aqa.data.rows import AvqaError, parse_records
+from aqa.data.tables import records_of
 from demo import FAMILIES, refuse_foreign
 
 
 def read_questions(path: Path) -> list[tuple[str, list[str]]]:
-    """Questions and options of the usable rows of a file in R1-AQA's format.
+    """Questions and options of the usable rows of a file, as ``avqa.py`` reads it.
 
-    :param path: JSON lines, or AVQA's own array.
+    :param path: Rows in any format.
     :raises SystemExit: if there is none, or the file cannot be read.
     """
     try:
-        records = read_records(path.read_bytes(), str(path))
+        records = records_of(path)
     except OSError as error:
-        raise SystemExit(f"--rows {path}: {error.strerror}") from error
+        raise SystemExit(f"--rows {path}: {error.strerror or error}") from error
     except AvqaError as error:
         raise SystemExit(f"--rows {error}") from error
     rows, problems = parse_records(records, enable_think=False)
@@ -49,7 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if the demo has made it")
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_audio", help="what kind of model")
     parser.add_argument(
-        "--rows", type=Path, help="R1-AQA's JSON lines, whose questions and options it shall know; otherwise the demo's"
+        "--rows",
+        type=Path,
+        nargs="+",
+        help="files that avqa.py reads, whose questions and options it shall know; otherwise the demo's",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and warm start")
     parser.add_argument("--warm_start_steps", type=int, default=150, help="optimizer steps of the warm start; 0: none")
@@ -64,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.warm_start_steps < 0 or args.warm_start_batch_size < 1:
         raise SystemExit("--warm_start_steps must be at least 0 and --warm_start_batch_size at least 1.")
     refuse_foreign(args.out_dir, "model.safetensors")
-    rows = read_questions(args.rows) if args.rows else []
+    rows = [question for path in args.rows or () for question in read_questions(path)]
     from demo.tiny_model import make_model  # torch and transformers take seconds to import
 
     make_model(args, rows)
