@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -145,12 +146,15 @@ def _plain(value: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------------- text
 def separator_of(data: bytes) -> str | None:
     """What separates the cells of a table with a header that names a question; None for what is no such table."""
-    line = data.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0].decode("utf-8", "replace")
+    line = re.split(rb"[\r\n]", data.removeprefix(b"\xef\xbb\xbf").lstrip(), maxsplit=1)[0].decode("utf-8", "replace")
     if line.startswith(("{", "[")):
         return None
-    for separator in "\t,;":
-        if _QUESTIONS & {name.strip() for name in next(csv.reader([line], delimiter=separator), [])}:
-            return separator
+    try:
+        for separator in "\t,;":
+            if _QUESTIONS & {name.strip() for name in next(csv.reader([line], delimiter=separator), [])}:
+                return separator
+    except csv.Error:  # of a line that is too long for a header
+        return None
     return None
 
 
