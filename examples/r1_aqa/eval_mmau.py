@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate an audio question answering model on MMAU, MMAR, MMSU or ADQA; scores equal those of the official scripts.
+"""Evaluate a model on MMAU, MMAR, MMSU, ADQA or MMAU-Pro; the scores equal those of the official scripts.
 
     python examples/r1_aqa/eval_mmau.py [run] --model_path RUN --data_file mmau-test-mini.json --audio_dir mmau \\
         --out_file results/mmau.json --engine vllm
@@ -48,7 +48,7 @@ from aqa.evaluation.items import (
     write_rows,
 )
 from aqa.evaluation.scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json
-from aqa.evaluation.variants import ask_again, further_answers
+from aqa.evaluation.variants import ask_again, further_answers, own_index
 from aqa.hosts.locate import lacks, not_installed
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the result file and of how answers are generated."""
     flag = argparse.BooleanOptionalAction
     g = parser.add_argument_group("output")
-    g.add_argument("--out_file", required=True, help="result file: .json, .jsonl for MMSU")
+    g.add_argument("--out_file", required=True, help="result file: .json, .jsonl for MMSU, .parquet for MMAU-Pro")
     g.add_argument(
         "--overwrite", action=flag, default=False, help="replace results, finished or not, of an earlier run"
     )
@@ -201,9 +201,9 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     if not Path(args.audio_dir).is_dir():
         problems.append(f"--audio_dir {args.audio_dir}: is no folder")
     out = Path(args.out_file)
-    if out.suffix not in (".json", ".jsonl"):
+    if out.suffix not in (".json", ".jsonl", ".parquet"):
         problems.append(
-            f"--out_file {out}: must end in .json or .jsonl, from which the official scripts tell the format"
+            f"--out_file {out}: must end in .json, .jsonl or .parquet, from which the official scripts tell the format"
         )
     base = next(folder for folder in out.absolute().parents if folder.exists())
     if not (base.is_dir() and os.access(base, os.W_OK)):
@@ -276,10 +276,9 @@ def ask_and_score(
     reader = AudioReader(args.sandbox_audio)
     if len(done) < len(items) + len(again):
         check_device(args)
-    lengths, bad, silent = check_audio(items, reader)
+    lengths, bad, silent = check_audio(items, reader, benchmark.is_whole)
     report_audio(items, bad, silent, skip_bad=args.skip_bad_audio)
-    audio = {item.audio: lengths[item.index] for item in items if item.index in lengths}
-    lengths |= {item.index: audio[item.audio] for item in again if item.audio in audio}
+    lengths |= {item.index: lengths[own] for item in again if (own := own_index(item.index, stride)) in lengths}
     done = {index: raw for index, raw in done.items() if index in lengths}
     if done:
         print(f"continuing: {len(done)} answers were finished before")
@@ -449,16 +448,24 @@ def check_device(args: argparse.Namespace) -> None:
         raise EvalError("\n".join(problems))
 
 
-def check_audio(items: Sequence[Item], reader: AudioReader) -> tuple[dict[int, int], dict[int, str], list[int]]:
+def check_audio(
+    items: Sequence[Item], reader: AudioReader, is_whole: bool
+) -> tuple[dict[int, int], dict[int, str], list[int]]:
     """Decode every recording once, before anything expensive starts.
 
+    :param is_whole: Refuse recordings that are longer than what the model hears.
     :return: Three results: samples at 16 kHz of each usable recording, and the error message of each other one, by item
         index; and the indices of usable recordings that are digital silence.
     """
-    from aqa.audio.decode import AudioError
+    from aqa.audio.decode import MAX_SECONDS, AudioError
 
     def check(item: Item) -> tuple[int, bool] | str:
+        if item.refusal:
+            return f"{item.label}: {item.refusal}"
         try:
+            frames, rate = reader.read_header(item.audio) if is_whole else (0, 1)
+            if frames > MAX_SECONDS * rate:
+                return f"{item.label}: {frames / rate:.1f} s of sound, of which models hear {MAX_SECONDS:g}"
             wave = reader.load(item.audio, silence_ok=True)
         except AudioError as error:
             return f"{item.label}: {error}"

@@ -8,12 +8,18 @@ import re
 from pathlib import Path
 
 import avqa
+import eval_mmau
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import soundfile
 
+from aqa.audio.reader import AudioReader
 from aqa.data.prompts import choices_in
 from aqa.evaluation.answers import extract_answer
-from aqa.evaluation.benchmarks import ADQA, MMAR, MMAU, MMSU
-from aqa.evaluation.items import EvalError, make_items, read_rows, result_rows
+from aqa.evaluation.benchmarks import ADQA, MMAR, MMAU, MMAU_PRO, MMSU
+from aqa.evaluation.items import EvalError, make_items, read_rows, result_rows, write_rows
 from aqa.evaluation.scoring import (
     Said,
     compare,
@@ -213,6 +219,28 @@ def test_what_mmar_rubrics_judges_is_written(tmp_path):
         ("<answer>a</answer>", ""),
     ):
         assert result_rows(items, [("a", raw)], MMAR, False)[0]["thinking_prediction"] == thinking
+
+
+def test_closed_questions_of_mmau_pro(tmp_path):
+    """Only they are asked; several recordings or a long one are refused, and count as wrong."""
+    choices = ["dog", "a cat", "rain"]
+    whole = {"question": "?", "answer": "a cat", "choices": choices, "category": "sound", "kwargs": {}}
+    rows = [whole | {"id": f"{i}", "audio_path": [f"{i}.wav"]} for i in range(4)]
+    rows[1]["audio_path"] = ["0.wav", "1.wav"]
+    others = [{"category": "open"}, {"category": "instruction following"}, {"choices": None}, {"choices": ["dog"]}]
+    rows += [rows[0] | {"id": f"o{i}"} | other for i, other in enumerate(others)]
+    for i in (0, 1, 2, 3):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(16_000 * (31 if i == 2 else 1), 0.1), 16_000)
+    pq.write_table(pa.Table.from_pylist([row | {"kwargs": None} for row in rows]), tmp_path / "test.parquet")
+    benchmark, questions = read_rows(tmp_path / "test.parquet")
+    assert (benchmark, [row["id"] for row in questions]) == (MMAU_PRO, ["0", "1", "2", "3"])
+    items = make_items(questions, benchmark, tmp_path, False)
+    lengths, bad, _ = eval_mmau.check_audio(items, AudioReader(), benchmark.is_whole)
+    assert list(lengths) == [0, 3] and "item 1 (id 1): has 2 recordings" in bad[1] and "31.0 s of sound" in bad[2]
+    said = [("a cat", "a cat"), ("", ""), ("", ""), ("A cat", "A cat")]  # the last is nobody's text
+    write_rows([row | {"kwargs": {}} for row in result_rows(items, said, benchmark, False)], tmp_path / "out.parquet")
+    scores = score(judge_file(tmp_path / "out.parquet"))
+    assert (scores["correct"], scores["total"], scores["by"]["category"]["sound"]["total"]) == (1, 4, 4)
 
 
 # --------------------------------------------------------------------------------------------------------- result files

@@ -60,6 +60,7 @@ DCASE = Format(
 AUDIO_MCQ = Format("AudioMCQ", "question", ("choices",), "answer", "audio_path", "source_dataset", "question_type")
 MMAU = Format("MMAU", "question", ("choices",), "answer", "audio_id", "dataset", "task")
 MMAR = Format("MMAR", "question", ("choices",), "answer", "audio_path", "source", "modality")
+MMAU_PRO = Format("MMAU-Pro", "question", ("choices",), "answer", "audio_path", "dataset", "category")
 MMSU = Format(
     "MMSU",
     "question",

@@ -14,6 +14,7 @@ from typing import Any
 from aqa.data.formats import DCASE as DCASE_FIELDS
 from aqa.data.formats import MMAR as MMAR_FIELDS
 from aqa.data.formats import MMAU as MMAU_FIELDS
+from aqa.data.formats import MMAU_PRO as MMAU_PRO_FIELDS
 from aqa.data.formats import MMSU as MMSU_FIELDS
 from aqa.data.formats import Format
 from aqa.rewards.choices import is_right
@@ -32,6 +33,19 @@ def _verdict_by_words(row: Row, key: str) -> bool | None:
 def _verdict_by_text(row: Row, key: str) -> bool | None:
     """Top-1: the prediction is the text of the right choice, up to case and spaces."""
     return row.get(key, "").casefold().split() == row["answer"].casefold().split()
+
+
+def _verdict_by_choice(row: Row, key: str) -> bool | None:
+    """MMAU-Pro's on a choice's own text, which no other choice's embedding is nearer to; another text is wrong here."""
+    return row.get(key, "") in row["choices"] and row[key] == row["answer"]
+
+
+def _is_closed(row: Row) -> bool:
+    """Whether MMAU-Pro's script scores a row by its choices."""
+    choices = row.get("choices")
+    return (
+        row.get("category") not in ("open", "instruction following") and isinstance(choices, list) and len(choices) > 1
+    )
 
 
 def _verdict_by_letter(row: Row, key: str) -> bool | None:
@@ -82,6 +96,8 @@ class Benchmark:
     verdict: Callable[[Row, str], bool | None] = _verdict_by_words  # None: its script leaves the row out
     written: Callable[[Row, str, str], Row] = lambda row, prediction, raw: {}  # fields beside the predictions
     said: Callable[[Row, str], str] = lambda row, key: row.get(key, "")  # the prediction as a choice's text
+    asked: Callable[[Row], bool] = lambda row: True  # which of its rows are asked and scored
+    is_whole: bool = False  # questions are about all of a recording, also of one that is longer than what models hear
     leaves_out: bool = True  # its script leaves out a row without a prediction key; else such a row is wrong
     rule: str = "official rule"
 
@@ -142,4 +158,17 @@ ADQA = Benchmark(
     leaves_out=False,
     rule="top-1 accuracy; no official script is published",
 )
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (MMAU, MMAR, MMSU, ADQA)}
+MMAU_PRO = Benchmark(
+    "mmau-pro",
+    "MMAU-Pro, closed questions",
+    MMAU_PRO_FIELDS,
+    ("model_output",),
+    ("category",),
+    suffixes=(".parquet",),
+    verdict=_verdict_by_choice,
+    asked=_is_closed,
+    is_whole=True,
+    leaves_out=False,
+    rule="official rule, but an answer that is no choice, which its script would match by NV-Embed-v2, is wrong",
+)
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (MMAU, MMAR, MMSU, ADQA, MMAU_PRO)}

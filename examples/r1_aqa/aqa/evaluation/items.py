@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,7 @@ from aqa.data.rows import (
     show_value,
 )
 from aqa.data.tables import records_of
-from aqa.evaluation.benchmarks import ADQA, BENCHMARKS, MMAR, MMAU, MMSU, Benchmark
+from aqa.evaluation.benchmarks import ADQA, BENCHMARKS, MMAR, MMAU, MMAU_PRO, MMSU, Benchmark
 from aqa.rewards.choices import find_choice, is_right
 
 SHOWN_PROBLEMS = 20
@@ -49,6 +50,7 @@ class Item:
     prompt: str  # the text of the user's turn, as in training
     audio: Path
     gold: str | None  # text of the right choice; None on all items where the file withholds the answers
+    refusal: str | None = None  # why it cannot be asked
     silent: bool = False  # ask with silence in place of the recording
 
 
@@ -93,7 +95,10 @@ def read_rows(
         raise EvalError(f"{path}: no rows")
     benchmark = find_benchmark(path, rows, wanted)
     if benchmark is not None:
-        return benchmark, [benchmark.as_question(row) for row in rows]
+        asked = [benchmark.as_question(row) for row in rows if benchmark.asked(row)]
+        if not asked:
+            raise EvalError(f"{path}: none of {len(rows)} rows is one of the {benchmark.title}")
+        return benchmark, asked
     return MMAU, [format_of(rows).as_question(row) for row in rows]
 
 
@@ -104,6 +109,8 @@ def find_benchmark(path: Path, rows: Sequence[dict[str, Any]], wanted: str) -> B
     :raises EvalError: if no benchmark has these fields, or not the wanted one.
     """
     fields, first = format_of(rows), rows[0]
+    if wanted in ("auto", MMAU_PRO.name) and isinstance(first.get(MMAU_PRO.audio_key), list):
+        return MMAU_PRO
     found = {MMSU_FIELDS: MMSU, DCASE: ADQA}.get(fields)
     if found is not None and wanted in ("auto", found.name):
         return found
@@ -183,6 +190,10 @@ def make_items(
     for index, (row, answer) in enumerate(list(zip(rows, answers, strict=True))[:limit]):
         label = f"item {index} (id {name_of(row)})"
         choices, question, name = row.get("choices"), row.get("question"), row.get(benchmark.audio_key)
+        refusal = None
+        if isinstance(name, list) and name:
+            refusal = f"has {len(name)} recordings, and one is asked about" if len(name) > 1 else None
+            name = name[0]
         wrong = []
         if not isinstance(question, str) or not question.strip():
             wrong.append(f"question is {show_value(question)}")
@@ -202,7 +213,7 @@ def make_items(
             problems.append(f"{label}: {'; '.join(wrong)}")
         else:
             row = row | {"answer": answer} if has_answers else row
-            items.append(Item(index, label, row, render_prompt(question, choices, think), audio, answer))
+            items.append(Item(index, label, row, render_prompt(question, choices, think), audio, answer, refusal))
     if problems:
         raise EvalError(several(f"{len(problems)} of {len(rows[:limit])} questions cannot be used", problems))
     return items
@@ -296,10 +307,19 @@ def result_rows(
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a result file in one piece: JSON lines for ``.jsonl``, else a JSON array.
+    """Write a result file in one piece: parquet or JSON lines by the path's suffix, else a JSON array.
 
-    Pure ASCII, because the official scripts open it in the encoding of the machine's locale.
+    JSON is pure ASCII, because the official scripts open it in the encoding of the machine's locale.
     """
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        file = io.BytesIO()
+        pq.write_table(
+            pa.Table.from_pylist([{k: None if v == {} else v for k, v in row.items()} for row in rows]), file
+        )
+        return write_atomically(path, file.getvalue())
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(row) + "\n" for row in rows)
     else:

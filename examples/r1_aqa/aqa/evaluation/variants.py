@@ -43,6 +43,11 @@ def ask_again(items: Sequence[Item], orders: int, in_silence: bool, think: bool,
     return further + silent
 
 
+def own_index(index: int, stride: int) -> int:
+    """The index of the question that an item of :func:`ask_again` asks again."""
+    return index % stride if index >= 0 else -1 - index
+
+
 def further_answers(
     item: Item, responses: Mapping[int, str], orders: int, in_silence: bool, stride: int
 ) -> dict[str, Any]:

@@ -92,6 +92,7 @@ class BenchmarkEvaluator:
             for item, length in zip(self.items, lengths, strict=True)
             if length > args.prompt_max_len
         ]
+        problems += [f"{item.label}: {item.refusal}" for item in self.items if item.refusal]
         rank, world = self.strategy.rank, self.strategy.world_size
         share = [str(item.audio) for item in self.items[rank::world]]
         for found in gather_objects(probe_all(share, reader=self.reader.read_header)):
