@@ -180,6 +180,8 @@ def test_held_out_answers_by_question_type(tmp_path):
     outcomes = [item["outcome"] for item in items]
     assert outcomes == ["became wrong"] * 2 + ["right"] + ["became right"] * 7 + ["wrong"] * 2
     assert [r["who"] for r in items[0]["responses"]] == ["step 10", "step 30", "step 30, silence"]
+    few = listening.sample_items(held, 4, listening.Clips(10**7), 0)
+    assert [item["outcome"] for item in few] == ["became wrong"] * 2 + ["wrong"] * 2
     few = listening.sample_items(held, 8, listening.Clips(10**7), 0)
     outcomes = [item["outcome"] for item in few]  # the four mistakes, then of each outcome and type in turn
     assert outcomes == ["became wrong"] * 2 + ["right", "became right", "became right", "became right"] + ["wrong"] * 2
