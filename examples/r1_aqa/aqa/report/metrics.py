@@ -150,7 +150,7 @@ METRICS = {
         "Learning rate",
         "",
         "of the step's first optimizer step",
-        "Not the shape you wanted: --lr_warmup_ratio, and --num_episodes, which sets its end.",
+        "Not the shape you wanted: --lr_warmup_ratio, and --num_episodes or --max_steps, which sets its end.",
     ),
     "samples_per_second": Metric(
         "Responses a second",
