@@ -461,16 +461,19 @@ def test_metrics_wait_for_room_on_the_disk(tmp_path, monkeypatch):
 def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path, done):
     args = SimpleNamespace(use_wandb=False, use_tensorboard=None)
     writer = MetricsWriter(tmp_path, args)
-    for step in (1, 2, 3):
+    for step in (0, 1, 2, 3):
         writer.write(step, {"x": step * 1.0})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "x"')  # killed while writing
     writer = MetricsWriter(tmp_path, args, done=done)
-    writer.write(done + 1, {"x": 30.0})
+    first = [] if done else [0]  # the start model is evaluated again
+    for step in (*first, done + 1):
+        writer.write(step, {"x": 30.0})
     writer.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(record["step"], record["x"]) for record in records] == [*[(1, 1.0), (2, 2.0)][:done], (done + 1, 30.0)]
+    kept = [(0, 0.0), (1, 1.0), (2, 2.0)] if done else [(0, 30.0)]
+    assert [(record["step"], record["x"]) for record in records] == [*kept, (done + 1, 30.0)]
 
 
 # ------------------------------------------------------------------------------------------------------------ processor

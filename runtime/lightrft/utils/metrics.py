@@ -33,7 +33,7 @@ class MetricsWriter:
         path = folder / "metrics.jsonl"
         resumed = path.exists()  # also where no step is done: a new run finds an older one's files moved away
         if resumed:
-            keep_steps(path, done)
+            keep_steps(path, done or -1)  # a run that begins again evaluates its start model, step 0, again
         self._file = path.open("ab", buffering=0)
         self._pending: list[bytes] = []  # records that could not be written yet
         self._wandb = self._tensorboard = None
