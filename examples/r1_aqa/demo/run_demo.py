@@ -58,7 +58,8 @@ def main() -> None:
     silent = evaluate(out, out / "run", "silent", "--silent_audio")
 
     ended = time.perf_counter()
-    metrics = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = (out / "run" / "metrics.jsonl").read_text().splitlines()
+    metrics = [record for record in map(json.loads, lines) if record["step"] > 0]  # 0: --eval_steps before training
     summary = {
         "accuracy_before": before,
         "accuracy_after": after,
