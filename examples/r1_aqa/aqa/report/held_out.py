@@ -325,9 +325,9 @@ def training_accuracy(run: Run, last: int) -> tuple[dict[str, Cell | None], str]
             found[value] = Cell(accuracy, wilson_interval(accuracy * asked, asked), round(accuracy * total), total)
         else:
             found[value] = Cell(accuracy, None, 0, 0)
-    steps = run.steps[-last:]
+    steps = [step for step in run.steps if step > 0][-last:]  # 0: the evaluation before training
     warmth = f", temperature {flags['temperature']}" if "temperature" in flags else ""
-    return found, f"steps {steps[0]} to {steps[-1]}{warmth}"
+    return found, f"steps {steps[0]} to {steps[-1]}{warmth}" if steps else ""
 
 
 def comparisons(held: HeldOut) -> list[dict[str, Any]]:

@@ -282,7 +282,7 @@ def label(name: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- figures
 def tiles(run: Run, sets: Sequence[HeldOut]) -> list[tuple[str, str, str]]:
     """The figures at the top: name, value, explanation."""
-    found = [("Steps", f"{len(run.steps):,}", "trained")]
+    found = [("Steps", f"{sum(step > 0 for step in run.steps):,}", "trained")]
     for held in sets[:1]:
         cells = [make_cell([a.right for a in each.answers.values()]) for each in (held.heard[0], held.heard[-1])]
         (first, last), names = cells, [held.heard[0].name, held.heard[-1].name]
