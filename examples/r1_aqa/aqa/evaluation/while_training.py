@@ -71,8 +71,6 @@ class BenchmarkEvaluator:
         self.batch_size = args.rollout_batch_size * args.n_samples_per_prompt // strategy.world_size
         try:
             self.benchmark, rows = read_rows(path)
-            suffixes = self.benchmark.suffixes
-            self.suffix = path.suffix if path.suffix in suffixes else suffixes[0]
             self.items = make_items(rows, self.benchmark, audio_dir, think, confine=args.confine_audio is not None)
             self.prompts = [render(processor, item.prompt) for item in self.items]
             self._check(args)
@@ -144,7 +142,9 @@ class BenchmarkEvaluator:
         results = result_rows(self.items, zip(predictions, raw, strict=True), self.benchmark, silent)
         name = self.path.stem + ("_silent" if silent else "")
         if self.strategy.is_rank_0():
-            self._write(results, f"{name}_step_{step:06d}{self.suffix}")
+            suffixes = self.benchmark.suffixes
+            suffix = self.path.suffix if self.path.suffix in suffixes else suffixes[0]
+            self._write(results, f"{name}_step_{step:06d}{suffix}")
         scores = score(judge(results, self.benchmark))
         main = scores["by"].get(self.benchmark.breakdowns[0], {})
         by_value = {f"eval/{name}/{value}": entry["accuracy"] for value, entry in main.items()}
