@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import gelu
+from transformers.modeling_outputs import BaseModelOutput
 
 from lightrft.engines.base import RolloutOutput, Sampling, plain_linear
 from lightrft.utils.model_specs import Qwen2_5Omni, Qwen2Audio, family_of
@@ -78,6 +81,7 @@ class VLLMEngine:
             **({"gpu_memory_utilization": memory_utilization} if on_gpu else {"block_size": 32}),
             **vllm_options(family_of(model)),
         )
+        self.llm.collective_rpc(_skip_padding)
 
     def generate(self, prompts: list[Any], sampling: Sequence[Sampling]) -> list[RolloutOutput]:
         """See :class:`~lightrft.engines.base.RolloutEngine`."""
@@ -198,6 +202,34 @@ def _name_shared_memory() -> None:
         return handle
 
     Shared._init_cpu_shm = init
+
+
+def _skip_padding(worker: Any) -> None:
+    """Let vLLM's Qwen2-Audio encode the valid frames of its clips, inside the worker; others are left as they are."""
+    model = worker.get_model()
+    if type(model).__name__ == "Qwen2AudioForConditionalGeneration":
+        model.audio_tower.forward = functools.partial(encode_valid_frames, model.audio_tower)
+
+
+def encode_valid_frames(tower: Any, input_features: torch.Tensor, attention_mask: torch.Tensor) -> BaseModelOutput:
+    """Qwen2-Audio's tower without the padding behind the longest clip: 2 s cost a fifteenth of 30 s, or less.
+
+    Masked keys weigh exactly 0, so that leaving them out changes no value. transformers' own forward insists on 30 s.
+
+    :param input_features: Mel spectrograms ``(clips, n_mels, 3000)``.
+    :param attention_mask: 0 at valid states and -inf at padding, ``(clips, 1, 1500, 1500)``.
+    :return: States of the longest clip's audio tokens, ``(clips, tokens, d_model)``, or one more.
+    """
+    states = int((attention_mask[:, 0, 0] == 0).sum(-1).max())
+    states += states % 2  # the pooling takes pairs
+    # two frames a state, and one of context behind the last: the second convolution leaves one out
+    hidden = input_features[..., : 2 * states + 1].to(tower.conv1.weight.dtype)
+    hidden = gelu(tower.conv2(gelu(tower.conv1(hidden))))[..., :states].transpose(1, 2)
+    hidden = hidden + tower.embed_positions.weight[:states]
+    for layer in tower.layers:
+        hidden = layer(hidden, attention_mask[..., :states, :states])
+    hidden = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
+    return BaseModelOutput(last_hidden_state=tower.layer_norm(hidden))
 
 
 def _load(

