@@ -1,0 +1,1 @@
+"""Measurements on a GPU; ``all.sh`` runs them."""
