@@ -7,9 +7,14 @@ python=${PYTHON:-}
 [ -n "$python" ] || { python=$here/../../.venv/bin/python; [ -x "$python" ] || python=python3; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+install() {
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check --upgrade \
+        --target "$work/site" "$@"
+}
 if compgen -G "$here/wheels/*.whl" > /dev/null; then # from wheels.sh, for a machine without a network
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check \
-        --target "$work/site" "$here"/wheels/*.whl
+    install "$here"/wheels/*.whl || for wheel in "$here"/wheels/*.whl; do
+        install "$wheel" || echo "note: $wheel is left out"
+    done
     export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=disabled

@@ -5,6 +5,7 @@ Needs the standard library alone, so that a broken environment is reported like 
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import sys
@@ -76,12 +77,13 @@ class Results:
 class Section:
     """What a section's code is given.
 
+    :param args: ``out`` is the folder of the results, ``demo_dir`` that of the demo.
     :param wanted: Names of the cases to run, in part; empty: all.
-    :param out: Folder of the results.
     """
 
-    def __init__(self, results: Results, name: str, out: Path, wanted: list[str]) -> None:
-        self.results, self.out, self.wanted, self.small = results, out, wanted, results.all["small"]
+    def __init__(self, results: Results, name: str, args: argparse.Namespace, wanted: list[str]) -> None:
+        self.results, self.wanted = results, wanted
+        self.small, self.out, self.demo = args.small, args.out, args.demo_dir.resolve()
         self.cases = results.section(name)["cases"]
 
     def is_due(self, name: str) -> bool:

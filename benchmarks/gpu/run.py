@@ -45,7 +45,7 @@ LEAST = 10.0  # seconds; with less left a section is not started
 
 def main() -> None:
     """Run the sections that are not done, and print the table."""
-    parser = make_parser(__doc__, demo=False)
+    parser = make_parser(__doc__)
     default = Path(os.environ.get("OUT", "results/gpu"))
     parser.add_argument(
         "--out", type=Path, default=default, help="folder of the results (default: $OUT or results/gpu)"
@@ -64,7 +64,7 @@ def main() -> None:
     results = Results(args.out / "results.json", args.small)
     if args.of_section:
         name = args.of_section
-        importlib.import_module(f"gpu.{name}").run(Section(results, name, args.out, wanted[name]))
+        importlib.import_module(f"gpu.{name}").run(Section(results, name, args, wanted[name]))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through finally, which ends the section
     results.write()
@@ -92,6 +92,7 @@ def run_section(args: argparse.Namespace, name: str, limit: float, cases: list[s
     if limit >= LEAST:
         print(f"{name}: at most {limit:.0f} s ...", flush=True)
         command = [sys.executable, __file__, "--of_section", name, "--out", str(args.out), *["--small"] * args.small]
+        command += ["--demo_dir", str(args.demo_dir)]
         command += ["--only", *args.only] * bool(args.only)
         with (args.out / "all.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

@@ -19,11 +19,10 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from harness import EXAMPLE, ROOT
+from harness import EXAMPLE
 
 from gpu.record import Figures, Section, Skip, judge
 
-MODEL = ROOT / "results" / "demo" / "model"  # of make demo; made again where it is not
 QUESTIONS, STEPS = 16, 4
 GAP = 3e-2  # mean difference of log-probs in bf16
 COMMON = shlex.split(f"""
@@ -47,15 +46,20 @@ def run(section: Section) -> None:
     at_once = max(1, min(4, (os.cpu_count() or 1) // 3))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
         work = Path(folder)
-        assets = pool.submit(make_assets, work)
+        assets = pool.submit(make_assets, section.demo, work)
         runs = {name: pool.submit(train_case, name, work, assets) for name in due}
         for name, future in runs.items():
             section.case(name, future.result)
 
 
-def make_assets(work: Path) -> None:
-    """The demo's model, unless it is there, and a few sounds and questions."""
-    if not MODEL.is_dir():
+def make_assets(demo: Path, work: Path) -> None:
+    """The demo's model, made anew unless it is there, and a few sounds and questions.
+
+    :param demo: Where make demo put its files.
+    """
+    if (demo / "model").is_dir():
+        (work / "model").symlink_to(demo / "model")
+    else:
         start("demo/make_model.py", "--out_dir", work / "model", "--warm_start_steps", 60)
     start("demo/make_data.py", "--out_dir", work / "data", "--train_questions", QUESTIONS, "--train_clips", QUESTIONS)
     source = ("--input_jsonl", work / "data" / "train_qa.data", "--audio_dir", work / "data")
@@ -110,8 +114,7 @@ def train(work: Path, out: Path, flags: list[str]) -> list[dict[str, float]]:
     import torch
 
     bf16 = ["--bf16"] if torch.cuda.is_available() else ["--no-bf16"]
-    model = MODEL if MODEL.is_dir() else work / "model"
-    source = ("--pretrain", model, "--prompt_data", work / "parquet", "--save_path", out)
+    source = ("--pretrain", work / "model", "--prompt_data", work / "parquet", "--save_path", out)
     said = start("train_colocate.py", *source, *COMMON, *bf16, *flags)
     if torch.cuda.is_available() and torch.cuda.get_device_name() not in said:
         raise RuntimeError(f"{torch.cuda.get_device_name()} is here, and the run does not name it among its devices")

@@ -1,15 +1,21 @@
 """The benchmarks start, one of them runs to its end, and limits are judged."""
 
+import importlib
 import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
+from pathlib import Path
 
 import bench_rewards
 import harness
 import pytest
 import run_all
+import torch
 from conftest import ROOT, child_environment
+from gpu import record
+from gpu import run as gpu_run
 
 SCRIPTS = sorted(
     path for path in (ROOT / "benchmarks").rglob("*.py") if "def main(" in path.read_text(encoding="utf-8")
@@ -75,3 +81,98 @@ def test_rounds_take_turns_and_the_ratio_is_the_median_of_pairs():
     found = harness.take_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2)
     assert order == ["a", "b"] * 3 and [len(times) for times in found.values()] == [2, 2]  # the first warms up
     assert harness.ratio([2.0, 4.0, 10.0], [1.0, 4.0, 1.0]) == 2.0  # of 2, 1, 10; the medians' ratio is 4
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+def test_a_case_that_fails_is_recorded_and_done_again(tmp_path, capsys):
+    args = Namespace(small=True, out=tmp_path, demo_dir=tmp_path)
+
+    def work(kind):
+        def run():
+            calls.append(kind)
+            if kind == "skipped":
+                raise record.Skip("no such package")
+            if kind == "out of memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return record.judge({"share": math.nan if kind == "missed" else 0.5, "n": 3}, share=(0.5, None))
+
+        return run
+
+    for again in (False, True):
+        calls = []
+        section = record.Section(record.Results(tmp_path / "results.json", True), "steps", args, [])
+        for kind in ("out of memory", "missed", "ok", "skipped"):
+            section.case(kind, work(kind))
+        assert calls == ["out of memory", "missed"] + ["ok", "skipped"] * (not again)
+    results = record.Results(tmp_path / "results.json", True)
+    cases = results.section("steps")["cases"]
+    assert {name: case["status"] for name, case in cases.items()} == {name: name for name in cases}
+    assert cases["missed"]["message"] == "share is nan, at least 0.5 was wanted"
+    assert cases["ok"]["figures"] == {"share": 0.5, "n": 3} and "share 0.5; n 3" in capsys.readouterr().out
+    results.section("steps")["status"] = "ok"
+    assert results.is_wrong("steps") and not results.is_whole("steps")
+    real = record.Results(tmp_path / "results.json", False)
+    assert real.section("steps")["cases"] == {}  # tiny sizes count as no figures
+
+
+def test_a_section_over_its_time_is_ended_with_its_children(tmp_path, monkeypatch):
+    """What it was at is named; another section's record stays."""
+    monkeypatch.setattr(gpu_run, "LEAST", 0.0)
+    results = record.Results(tmp_path / "results.json", True)
+    results.section("sync")["cases"] = {"checksums": {"status": "running", "seconds": 0.0, "figures": {}}}
+    results.section("adamw")["status"] = "ok"
+    results.write()
+    started, popen = [], subprocess.Popen
+
+    def start(command, **kwargs):
+        started.append(popen(["bash", "-c", "sleep 600 & echo $!; wait"], **kwargs))
+        return started[0]
+
+    monkeypatch.setattr(gpu_run.subprocess, "Popen", start)
+    gpu_run.run_section(Namespace(small=True, out=tmp_path, only=[], demo_dir=tmp_path), "sync", 1.0, [])
+    child = int((tmp_path / "all.log").read_text())
+    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
+    results = record.Results(tmp_path / "results.json", True)
+    assert results.section("sync")["status"] == "over 1 s"
+    assert results.section("sync")["cases"]["checksums"]["status"] == "not ended"
+    assert results.is_wrong("sync") and results.is_whole("adamw")
+
+
+def test_gpu_sections_run_on_a_cpu(tmp_path):
+    """All but training, in one process, which imports everything once."""
+    args = Namespace(small=True, out=tmp_path, demo_dir=tmp_path)
+    for name in gpu_run.SECTIONS:
+        if name != "training":
+            section = record.Section(record.Results(tmp_path / "results.json", True), name, args, [])
+            importlib.import_module(f"gpu.{name}").run(section)
+            bad = {case: found for case, found in section.cases.items() if found["status"] not in record.GOOD}
+            assert section.cases and not bad
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "step.png", "trace.json.gz"}
+
+
+def run_all_sh(out: Path, *flags: object) -> subprocess.CompletedProcess:
+    command = ["bash", ROOT / "benchmarks" / "gpu" / "all.sh", "--small", "--out", out, "--minutes", 60, *flags]
+    environment = child_environment() | {"PYTHON": sys.executable}
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=900, env=environment)
+
+
+def test_one_command_runs_sections_and_a_second_call_only_what_is_left(tmp_path, tiny_model):
+    (tmp_path / "model").symlink_to(tiny_model)
+    flags = ("--demo_dir", tmp_path, "--only", "training:FSDP2, offload")
+    done = run_all_sh(tmp_path / "out", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training: in part" in done.stdout and "FSDP2, offload" in (tmp_path / "out" / "summary.txt").read_text()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["sections"]["training"]["cases"]
+    assert list(found) == ["FSDP2, offload"] and found["FSDP2, offload"]["figures"]["gap"] < 1e-5
+    assert run_all_sh(tmp_path / "out", "--only", "nothing").returncode == 2
+
+
+@pytest.mark.slow
+def test_everything_for_the_gpu_runs_on_a_cpu(tmp_path, tiny_model):
+    (tmp_path / "model").symlink_to(tiny_model)
+    done = run_all_sh(tmp_path / "out", "--demo_dir", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["sections"]
+    assert list(found) == list(gpu_run.SECTIONS)
+    resumed = found["training"]["cases"]["ZeRO-2, save and resume"]["figures"]
+    assert resumed["resumed, gradient off by"] < 1e-6
