@@ -570,7 +570,7 @@ def test_rows_of_r1_aqa_are_questions(tmp_path, capsys):
             {"question": "?", "answer_gt": "b", "category": "Perception", "sub-category": "Semantics"}
             | {"choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": ""},
             MMSU,
-            {"category": "Perception", "sub-category": "Semantics", "choice_d": ""},
+            {"category": "Perception", "sub-category": "Semantics", "choice_d": "", "choices": ["a", "b", "c"]},
             {"response": "B"},
         ),
     ],
