@@ -15,7 +15,7 @@ from aqa.report.held_out import Answer, HeldOut, main_kind
 from aqa.report.run_data import Group, ReportError, read_groups, saved_steps, spread
 
 ITEMS_PER_GROUP = 2  # a held-out item has fewer responses than a group
-ITEMS_SHARE = 0.5  # of the room, at most
+ITEMS_SHARE = 0.5  # of the room, where there are groups, too
 
 
 class Clips:
@@ -79,8 +79,9 @@ def sample(folder: Path, last: int, sets: Sequence[HeldOut], most: int, room: in
     clips = Clips(room)
     groups: list[dict[str, Any]] = []
     names = []
+    wanted = ITEMS_SHARE if saved_steps(folder / "trajectories", last) else 1.0
     for number, held in enumerate(sets):
-        share = round(clips.room * (1 - ITEMS_SHARE / (len(sets) - number)))
+        share = round(clips.room * (1 - wanted / (len(sets) - number)))
         items = sample_items(held, most * ITEMS_PER_GROUP // len(sets), clips, share)
         groups += [item | {"set": number} for item in items]
         note = f"{len(items):,} of {len(held.items):,} questions"
