@@ -130,7 +130,6 @@ def check_benchmark(strategy, folder):
     for size, calls in ((1, 2), (2, 1)):
         evaluator = object.__new__(BenchmarkEvaluator)  # without a processor
         evaluator.path, evaluator.folder, evaluator.strategy = folder / "questions.json", folder / "eval", strategy
-        evaluator.suffix = ".json"
         evaluator.benchmark, evaluator.items = MMAU, make_items(rows, MMAU, folder, think=False)
         evaluator.prompts = [row["id"] for row in rows]
         evaluator.batch_size, evaluator.clips = size, lambda path: path
@@ -232,7 +231,6 @@ def test_a_benchmark_whose_answers_collapse(tmp_path, monkeypatch):
     ]
     evaluator, printed, heard = object.__new__(BenchmarkEvaluator), [], []
     evaluator.path, evaluator.folder = tmp_path / "q.json", tmp_path
-    evaluator.suffix = ".json"
     evaluator.strategy = SimpleNamespace(rank=0, world_size=1, is_rank_0=lambda: True, print=printed.append)
     evaluator.benchmark, evaluator.items = MMAU, make_items(rows, MMAU, tmp_path, think=False)
     evaluator.prompts, evaluator.batch_size = [f"{row['task']} {row['answer']}" for row in rows], 24
