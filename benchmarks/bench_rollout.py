@@ -90,7 +90,6 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
             sampling_params=[sampling.with_seed(seed) for seed in seeds],
             all_prompts=prompts,
             all_images=clips,
-            sleep_engine=False,
             images_num=[1] * PROMPTS,
         )
         return [output.output_token_ids for output in outputs]

@@ -132,7 +132,7 @@ def measure_sync(path: Path, rounds: int) -> dict[str, Any]:
     engine = strategy.inference_engine = VLLMEngine(str(path), torch.float32, max_model_len=1024)
 
     def synchronise(whole: bool) -> None:
-        strategy.engine_has_all = not whole
+        engine.complete = not whole
         strategy.update_engine_weights(actor)
 
     def reload_weights() -> None:

@@ -230,6 +230,9 @@ def start_engine(
 
     HOST.status(f"starting {args.engine_type} ...")
     patch_strategy_for_audio(strategy, data.processor, notes)
+    if on_rank_0(lambda: has_room_for_engine_weights(args, strategy)):
+        strategy.keep_engine_weights = True
+        strategy.print("vLLM's weights stay on the GPU while the policy trains: --plan finds room for them")
     strategy.setup_inference_engine(args, engine_type=args.engine_type, actor=actor)
     strategy.report_memory("with models and engine")
     models = [model for model in (actor, initial_model) if model is not None]
@@ -237,6 +240,21 @@ def start_engine(
         patch_actor_for_audio(model)
     HOST.share_tower(args, strategy, models)
     return HOST.without_adapters(actor) if args.lora_rank > 0 and args.init_kl_coef > 0 else initial_model
+
+
+def has_room_for_engine_weights(args: argparse.Namespace, strategy: Any) -> bool:
+    """Whether the plan has room for vLLM's weights on this rank's GPU while the policy trains."""
+    import torch
+
+    from aqa.training.planner import GIB, Plan, SizeError, read_sizes
+
+    if not torch.cuda.is_available():
+        return False
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    try:
+        return Plan(args, read_sizes(args.pretrain), strategy.world_size, memory / GIB).engine_weights_stay
+    except SizeError:  # another family, of which the plan knows nothing
+        return False
 
 
 def make_trainer(

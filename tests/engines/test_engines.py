@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.engine_sleep import let_sleep
 from support.rollouts import QUESTION, gaps, perturbed, prompt_of, rollout
 
 from aqa.audio.decode import SAMPLING_RATE, load_audio
@@ -148,6 +149,38 @@ def test_a_change_of_what_was_not_sent_is_noticed(vllm_engine, parts):
         sync(vllm_engine, parts[0])
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_sleep_loses_what_is_not_needed_and_nothing_is_sampled_from_garbage(
+    vllm_engine, parts, noises, keep, monkeypatch
+):
+    """The KV cache is lost, and unless they are kept the weights, without which it does not sample; then a sync must
+    bring all of them."""
+    prompts = [prompt_of(parts[2])] * 2
+    weights = [(checkpoint_name(name), p.data) for name, p in parts[0].model.named_parameters()]
+    sync(vllm_engine, parts[0])
+    before, bias = rollout(vllm_engine, parts, noises[:2], prompts)
+    let_sleep(vllm_engine, keep, monkeypatch.setattr)
+    try:
+        for _ in range(2):
+            vllm_engine.sleep()
+            vllm_engine.sleep()  # it sleeps already
+            assert vllm_engine.complete is keep
+            vllm_engine.wake_up()
+            if not keep:
+                with pytest.raises(RuntimeError, match="dropped its weights when it went to sleep"):
+                    rollout(vllm_engine, parts, noises[:2], prompts)
+                with pytest.raises(RuntimeError, match=r"audio_tower\..* of vLLM was not sent, and it needs all"):
+                    vllm_engine.load_weights(pair for pair in weights if not pair[0].startswith("audio_tower."))
+                assert not vllm_engine.complete
+                sync(vllm_engine, parts[0])
+            after, _ = rollout(vllm_engine, parts, noises[:2], prompts)
+            assert [i.response_ids.tolist() for i in after] == [i.response_ids.tolist() for i in before]
+            assert max(gaps(parts, after, bias)) < 1e-3
+    finally:
+        vllm_engine.wake_up()
+        sync(vllm_engine, parts[0])
+
+
 def test_sampling_is_reproducible_and_samples_differ(vllm_engine, parts, noises):
     prompts = [prompt_of(parts[2])] * 2
     hot = {"n": 6, "temperature": 2.0}  # the little warm-started model is sure of itself
@@ -230,7 +263,6 @@ def maker(vllm_engine, parts):
     args = SimpleNamespace(
         overlong_buffer=False,
         seed=1,
-        enable_engine_sleep=True,
         micro_rollout_batch_size=4,
         advantage_estimator="group_norm",
         use_kl_loss=True,
@@ -246,6 +278,7 @@ def maker(vllm_engine, parts):
 
     device = torch.device("cpu")
     strategy = SimpleNamespace(args=args, rank=0, world_size=1, device=device, gather_and_generate=generate)
+    strategy.inference_engine = vllm_engine
     sampling = Sampling(
         n=4, max_tokens=12, end_ids=(2,), logit_bias={tokenizer.convert_tokens_to_ids("<|AUDIO|>"): -100.0}
     )

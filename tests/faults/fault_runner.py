@@ -44,7 +44,7 @@ POINTS = {
     "while rotating": (CHECKPOINT, None, "_remove", "after", 1),
     "best model written, not renamed": (CHECKPOINT, None, "replace_folder", "before", 1),
     "best model renamed": (CHECKPOINT, None, "replace_folder", "after", 1),
-    "model folder half written": (CHECKPOINT, None, "save_torch_state_dict", "after", 1),
+    "model folder half written": (CHECKPOINT, None, "save_file", "after", 1),
 }
 
 

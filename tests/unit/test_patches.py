@@ -17,7 +17,7 @@ from aqa.patches.slots import pack_clip
 from aqa.patches.strategy import build_audio_inputs
 from lightrft.engines.base import RolloutOutput, Sampling, stable_seed
 from lightrft.models.actor_al import ActorAL, load_model
-from lightrft.strategy import strategy_base
+from lightrft.strategy import checkpoint, strategy_base
 from lightrft.strategy.checkpoint import SaveError
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 from lightrft.trainer import fast_exp_maker
@@ -354,6 +354,15 @@ def test_saved_models_come_with_their_processor_or_the_save_fails(
         strategy.save_model(policy, processor.tokenizer, str(tmp_path / "out"))
     left = contents(tmp_path / "out").items()
     assert {path: data for path, data in left if path.parts[0] != "model.part"} == before
+
+    # a rank that cannot write goes on gathering, which is a collective
+    gathered = iter([(str(i), torch.zeros(2)) for i in range(5)])
+    strategy.named_weights = lambda model: gathered
+    monkeypatch.setattr(checkpoint, "SHARD", 8)
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_, **__: (tmp_path / "gone" / "file").touch())
+    with pytest.raises(SaveError, match=r"rank 0: .*No such file or directory"):
+        strategy.save_model(policy, processor.tokenizer, str(tmp_path / "out"))
+    assert list(gathered) == []
 
 
 # ------------------------------------------------------------------------------------------- a rollout on the patches

@@ -207,13 +207,19 @@ TOWER = 32 * (4 * 1280**2 + 3 * 1280 + 2 * 1280 * 5120 + 5120 + 1280 + 4 * 1280)
 EMBEDDING = 156032 * 4096
 REST = ALL - TOWER - 32 * LAYER - 2 * EMBEDDING  # outside layers, embedding and head
 FIXED = 2 * 1500 * 1280 / 8
+# Bytes of all weights in bfloat16, each rounded up to a power of two, as torch does with pinned memory: of a layer of
+# the language model 4 matrices of 2 * 4096^2 bytes and 3 of 2 * 4096 * 11008, 3 biases and 2 norms; embedding and head;
+# of a layer of the tower 4 matrices of 2 * 1280^2 and 2 of 2 * 1280 * 5120, a bias of 2 * 5120, 8 other vectors
+PINNED = 32 * (4 * 2**25 + 3 * 2**27 + 5 * 2**13) + 2 * 2**31 + 32 * (4 * 2**22 + 2 * 2**24 + 2**14 + 8 * 2**12)
+PINNED += 2**20 + 2**24 + 2**22 + 4 * 2**12 + 2**24 + 2 * 2**13  # convolutions, sinusoids, vectors; projector, norm
 BY_HAND = {  # under 8 GPUs; bf16 gradients are added up in float32, but only within FSDP2 from the start
     "--bf16 --zero_stage 2": {
         "weights": {"backward": 2 * ALL},
         "optimizer states": {"backward": 12 * VALUES / 8},
         "gradients": {"rollout": 0, "backward": 4 * VALUES / 8, "optimizer": 4 * VALUES / 8},
         "buffers": {"backward": 2 * 2 * 5e8},
-        "reference model": {"rollout": 2 * ALL, "backward": 0, "machine": 2 * ALL},
+        "reference model": {"rollout": 0, "log-probs": 2 * ALL, "backward": 0, "machine": PINNED},
+        "work space": {"optimizer": 0},  # the fused AdamW has no temporaries
     },
     "--bf16 --zero_stage 2 --train_batch_size 256": {"gradients": {"rollout": 4 * VALUES / 8}},
     "--bf16 --zero_stage 0": {
@@ -226,16 +232,17 @@ BY_HAND = {  # under 8 GPUs; bf16 gradients are added up in float32, but only wi
         "weights": {"rollout": 2 * VALUES / 8},
         "gradients": {"rollout": 4 * VALUES / 8, "optimizer": 4 * VALUES / 8 + 4 * 1e9},
     },
-    "--bf16 --zero_stage 3 --param_offload": {"weights": {"sync": 0, "machine": 2 * VALUES / 8}},
+    "--bf16 --zero_stage 3 --param_offload": {"weights": {"sync": 0, "machine": 2**31}},
     "--bf16 --zero_stage 3 --adam_offload": {
-        "gradients": {"backward": 0, "optimizer": 0, "machine": (4 + 4) * VALUES / 8},
+        # all of 4 * VALUES / 8 bytes; and the step's, of 1e9 values and of what is left of VALUES / 8
+        "gradients": {"backward": 0, "optimizer": 0, "machine": 2**32 + 2**32 + 2**28},
         "optimizer states": {"optimizer": 0, "machine": 12 * VALUES / 8},
     },
     "--bf16 --adam_offload": {
-        "gradients": {"rollout": 0, "backward": 4 * VALUES / 8, "machine": (4 + 2) * VALUES / 8},
-        "optimizer states": {"optimizer": 0, "machine": 12 * VALUES / 8},
+        "gradients": {"rollout": 0, "backward": 4 * VALUES / 8, "machine": 2**32 + 2**31},  # 4 and 2 * VALUES / 8
+        "optimizer states": {"optimizer": 0, "machine": 2**32 + 8 * VALUES / 8},
     },
-    "--no-bf16 --adam_offload": {"gradients": {"backward": 0, "machine": (4 + 4 + 4) * VALUES / 8}},
+    "--no-bf16 --adam_offload": {"gradients": {"backward": 0, "machine": 3 * 2**32}},
     "--bf16 --fsdp": {  # what trains is float32
         "weights": {"rollout": 4 * VALUES / 8 + FIXED},
         "gradients": {"backward": 4 * VALUES / 8, "optimizer": 4 * VALUES / 8},
@@ -244,10 +251,10 @@ BY_HAND = {  # under 8 GPUs; bf16 gradients are added up in float32, but only wi
         "buffers": {"backward": 2 * (REST + EMBEDDING + LAYER)},
     },
     "--bf16 --fsdp --fsdp_cpu_offload": {
-        "weights": {"backward": 0, "machine": 4 * VALUES / 8 + FIXED},
-        "gradients": {"backward": 0, "machine": 4 * VALUES / 8},
+        "weights": {"backward": 0, "machine": PINNED / 4 - 2**20 + 2**19},  # the sinusoids do not train
+        "gradients": {"backward": 0, "machine": PINNED / 4 - 2**20},
         "optimizer states": {"backward": 0, "machine": 8 * VALUES / 8},
-        "reference model": {"backward": 0, "machine": 2 * ALL / 8},
+        "reference model": {"backward": 0, "machine": PINNED / 8},
     },
 }
 
@@ -273,20 +280,39 @@ def test_the_engines_share_and_the_batch():
     assert "vllm: 30 sequences of full length at once, 16 in a rollout" in text
 
 
+def test_where_vllms_weights_are_while_the_policy_trains():
+    """On the GPU, if a tenth of it is free then; else nowhere, because the next sync sends them. LightRFT copies them
+    to pinned memory."""
+    roomy = plan(RECIPE)
+    dropped = max(roomy.totals[1:4]) - 2 * ALL
+    least = (dropped + 2 * ALL) / 0.9 / GIB
+    for gib, stay in ((80.0, True), (least + 0.01, True), (least - 0.01, False)):
+        planned = plan(RECIPE, gib=gib)
+        assert planned.engine_weights_stay is stay
+        assert cell(planned, "backward", "engine") == GIB + 2 * ALL * stay
+        assert max(planned.totals[1:4]) == dropped + 2 * ALL * stay
+        assert cell(planned, "machine", "engine") == 0
+    del roomy.args.sync_bucket_mb  # LightRFT has no such flag
+    theirs = roomy.changed({})
+    assert (theirs.engine_weights_stay, cell(theirs, "machine", "engine")) == (False, PINNED)
+    awake = plan(f"{RECIPE} --no-enable_engine_sleep")
+    assert not awake.engine_weights_stay and cell(awake, "backward", "engine") == awake.engine
+
+
 # ---- advice
 
 LORA_4BIT = "--lora_rank 8 --load_in_4bit"
 FROZEN_4BIT = {"micro_train_batch_size": 4, "lora_rank": 16, "freeze_prefix": None, "load_in_4bit": True}
 LONG = f"{RECIPE} --micro_train_batch_size 16 --generate_max_len 8192"
 ADVICE = [
-    ("--bf16 --zero_stage 2", 8, 80, {"engine_mem_util": 0.4}),
+    ("--bf16 --zero_stage 2 --engine_mem_util 0.7", 8, 80, {"engine_mem_util": 0.6}),
     ("--bf16 --zero_stage 2", 2, 80, {"adam_offload": True}),
     ("--zero_stage 0", 4, 80, {"bf16": True, "zero_stage": 3, "engine_mem_util": 0.45}),
     (LONG, 8, 80, {"micro_train_batch_size": 8}),
     ("--bf16 --fsdp", 2, 80, {"fsdp_cpu_offload": True}),
     (LORA_4BIT, 1, 24, {"bf16": True, "micro_train_batch_size": 4, "engine_type": "hf"}),
     ("--bf16 --freeze_prefix --engine_type hf", 1, 24, FROZEN_4BIT),
-    ("--bf16 --engine_mem_util 0.2", 8, 80, {"engine_mem_util": 0.4}),
+    ("--bf16 --engine_mem_util 0.2", 8, 80, {"engine_mem_util": 0.6}),
 ]
 
 

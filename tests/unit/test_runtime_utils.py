@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from harness import allocated
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
 from lightrft.engines.base import Sampling, stable_seed
 from lightrft.models.actor_al import load_model
+from lightrft.strategy import checkpoint
 from lightrft.strategy.checkpoint import begin, clear, commit, damage, newest_first, rotate, write_hf_folder
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 from lightrft.strategy.strategy_base import rate_factor
@@ -290,13 +292,14 @@ class Engine:
     """Notes what is sent."""
 
     def __init__(self):
-        self.sent = []
+        self.sent, self.complete = [], False
 
     def wake_up(self):
         pass
 
     def load_weights(self, weights):
         self.sent.append([name for name, _ in weights])
+        self.complete = True
 
 
 def test_frozen_layers_are_sent_once(tiny_model):
@@ -305,11 +308,8 @@ def test_frozen_layers_are_sent_once(tiny_model):
     for name, parameter in actor.model.named_parameters():
         parameter.requires_grad_(not set(frozen) & set(name.split(".")))
     strategy = object.__new__(DeepspeedStrategy)  # without a process group
-    strategy.args, strategy.inference_engine, strategy.engine_has_all = (
-        SimpleNamespace(zero_stage=0, lora_rank=0, bf16=False, sync_bucket_mb=512),
-        Engine(),
-        False,
-    )
+    strategy.args = SimpleNamespace(zero_stage=0, lora_rank=0, bf16=False, sync_bucket_mb=512)
+    strategy.inference_engine = Engine()
     for _ in range(3):
         strategy.update_engine_weights(actor)
     first, *later = strategy.inference_engine.sent
@@ -322,6 +322,28 @@ def test_frozen_layers_are_sent_once(tiny_model):
     )
 
 
+def test_a_whole_reference_model_waits_in_pinned_memory_and_is_not_copied_back(monkeypatch):
+    """Copies in CPU memory stand for those on a GPU."""
+    pinned, moves = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **_: moves.append(device.type) or tensor.clone())
+    strategy = object.__new__(DeepspeedStrategy)  # without a process group
+    strategy.args, strategy.device, strategy._on_host = SimpleNamespace(zero_stage=2), torch.device("cuda"), {}
+    reference = torch.nn.Module()
+    reference.model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False))
+    expected = [parameter.detach().clone() for parameter in reference.parameters()]
+    strategy.prepare_model(reference)
+    for turn in range(2):
+        assert not any(parameter.requires_grad for parameter in reference.parameters())
+        for parameter, value, host in zip(reference.parameters(), expected, pinned, strict=True):
+            assert torch.equal(parameter, value) and parameter.data_ptr() == host.data_ptr()
+        strategy.reload_model(reference)
+        there = zip(reference.parameters(), pinned, strict=True)
+        assert all(parameter.data_ptr() != host.data_ptr() for parameter, host in there)
+        assert moves == ["cuda"] * 3 * (turn + 1)
+        strategy.offload_model(reference)
+
+
 # -------------------------------------------------------------------------------------------------------------- folders
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_written_folder_loads_whole_under_the_models_own_name(tiny_model, tmp_path, dtype):
@@ -329,7 +351,7 @@ def test_a_written_folder_loads_whole_under_the_models_own_name(tiny_model, tmp_
     with torch.no_grad():  # not the weights it came with
         for parameter in policy.parameters():
             parameter.add_(0.125)
-    weights = {checkpoint_name(name): parameter.data for name, parameter in policy.named_parameters()}
+    weights = ((checkpoint_name(name), parameter.data) for name, parameter in policy.named_parameters())
     policy.config.use_cache = False  # as the actor sets it
     write_hf_folder(policy, weights, AutoTokenizer.from_pretrained(tiny_model), str(tmp_path / "out"))
 
@@ -352,6 +374,33 @@ def test_a_written_folder_loads_whole_under_the_models_own_name(tiny_model, tmp_
     ]
     assert tokens[0] == tokens[1]
     assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_a_large_model_is_written_in_parts_of_which_one_is_in_memory(tiny_model, tmp_path, monkeypatch):
+    """And a folder holds one model only, however many files the one before had."""
+    policy = load_model(str(tiny_model), dtype=torch.float32)
+    expected = {checkpoint_name(name): parameter.data for name, parameter in policy.named_parameters()}
+    largest, tokenizer = max(w.nbytes for w in expected.values()), AutoTokenizer.from_pretrained(tiny_model)
+    for limit in (largest // 2, 3 * largest, 10**9, largest // 2):
+        monkeypatch.setattr(checkpoint, "SHARD", limit)
+        with torch.no_grad():  # not the weights that are there already
+            for parameter in policy.parameters():
+                parameter.add_(0.125)
+        most, _ = allocated(lambda: write_hf_folder(policy, expected.items(), tokenizer, str(tmp_path)))
+        assert most <= max(limit, largest) + 10_000
+        files = sorted(tmp_path.glob("*.safetensors"))
+        assert [path.name for path in files] == (
+            ["model.safetensors"]
+            if limit == 10**9
+            else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+        )
+        assert (tmp_path / "model.safetensors.index.json").exists() is (limit < 10**9)
+        for stored in map(load_file, files):
+            assert sum(weight.nbytes for weight in stored.values()) <= limit or len(stored) == 1
+        model, info = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+        loaded = {checkpoint_name(name): parameter for name, parameter in model.named_parameters()}
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
 def make_checkpoint(parent: Path, step: int, prompts: int | None) -> Path:

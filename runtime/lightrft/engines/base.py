@@ -56,7 +56,13 @@ class RolloutOutput:
 
 
 class RolloutEngine(Protocol):
-    """A rollout engine living in the training process."""
+    """A rollout engine living in the training process.
+
+    :ivar complete: Whether it holds all of the trainer's weights: not before the first sync, nor after a sleep that
+        dropped them. The next sync must then bring all.
+    """
+
+    complete: bool
 
     def generate(self, prompts: list[Any], sampling: Sequence[Sampling]) -> list[RolloutOutput]:
         """Sample responses.
@@ -69,12 +75,12 @@ class RolloutEngine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take over new weights and drop every cache that depends on the old ones.
 
-        :param weights: Checkpoint name and tensor, at first of every parameter; later layers (:func:`layer_of`) that
-            have not changed may be left out.
+        :param weights: Checkpoint name and tensor of every parameter; layers (:func:`layer_of`) that have not changed
+            may be left out while the engine is ``complete``.
         """
 
     def sleep(self) -> None:
-        """Free the accelerator's memory."""
+        """Free the accelerator's memory; the weights may be lost, see ``complete``."""
 
     def wake_up(self) -> None:
         """Allocate the accelerator's memory again."""

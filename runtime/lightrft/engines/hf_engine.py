@@ -107,6 +107,8 @@ class HFEngine:
         audio = {"audio": clips, "sampling_rate": rate} if clips else {}
         return self.processor(text=texts, return_tensors="pt", padding=True, **audio)
 
+    complete = True  # its weights are the trainer's own
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Nothing to do: the weights are shared."""
 

@@ -26,7 +26,12 @@ class VLLMEngine:
     :param dtype: Weight type of the rollouts.
     :param max_model_len: Longest sequence, audio tokens included.
     :param audios_per_prompt: Most clips in one prompt.
+    :param max_num_seqs: Most responses sampled at once. vLLM keeps logits and captures CUDA graphs for as many, by
+        default for 1,024 on a large GPU.
     :param memory_utilization: Fraction of the GPU's memory for weights and KV cache (unused on the CPU).
+    :param enable_sleep: Let :meth:`sleep` free GPU memory; a CPU has no such mode.
+    :param keep_weights: Sleep frees the KV cache only. Otherwise the weights are dropped, too, and not copied to the
+        machine's memory: the next sync sends them all, which is faster than to copy them there and back.
     :param seed: Seed of requests that carry none.
     """
 
@@ -37,8 +42,10 @@ class VLLMEngine:
         max_model_len: int,
         audios_per_prompt: int = 1,
         tensor_parallel_size: int = 1,
+        max_num_seqs: int = 256,
         memory_utilization: float = 0.5,
         enable_sleep: bool = True,
+        keep_weights: bool = False,
         seed: int = 0,
     ) -> None:
         on_gpu = torch.cuda.is_available()
@@ -56,7 +63,9 @@ class VLLMEngine:
         if tensor_parallel_size > 1 and not on_gpu:
             _name_shared_memory()
         self._vllm = vllm
-        self._can_sleep = enable_sleep and on_gpu
+        self._can_sleep, self._keep_weights = enable_sleep and on_gpu, keep_weights
+        self._asleep = self._dropped = False  # dropped: what its parameters hold is no weights
+        self.complete = False
         self._checksums: dict[str, int] = {}
         self._apart = Apart(on_gpu)
         self.llm = self._apart(
@@ -70,7 +79,8 @@ class VLLMEngine:
             enforce_eager=not on_gpu,
             # chunked prefill rewinds the request's seeded generator, which CPU generators do not support
             enable_chunked_prefill=on_gpu,
-            max_num_batched_tokens=max(max_model_len, 8192),
+            max_num_batched_tokens=max(max_model_len, max_num_seqs, 8192),
+            max_num_seqs=max_num_seqs,
             enable_prefix_caching=True,
             enable_sleep_mode=self._can_sleep,
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, with bias and temperature
@@ -84,7 +94,12 @@ class VLLMEngine:
         self.llm.collective_rpc(_skip_padding)
 
     def generate(self, prompts: list[Any], sampling: Sequence[Sampling]) -> list[RolloutOutput]:
-        """See :class:`~lightrft.engines.base.RolloutEngine`."""
+        """See :class:`~lightrft.engines.base.RolloutEngine`.
+
+        :raises RuntimeError: if a sleep dropped the weights, and none have come since.
+        """
+        if self._dropped:
+            raise RuntimeError("vLLM dropped its weights when it went to sleep: load_weights must come before generate")
         requests = [p if isinstance(p, dict) else {"prompt_token_ids": list(p)} for p in prompts]
         params = [
             self._vllm.SamplingParams(
@@ -120,10 +135,12 @@ class VLLMEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See :class:`~lightrft.engines.base.RolloutEngine`.
 
-        :raises RuntimeError: if the engine's weights are not the new ones afterwards, or others have changed.
+        :raises RuntimeError: if the engine's weights are not the new ones afterwards, others have changed, or some are
+            missing.
         """
         # not apart: the weights come out of the trainer's collectives, on the trainer's stream
-        sent, self._checksums = self.llm.collective_rpc(_load, args=(weights, self._checksums))[0]
+        sent, self._checksums = self.llm.collective_rpc(_load, args=(weights, self._checksums, self.complete))[0]
+        self.complete, self._dropped = True, False
         self.llm.reset_prefix_cache()
         if not all(name.startswith(LANGUAGE) for name in sent):
             self.llm.llm_engine.engine_core.reset_encoder_cache()  # outputs of tower and projector
@@ -132,15 +149,27 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """See :class:`~lightrft.engines.base.RolloutEngine`."""
-        if self._can_sleep:
-            self._apart(self.llm.sleep, level=1)
+        if self._can_sleep and not self._asleep:
+            self._asleep = True
+            self._apart(self._free)
+
+    def _free(self) -> None:
+        if self._keep_weights:
+            # vLLM releases the cache only between requests: the last ones end with another step, and no more may come
+            self.llm.llm_engine.step()
+            self.llm.sleep(level=0)
+            self.llm.release_kv_cache_memory()
+        else:
+            self.complete, self._dropped = False, True
+            self.llm.sleep(level=2)  # vLLM itself keeps the buffers, such as those of rotary embeddings
 
     def wake_up(self) -> None:
         """See :class:`~lightrft.engines.base.RolloutEngine`."""
-        if self._can_sleep:
+        if self._asleep:
             torch.cuda.empty_cache()  # torch caches what training has freed, and vLLM cannot use that cache
-            self._apart(self.llm.wake_up)
+            self._apart(self.llm.wake_up, ["kv_cache"] if self._keep_weights else None)
             self.llm.reset_mm_cache()
+            self._asleep = False
 
 
 class Apart:
@@ -233,7 +262,7 @@ def encode_valid_frames(tower: Any, input_features: torch.Tensor, attention_mask
 
 
 def _load(
-    worker: Any, weights: Iterable[tuple[str, torch.Tensor]], before: dict[str, int]
+    worker: Any, weights: Iterable[tuple[str, torch.Tensor]], before: dict[str, int], complete: bool
 ) -> tuple[set[str], dict[str, int]]:
     """Load weights, inside vLLM's worker, and compare what has arrived.
 
@@ -242,8 +271,9 @@ def _load(
     repacks them one by one.
 
     :param before: Checksums of vLLM's parameters after the last time.
+    :param complete: The others hold the weights that they shall have; False: all must come.
     :return: Names that were sent, and the new checksums.
-    :raises RuntimeError: if a parameter is not what was sent, or has changed though it was not sent.
+    :raises RuntimeError: if a parameter is not what was sent, has changed though it was not sent, or did not come.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -289,8 +319,10 @@ def _load(
     for name, value in arrived.items():
         if now[name] != value:
             raise RuntimeError(f"weight sync failed: {name} in vLLM is not what the trainer sent")
-    for name in before.keys() - sizes.keys():
-        if now[name] != before[name]:
+    for name in now.keys() - sizes.keys():
+        if not complete:
+            raise RuntimeError(f"weight sync failed: {name} of vLLM was not sent, and it needs all weights now")
+        if name in before and now[name] != before[name]:
             raise RuntimeError(f"weight sync failed: {name} was not sent and has changed in vLLM")
     return sent, now
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import xxhash
-from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 from lightrft.utils.files import PART, write_atomically
@@ -21,27 +22,28 @@ from lightrft.utils.protocols import Tokenizer
 
 ABOUT = "about_weights"  # in a checkpoint's state: dtype, lora_alpha, and further files of the run's model folders
 OLD = f".old{PART}"  # suffix of a folder while another takes its place
+SHARD = 10**9  # bytes of weights in a file, if it holds more than one weight
 MANIFEST = "manifest.json"  # of a whole checkpoint: its files with size and hash, and the prompts that were used
 
 
 def write_hf_folder(
     model: nn.Module,
-    weights: dict[str, torch.Tensor],
+    weights: Iterable[tuple[str, torch.Tensor]],
     tokenizer: Tokenizer,
     output_dir: str,
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write configuration, weights (safetensors, canonical names) and tokenizer.
 
-    :param weights: Checkpoint name to tensor in CPU memory.
+    :param weights: Checkpoint name and tensor, on any device; at most :data:`SHARD` bytes of them are copied to CPU
+        memory at a time, or the largest.
     :param output_dir: Made if needed; its files are replaced once all new ones are written.
     :param add_files: Writes further files into the folder that it is given, which holds all others.
     """
     folder, aside = Path(output_dir), Path(output_dir) / f"model{PART}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_torch_state_dict(weights, aside, max_shard_size="5GB")
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    dtype = str(_write_weights(weights, aside)).removeprefix("torch.")
     config = family_of(model).checkpoint_config(model.config.to_dict() | {"use_cache": True, "dtype": dtype})
     config.pop("quantization_config", None)  # the saved weights are not quantised
     if model.generation_config is not None:
@@ -50,12 +52,51 @@ def write_hf_folder(
     made = aside / "config.json"
     made.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     add_files(aside)
-    for path in [path for path in aside.rglob("*") if path.is_file() and path != made]:
+    files = {str(path.relative_to(aside)): path for path in aside.rglob("*") if path.is_file() and path != made}
+    for path in files.values():
         target = folder / path.relative_to(aside)
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
+    for path in folder.iterdir():  # an earlier save's, in one file or more; transformers prefers one to several
+        if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name) and path.name not in files:
+            path.unlink()
     made.replace(folder / "config.json")  # last: with it the folder is a model
     shutil.rmtree(aside)
+
+
+def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> torch.dtype:
+    """Write ``model.safetensors`` or, if it would be larger than :data:`SHARD`, several files with an index.
+
+    :return: The weights' dtype.
+    """
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    used = total = 0
+
+    def write() -> None:
+        save_file(shard, folder / f"{len(shards)}{PART}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in weights:
+        if shard and used + tensor.nbytes > SHARD:
+            write()
+            used = 0
+        # a copy, because a sharded model's whole weights are views of a buffer that the next ones will fill
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        used, total, dtype = used + tensor.nbytes, total + tensor.nbytes, tensor.dtype
+    write()
+    if len(shards) == 1:
+        (folder / f"0{PART}").rename(folder / "model.safetensors")
+        return dtype
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"{number}{PART}").rename(folder / file)
+        index |= dict.fromkeys(names, file)
+    content = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
+    (folder / "model.safetensors.index.json").write_text(content + "\n", encoding="utf-8")
+    return dtype
 
 
 class SaveError(Exception):

@@ -32,6 +32,7 @@ class DeepspeedStrategy(StrategyBase):
             # uses; on a GPU this question alone would probe all its operators
             getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)  # it takes the process group that is there
+        self._on_host: dict[nn.Parameter, torch.Tensor] = {}  # the reference model, pinned, unless it is sharded
 
     def get_ds_train_config(self, is_actor: bool = True) -> dict[str, Any]:
         """DeepSpeed configuration of the trained model.
@@ -92,14 +93,17 @@ class DeepspeedStrategy(StrategyBase):
         return engine, optimizer, scheduler
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """See the base class."""
+        """See the base class. A whole model stays in the machine's memory until :meth:`reload_model`."""
         model.model.requires_grad_(False)
         if self.args.zero_stage == 3:
             import deepspeed
 
             model.model, *_ = deepspeed.initialize(model=model.model, config=self.get_ds_eval_config())
-        else:
-            model.model.to(self.device)
+        elif self.device.type != "cpu":
+            self._on_host = {parameter: parameter.data.pin_memory() for parameter in model.model.parameters()}
+            self.offload_model(model)
+            for buffer in model.model.buffers():
+                buffer.data = buffer.data.to(self.device)
         return model.eval()
 
     def step_guard(self, engine: Any) -> Any:
@@ -109,14 +113,14 @@ class DeepspeedStrategy(StrategyBase):
         return StepGuard(engine)
 
     def offload_model(self, model: nn.Module) -> None:
-        """See the base class."""
-        if self.device.type == "cuda" and self.args.zero_stage != 3:
-            model.to("cpu")
+        """See the base class. Its weights never change: those on the GPU are dropped, not copied back."""
+        for parameter, value in self._on_host.items():
+            parameter.data = value
 
     def reload_model(self, model: nn.Module) -> None:
         """See the base class."""
-        if self.args.zero_stage != 3:
-            model.to(self.device)
+        for parameter, value in self._on_host.items():
+            parameter.data = value.to(self.device, non_blocking=True)
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -57,7 +57,8 @@ def export_model(checkpoint: Path, pretrain: str, out: Path) -> tuple[Any, dict[
         )
     tokenizer, processor = get_tokenizer_processor_vl(pretrain, model)
     names = family_of(model)
-    write_hf_folder(model, {names.checkpoint_name(name): weights[name] for name in expected}, tokenizer, str(out))
+    named = ((names.checkpoint_name(name), weights[name]) for name in expected)
+    write_hf_folder(model, named, tokenizer, str(out))
     return processor, about["files"]
 
 

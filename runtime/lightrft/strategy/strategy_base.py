@@ -46,7 +46,7 @@ class StrategyBase(ABC):
         self.world_size = dist.get_world_size()
         self.engine_mp_group = engine_groups(args.engine_tp_size)
         self.inference_engine: RolloutEngine | None = None
-        self.engine_has_all = False
+        self.keep_engine_weights = False  # while it sleeps: whoever knows that there is room for them sets it
         self.model_files: dict[str, str] = {}  # further files of a model's folder, which checkpoints keep for export
         self.set_seed(args.seed)
 
@@ -125,7 +125,7 @@ class StrategyBase(ABC):
 
     @abstractmethod
     def offload_model(self, model: nn.Module) -> None:
-        """Move a read-only model to CPU memory, where it is whole on every rank."""
+        """Free the GPU memory of a read-only model that is whole on every rank."""
 
     @abstractmethod
     def reload_model(self, model: nn.Module) -> None:
@@ -138,7 +138,10 @@ class StrategyBase(ABC):
             (no_decay if exempt_from_decay(name) else decay).append(parameter)
         groups = [{"params": decay, "weight_decay": args.l2}, {"params": no_decay, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=args.actor_learning_rate, betas=tuple(args.adam_betas)
+            [g for g in groups if g["params"]],
+            lr=args.actor_learning_rate,
+            betas=tuple(args.adam_betas),
+            fused=True,  # one pass over weights, gradients and moments, without temporaries, on CPUs too
         )
         warmup = math.ceil(max_steps * args.lr_warmup_ratio)
         scheduler = LambdaLR(optimizer, lambda step: rate_factor(step, warmup, max_steps))
@@ -182,8 +185,10 @@ class StrategyBase(ABC):
                 max_model_len=self.longest_sequence,
                 audios_per_prompt=args.limit_mm_image_per_prompt,
                 tensor_parallel_size=args.engine_tp_size,
+                max_num_seqs=self.responses_at_once,
                 memory_utilization=args.engine_mem_util,
                 enable_sleep=args.enable_engine_sleep,
+                keep_weights=self.keep_engine_weights,
                 seed=args.seed,
             )
         elif engine_type == "hf":
@@ -194,7 +199,6 @@ class StrategyBase(ABC):
             raise ValueError(f"engine_type {engine_type!r}: this runtime has vllm and hf; sglang needs LightRFT itself")
         if actor is not None:
             self.update_engine_weights(actor)
-        self.inference_engine.sleep()
         return self.inference_engine
 
     @property
@@ -202,6 +206,13 @@ class StrategyBase(ABC):
         """Tokens of a prompt with all its audio, and the response."""
         audio = MAX_AUDIO_TOKENS * self.args.limit_mm_image_per_prompt
         return self.args.prompt_max_len + audio + self.args.generate_max_len
+
+    @property
+    def responses_at_once(self) -> int:
+        """Responses that an engine samples together in a rollout, at most vLLM's own default on a large GPU."""
+        args = self.args
+        prompts = args.rollout_batch_size * args.engine_tp_size // self.world_size
+        return min(1024, prompts * args.n_samples_per_prompt)
 
     def rows_at_once(self, config: Any) -> int:
         """Sequences that the ``hf`` engine generates at once: as many as have room in its share of the GPU.
@@ -249,7 +260,6 @@ class StrategyBase(ABC):
         all_prompt_token_ids: Sequence[list[int]] | None = None,
         all_prompts: Sequence[str] | None = None,
         all_images: Sequence[Any] | None = None,
-        sleep_engine: bool = True,
         images_num: Sequence[int] | None = None,
         all_videos: Sequence[Any] | None = None,
         videos_num: Sequence[int] | None = None,
@@ -258,7 +268,6 @@ class StrategyBase(ABC):
 
         :param all_prompt_token_ids: Token ids of text-only prompts.
         :param all_prompts: Prompt texts of multimodal prompts.
-        :param sleep_engine: Free the engine's memory afterwards.
         :param images_num: Clips a prompt.
         :return: This rank's responses: all samples of its first prompt, then of the second, and so on.
         """
@@ -282,21 +291,18 @@ class StrategyBase(ABC):
             raise RuntimeError(f"the engine returned {len(outputs)} of {sum(p.n for p in params)} responses")
         me = dist.get_rank(self.engine_mp_group)
         start = sum(p.n for _, share in shares[:me] for p in share)
-        mine = outputs[start : start + sum(p.n for p in shares[me][1])]
-        if sleep_engine:
-            self.inference_engine.sleep()
-        return mine
+        return outputs[start : start + sum(p.n for p in shares[me][1])]
 
     def update_engine_weights(self, actor: nn.Module) -> None:
-        """Give the rollout engine the actor's present weights: all of them the first time, then those that train.
+        """Give the rollout engine the actor's present weights: those that train, or all while it is not ``complete``.
 
-        The engine has read the frozen ones itself, from ``--pretrain``; a resumed run's are its checkpoint's.
+        At first it is not, though it has read ``--pretrain`` itself: a resumed run's weights are its checkpoint's.
 
         :raises RuntimeError: if the engine's weights are not the new ones afterwards.
         """
         self.inference_engine.wake_up()
-        self.inference_engine.load_weights(self.named_weights(actor.model, trained_only=self.engine_has_all))
-        self.engine_has_all = True
+        trained_only = self.inference_engine.complete
+        self.inference_engine.load_weights(self.named_weights(actor.model, trained_only))
 
     # ------------------------------------------------------------ weights and folders
     @property
@@ -345,25 +351,30 @@ class StrategyBase(ABC):
         :param output_dir: Folder; existing files are replaced once all new ones are written, one by one.
         :raises SaveError: if it could not be written.
         """
-        inner = model.model
-        weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights(inner)}  # ZeRO keeps views
-        module, lora_config = self.unwrap_model(inner), model.lora_config
-        adapter = {}
+        module, lora_config = self.unwrap_model(model.model), model.lora_config
+        weights, adapter = self.named_weights(model.model), {}
         if lora_config is not None:
             from lightrft.models.lora import write_adapter
 
             named = {name: p for name, p in module.named_parameters() if is_adapter(name)}
             with self.whole(list(named.values())) as values:
-                adapter = {name: value.cpu().clone() for name, value in zip(named, values, strict=True)}
+                if self.is_rank_0():
+                    adapter = {name: value.cpu().clone() for name, value in zip(named, values, strict=True)}
 
         def add_files(folder: Path) -> None:
             if lora_config is not None:
                 write_adapter(lora_config, adapter, folder / "adapter")
             self.add_model_files(folder)
 
-        self.together(
-            lambda: checkpoint.write_hf_folder(module, weights, tokenizer, output_dir, add_files), self.is_rank_0()
-        )
+        def write() -> None:
+            try:
+                if self.is_rank_0():
+                    checkpoint.write_hf_folder(module, weights, tokenizer, output_dir, add_files)
+            finally:
+                for _ in weights:  # all ranks gather all of them, also after a failure of the one that writes
+                    pass
+
+        self.together(write)
 
     def add_model_files(self, folder: Path) -> None:  # noqa: B027 - a strategy need not have any
         """Write into a model's folder what else it needs; an example replaces this.

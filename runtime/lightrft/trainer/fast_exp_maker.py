@@ -107,6 +107,7 @@ class FastExperienceMaker:
         self.score(items)
         if self.draw_prompts is not None:
             items = self.replace_groups(items, step)
+        self.strategy.inference_engine.sleep()  # once a step: it may wake without weights, see RolloutEngine.complete
         if self.strategy.args.overlong_buffer:
             self.penalise_length(items)
         rolled_out = time.perf_counter()
@@ -165,7 +166,6 @@ class FastExperienceMaker:
             all_prompt_token_ids=data["all_prompt_token_ids"],
             all_prompts=data["all_prompts"],
             all_images=data["all_images"],
-            sleep_engine=self.strategy.args.enable_engine_sleep,
             images_num=data["all_images_num"],
         )
         items = []

@@ -334,7 +334,7 @@ class SPMDPPOTrainerVL:
         rate = self.scheduler.get_last_lr()[0]  # before the update, after which it is the next step's
         sums, maxima, stepped = self.update(items, step)
         sync_started = time.perf_counter()
-        if stepped:
+        if stepped or not self.strategy.inference_engine.complete:
             self.progress.phase("sync")
             self.strategy.update_engine_weights(self.actor)
         ended = time.perf_counter()

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from lightrft.engines.base import RolloutEngine
+
 
 class Tokenizer(Protocol):
     """What the runtime uses of a transformers tokenizer."""
@@ -79,6 +81,7 @@ class Strategy(Protocol):
     dtype: torch.dtype
     rank: int
     world_size: int
+    inference_engine: RolloutEngine
 
     def print(self, *parts: object) -> None: ...
     def is_rank_0(self) -> bool: ...

@@ -40,6 +40,7 @@ BUCKET, LIVE, SUB_GROUP, PERSISTENT = 5e8, 1e9, 1e9, 1e5  # DeepSpeed's defaults
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a value: blocks of 64 share an 8-bit scale, 256 scales share a float32
 # Assumed, not derived: CUDA context, NCCL and fragmentation; vLLM's graphs and own activations; what it keeps asleep
 RESERVE, ENGINE_WORK, ENGINE_ASLEEP = 2 * GIB, 2 * GIB, 1 * GIB
+ROOM = 0.9  # share of a GPU that training may take together with vLLM's weights, for these to stay there; assumed
 HF_ROWS = 64  # sequences that the hf engine generates at once
 
 
@@ -176,6 +177,11 @@ def count(some: Iterable[Parameter]) -> int:
     return sum(math.prod(p.shape) for p in some)
 
 
+def pinned(sizes: Iterable[float]) -> float:
+    """Bytes of some buffers in pinned memory: torch rounds each up to a power of two."""
+    return sum(2.0 ** math.ceil(math.log2(size)) for size in sizes if size)
+
+
 def prompts_in(size: int, samples: int) -> int:
     """Most prompts that a micro-batch of ``size`` neighbouring responses holds, at ``samples`` responses a prompt."""
     if size % samples == 0 or samples % size == 0:
@@ -216,7 +222,13 @@ class Plan:
             self.at_once = min(HF_ROWS, max(1, self.engine // sequence), self.responses // gpus)
             self.engine, self.least = self.at_once * sequence, sequence
 
-        self.rows = self._rows()
+        self.sleeps = self.vllm and args.enable_engine_sleep
+        self.rows = self._rows(ENGINE_ASLEEP)
+        busy = max(sum(column) for column in [*zip(*self.rows.values(), strict=True)][1:4])
+        # this runtime drops vLLM's weights while it sleeps, or leaves them where they are; LightRFT copies them away
+        self.engine_weights_stay = self.sleeps and self.ours and busy + self.engine_weights <= ROOM * self.limit
+        if self.engine_weights_stay:
+            self.rows = self._rows(ENGINE_ASLEEP + self.engine_weights)
         self.totals = [sum(column) for column in zip(*self.rows.values(), strict=True)]
         most = max(self.totals[:-1])
         self.headline = f"{most / GIB:.2f} of {gib:g} GiB, in {PHASES[self.totals.index(most)]}"
@@ -231,8 +243,21 @@ class Plan:
         """The same with other flags."""
         return Plan(argparse.Namespace(**(vars(self.args) | flags)), self.sizes, self.gpus, self.limit / GIB)
 
-    def _rows(self) -> dict[str, tuple[float, ...]]:
-        """Bytes of each component on a GPU in each of :data:`PHASES`, and in the machine's memory for each GPU."""
+    @property
+    def ours(self) -> bool:
+        """Whether the flags are this repository's runtime's, and not LightRFT's."""
+        return hasattr(self.args, "sync_bucket_mb")
+
+    @property
+    def offloads(self) -> bool:
+        """Whether ZeRO-3 keeps parameters in the machine's memory."""
+        return self.ours and self.args.param_offload
+
+    def _rows(self, asleep: float) -> dict[str, tuple[float, ...]]:
+        """Bytes of each component on a GPU in each of :data:`PHASES`, and in the machine's memory for each GPU.
+
+        :param asleep: Bytes that vLLM keeps on a GPU while it sleeps.
+        """
         args, b, stage = self.args, self.b, None if self.args.fsdp else self.args.zero_stage
         sharded, largest = args.fsdp or stage == 3, max((math.prod(p.shape) for p in self.trained), default=0)
         (weights, gradients, optimizer), moved, whole = self._states()
@@ -243,9 +268,14 @@ class Plan:
         at_once = min(share, SUB_GROUP if stage == 3 else share) * (optimizer > 0)  # values that are updated together
         step = gradients + 4 * at_once * (stage == 3)  # copied to float32
 
-        reference = self.model / (self.gpus if sharded else 1) * (args.init_kl_coef > 0 and args.lora_rank == 0)
-        beside = reference * (not args.fsdp or not args.fsdp_cpu_offload)
-        waits = beside * sharded  # a whole one is in the machine's memory from the backward pass on
+        # a whole reference model is on the GPU for its log-probs alone, and always in pinned memory
+        with_reference = args.init_kl_coef > 0 and args.lora_rank == 0
+        reference = self.model / (self.gpus if sharded else 1) * with_reference
+        beside = reference * (not (args.fsdp_cpu_offload if args.fsdp else self.offloads))
+        waits, parked = beside * sharded, reference - beside
+        if args.fsdp_cpu_offload or not sharded:
+            shares = (b * math.prod(p.shape) / (self.gpus if sharded else 1) for p in self.parameters)
+            parked = pinned(shares) * with_reference
 
         scores = args.init_kl_coef > 0 or args.max_epochs > 1 or args.train_batch_size < self.responses
         log_probs = self._forward(args.micro_rollout_batch_size) * scores
@@ -265,20 +295,20 @@ class Plan:
         buffers[0] += whole * (sharded and not self.vllm)  # the hf engine generates with gathered weights
 
         # weights for vLLM: gathered in buckets, or merged with an adapter; LightRFT, without the flag, has no buckets
-        bucket = getattr(args, "sync_bucket_mb", 0) * 2**20 if sharded else 0
+        bucket = args.sync_bucket_mb * 2**20 if (sharded or args.load_in_4bit) and self.ours else 0
         matrix = b * max(math.prod(p.shape) for p in self.parameters)
         sync = max(matrix, min(bucket, self.model)) if self.vllm and (sharded or args.lora_rank) else 0
-        sleeps = self.vllm and args.enable_engine_sleep
-        asleep = ENGINE_ASLEEP if sleeps else self.engine * self.vllm
+        asleep = asleep if self.sleeps else self.engine * self.vllm
+        copied = pinned(b * math.prod(p.shape) / args.engine_tp_size for p in self.parameters)
         return {
             "weights": (*[weights] * 5, moved[0]),
             "gradients": (stays, stays, gradients, step, stays, moved[1]),
             "optimizer states": (*[optimizer] * 5, moved[2]),
-            "reference model": (beside, beside, waits, waits, waits, reference - waits),
+            "reference model": (waits, beside, waits, waits, waits, parked),
             "activations": (0, log_probs, saved, 0, 0, 0),
-            "work space": (0, 0, work, 4 * at_once, sync, 0),  # in the optimizer: AdamW over all parameters at once
+            "work space": (0, 0, work, 0, sync, 0),
             "buffers": (*buffers, 0),
-            "engine": (self.engine, *[asleep] * 3, self.engine * self.vllm, self.engine_weights * sleeps),
+            "engine": (self.engine, *[asleep] * 3, self.engine * self.vllm, copied * (self.sleeps and not self.ours)),
             "reserve, assumed": (*[RESERVE] * 5, 0),
         }
 
@@ -292,7 +322,11 @@ class Plan:
         if args.fsdp:  # all is sharded, and what trains is float32
             frozen = self.model - (0 if args.lora_rank else b * values)
             kept = [(frozen + 4 * values) / gpus, 4 * values / gpus, 8 * values / gpus]
-            return *((moved, kept) if args.fsdp_cpu_offload else (kept, moved)), frozen + b * values
+            if args.fsdp_cpu_offload:
+                shares = [4 * math.prod(p.shape) / gpus for p in self.trained]
+                others = (b * math.prod(p.shape) / gpus for p in {*self.parameters} - {*self.trained})
+                kept, moved = moved, [pinned([*shares, *others]), pinned(shares), kept[2]]
+            return kept, moved, frozen + b * values
         linear = count(p for p in self.parameters if p.is_linear and p.block.startswith(TEXT))
         packed = linear * (b - NF4) * args.load_in_4bit  # bytes that 4 bits a value save
         whole = self.model - packed + (b * values if args.lora_rank else 0)
@@ -302,12 +336,16 @@ class Plan:
         if stage == 3:
             small = b * count(p for p in self.parameters if math.prod(p.shape) < PERSISTENT)  # these stay whole
             kept[0] = small + (whole - small) / gpus
-            if getattr(args, "param_offload", False):  # LightRFT has no such flag
-                kept[0], moved[0] = small, kept[0] - small
+            if self.offloads:
+                kept[0], moved[0] = small, pinned([kept[0] - small])
         if args.adam_offload and stage:
             stays = stage == 2 and b == 2  # gradients are added up in float32: here on the GPU, else in the machine
-            held = 4 + 4 * (not stays) + b * (stage == 2)  # the step's gradients, those; ZeRO-2's new weights
-            kept[1:], moved[1:] = [4 * share * stays, 0], [held * share, kept[2]]
+            # the step's gradients, in parts; added up ones; ZeRO-2's new weights and, also pinned, its master weights
+            groups = [min(share - start, SUB_GROUP) for start in range(0, int(share), int(SUB_GROUP))]
+            held = [4 * part for part in (groups if stage == 3 else [share])]
+            held += [4 * share * (not stays), b * share * (stage == 2)]
+            master = pinned([4 * share]) if stage == 2 else 4 * share
+            kept[1:], moved[1:] = [4 * share * stays, 0], [pinned(held), master + 8 * share]
         return kept, moved, whole
 
     def _fsdp_units(self) -> tuple[list[float], float]:

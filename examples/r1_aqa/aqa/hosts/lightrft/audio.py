@@ -289,7 +289,7 @@ def _patch_save(patch: Patch, strategy: Any, processor: Any, files: dict[str, st
     @functools.wraps(strategy.save_model)
     def save_model(model: Any, tokenizer: Any, output_dir: str, **_: Any) -> None:
         inner = getattr(model.model, "module", model.model)
-        weights = _gather_fsdp(inner) if strategy.args.fsdp else _gather_deepspeed(inner)
+        weights = _gather_fsdp(inner) if strategy.args.fsdp else _gather_deepspeed(inner, strategy.is_rank_0())
         if strategy.is_rank_0():
             write_model(inner, weights, output_dir)
             tokenizer.save_pretrained(output_dir)
@@ -306,14 +306,15 @@ def _gather_fsdp(model: nn.Module) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def _gather_deepspeed(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Gather the full weights in every rank's CPU memory. All ranks must call it."""
+def _gather_deepspeed(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """Gather the full weights in the CPU memory of the ranks that ``keep`` them. All ranks must call it."""
     import deepspeed
 
     weights = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            weights[name] = parameter.data.cpu().clone()  # cloned, because ZeRO's parameters are views of one buffer
+            if keep:
+                weights[name] = parameter.data.cpu().clone()  # ZeRO's parameters are views of one buffer
     return weights
 
 

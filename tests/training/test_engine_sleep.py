@@ -1,0 +1,52 @@
+"""A run whose engine loses its weights whenever it sleeps is the run of one that does not sleep."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import EXAMPLE, ROOT, child_environment
+from safetensors.torch import load_file
+from support.training import SMALL, benchmark_of, comparable, train
+
+# two rollouts an optimizer step, so that the weights are lost where no step was made; groups drawn anew; evaluations
+# between the steps; and a frozen tower, which is not sent otherwise
+FLAGS = (
+    "--max_samples",
+    16,
+    "--train_batch_size",
+    32,
+    "--dynamic_sampling",
+    "--eval_steps",
+    1,
+    "--max_eval_samples",
+    4,
+)
+FLAGS += ("--freeze_prefix", "audio_tower", "--save_steps", 2)
+
+
+@pytest.mark.slow
+def test_a_run_with_sleep_is_one_without(tiny_model, demo_parquet, demo_data, tmp_path):
+    awake, sleepy = tmp_path / "awake", tmp_path / "sleepy"
+    flags = (*FLAGS, *benchmark_of(demo_data))
+    train(tiny_model, demo_parquet, awake, *flags)
+    environment = child_environment() | {"PYTHONPATH": str(ROOT / "tests")}
+
+    def run(*more) -> None:
+        arguments = ["--pretrain", tiny_model, "--prompt_data", demo_parquet, "--save_path", sleepy, *SMALL, *flags]
+        runner = [sys.executable, ROOT / "tests" / "support" / "engine_sleep.py", "DROP", EXAMPLE / "train_colocate.py"]
+        command = list(map(str, [*runner, *arguments, *more]))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    run()
+    assert len(comparable(awake)) == 4 and comparable(sleepy) == comparable(awake)
+    expected = load_file(awake / "model.safetensors")
+    assert all((expected[n] == w).all() for n, w in load_file(sleepy / "model.safetensors").items())
+    # resumed: the engine has the checkpoint's weights before it samples
+    shutil.rmtree(sleepy / "_actor" / "step_000004")
+    (sleepy / "_actor" / "latest").write_text("step_000002")
+    run("--load_checkpoint", "--allow_changes", "max_ckpt_num")
+    assert comparable(sleepy)[:4] == comparable(awake)
