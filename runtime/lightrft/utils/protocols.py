@@ -12,8 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lightrft.engines.base import RolloutEngine
-
 
 class Tokenizer(Protocol):
     """What the runtime uses of a transformers tokenizer."""
@@ -81,7 +79,7 @@ class Strategy(Protocol):
     dtype: torch.dtype
     rank: int
     world_size: int
-    inference_engine: RolloutEngine
+    inference_engine: Any  # a lightrft.engines.base.RolloutEngine
 
     def print(self, *parts: object) -> None: ...
     def is_rank_0(self) -> bool: ...
