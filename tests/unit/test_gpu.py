@@ -47,7 +47,7 @@ def list_gpus(folder: Path, output: str) -> str:
     ("smi", "count", "changes", "environment", "ranks", "said"),
     [
         (OLD * 8, 0, {}, {}, None, f"none of this host's 8 GPUs: {TOO_OLD}. Remedy: update the driver"),
-        (OLD, 0, {"cuda": None, "error": "not compiled with CUDA"}, {}, 1, "built for the CPU. Remedy: pip"),
+        (OLD, 0, {"cuda": None, "error": "not compiled with CUDA"}, {}, 1, "built for the CPU. Remedy: install"),
         (
             OLD,
             0,

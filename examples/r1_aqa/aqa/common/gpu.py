@@ -18,7 +18,7 @@ from aqa.common.versions import installed_versions
 
 SMI = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader"]
 SECONDS = 60  # longest wait for nvidia-smi, which takes seconds where the driver is not kept loaded
-FOR_GPU = "pip install -r requirements/gpu.txt, in an environment of its own"
+FOR_GPU = "install what README.md lists under Prerequisites for a GPU, in an environment of its own"
 ON_CPU = "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU, in float32 and slowly"
 HIDDEN = ("", "-1")  # values of CUDA_VISIBLE_DEVICES by which a user asks for the CPU
 # Oldest Linux driver for each major version of CUDA.
