@@ -27,7 +27,7 @@ def run(section: Section) -> None:
 
 def checksums(size: str) -> Figures:
     """All weights copied, and copied with both checksums."""
-    from lightrft.utils.weight_names import checksum
+    from lightrft.utils.weight_names import checksum, read_checksums
 
     sent = [parameter.detach() for parameter in build_model(size, patched=False).parameters()]
     room = [torch.empty_like(tensor) for tensor in sent]
@@ -37,9 +37,10 @@ def checksums(size: str) -> Figures:
             own.copy_(tensor)
 
     def compared() -> None:
-        before = [checksum(tensor) for tensor in sent]
+        before = {str(i): checksum(tensor) for i, tensor in enumerate(sent)}
         copy()
-        if before != [checksum(own) for own in room]:
+        after = {str(i): checksum(own) for i, own in enumerate(room)}
+        if read_checksums(before) != read_checksums(after):
             raise RuntimeError("what arrived is not what was sent")
 
     seconds, both = median_seconds(copy), median_seconds(compared)

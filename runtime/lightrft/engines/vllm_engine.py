@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lightrft.engines.base import RolloutOutput, Sampling, plain_linear
 from lightrft.utils.model_specs import Qwen2_5Omni, Qwen2Audio, family_of
-from lightrft.utils.weight_names import checksum
+from lightrft.utils.weight_names import checksum, read_checksums
 
 LANGUAGE = ("language_model.", "thinker.model.", "thinker.lm_head.")  # the encoder's outputs do not depend on these
 
@@ -288,7 +288,7 @@ def _load(
     }
     sent: set[str] = set()
     sizes: Counter[str] = Counter()
-    sums: Counter[str] = Counter()
+    sums: dict[str, torch.Tensor] = {}
     reloading: list[torch.nn.Module] = []
 
     def pass_on() -> Iterator[tuple[str, torch.Tensor]]:
@@ -301,8 +301,9 @@ def _load(
                 initialize_layerwise_reload(layer)
                 reloading.append(layer)
             if own is not None and own.numel():  # vLLM leaves a repacked weight without elements
-                sizes[f"{path}.{module}.{kind}"] += tensor.numel()
-                sums[f"{path}.{module}.{kind}"] += checksum(tensor.to(own.dtype))
+                whole = f"{path}.{module}.{kind}"
+                sizes[whole] += tensor.numel()
+                sums[whole] = sums.get(whole, 0) + checksum(tensor.to(own.dtype))
             sent.add(name)
             yield name, tensor
 
@@ -311,9 +312,9 @@ def _load(
         for layer in reloading:
             finalize_layerwise_reload(layer, worker.model_config)
 
-    now = {name: checksum(p) for name, p in model.named_parameters() if p.numel()}
+    now = read_checksums({name: checksum(p) for name, p in model.named_parameters() if p.numel()})
     # parameters that tensor parallelism splits, or that vLLM pads, cannot be compared
-    arrived = {name: sums[name] % 2**64 for name, size in sizes.items() if size == parameters[name].numel()}
+    arrived = read_checksums({name: sums[name] for name, size in sizes.items() if size == parameters[name].numel()})
     if not arrived:
         raise RuntimeError("weight sync cannot be checked: no parameter of vLLM's model has a name that was sent")
     for name, value in arrived.items():

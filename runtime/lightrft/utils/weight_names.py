@@ -46,16 +46,29 @@ def layer_of(name: str) -> str:
     return block if leaf.endswith("_proj") else module
 
 
-def checksum(tensor: torch.Tensor) -> int:
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor's memory as 64-bit words, modulo 2**64: any one bit that differs changes it.
 
     Exact, so that neither the order of summation nor the size of an update matters, and quick: one pass, no copy.
 
     :param tensor: Any tensor. If it fills whole words, its checksum is the sum of those of parts that do, too.
+    :return: int64 in two's complement, ``()``, on the same device: nobody waits for it until it is read.
     """
     octets = tensor.detach().reshape(-1).view(torch.uint8)
     if octets.storage_offset() % 8:
         octets = octets.clone()  # torch views words at whole words only
     whole = len(octets) // 8 * 8
-    words = octets[:whole].view(torch.int64).sum().item()
-    return (words + int.from_bytes(bytes(octets[whole:].tolist()), "little")) % 2**64
+    total = octets[:whole].view(torch.int64).sum()
+    if whole < len(octets):
+        rest = octets.new_zeros(8)
+        rest[: len(octets) - whole] = octets[whole:]
+        total = total + rest.view(torch.int64)[0]
+    return total
+
+
+def read_checksums(sums: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The values of some :func:`checksum`, fetched from the device all at once.
+
+    A sum of such tensors wraps around, and so remains a checksum.
+    """
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
