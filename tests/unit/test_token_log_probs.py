@@ -111,10 +111,10 @@ def test_the_head_still_is_one():
     patch_head(patch, head)
     assert torch.equal(head(states), logits)
     patch.undo()
-    assert "forward" not in vars(head)
+    assert type(head) is nn.Linear
     with_bias = nn.Linear(2, 3)
     patch_head(patch, with_bias)
-    assert "forward" not in vars(with_bias)
+    assert type(with_bias) is nn.Linear
     uniform = nn.Linear(2, 3)
     nn.init.zeros_(uniform.weight)
     nn.init.zeros_(uniform.bias)

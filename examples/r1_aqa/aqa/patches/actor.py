@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 from aqa.common.patch import Patch
@@ -34,5 +33,5 @@ def patch_policy(patch: Patch, model: Any) -> None:
     :raises ValueError: if it does not know the model.
     """
     head = parts_of(model).head
-    patch.replace(model, "forward", types.MethodType(policy_forward(type(model)), model))
+    patch.override(model, "forward", policy_forward(type(model)))
     patch_head(patch, head)

@@ -39,7 +39,7 @@ def policy_forward(model_class: type) -> Callable[..., Any]:
     @functools.wraps(model_class.forward)  # generate() reads the signature
     def forward(self: Any, *args: Any, response_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if response_mask is None:
-            return type(self).forward(self, *args, **kwargs)
+            return model_class.forward(self, *args, **kwargs)
         return response_log_probs(self, *args, response_mask=response_mask, **kwargs)
 
     return forward

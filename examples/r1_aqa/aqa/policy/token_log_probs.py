@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ def patch_head(patch: Any, head: nn.Module) -> None:
     :param head: ``lm_head``; left alone unless it is a plain linear layer without bias.
     """
     if type(head).forward is nn.Linear.forward and head.bias is None:
-        patch.replace(head, "forward", types.MethodType(_head_forward, head))
+        patch.override(head, "forward", _head_forward)
 
 
 def _head_forward(self: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor | None = None, *more: Any) -> Any:
@@ -48,7 +47,7 @@ def token_log_probs(
     """
     # the bias is passed as numbers, because FSDP2 would cast a tensor argument to the weights' dtype
     bias = logit_bias or {}
-    if getattr(head.forward, "__func__", None) is _head_forward:
+    if type(head).forward is _head_forward:
         return head(hidden, targets, temperature, bias)
     return _log_probs(head(hidden), targets, temperature, bias)
 
