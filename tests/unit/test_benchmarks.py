@@ -12,6 +12,7 @@ from pathlib import Path
 
 import bench_rewards
 import harness
+import predict
 import psutil
 import pytest
 import run_all
@@ -184,3 +185,20 @@ def test_everything_for_the_gpu_runs_on_a_cpu(tmp_path, tiny_model):
     assert list(found) == list(gpu_run.SECTIONS)
     resumed = found["training"]["cases"]["ZeRO-2, save and resume"]["figures"]
     assert resumed["resumed, gradient off by"] < 1e-6
+
+
+def test_the_prediction_by_hand():
+    """Two prompts of 340 tokens with 8 answers of 24 on each of 8 A100."""
+    today, before = (predict.predict(predict.GPUS["A100"], way) for way in (predict.Way(), predict.BEFORE))
+    # a layer's 4 matrices of 4096^2 and 3 of 4096 * 11008; the head; keys and values of 16 sequences of 364 tokens
+    layers, head = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 156_032 * 4096
+    small = 32 * (3 * 4096 + 2 * 4096)  # biases and norms
+    read = 2 * (layers + small + head) + 16 * 364 * 32 * 2 * 4096 * 2
+    assert today["decode"] == before["decode"] == pytest.approx(24 * read / (0.7 * 2.04e12))
+    # a group: 340 + 192 tokens, each attending to all; 192 logits; 500 states of the tower, 250 of the projector
+    tower = 500 * 32 * (4 * 1280**2 + 2 * 1280 * 5120) + 1000 * 3 * 128 * 1280 + 500 * 3 * 1280**2 + 250 * 1280 * 4096
+    attention = 4 * 32 * 532**2 * 4096 + 4 * 32 * 500**2 * 1280
+    flops = 2 * (532 * layers + 192 * head + tower) + attention
+    assert today["train"] == pytest.approx(2 * 4 * flops / (0.4 * 312e12))  # more than the three gathers take
+    assert (before["sleep"], today["sleep"]) == (pytest.approx(2 * 2 * 8_397_094_912 / 25e9), 0)
+    assert sum(today.values()) < 1.8 < 4.6 < sum(before.values())
