@@ -60,7 +60,8 @@ def describe_length(args: argparse.Namespace, length: Length, rows: int) -> list
     if args.max_steps:
         whole = f"; --max_steps {args.max_steps:,}: {args.max_steps / length.batches:.3g} episodes"
     else:
-        whole = f" x {args.num_episodes:,} episodes = {length.steps:,} steps"
+        episodes = "1 episode" if args.num_episodes == 1 else f"{args.num_episodes:,} episodes"
+        whole = f" x {episodes} = {length.steps:,} steps"
     responses = length.steps * args.rollout_batch_size * args.n_samples_per_prompt
     lines = [
         f"length    {an_episode}{whole}",
@@ -68,7 +69,7 @@ def describe_length(args: argparse.Namespace, length: Length, rows: int) -> list
     ]
     if unused := rows - length.batches * args.rollout_batch_size:
         others = ", others in the next" if args.prompt_data_probs_end is None else ""
-        lines.append(f"note: {unused} rows do not fill a step and are left out of an episode{others}")
+        lines.append(f"note: {unused} rows fill no step and are left out of an episode{others}")
     if length.left_over:
         lines.append(
             f"note: the last {length.left_over} responses do not fill an optimizer step and are not trained on"

@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def summary(args: argparse.Namespace) -> str:
         (
             "",
             *summary_table(read_metrics(path)),
-            f"learned   {lesson(Path(args.save_path), args)}",
+            textwrap.fill(f"learned   {lesson(Path(args.save_path), args)}", 80, subsequent_indent=" " * 10),
             f"model     {args.save_path}",
             f"metrics   {path}",
         )
