@@ -43,7 +43,9 @@ CASES = {
 def run(section: Section) -> None:
     """Run the section: a few runs at once, because each of them spends most of its time on imports."""
     due = [name for name in CASES if section.is_due(name)]
-    at_once = max(1, min(4, (os.cpu_count() or 1) // 3))
+    cores = os.cpu_count() or 1
+    at_once = max(1, min(4, cores // 3))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores // at_once))  # else all of them want all cores
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
         work = Path(folder)
         assets = pool.submit(make_assets, section.demo, work)
