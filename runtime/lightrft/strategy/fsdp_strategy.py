@@ -25,6 +25,9 @@ from torch.distributed.tensor import DTensor
 from lightrft.strategy import checkpoint
 from lightrft.strategy.strategy_base import StrategyBase, is_usable
 
+# torch 2.13 warns of the old name; 2.11, which some GPU images have, has no other. To be deleted with support for 2.12.
+all_gather = dist.all_gather_single if torch.__version__ >= (2, 13) else dist.all_gather_into_tensor
+
 
 class FSDPEngine(nn.Module):
     """A sharded model that trains, with the calls of a DeepSpeed engine.
@@ -207,7 +210,7 @@ class FSDPStrategy(StrategyBase):
             if len(shard) < most:
                 shard = torch.cat([shard, shard.new_empty(most - len(shard), *rest)])
             room = shard.new_empty(most * self.world_size, *rest)
-            works.append(dist.all_gather_single(room, shard.contiguous(), async_op=True))
+            works.append(all_gather(room, shard.contiguous(), async_op=True))
             whole.append(room[:rows])
         for work in works:
             work.wait()
