@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import resource
 import subprocess
@@ -242,6 +243,9 @@ def test_sound_inside_a_dataset_becomes_files(run, tmp_path, kind):
         ("question_text;multi_choice;answer\nq;[1, 2];1\n", [{"multi_choice": [1, 2], "answer": "1"}]),  # either
         ("question,choices,answer\nq,a|b,\n", [{"choices": "a|b", "answer": None}]),
         ("\ufeffquestion,choices\nq\n\nq,[]\n", ["1 cells, but the header has 2", {"choices": []}]),
+        # as pandas writes an index, and NumPy a list, of which Python would make one text
+        ("\n\tquestion\tchoices\n0\tq\t['a', 'b']\n1\tq", [{"choices": ["a", "b"]}, "2 cells, but the header has 3"]),
+        ("question,choices\nq,['a' 'b']\n", [{"choices": "['a' 'b']"}]),
         ("question,question\nq,q\n", "the column 'question' occurs twice"),
         ('question,choices\nq,[]\n"q,x\n', "line 3: unexpected end of data, after 1 whole rows"),
     ],
@@ -268,6 +272,10 @@ def test_what_is_no_whole_dataset_is_said(tmp_path):
     part.write_bytes(b"PAR1x")
     with pytest.raises(AvqaError, match=r"arrow: cannot be read .*Parquet"):
         records_of(tmp_path / "splits/dev")
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test"):
+        (tmp_path / f"{name}.parquet").write_bytes(b"PAR1")
+    with pytest.raises(AvqaError, match="has the parts test, train; name one file"):
+        records_of(tmp_path)
     (tmp_path / "splits/dev/state.json").write_text("[]")
     with pytest.raises(AvqaError, match=r"state\.json: names no data files"):
         records_of(tmp_path / "splits/dev")
@@ -568,8 +576,9 @@ def test_split_by_a_field_keeps_whole_groups(run, capsys):
         seen.append(held_out)
     assert seen[0] == seen[2]
     assert "validation: 30.0% of the rows were asked for, 30.0% are in it" in capsys.readouterr().err
-    one_lacks, all_alike = [*rows[:-1], row(39, audio_path="39.wav")], [r | {"speaker": 1} for r in rows]
-    for wrong, says in ((one_lacks, "1 of 40 rows have no text or number there"), (all_alike, "all 40 rows are one")):
+    lack = [*rows[:-2], *(row(n, audio_path=f"{n}.wav", speaker=s) for n, s in ((38, math.nan), (39, " ")))]
+    all_alike = [r | {"speaker": (1, 1.0, "1 ")[n % 3]} for n, r in enumerate(rows)]
+    for wrong, says in ((lack, "2 of 40 rows have no text or number there"), (all_alike, "all 40 rows are one")):
         assert run(wrong, "--val_ratio", "0.3", "--split_by", "speaker") == 2
         assert says in capsys.readouterr().err
 
@@ -585,6 +594,8 @@ def test_second_file_is_the_validation_part(run, tmp_path, capsys):
         (0, "s5", [], "0.wav: the same file as"),
         (6, "s5", [], "6.wav: the same content as"),
         (5, "s0", ["--split_by", "speaker"], "5.wav: the same speaker as"),
+        (6, "s6", ["--split_by", "speaker"], "6.wav: the same content as"),
+        (5, "s5", [], None),
     ):
         other.write_text(json.dumps(row(n, audio_path=f"{n}.wav", speaker=speaker)))
         assert run(rows[:5], "--val_file", str(other), *flags) == (2 if says else 0)

@@ -238,7 +238,12 @@ def test_closed_questions_of_mmau_pro(tmp_path):
     lengths, bad, _ = eval_mmau.check_audio(items, AudioReader(), benchmark.is_whole)
     assert list(lengths) == [0, 3] and "item 1 (id 1): has 2 recordings" in bad[1] and "31.0 s of sound" in bad[2]
     said = [("a cat", "a cat"), ("", ""), ("", ""), ("A cat", "A cat")]  # the last is nobody's text
-    write_rows([row | {"kwargs": {}} for row in result_rows(items, said, benchmark, False)], tmp_path / "out.parquet")
+    rows = [row | {"kwargs": {}} for row in result_rows(items, said, benchmark, False)]
+    rows[3]["option_orders"] = [{"order": [0, 1, 2], "prediction": "", "raw_output": ""}]  # a field of one row alone
+    write_rows(rows, tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet")["option_orders"].to_pylist() == [None] * 3 + [
+        rows[3]["option_orders"]
+    ]
     scores = score(judge_file(tmp_path / "out.parquet"))
     assert (scores["correct"], scores["total"], scores["by"]["category"]["sound"]["total"]) == (1, 4, 4)
 

@@ -295,6 +295,7 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
         ({"use_cispo": True, "eps_clip_high": 4.0, "use_gspo": True}, "two losses; drop one", {"use_gspo": None}),
         ({"reward": "accuracy+fromat"}, "must be one of .* or a sum", {"reward": "accuracy+format"}),
         ({"reward": "m:f+n:f"}, "two parts have the same name", {"reward": "m:f+n:g"}),
+        ({"reward": "m:accuracy+format"}, "measured anyway; rename it", {"reward": "m:accuracy"}),
         ({"reward_weights": "0.5"}, "1 weights for the 2 parts .*accuracy, format", {"reward_weights": None}),
         ({"advantage_estimator": "gdpo", "reward": "exact"}, "give a sum, such as", {"reward": "r1_aqa"}),
         ({"keep_best": "eval/reward"}, "--keep_best without an evaluation", {"eval_steps": 5}),

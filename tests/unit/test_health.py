@@ -95,7 +95,7 @@ def test_a_sign_in_an_earlier_rollout_of_an_optimizer_step_leaves_the_step_out(m
         return next(due)
 
     vars(trainer).update(
-        args=SimpleNamespace(rollout_correction="none", n_samples_per_prompt=2),
+        args=SimpleNamespace(rollout_correction="none", n_samples_per_prompt=2, advantage_estimator="group_norm"),
         strategy=SimpleNamespace(device=torch.device("cpu"), accumulation=2, world_size=1, is_rank_0=lambda: True),
         actor=SimpleNamespace(train=lambda: None, model=SimpleNamespace(step=lambda: None)),
         micro_train_batch_size=2,
@@ -123,6 +123,9 @@ def test_spread_of_rewards():
     items = [make_item(reward) for reward in (2.0, 2.0, 1.0, 0.0, 1.0, 1.0)]
     sums = spread_sums(items, 2)
     assert sums == {"squares": 11.0, "groups": 3.0, "groups_alike": 2.0}
+    for item, first in zip(items, (0.0, 2.0, 1.0, 0.0, 1.0, 1.0), strict=True):  # 0 + 2 and 2 + 0 differ by part
+        item.reward_metrics = {"a": first, "b": item.reward - first}
+    assert spread_sums(items, 2, ["a", "b"])["groups_alike"] == 1.0
     rest = {"responses": 6.0, "rollout/reward": 7.0, "rollout/response_length": 6.0, "gap": 0.0, "policy_loss": 0.0}
     rest |= {"micro_batches": 1.0, "kl": 0.0, "clipped": 0.0, "tokens": 6.0, "sampled_tokens": 8.0, "entropy": 2.0}
     rest |= {"train/not_finite": 0.0}

@@ -274,6 +274,15 @@ def test_what_goes_wrong_is_raised_with_the_batch_that_it_belongs_to():
     assert no_helper_left()
 
 
+def test_a_run_that_ends_inside_an_episode_needs_no_further_batch():
+    order = list(make_loader(Rows(12)).sampler)
+    rows = Rows(12, bad=order[7])
+    loader = PrefetchLoader(make_loader(rows))
+    loader.remaining = 2
+    assert list(loader) == [tuple(order[:3]), tuple(order[3:6])] and order[7] not in rows.asked
+    assert list(loader) == []
+
+
 @pytest.mark.parametrize("way", ["to the end", "left", "closed", "failed"])
 def test_no_thread_is_left(tmp_path, way):
     rows = Rows(12, bad=0 if way == "failed" else None)

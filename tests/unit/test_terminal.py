@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -183,7 +184,7 @@ def test_the_summary_compares_first_last_and_recent_steps():
     assert cells["reward"] == ["0.100", "2.000", "1.550"]  # 1.1 to 2.0: 15.5 / 10
     assert cells["eval/accuracy"] == ["0.250", "at", "step", "0", "to", "0.750", "at", "step", "20"]
     assert "gradient norm" not in cells
-    assert lines[-1] == "2 warnings, see above"
+    assert lines[-1].startswith("2 warning signs in all steps; each kind was printed once")
     assert max(map(len, lines)) <= 80
 
 
@@ -210,6 +211,11 @@ def test_short_empty_and_cut_runs(tmp_path):
          "in silence 0.417 (p 1): no sign that it listens"),
         ({0: (4, None), 9: (6, None)}, "0.333 before, 0.500 after step 9 (12 questions, p 0.5): too little for a "
          "difference; --eval_silent would tell whether it listens"),
+        # step 20 is of before a resumed run that was to end at step 9
+        ({0: (2, None), 9: (12, 12), 20: (0, 0)}, "0.167 before, 1.000 after step 9 (12 questions, p 0.002): it has "
+         "learned; in silence 1.000 (p 1): no sign that it listens"),
+        ({9: (3, None)}, "0.250 after step 9 (12 questions), not measured before; --eval_silent would tell whether it "
+         "listens"),
     ],
 )  # fmt: skip
 def test_what_was_learned(tmp_path, steps, says):
@@ -222,7 +228,11 @@ def test_what_was_learned(tmp_path, steps, says):
             for row in range(12)
         ]  # fmt: skip
         (folder / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert lesson(tmp_path, Namespace(eval_benchmark=None, eval_data=None)) == f"held-out accuracy {says}"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9, "eval/accuracy_reward": 0.5}\n')
+    args = Namespace(eval_benchmark=None, eval_data=None)
+    assert lesson(tmp_path, args) == f"held-out accuracy {says}"
+    shutil.rmtree(folder)  # as where LightRFT evaluates, which keeps no answers
+    assert lesson(tmp_path, args).startswith("see the evaluation's accuracies above")
 
 
 def test_quiet_and_verbose_are_refused_together():

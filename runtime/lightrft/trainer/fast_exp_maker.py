@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,6 +23,7 @@ from lightrft.trainer.advantages import (
     whiten,
 )
 from lightrft.trainer.replay_buffer import Experience, MicroBatch, make_micro_batch
+from lightrft.trainer.step_metrics import has_spread, normalised_parts, reward_parts
 from lightrft.utils.preemption import stop_request
 from lightrft.utils.protocols import Actor, Strategy, Tokenizer
 
@@ -209,7 +210,7 @@ class FastExperienceMaker:
         """
         n = self.sampling.n
         groups = [items[i : i + n] for i in range(0, len(items), n)]
-        parts = self.strategy.args.reward_parts if self.strategy.args.advantage_estimator == "gdpo" else None
+        parts = normalised_parts(self.strategy.args)
         dull = [i for i, group in enumerate(groups) if not has_spread(group, parts)]
         replaced = set()
         for attempt in range(1, self.strategy.args.dynamic_sampling_rounds + 1):
@@ -341,17 +342,6 @@ class FastExperienceMaker:
 def split_tags(batch: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Sequence[str]] | None]:
     """Prompts, images, references and labels of a batch, and its tags, if it has that fifth member."""
     return batch[:4], batch[4] if len(batch) > 4 else None
-
-
-def reward_parts(item: Experience, names: Iterable[str]) -> list[float]:
-    """The named parts of a response's reward, and its overlong penalty, which is 0 without one."""
-    return [*(item.reward_metrics[name] for name in names), item.reward_metrics.get("overlong_penalty", 0.0)]
-
-
-def has_spread(group: Sequence[Experience], names: Iterable[str] | None = None) -> bool:
-    """Whether the rewards of a group differ, or with names any of these parts."""
-    rewards = [reward_parts(item, names) if names else item.reward for item in group]
-    return min(rewards) < max(rewards)
 
 
 def forward(model: Actor, batch: MicroBatch) -> torch.Tensor:

@@ -35,7 +35,14 @@ from lightrft.trainer.fast_exp_maker import FastExperienceMaker, forward, split_
 from lightrft.trainer.health import AnomalyError, Health
 from lightrft.trainer.replay_buffer import Experience, make_micro_batch, pad_tokens
 from lightrft.trainer.saving import ResumePoint, RunSaver, restore_random_state
-from lightrft.trainer.step_metrics import reward_sums, spread_sums, step_metrics, tag_metrics, tag_sums
+from lightrft.trainer.step_metrics import (
+    normalised_parts,
+    reward_sums,
+    spread_sums,
+    step_metrics,
+    tag_metrics,
+    tag_sums,
+)
 from lightrft.utils.console import console
 from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_metrics
 from lightrft.utils.metrics import MetricsWriter
@@ -518,7 +525,7 @@ class SPMDPPOTrainerVL:
         return self.health.signs(step_metrics(sums, maxima))
 
     def _rollout_sums(self, items: list[Experience]) -> dict[str, float]:
-        return reward_sums(items) | spread_sums(items, self.args.n_samples_per_prompt)
+        return reward_sums(items) | spread_sums(items, self.args.n_samples_per_prompt, normalised_parts(self.args))
 
     # ------------------------------------------------------------ resuming
     def restore(self, state: dict[str, Any]) -> None:

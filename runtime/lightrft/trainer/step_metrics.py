@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from lightrft.trainer.replay_buffer import Experience
 
@@ -22,14 +23,36 @@ def reward_sums(items: Sequence[Experience]) -> dict[str, float]:
     return sums
 
 
-def spread_sums(items: Sequence[Experience], n_samples: int) -> dict[str, float]:
-    """Sums that show how far rewards differ, within groups of ``n_samples`` neighbours and altogether."""
-    groups = [[item.reward for item in items[i : i + n_samples]] for i in range(0, len(items), n_samples)]
+def spread_sums(items: Sequence[Experience], n_samples: int, names: Iterable[str] = ()) -> dict[str, float]:
+    """Sums that show how far rewards differ, within groups of ``n_samples`` neighbours and altogether.
+
+    :param names: See :func:`has_spread`.
+    """
+    groups = [items[i : i + n_samples] for i in range(0, len(items), n_samples)]
     return {
         "squares": sum(item.reward**2 for item in items),
         "groups": float(len(groups)),
-        "groups_alike": float(sum(min(group) == max(group) for group in groups)),
+        "groups_alike": float(sum(not has_spread(group, names) for group in groups)),
     }
+
+
+def has_spread(group: Sequence[Experience], names: Iterable[str] = ()) -> bool:
+    """Whether the rewards of a group differ, so that it teaches something.
+
+    :param names: Parts of the reward, of which one that differs is enough; none: the whole reward counts.
+    """
+    rewards = [reward_parts(item, names) if names else item.reward for item in group]
+    return min(rewards) < max(rewards)
+
+
+def reward_parts(item: Experience, names: Iterable[str]) -> list[float]:
+    """The named parts of a response's reward, and its overlong penalty, which is 0 without one."""
+    return [*(item.reward_metrics[name] for name in names), item.reward_metrics.get("overlong_penalty", 0.0)]
+
+
+def normalised_parts(args: Any) -> list[str]:
+    """The parts of the reward that the advantages take one by one; none where they take the whole."""
+    return [name for name, w in args.reward_parts.items() if w] if args.advantage_estimator == "gdpo" else []
 
 
 def tag_sums(items: Sequence[Experience]) -> dict[tuple[str, str], float]:

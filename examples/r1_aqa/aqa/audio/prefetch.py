@@ -95,14 +95,15 @@ class PrefetchLoader:
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:  # also shut down if the iterator is closed
-            ahead = pool.submit(next, batches, None)
-            while True:
+            ahead = None if self.remaining == 0 else pool.submit(next, batches, None)
+            while ahead is not None:
                 started = time.perf_counter()
                 batch = ahead.result()
                 self.seconds_waited = time.perf_counter() - started
-                if batch is None or self.remaining == 0:
+                if batch is None:
                     return
                 if self.remaining is not None:
                     self.remaining -= 1
-                ahead = pool.submit(next, batches, None)
+                # none behind the last one: a run that has all it needs shall not end with that one's error
+                ahead = None if self.remaining == 0 else pool.submit(next, batches, None)
                 yield batch

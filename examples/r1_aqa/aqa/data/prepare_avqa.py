@@ -268,7 +268,8 @@ def refuse_shared(
     for number in range(len(sources[0].rows), len(rows)):
         if joined[number] in both:
             twin = first[joined[number]]
-            same = "file" if paths[twin] == paths[number] else args.split_by or "content"
+            of_one_group = args.split_by and rows[twin].group == rows[number].group
+            same = "file" if paths[twin] == paths[number] else args.split_by if of_one_group else "content"
             lines.append(
                 f"line {rows[number].line}: {paths[number]}: the same {same} as {paths[twin]}, line {rows[twin].line} "
                 "of --input_jsonl"

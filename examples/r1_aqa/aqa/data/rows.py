@@ -342,10 +342,11 @@ def read_groups(rows: list[Row], records: list[Record], field: str) -> list[Row]
     :raises AvqaError: naming the rows that lack it.
     """
     values = [records[row.index].value.get(field) for row in rows]
+    groups = list(map(_group_of, values))
     lines = [
         f"line {row.line}: {field} is {show_value(value)}"
-        for row, value in zip(rows, values, strict=True)
-        if value in _ABSENT or not isinstance(value, (str, int, float))
+        for row, value, group in zip(rows, values, groups, strict=True)
+        if not group
     ]
     if lines:
         more = [f"... and {len(lines) - 3} more"] if len(lines) > 3 else []
@@ -354,7 +355,14 @@ def read_groups(rows: list[Row], records: list[Record], field: str) -> list[Row]
             f"{rows[0].line} are {', '.join(map(show_value, records[rows[0].index].value))}"
         )
         raise AvqaError("\n  ".join([title, *lines[:3], *more]))
-    return [row._replace(group=str(value)) for row, value in zip(rows, values, strict=True)]
+    return [row._replace(group=group) for row, group in zip(rows, groups, strict=True)]
+
+
+def _group_of(value: object) -> str:
+    """A value as the name of a group, the same however a file writes it (1, 1.0, "1 "); empty if it names none."""
+    if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return str(int(value) if is_whole(value) else value).strip()
 
 
 def join_groups(groups: list[str], clips: list[str]) -> list[str]:

@@ -12,9 +12,11 @@ import ast
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,6 +31,7 @@ _MMAUS = {"context", "instruction", "other_attributes"}  # its parquet's columns
 _QUESTIONS = {DCASE.question, AUDIO_MCQ.question}
 _LISTS = (DCASE.choices[0], AUDIO_MCQ.choices[0])
 _AUDIO = AUDIO_MCQ.audio
+_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+.*)?$")  # of one file of several, such as train-00000-of-00002
 
 
 def records_of(path: Path, audio_dir: Path | None = None) -> list[Record]:
@@ -51,7 +54,7 @@ def records_of(path: Path, audio_dir: Path | None = None) -> list[Record]:
 def data_files(path: Path) -> list[Path]:
     """The Arrow or parquet files of a dataset, in order; none for anything else.
 
-    :raises AvqaError: if it has several splits, or an earlier version of datasets wrote it.
+    :raises AvqaError: if it has several splits, names no files, or an earlier version of datasets wrote it.
     """
     if not path.is_dir():
         with path.open("rb") as file:
@@ -60,7 +63,11 @@ def data_files(path: Path) -> list[Path]:
         splits = [child.name for child in sorted(path.iterdir()) if (child / "state.json").is_file()]
         raise AvqaError(f"{path}: has the splits {', '.join(splits)}; name one of them: {path / splits[0]}")
     if not (path / "state.json").is_file():
-        return sorted(path.glob("*.parquet"))
+        files = sorted(path.glob("*.parquet"))
+        splits = sorted({_NUMBER.sub("", file.stem) for file in files})
+        if len(splits) > 1:
+            raise AvqaError(f"{path}: has the parts {', '.join(splits)}; name one file, or a folder with one part")
+        return files
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         files = [path / PurePosixPath(part["filename"]).name for part in state["_data_files"]]
@@ -168,11 +175,13 @@ def read_cells(data: bytes, separator: str, source: str) -> list[Record]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise AvqaError(f"{source}, line {line}: not UTF-8. Convert the file with iconv") from error
-    reader = csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=separator, strict=True)
+    start = re.match(r"(\s*[\r\n])?", text).end()  # blank lines; a tab before the header is an unnamed column
+    skipped = text.count("\n", 0, start)
+    reader = csv.reader(io.StringIO(text[start:], newline=""), delimiter=separator, strict=True)
     names: list[str] = []
     records: list[Record] = []
     while True:
-        line = reader.line_num + 1
+        line = skipped + reader.line_num + 1
         try:
             cells = next(reader)
         except StopIteration:
@@ -199,9 +208,15 @@ def read_cell(name: str, cell: str) -> Any:
             value = read(cell)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(value, list):
+        if isinstance(value, list) and not _lacks_comma(cell):
             return value
     return cell or None
+
+
+def _lacks_comma(cell: str) -> bool:
+    """Whether a list has texts without a comma between them, as NumPy prints it; Python would make them one text."""
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(cell).readline)]
+    return (tokenize.STRING,) * 2 in itertools.pairwise(kind for kind in kinds if kind != tokenize.NL)
 
 
 def with_number(row: dict[str, Any]) -> dict[str, Any]:

@@ -316,9 +316,10 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
         import pyarrow.parquet as pq
 
         file = io.BytesIO()
-        pq.write_table(
-            pa.Table.from_pylist([{k: None if v == {} else v for k, v in row.items()} for row in rows]), file
-        )
+        names = list(dict.fromkeys(name for row in rows for name in row))  # pyarrow would take the first row's alone
+        whole = [{name: None if row.get(name) == {} else row.get(name) for name in names} for row in rows]
+        table = pa.Table.from_pylist(whole)
+        pq.write_table(table, file)
         return write_atomically(path, file.getvalue())
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -43,7 +43,7 @@ class Verdicts:
     @property
     def option_orders(self) -> list[list[bool]]:
         """The verdicts on the answers to each order of the options; empty unless all rows have equally many."""
-        orders = [row.get("option_orders", []) for row in self.rows]
+        orders = [row.get("option_orders") or [] for row in self.rows]  # null in a column of parquet
         if len({len(each) for each in orders}) > 1:
             return []
         return [

@@ -104,7 +104,7 @@ def find_reward(
     if name == "r1_aqa" and weights is None:
         return reward_fn
     names = ["accuracy", "format"] if name == "r1_aqa" else name.split("+")
-    if names == [name] and name not in PARTS:
+    if names == [name] and weights is None and name not in (*PARTS, *R1_AQA_PARTS):
         return score_named(NAMED[name]) if name in NAMED else score_batch_with(_import(name), name)
     further = {part: partial(PARTS[part], words=words, group=group) for part in names if part in PARTS}
     whole = {part: find_reward(part) for part in names if part not in (*PARTS, *R1_AQA_PARTS)}

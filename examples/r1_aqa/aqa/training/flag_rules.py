@@ -166,6 +166,11 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
         ),
         (len(args.reward_parts) < len(parts), f"--reward {args.reward}: two parts have the same name"),
         (
+            (len(parts) > 1 or args.reward_weights is not None)
+            and any(":" in part and part.rpartition(":")[2] in (*REWARDS, *REWARD_PARTS, "rule") for part in parts),
+            f"--reward {args.reward}: a function has the name of a part that is measured anyway; rename it",
+        ),
+        (
             args.reward_weights is not None and len(args.reward_weights) != len(parts),
             f"--reward_weights: {len(args.reward_weights or ())} weights for the {len(parts)} parts of --reward "
             f"{args.reward} ({', '.join(parts)})",

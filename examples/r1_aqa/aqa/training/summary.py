@@ -27,7 +27,7 @@ ROWS = (
     ("step, seconds", "time/step", ".1f"),
 )
 COUNTS = {
-    "health/anomalies": "warnings, see above",
+    "health/anomalies": "warning signs in all steps; each kind was printed once, when it was first seen",
     "health/skipped_steps": "optimizer steps left out",
     "health/failed_saves": "checkpoints that could not be written",
 }
@@ -66,23 +66,31 @@ def summary(args: argparse.Namespace) -> str:
 
 def lesson(run: Path, args: argparse.Namespace) -> str:
     """A sentence about the answers to the evaluation data: before training, after it, and without sound."""
+    records = read_metrics(run / "metrics.jsonl")
     files = sorted((run / EVALUATION_FOLDER).glob("step_*.jsonl"))
+    steps = [int(file.stem.removeprefix("step_")) for file in files]
+    if records:  # a run that was resumed to end earlier leaves files of later steps
+        files = [file for file, step in zip(files, steps, strict=True) if step <= records[-1]["step"]]
     if not files and args.eval_benchmark:
         return f"eval_mmau.py compare shows it, of the first and the last result file in {run / 'eval'}"
+    if not files and any(is_accuracy(name) for record in records for name in record):
+        return "see the evaluation's accuracies above; their answers, which a test needs, were not kept"
     if not files:
         held_out = "" if args.eval_data else ", and hold rows out by avqa.py --val_ratio 0.2"
         return f"not measured on held-out data: add --eval_steps 100{held_out}"
     first, last = read_verdicts(files[0]), read_verdicts(files[-1])
     if not first[False].keys() & last[False].keys():
         return f"the first and the last evaluation, {files[0]} and {files[-1]}, asked different questions"
-    heard, steps = last[False], [int(file.stem.removeprefix("step_")) for file in files]
+    heard = last[False]
     when = "before" if steps[0] == 0 else f"at step {steps[0]}"
     change, told = against(first[False], heard)
     verdict = "too little for a difference"
     if told["mcnemar_p"] < SURE:
         verdict = "it has learned" if told["difference"] > 0 else "it has become worse"
-    sentence = f"held-out accuracy {change} {when}, {told['accuracy'][1]:.3f} after step {steps[-1]}"
+    sentence = f"held-out accuracy {change} {when}, {told['accuracy'][1]:.3f} after step {steps[len(files) - 1]}"
     sentence += f" ({told['total']} questions, p {told['mcnemar_p']:.1g}): {verdict}"
+    if len(files) == 1:
+        sentence = f"held-out accuracy {change} after step {steps[0]} ({told['total']} questions), not measured before"
     if not last[True]:
         return f"{sentence}; --eval_silent would tell whether it listens"
     silent, told = against(last[True], heard)

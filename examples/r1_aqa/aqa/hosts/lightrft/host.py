@@ -110,6 +110,11 @@ class LightRFTHost:
             )
             if args.advantage_estimator == name
         ]
+        if "majority" in args.reward.split("+") and args.micro_rollout_batch_size % args.n_samples_per_prompt:
+            problems.append(
+                f"--reward majority with --micro_rollout_batch_size {args.micro_rollout_batch_size}: LightRFT pays "
+                f"each such batch by itself, and would cut groups; use a multiple of {args.n_samples_per_prompt}"
+            )
         if args.dynamic_sampling:
             problems.append("--dynamic_sampling: LightRFT only drops groups of rewards 0 or 1, not those of 2; drop it")
         problems += [
