@@ -417,7 +417,6 @@ GOOD = {
     "rollout_correction": "none",
     "mask_truncated": False,
     "save_hf_on_stop": None,
-    "use_cispo": False,
     "reward": "accuracy+majority",
     "n_samples_per_prompt": 8,
     "micro_rollout_batch_size": 16,
