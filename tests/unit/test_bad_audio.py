@@ -306,7 +306,7 @@ def outcome(load: Callable[[str], np.ndarray], path: str) -> np.ndarray | str:
 
 def evaluated(path: str, reader: AudioReader) -> tuple:
     """(lengths, unusable, silent) as eval_mmau.py finds them for one item."""
-    return eval_mmau.check_audio([Item(0, "item 0", {}, "?", Path(path), None)], reader)
+    return eval_mmau.check_audio([Item(0, "item 0", {}, "?", Path(path), None)], reader, False)
 
 
 @pytest.mark.parametrize("title", GOOD)
