@@ -27,6 +27,8 @@ def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     run = make_run(folder / 'run <img src=x onerror="window.hacked=1">', rollouts=True)
     other = make_run(folder / "other", steps=20, slower=0.5)
+    metrics = other / "metrics.jsonl"  # its start model was evaluated, too
+    metrics.write_text(json.dumps({"step": 0, "eval/accuracy_reward": 0.25}) + "\n" + metrics.read_text())
     results = [make_result(folder / f"{name}.json", right) for name, right in (("before", 10), ("after <b>", 30))]
     results.append(make_result(folder / "silent.json", 11, silent=True))
     run_script("report.py", run, "--compare", other, *results)
@@ -113,7 +115,7 @@ def test_curves_show_values_smoothed_zoomed_and_over_each_other(open_page):
     reward = page.get_by_role("slider", name="Reward: step")
     reward.focus()
     page.keyboard.press("Home")
-    for _ in range(16):
+    for _ in range(17):
         page.keyboard.press("ArrowRight")
     # 1 + 1 / (1 + e^(4 - 17 / 4)) = 1.56, and half as fast 1 + 1 / (1 + e^(4 - 17 / 8)) = 1.13
     spoken = reward.get_attribute("aria-valuetext")
@@ -131,7 +133,7 @@ def test_curves_show_values_smoothed_zoomed_and_over_each_other(open_page):
     step = int(accuracy.locator(".at").inner_text().split()[1])
     assert 5 <= step <= 7  # the left edge of the zoomed range
     page.get_by_role("button", name="All", exact=True).click()
-    assert (page.locator("#from").input_value(), page.locator("#to").input_value()) == ("1", "30")
+    assert (page.locator("#from").input_value(), page.locator("#to").input_value()) == ("0", "30")
     page.locator("#more > summary").click()
     page.locator("#more-panels h3").first.wait_for()
     assert "my/own" in " ".join(page.locator("#more-panels h3").all_inner_texts())
@@ -174,7 +176,12 @@ def test_axes_make_runs_of_different_length_comparable(open_page):
     over = page.locator("#panels .u-over").first
     over.hover(position={"x": over.bounding_box()["width"] / 2, "y": 60})
     step = int(page.locator(".panel .at").first.inner_text().split()[1])
-    assert 5 <= step <= 6  # the middle of 1 to 30 on this axis is its root, 5.5
+    assert 3 <= step <= 5  # 3.9: the middle of 1/2 (step 0) to 30 on this axis is the root of their product
+    page.locator("#from").fill("0")  # shows all; zero itself is nowhere on this axis
+    page.locator("#from").press("Enter")
+    page.keyboard.press("Home")
+    over.hover(position={"x": 0, "y": 60})
+    assert page.locator(".panel .at").first.inner_text() == "step 0"
 
 
 # dark pixels of a panel's plot, without its axes: how many there are in each row and column
@@ -195,11 +202,11 @@ INK = """(panel) => {
 
 
 def test_a_resumed_runs_sessions_are_drawn(open_page):
-    """A dashed line at step 13 of 30, in the panel of the format, whose own line is level."""
+    """A dashed line at step 13 of 0 to 30, in the panel of the format, whose own line is level."""
     page = open_page()
     assert "its sessions begin at step 13 (dashed lines)" in page.locator("#curves").inner_text()
     columns = page.locator("#panels .panel").nth(2).evaluate(INK)["columns"]
-    assert columns.index(max(columns)) / len(columns) == pytest.approx(12 / 29, abs=0.01)
+    assert columns.index(max(columns)) / len(columns) == pytest.approx(13 / 30, abs=0.01)
     assert max(columns) > len(columns) / 10 > sorted(columns)[-5]
 
 

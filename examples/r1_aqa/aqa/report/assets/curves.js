@@ -14,7 +14,8 @@
   const stepAxis = { unit: "Steps", at: (run, step) => step, name: (x) => `step ${x}` };
   const AXES = {
     steps: stepAxis,
-    log: { ...stepAxis, log: true },
+    // the evaluation of the start model, step 0, has no logarithm: it stands at a half
+    log: { ...stepAxis, log: true, at: (run, step) => step || 0.5, name: (x) => `step ${x < 1 ? 0 : x}` },
     share: { unit: "% of the run", at: (run, step) => (100 * step) / run.steps.at(-1), name: (x) => `${digits(x)} % of the run` },
   };
   let axis, grid, places;  // the axis, all places on it, and where on the grid each step of each run is
@@ -87,8 +88,9 @@
     grid: { stroke: () => colour("--grid"), width: 1 }, ticks: { show: false },
   });
   const marks = (u, values) => values.map((v) => (v === null ? "" : digits(v)));
+  const steps = (u, values) => marks(u, values.map((v) => (v < 1 ? null : v)));
 
-  const below = () => ({ ...axisStyle(), size: 26, space: 60, ...(axis.log ? { values: marks } : { incrs: WHOLE }) });
+  const below = () => ({ ...axisStyle(), size: 26, space: 60, ...(axis.log ? { values: steps } : { incrs: WHOLE }) });
 
   const beside = (panel) => ({
     ...axisStyle(), size: 50, space: 28, values: marks,
@@ -204,7 +206,8 @@
     to.value = Math.min(grid.at(-1), Math.floor(u.scales.x.max));
   }
 
-  function zoom(min, max) {
+  function zoom(first, last) {
+    const [min, max] = [Math.max(first, grid[0]), Math.min(last, grid.at(-1))];
     if (min < max) for (const { u } of plots) u.setScale("x", { min, max });
   }
 
