@@ -14,7 +14,7 @@ from gpu.steps import forward_flops, step
 
 KINDS = {  # of kernels and operators, by parts of their names; the first that fits
     "attention": ("attention", "flash", "fmha"),
-    "matrix products": ("gemm", "mm", "matmul", "cutlass", "xmma", "linear", "nvjet"),
+    "matrix products": ("gemm", "::mm", "addmm", "bmm", "matmul", "cutlass", "xmma", "linear", "nvjet"),
     "convolution": ("conv",),
     "softmax, cross entropy": ("softmax", "nll_loss"),
     "copies": ("copy", "memcpy", "memset", "cat", "index", "fill", "zero"),

@@ -1,6 +1,6 @@
 """The file of results: all sections, their cases, and the figures of each; written after every case.
 
-Needs the standard library alone, so that a broken environment is reported like any other failure.
+Needs psutil alone beside the standard library, so that a broken environment is reported like any other failure.
 """
 
 from __future__ import annotations

@@ -77,3 +77,12 @@ def test_towers_that_train_or_differ_are_refused():
     policy.parts_of(other).tower.layer_norm.bias[3] += 1e-3
     with pytest.raises(ValueError, match=r"differ \(layer_norm.bias\)"):
         share_tower_outputs(one, other)
+
+
+def test_a_reference_model_on_another_device_is_compared_there(monkeypatch):
+    """As on a GPU, where a whole reference model waits in the machine's memory: torch compares on one device only."""
+    policy_model, reference = freeze_tower(build_model()), freeze_tower(build_model()).to("meta")
+    devices = []
+    monkeypatch.setattr(torch, "equal", lambda a, b: devices.append((a.device.type, b.device.type)) or True)
+    share_tower_outputs(policy_model, reference)
+    assert set(devices) == {("cpu", "cpu"), ("meta", "meta")}

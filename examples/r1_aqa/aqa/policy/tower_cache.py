@@ -76,7 +76,8 @@ def share_tower_outputs(*models: Any) -> TowerCache:
         for name, parameter in parts_of(model).tower.named_parameters():
             if parameter.requires_grad:
                 raise ValueError(f"the audio tower trains ({name}): its outputs cannot be kept")
-            if not torch.equal(parameter, first[name]):
+            # a whole reference model waits in the machine's memory, and the policy is on the GPU
+            if not torch.equal(parameter, first[name].to(parameter.device)):
                 raise ValueError(f"the audio towers of actor and reference model differ ({name})")
     cache = TowerCache()
     for model in models:
