@@ -73,6 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="eval_mmau.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter, essential=ESSENTIAL
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
+    add_model_flags(parser.add_argument_group("model"))
     add_question_flags(parser)
     add_answer_flags(parser)
     args = parser.parse_args(argv)
@@ -84,10 +85,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def add_question_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the model, the questions and their recordings."""
-    flag = argparse.BooleanOptionalAction
-    g = parser.add_argument_group("model")
+def add_model_flags(g: argparse._ArgumentGroup) -> None:
+    """Flags of the model."""
     g.add_argument(
         "--model_path",
         required=True,
@@ -101,6 +100,11 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         help="for a LoRA adapter: multiply what it adds to the weights; 0 is the base model (default: 1)",
     )
     g.add_argument("--base_model", help="for a LoRA adapter: the model it was trained on (default: the one it names)")
+
+
+def add_question_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the questions and their recordings."""
+    flag = argparse.BooleanOptionalAction
     g = parser.add_argument_group("benchmark")
     g.add_argument(
         "--data_file",
@@ -397,15 +401,10 @@ def ask(
     settings = Settings(args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size, args.seed)
     with output_to_log(log) as screen:
         print(f"loading the model into {args.engine} ...", file=screen, flush=True)
-        processor = load_processor(model)
+        processor, mute = load_processor(model), args.silent_audio == "only"
         jobs = [
             Job(
-                item.index,
-                render(processor, item.prompt),
-                item.audio,
-                lengths[item.index],
-                item.silent or args.silent_audio == "only",
-                reader,
+                item.index, render(processor, item.prompt), item.audio, lengths[item.index], item.silent or mute, reader
             )
             for item in items
             if item.index in lengths

@@ -61,6 +61,7 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
         ("data", _add_data_flags),
         ("batch sizes and length of the run", _add_batch_flags),
         ("sampling", _add_sampling_flags),
+        ("reward", _add_reward_flags),
         ("GRPO", _add_grpo_flags),
         ("optimizer and sharding", _add_optimizer_flags),
         ("output", _add_output_flags),
@@ -207,15 +208,7 @@ def _add_sampling_flags(g: Any) -> None:
     g.add_argument("--seed", type=int, default=42, help="seed of everything random")
 
 
-def _add_grpo_flags(g: Any) -> None:
-    g.add_argument(
-        "--advantage_estimator",
-        choices=ESTIMATORS,
-        default="group_norm",
-        help="group_norm is GRPO; gdpo normalises each part of --reward by itself; dr_grpo; rloo; reinforce_baseline: "
-        "REINFORCE++-baseline; reinforce and reinforce++ are REINFORCE++ by LightRFT's and the paper's name; gae and "
-        "cpgd are refused",
-    )
+def _add_reward_flags(g: Any) -> None:
     g.add_argument(
         "--reward",
         default="r1_aqa",
@@ -234,6 +227,17 @@ def _add_grpo_flags(g: Any) -> None:
         default=(0, 64),
         metavar=("LEAST", "MOST"),
         help="words of a response for which the part length pays 1; it falls to 0 at no word, and at twice the most",
+    )
+
+
+def _add_grpo_flags(g: Any) -> None:
+    g.add_argument(
+        "--advantage_estimator",
+        choices=ESTIMATORS,
+        default="group_norm",
+        help="group_norm is GRPO; gdpo normalises each part of --reward by itself; dr_grpo; rloo; reinforce_baseline: "
+        "REINFORCE++-baseline; reinforce and reinforce++ are REINFORCE++ by LightRFT's and the paper's name; gae and "
+        "cpgd are refused",
     )
     g.add_argument("--eps_clip", type=float, default=0.2, help="PPO's clip range")
     g.add_argument("--eps_clip_high", type=float, help="its upper half (DAPO's clip-higher); default: --eps_clip")

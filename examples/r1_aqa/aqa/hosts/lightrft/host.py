@@ -20,6 +20,15 @@ from aqa.hosts.lightrft import fixes
 from aqa.hosts.lightrft.contract import check_contract
 from aqa.hosts.locate import lacks
 
+# Flags that LightRFT knows nothing of: the values that change nothing.
+UNKNOWN = {
+    "eps_clip_high": None,
+    "use_gspo": False,
+    "use_cispo": False,
+    "rollout_correction": "none",
+    "mask_truncated": False,
+    "save_hf_on_stop": None,
+}
 # What LightRFT's examples have flags for and this one has not: the values that change nothing.
 NEUTRAL = {
     "aux_loss_coef": 0.0,
@@ -89,14 +98,7 @@ class LightRFTHost:
             problems.append(f"--loss_agg_mode {args.loss_agg_mode}: LightRFT ignores it; use seq-mean-token-mean")
         problems += [
             f"--{flag} {getattr(args, flag)}: LightRFT has no such thing; drop it"
-            for flag, neutral in (
-                ("eps_clip_high", None),
-                ("use_gspo", False),
-                ("use_cispo", False),
-                ("rollout_correction", "none"),
-                ("mask_truncated", False),
-                ("save_hf_on_stop", None),
-            )
+            for flag, neutral in UNKNOWN.items()
             if getattr(args, flag) != neutral
         ]
         if args.lora_rank > 0:
