@@ -223,17 +223,17 @@ def test_the_manuals_steps_run_with_the_demos_files(elsewhere):
 
 
 @pytest.mark.docs
-def test_the_readmes_way_from_ones_own_sounds_to_a_score(elsewhere):
-    """Its block of commands, on ten low tones and ten high ones."""
-    text = section(ROOT / "README.md", "Your own sounds")
-    row, commands = (re.search(rf"```{kind}\n(.*?)```", text, re.S).group(1) for kind in ("json", "bash"))
+def test_the_way_from_ones_own_sounds_to_a_score(elsewhere):
+    """All commands of that document, on ten low tones and ten high ones."""
+    text = read(ROOT / "docs/own_sounds.md")
+    row, commands = ("".join(re.findall(rf"```{kind}\n(.*?)```", text, re.S)) for kind in ("json", "bash"))
     (elsewhere / "mine").mkdir()
     rows = []
     for i in range(20):
         high, name = i % 2, f"{('low', 'high')[i % 2]}_{i // 2}.wav"
         tone = np.sin(2 * np.pi * (200 + 3000 * high + 40 * i) * np.arange(24000) / 16000)
         soundfile.write(elsewhere / "mine" / name, tone, 16000)
-        rows.append(json.dumps(json.loads(row) | {"id": i, "answer": high, "audio_path": name}))
+        rows.append(json.dumps(json.loads(row) | {"id": i, "answer": high, "audio_path": name, "device": i // 4}))
     (elsewhere / "mine/rows.jsonl").write_text("\n".join(rows))
     shell(commands, elsewhere)
     assert json.loads(read(elsewhere / "results/own/result.score.json"))["accuracy"] == 1.0
