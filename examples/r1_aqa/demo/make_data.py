@@ -13,11 +13,13 @@ One clip in ten has another sampling rate than 16 kHz and one in ten two channel
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -94,17 +96,23 @@ def train_rows(clips: list[tuple[str, str]], count: int, rng: np.random.Generato
     for i, clip in enumerate(order):
         name, label = clips[clip]
         options = draw_options(label, rng)
-        rows.append(
-            {
-                "id": i,
-                "question_text": str(rng.choice(QUESTIONS)),
-                "multi_choice": options,
-                "answer": options.index(label),
-                "dataset_name": "AVQA",
-                "audio_path": f"audios/{name}",
-            }
-        )
+        rows.append(train_row(i, str(rng.choice(QUESTIONS)), options, label, f"audios/{name}"))
     return rows
+
+
+def train_row(number: int, question: str, options: list[str], answer: str, file: str) -> dict:
+    """One of R1-AQA's JSON lines.
+
+    :param file: Path of the clip in the data folder.
+    """
+    return {
+        "id": number,
+        "question_text": question,
+        "multi_choice": options,
+        "answer": options.index(answer),
+        "dataset_name": "AVQA",
+        "audio_path": file,
+    }
 
 
 def test_rows(clips: list[tuple[str, str]], rng: np.random.Generator) -> list[dict]:
@@ -115,22 +123,47 @@ def test_rows(clips: list[tuple[str, str]], rng: np.random.Generator) -> list[di
     """
     rows = []
     for name, label in clips:
-        rows.append(
-            {
-                "id": Path(name).stem,
-                "audio_id": f"./test-audios/{name}",
-                "question": str(rng.choice(QUESTIONS)).replace("video", "audio"),
-                "choices": draw_options(label, rng),
-                "answer": label,
-                "dataset": "demo",
-                "task": "sound",
-                "split": "demo-test",
-                "category": "Information Extraction",
-                "sub-category": "Acoustic Source Inference",
-                "difficulty": "easy",
-            }
-        )
+        question = str(rng.choice(QUESTIONS)).replace("video", "audio")
+        rows.append(test_row(Path(name).stem, question, draw_options(label, rng), label, f"test-audios/{name}"))
     return rows
+
+
+def test_row(name: str, question: str, options: list[str], answer: str, file: str) -> dict:
+    """One entry of an MMAU-style JSON list.
+
+    :param name: Of the question.
+    :param file: Path of the clip in the data folder.
+    """
+    return {
+        "id": name,
+        "audio_id": f"./{file}",
+        "question": question,
+        "choices": options,
+        "answer": answer,
+        "dataset": "demo",
+        "task": "sound",
+        "split": "demo-test",
+        "category": "Information Extraction",
+        "sub-category": "Acoustic Source Inference",
+        "difficulty": "easy",
+    }
+
+
+@contextlib.contextmanager
+def written(out_dir: Path) -> Iterator[Path]:
+    """A data folder to fill; at the end it takes the place of an older one of the demo.
+
+    :raises SystemExit: if the demo has not made what is there.
+    """
+    refuse_foreign(out_dir, "demo-test.json")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as temporary:
+        folder = Path(temporary) / "data"
+        folder.mkdir()
+        yield folder
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        folder.rename(out_dir)
 
 
 def make_data(out_dir: Path, seed: int, train_questions: int, train_clips: int, test_questions: int) -> None:
@@ -141,18 +174,12 @@ def make_data(out_dir: Path, seed: int, train_questions: int, train_clips: int, 
     :param train_clips: Number of training clips; questions share them.
     :param test_questions: Number of test questions and test clips.
     """
-    refuse_foreign(out_dir, "demo-test.json")
     train_rng, test_rng = (np.random.default_rng([seed, stream]) for stream in range(len(SPLITS)))
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as temporary:
-        folder = Path(temporary) / "data"
+    with written(out_dir) as folder:
         train = train_rows(write_clips(folder / "audios", "train", train_clips, train_rng), train_questions, train_rng)
         test = test_rows(write_clips(folder / "test-audios", "test", test_questions, test_rng), test_rng)
         (folder / "train_qa.data").write_text("".join(json.dumps(row) + "\n" for row in train), encoding="utf-8")
         (folder / "demo-test.json").write_text(json.dumps(test, indent=1) + "\n", encoding="utf-8")
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        folder.rename(out_dir)
 
 
 def build_parser() -> argparse.ArgumentParser:

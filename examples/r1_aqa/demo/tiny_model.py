@@ -31,6 +31,7 @@ from aqa.data.prompts import ANSWER_SENTENCE, OPTIONS_SENTENCE
 from aqa.hosts.locate import find_host
 from aqa.policy.forward import parts_of
 from demo.warm_start import draw_warm_start_example, warm_start
+from demo.whisper import SIZES, read_wheel
 
 PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -71,11 +72,14 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_processor(family: str = "qwen2_audio", rows: Sequence[tuple[str, list[str]]] = ()) -> Qwen2AudioProcessor:
+def build_processor(
+    family: str = "qwen2_audio", rows: Sequence[tuple[str, list[str]]] = (), n_mels: int = N_MELS
+) -> Qwen2AudioProcessor:
     """Build tokenizer, feature extractor and chat template.
 
     :param family: One of :data:`demo.FAMILIES`.
     :param rows: Questions and options; each option becomes one token. Without rows: the demo's own.
+    :param n_mels: Mel bins that the tower takes.
     :return: The processor. Its vocabulary holds every byte, so it can read any text, though not in few tokens.
     :raises SystemExit: if an option cannot be written in one token.
     """
@@ -119,15 +123,18 @@ def build_processor(family: str = "qwen2_audio", rows: Sequence[tuple[str, list[
     if family == "qwen2_5_omni":
         # where Qwen2-Audio's template numbers the clips, and gives each a line, Qwen2.5-Omni's does not
         template = CHAT_TEMPLATE.replace("'Audio ' ~ clips.seen ~ ': <|", "'<|").replace("eos|>\\n'", "eos|>'")
-        return omni.build_processor(fast, template, N_MELS, SAMPLING_RATE)
-    extractor = WhisperFeatureExtractor(feature_size=N_MELS, sampling_rate=SAMPLING_RATE, chunk_length=CLIP_SECONDS)
+        return omni.build_processor(fast, template, n_mels, SAMPLING_RATE)
+    extractor = WhisperFeatureExtractor(feature_size=n_mels, sampling_rate=SAMPLING_RATE, chunk_length=CLIP_SECONDS)
     return Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=fast, chat_template=CHAT_TEMPLATE)
 
 
-def build_model(processor: Qwen2AudioProcessor, seed: int, family: str = "qwen2_audio") -> PreTrainedModel:
-    """Build the model: random language model, audio tower that starts as a filter bank.
+def build_model(
+    processor: Qwen2AudioProcessor, seed: int, family: str = "qwen2_audio", whisper: Path | None = None
+) -> PreTrainedModel:
+    """Build the model: random language model, audio tower that starts as a filter bank or is Whisper's encoder.
 
     :param processor: The model gets its vocabulary.
+    :param whisper: The package that holds Whisper's encoder.
     :return: The model, float32.
     """
     tokenizer = processor.tokenizer
@@ -139,7 +146,7 @@ def build_model(processor: Qwen2AudioProcessor, seed: int, family: str = "qwen2_
         "encoder_ffn_dim": 2 * TOWER_WIDTH,
         "d_model": TOWER_WIDTH,
         "max_source_positions": CLIP_SECONDS * 50,
-    }
+    } | (SIZES if whisper else {})
     text = {
         "model_type": "qwen2",
         "vocab_size": len(tokenizer),
@@ -165,7 +172,12 @@ def build_model(processor: Qwen2AudioProcessor, seed: int, family: str = "qwen2_
         model = Qwen2AudioForConditionalGeneration(
             Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=audio_token)
         )
-    initialise_tower(model)
+    if whisper:
+        weights = {name: torch.from_numpy(value) for name, value in read_wheel(whisper).items()}
+        parts_of(model).tower.load_state_dict(weights)
+        torch.nn.init.normal_(model.model.multi_modal_projector.linear.weight, std=SIZES["d_model"] ** -0.5)
+    else:
+        initialise_tower(model)
     initialise_copying(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -252,11 +264,11 @@ def make_model(args: argparse.Namespace, rows: Sequence[tuple[str, list[str]]]) 
     disable_progress_bar()
     if args.family == "qwen2_5_omni":
         find_host()
-    processor = build_processor(args.family, rows)
-    model = build_model(processor, args.seed, args.family)
+    processor = build_processor(args.family, rows, SIZES["num_mel_bins"] if args.whisper else N_MELS)
+    model = build_model(processor, args.seed, args.family, args.whisper)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"demo model: {parameters:,} parameters, vocabulary of {len(processor.tokenizer)} tokens")
     settings = (args.warm_start_steps, args.warm_start_batch_size, args.warm_start_lr)
-    warm_start(model, processor, *settings, seed=args.seed, rows=rows)
+    warm_start(model, processor, *settings, seed=args.seed, rows=rows, reading=args.reading)
     save(model, processor, args.out_dir)
     print(f"demo model: {time.perf_counter() - start:.1f} s -> {args.out_dir}")

