@@ -53,7 +53,7 @@ SYNTHETIC = Setting("synthetic sounds", 4, 100, 16, 8, ("--actor_learning_rate",
 REAL = Setting(
     "real recordings",
     3,
-    240,
+    200,
     32,
     4,
     (
