@@ -78,5 +78,5 @@ lint: $(READY) ## check style and which package may import which
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	@PYTHONPATH=examples/r1_aqa:runtime $(VENV)/bin/lint-imports
 
-clean: ## remove .venv and the demo; your own runs and logs stay
-	rm -rf $(VENV) results/demo
+clean: ## remove .venv and the demos; downloads, your own runs and logs stay
+	rm -rf $(VENV) results/demo results/demo-real
