@@ -8,8 +8,10 @@ import sys
 
 import pytest
 from conftest import EXAMPLE, ROOT, child_environment
+from pytest import approx
 from safetensors.torch import load_file
 from support.training import SMALL, benchmark_of, comparable, train
+from torch.testing import assert_close
 
 # two rollouts an optimizer step, so that the weights are lost where no step was made; groups drawn anew; evaluations
 # between the steps; and a frozen tower, which is not sent otherwise
@@ -41,12 +43,13 @@ def test_a_run_with_sleep_is_one_without(tiny_model, demo_parquet, demo_data, tm
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
+    # a sleep empties vLLM's caches, and what is computed again is rounded otherwise
+    steps = [step | {name: approx(value, abs=1e-5) for name, value in step.items()} for step in comparable(awake)]
     run()
-    assert len(comparable(awake)) == 4 and comparable(sleepy) == comparable(awake)
-    expected = load_file(awake / "model.safetensors")
-    assert all((expected[n] == w).all() for n, w in load_file(sleepy / "model.safetensors").items())
+    assert [step["step"] for step in steps] == [1, 2, 3, 4] and comparable(sleepy) == steps
+    assert_close(load_file(sleepy / "model.safetensors"), load_file(awake / "model.safetensors"), atol=1e-6, rtol=0)
     # resumed: the engine has the checkpoint's weights before it samples
     shutil.rmtree(sleepy / "_actor" / "step_000004")
     (sleepy / "_actor" / "latest").write_text("step_000002")
     run("--load_checkpoint", "--allow_changes", "max_ckpt_num")
-    assert comparable(sleepy)[:4] == comparable(awake)
+    assert comparable(sleepy) == steps
