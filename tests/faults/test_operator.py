@@ -166,7 +166,7 @@ IN_AN_EVALUATION: dict[str, Row] = {
         "run: holds ",
     ),
     "the questions are missing": (lambda d: d.evaluate(data_file=d.tmp / "no.json"), 2, "no.json: No such file"),
-    "a folder as questions": (lambda d: d.evaluate(data_file=d.data), 2, "Is a directory"),
+    "a folder as questions": (lambda d: d.evaluate(data_file=d.data), 2, "a folder; name the file in it"),
     "half the questions": (
         lambda d: d.evaluate(data_file=d.write("half.json", (d.data / "demo-test.json").read_bytes()[:900])),
         2,
@@ -191,7 +191,7 @@ IN_AN_EVALUATION: dict[str, Row] = {
         "x.score.json beside",
     ),
     "--out_file in a file": (lambda d: d.evaluate(out_file=d.file / "x.json"), 2, "{d.file} is no folder that can be"),
-    "--out_file without ending": (lambda d: d.evaluate(out_file=d.tmp / "x"), 2, "must end in .json or .jsonl"),
+    "--out_file without ending": (lambda d: d.evaluate(out_file=d.tmp / "x"), 2, "must end in .json, .jsonl or .parquet"),
     "--out_file is there": (lambda d: d.evaluate(out_file=d.answers), 2, "answers.json: exists; --overwrite replaces"),
     "--out_file is the questions": (
         lambda d: d.evaluate("--overwrite", out_file=d.data / "demo-test.json"),

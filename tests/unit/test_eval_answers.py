@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqa.evaluation.answers import extract_answer, find_tagged
-from aqa.evaluation.scoring import is_right
+from aqa.rewards.choices import is_right
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ANIMALS = ["a dog", "a cat", "a dog and a cat", "a horse"]
