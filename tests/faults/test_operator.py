@@ -191,7 +191,7 @@ IN_AN_EVALUATION: dict[str, Row] = {
         "x.score.json beside",
     ),
     "--out_file in a file": (lambda d: d.evaluate(out_file=d.file / "x.json"), 2, "{d.file} is no folder that can be"),
-    "--out_file without ending": (lambda d: d.evaluate(out_file=d.tmp / "x"), 2, "must end in .json, .jsonl or .parquet"),
+    "--out_file without ending": (lambda d: d.evaluate(out_file=d.tmp / "x"), 2, ".json, .jsonl or .parquet, from"),
     "--out_file is there": (lambda d: d.evaluate(out_file=d.answers), 2, "answers.json: exists; --overwrite replaces"),
     "--out_file is the questions": (
         lambda d: d.evaluate("--overwrite", out_file=d.data / "demo-test.json"),
