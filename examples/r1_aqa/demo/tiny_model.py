@@ -1,6 +1,7 @@
 """The demo's model and processor, and its files; ``make_model.py`` is the command, and describes them."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import tempfile
@@ -25,12 +26,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from aqa.audio.decode import AudioError, load_audio
 from aqa.common.constants import SAMPLING_RATE
 from aqa.common.model_folder import complete
 from aqa.data.prompts import ANSWER_SENTENCE, OPTIONS_SENTENCE
 from aqa.hosts.locate import find_host
 from aqa.policy.forward import parts_of
-from demo.warm_start import draw_warm_start_example, warm_start
+from demo.warm_start import draw_warm_start_example, embed_sounds, warm_start
 from demo.whisper import SIZES, read_wheel
 
 PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
@@ -44,6 +46,7 @@ PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
 CLIP_SECONDS = 30  # what Qwen2-Audio's tower always works on; vLLM insists on its 3,000 frames
 N_MELS = 128
 TOWER_WIDTH = 64
+CENTRED_ON = 256  # recordings, evenly from all of them
 # A part is an audio if it has one of the keys, whatever the value: that is how Qwen2-Audio's template decides.
 CHAT_TEMPLATE = """\
 {%- set clips = namespace(seen=0) -%}
@@ -175,7 +178,8 @@ def build_model(
     if whisper:
         weights = {name: torch.from_numpy(value) for name, value in read_wheel(whisper).items()}
         parts_of(model).tower.load_state_dict(weights)
-        torch.nn.init.normal_(model.model.multi_modal_projector.linear.weight, std=SIZES["d_model"] ** -0.5)
+        torch.nn.init.normal_(parts_of(model).projector.linear.weight, std=SIZES["d_model"] ** -0.5)
+        torch.nn.init.zeros_(parts_of(model).projector.linear.bias)
     else:
         initialise_tower(model)
     initialise_copying(model)
@@ -217,6 +221,25 @@ def initialise_tower(model: PreTrainedModel) -> None:
     tower.conv2.bias.zero_()
     linear.weight.normal_(std=TOWER_WIDTH**-0.5)
     linear.bias.zero_()
+
+
+@torch.no_grad()
+def centre_projector(model: PreTrainedModel, processor: Qwen2AudioProcessor, folder: Path) -> None:
+    """Let the mean of the sounds' embeddings be 0: what all sounds have in common would drown what tells them apart.
+
+    :param folder: Recordings of the kind that will be trained on; other files may be among them.
+    :raises SystemExit: if there is none.
+    """
+    clips = []
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files[:: -(-len(files) // CENTRED_ON) or 1]:
+        with contextlib.suppress(AudioError):
+            clips.append(load_audio(path))
+    if not clips:
+        raise SystemExit(f"--sounds {folder}: no recording that can be read")
+    projector = parts_of(model).projector
+    linear = getattr(projector, "linear", None) or parts_of(model).tower.proj
+    linear.bias -= torch.cat(embed_sounds(model, processor, clips)).mean(0)
 
 
 def save(model: PreTrainedModel, processor: Qwen2AudioProcessor, out_dir: Path) -> None:
@@ -268,7 +291,9 @@ def make_model(args: argparse.Namespace, rows: Sequence[tuple[str, list[str]]]) 
     model = build_model(processor, args.seed, args.family, args.whisper)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"demo model: {parameters:,} parameters, vocabulary of {len(processor.tokenizer)} tokens")
+    if args.sounds:
+        centre_projector(model, processor, args.sounds)
     settings = (args.warm_start_steps, args.warm_start_batch_size, args.warm_start_lr)
-    warm_start(model, processor, *settings, seed=args.seed, rows=rows, reading=args.reading)
+    warm_start(model, processor, *settings, seed=args.seed, rows=rows, reading=bool(args.sounds))
     save(model, processor, args.out_dir)
     print(f"demo model: {time.perf_counter() - start:.1f} s -> {args.out_dir}")
