@@ -116,7 +116,7 @@ def predict(gpu: Gpu, way: Way) -> dict[str, float]:
     row = PROMPT + size * RESPONSE
     micros = responses / size
     prefill = tower + decoder_flops(PROMPT, PROMPT / 2)
-    # a row in which answers do not see each other is computed with a mask, of all pairs of tokens
+    # attention under a mask computes all pairs of tokens, also those that the mask hides
     scored = tower + decoder_flops(row, row, size * RESPONSE)
     if not way.shared:
         scored = prefill + decoder_flops(size * RESPONSE, whole, size * RESPONSE)
@@ -146,7 +146,7 @@ def floor(gpu: Gpu) -> dict[str, float]:
         "reference": prompts * group / gpu.flops,
         "train": prompts * 3 * group / gpu.flops,
         "optimizer": plan.values / WORLD * FUSED / gpu.memory,
-        # a gather brings the weights, which are written where they stay; what goes over a link overlaps with the rest
+        # the floor gathers the weights once and writes them once; the transfer over the link overlaps with this
         "sync": plan.model * (WORLD - 1) / WORLD / gpu.link,
         "sleep": 0.0,
     }

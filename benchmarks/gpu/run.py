@@ -37,7 +37,7 @@ SECTIONS = {
     ),  # the first imports, from the disk; versions, GPU, the peak of a bf16 matrix product, copies
     "training": (210, 120),  # train_colocate.py on the demo's model: ZeRO-3, ZeRO-2, LoRA, FSDP2, resume, offload
     "steps": (170, 110),  # steps of the 7B shape: MFU, memory, what each measure saves, the hf engine
-    "planner": (90, 60),  # --plan against what is allocated
+    "planner": (90, 60),  # the memory that --plan computes, against what torch allocates
     "sync": (80, 50),  # checksums and gathering against a copy
     "adamw": (40, 20),  # fused against foreach
     "picture": (60, 35),  # where the time of a step goes
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of the whole call (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION[:CASE]", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--small", action="store_true", help="tiny sizes; without a GPU needed")
-    parser.add_argument("--of_section", help=argparse.SUPPRESS)  # in a section's own process
+    parser.add_argument("--of_section", help=argparse.SUPPRESS)  # marks the process that runs one section
     args = parser.parse_args()
     wanted = {name: [] for name in SECTIONS} if not args.only else {}
     for word in args.only:
@@ -69,7 +69,7 @@ def main() -> None:
         name = args.of_section
         importlib.import_module(f"gpu.{name}").run(Section(results, name, args, wanted[name]))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through finally, which ends the section
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that finally ends the section
     results.write()
     ends = time.monotonic() + 60 * args.minutes
     try:
@@ -117,7 +117,7 @@ def run_section(args: argparse.Namespace, name: str, limit: float, cases: list[s
 
 def end_group(process: subprocess.Popen) -> None:
     """End a process and all that it has started."""
-    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+    with contextlib.suppress(ProcessLookupError):  # all its processes have ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

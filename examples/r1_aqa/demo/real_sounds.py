@@ -50,7 +50,7 @@ LETTERS = "flmqsx"
 DIGITS = {"1": "one", "2": "two", "3": "three", "6": "six", "7": "seven", "8": "eight", "9": "nine"}
 MONTHS = {1: "february", 2: "march", 3: "april", 7: "august", 9: "october", 11: "december"}  # by file name
 CODE_WORDS = ["alfa", "bravo", "delta", "lima", "oscar", "zulu"]  # of the spelling alphabet
-DRUMS = {  # by file name; what is played with a stick on the rim is none of them
+DRUMS = {  # patterns of file names; rim shots and side sticks are left out
     "kick": r"kick|bassdrum|(^|_)bd",
     "snare": r"snare(?!off|rim|stick)|(^|_)sd",
     "tom": r"tom|^t\d|^ft",
@@ -58,7 +58,7 @@ DRUMS = {  # by file name; what is played with a stick on the rim is none of the
 }
 EUROPEAN = ["en_GB", "de", "nl", "sv", "nb", "nn", "fr", "es", "ca", "it", "pt", "ro", "ru", "bg", "be", "sl", "lt"]
 VOICE = r"asterisk/sounds/(?:\w+_)?(?P<group>\w+)/"
-# kind of question, and the end of the path: who or what it is, and what is said or played
+# kind of question, and a pattern of the path's end: the group (voice, kit) and the label (the right answer)
 PATTERNS = (
     ("letter", VOICE + rf"letters/(?P<label>[{LETTERS}])\.\w+"),
     ("letter", rf"klettres/(?P<group>[a-z]+(_[A-Z]+)?)/alpha/(?P<label>(?i:[{LETTERS}]))\.ogg"),

@@ -138,7 +138,7 @@ class VLLMEngine:
         :raises RuntimeError: if the engine's weights are not the new ones afterwards, others have changed, or some are
             missing.
         """
-        # not apart: the weights come out of the trainer's collectives, on the trainer's stream
+        # this call stays on the trainer's stream, because the trainer's collectives produce the weights there
         sent, self._checksums = self.llm.collective_rpc(_load, args=(weights, self._checksums, self.complete))[0]
         self.complete, self._dropped = True, False
         self.llm.reset_prefix_cache()
@@ -155,7 +155,8 @@ class VLLMEngine:
 
     def _free(self) -> None:
         if self._keep_weights:
-            # vLLM releases the cache only between requests: the last ones end with another step, and no more may come
+            # vLLM refuses to release the cache while requests linger: one more step removes the finished ones, and
+            # sleep level 0 lets no new ones in
             self.llm.llm_engine.step()
             self.llm.sleep(level=0)
             self.llm.release_kv_cache_memory()

@@ -107,7 +107,8 @@ class Evaluation:
             metrics |= {k.replace(name, f"{name}_silent", 1): v for k, v in more.items() if k.startswith(name)}
         if self.find_collapsed is not None:
             found = self.find_collapsed(heard, silent)
-            for name in found.keys() - self.warned if step > 0 else ():  # the start model's are what training is for
+            # step 0 is the start model, whose answers may well be all alike
+            for name in found.keys() - self.warned if step > 0 else ():
                 self.strategy.print(f"WARNING: evaluation data: {name}: {found[name]}")
                 self.warned.add(name)
             metrics["eval/collapsed"] = float(len(found))

@@ -84,7 +84,7 @@ class PrefetchLoader:
         self.loader = loader
         self.dataset, self.sampler, self.batch_size = loader.dataset, loader.sampler, loader.batch_size
         self.seconds_waited = 0.0  # for the last batch
-        self.remaining: int | None = None  # batches that it still gives, over all episodes; None: all
+        self.remaining: int | None = None  # batches still to be given, over all episodes; None: no limit
         pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         pool.submit(self.dataset.__getitems__, next(iter(loader.batch_sampler), []))
         pool.shutdown(wait=False)  # the thread ends when it is done
@@ -104,6 +104,6 @@ class PrefetchLoader:
                     return
                 if self.remaining is not None:
                     self.remaining -= 1
-                # none behind the last one: a run that has all it needs shall not end with that one's error
+                # read no batch that will not be trained on: an unreadable clip in it would end a finished run
                 ahead = None if self.remaining == 0 else pool.submit(next, batches, None)
                 yield batch

@@ -44,7 +44,7 @@ class EvalError(ValueError):
 class Item:
     """One question."""
 
-    index: int  # its place in the file, from 0; another number where it is asked again
+    index: int  # its place in the file, from 0; --option_orders and --silent_audio also add further numbers for repeats
     label: str  # its name in messages
     row: dict[str, Any]  # all its fields
     prompt: str  # the text of the user's turn, as in training

@@ -37,7 +37,7 @@ def ask_again(items: Sequence[Item], orders: int, in_silence: bool, think: bool,
         )
         for k in range(1, orders)
         for item in items
-        if k < len(item.row["choices"])  # the others come round to an order that is asked already
+        if k < len(item.row["choices"])  # more rotations than choices would ask an order twice
     ]
     silent = [dataclasses.replace(item, index=-1 - item.index, silent=True) for item in items if in_silence]
     return further + silent

@@ -24,8 +24,8 @@ from aqa.report.run_data import ReportError, Run, read_records, saved_steps, sho
 from aqa.rewards.r1_aqa import extract_response
 
 NO_ANSWER = "no answer in the form"  # no answer tags, and the response names no choice
-OTHER = "another answer"  # than those that a table has room for
-LONGEST_ANSWER = 60  # characters of an answer that is no choice
+OTHER = "another answer"  # every answer that a table has no room for
+LONGEST_ANSWER = 60  # characters shown of an answer that is none of the choices
 KINDS = ("question_type", "dataset", "source", "label")  # of tags; the first that the data has is its question type
 MOST_ANSWERS = 12  # rows of a table of confusions
 MOST_PAIRS = 12  # of the most frequent mistakes
@@ -115,7 +115,7 @@ def read_rows(run: Run, problems: list[str]) -> list[HeldOut]:
             new = [Round(f"step {step}", bool(part is silent), {row_key(r): answer_of(r) for r in part})
                    for part in (heard, silent) if part]  # fmt: skip
             items = {row_key(r): item_of(r, kind) for r in heard}
-            rounds = [each for each in rounds if not each.silent] + new  # of those in silence the last is enough
+            rounds = [each for each in rounds if not each.silent] + new  # the table shows the last silent round only
         except (ReportError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{files[step]}: cannot be read ({type(error).__name__}: {error})")
     return [HeldOut("evaluation data", items, rounds)] if items else []

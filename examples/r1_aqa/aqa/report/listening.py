@@ -15,7 +15,7 @@ from aqa.report.held_out import Answer, HeldOut, main_kind
 from aqa.report.run_data import Group, ReportError, read_groups, saved_steps, spread
 
 ITEMS_PER_GROUP = 2  # a held-out item has fewer responses than a group
-ITEMS_SHARE = 0.5  # of the room, where there are groups, too
+ITEMS_SHARE = 0.5  # of the page's room; the rest is for training groups
 
 
 class Clips:

@@ -84,7 +84,7 @@ def length_aware(response: str, reference: str, think: bool) -> Scores:
     return total - LONGEST_COST * min(1.0, beyond), accuracy, form
 
 
-R1_AQA_PARTS = ("accuracy", "format")  # of a sum, measured in any case
+R1_AQA_PARTS = ("accuracy", "format")  # parts of a sum that reward_fn measures anyway
 NAMED: dict[str, NamedReward] = {"exact": exact, "graded_format": graded_format, "length_aware": length_aware}
 
 
