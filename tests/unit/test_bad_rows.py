@@ -32,10 +32,13 @@ from aqa.evaluation.benchmarks import BENCHMARKS, MMAU
 from aqa.evaluation.items import EvalError, PartialFile, make_items, read_rows
 from lightrft.utils import blending_datasets
 
+FEW = 100  # examples
+
 
 def fuzz(count: int, check, **strategies) -> None:
-    """Call ``check`` with ``count`` examples of the strategies."""
-    quiet = settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+    """Call ``check`` with ``count`` examples of the strategies: the same ones each time, unless there are many."""
+    checks = list(HealthCheck)
+    quiet = settings(max_examples=count, deadline=None, suppress_health_check=checks, derandomize=count <= FEW)
     quiet(given(**strategies)(check))()
 
 
@@ -240,7 +243,9 @@ def test_every_question_is_good_or_explained(tmp_path, count):
             assert repr(read_rows(tmp_path / name, kind.name)[1]) == repr(results)
 
     data = odd_file(MMAU_ROW) | st.binary(max_size=60)
-    fuzz(count, check, data=data, benchmark=st.sampled_from(["auto", *BENCHMARKS]), confine=st.booleans())
+    # half as MMAU's own, so that some are accepted: to most other benchmarks a row of MMAU lacks fields
+    benchmark = st.just("mmau") | st.sampled_from(["auto", *BENCHMARKS])
+    fuzz(count, check, data=data, benchmark=benchmark, confine=st.booleans())
     assert accepted
 
 
