@@ -71,7 +71,8 @@ class Results:
 
     def is_whole(self, name: str) -> bool:
         """Whether nothing of a section is left to do."""
-        return self.section(name)["status"] == "ok" and not self.is_wrong(name)
+        section = self.section(name)
+        return section["status"] == "ok" and all(case["status"] == "ok" for case in section["cases"].values())
 
 
 class Section:
@@ -85,17 +86,19 @@ class Section:
         self.results, self.wanted = results, wanted
         self.small, self.out, self.demo = args.small, args.out, args.demo_dir.resolve()
         self.cases = results.section(name)["cases"]
+        self.names: list[str] = []  # of all cases of the section, wanted or not
 
     def is_due(self, name: str) -> bool:
         """Whether a case is wanted and an earlier call has not done it."""
         wanted = not self.wanted or any(part.lower() in name.lower() for part in self.wanted)
-        return wanted and self.cases.get(name, {}).get("status") not in GOOD
+        return wanted and self.cases.get(name, {}).get("status") != "ok"  # what was skipped may be possible now
 
     def case(self, name: str, work: Callable[[], Figures]) -> None:
         """Run a case if it is due, and record its figures, or what went wrong; the section goes on either way.
 
         :param work: Returns the figures, or raises :class:`Skip` or :class:`Missed`.
         """
+        self.names.append(name)
         if not self.is_due(name):
             return
         started = time.monotonic()

@@ -43,6 +43,7 @@ SECTIONS = {
     "picture": (60, 35),  # where the time of a step goes
 }
 MINUTES = 12.0
+UNKNOWN = 3  # exit status of a section that has no such case, and has said so in its record
 LEAST = 10.0  # seconds; with less left a section is not started
 
 
@@ -67,7 +68,13 @@ def main() -> None:
     results = Results(args.out / "results.json", args.small)
     if args.of_section:
         name = args.of_section
-        importlib.import_module(f"gpu.{name}").run(Section(results, name, args, wanted[name]))
+        section = Section(results, name, args, wanted[name])
+        importlib.import_module(f"gpu.{name}").run(section)
+        unknown = [word for word in wanted[name] if not any(word.lower() in case.lower() for case in section.names)]
+        if unknown:
+            results.section(name)["status"] = f"no case {', '.join(unknown)}: there are {', '.join(section.names)}"
+            results.write()
+            raise SystemExit(UNKNOWN)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that finally ends the section
     results.write()
@@ -91,7 +98,7 @@ def run_section(args: argparse.Namespace, name: str, limit: float, cases: list[s
     :param limit: Seconds.
     :param cases: Parts of the names of the cases to run; empty: all.
     """
-    path, started, status = args.out / "results.json", time.monotonic(), "no time left"
+    path, started, status, code = args.out / "results.json", time.monotonic(), "no time left", None
     if limit >= LEAST:
         print(f"{name}: at most {limit:.0f} s ...", flush=True)
         command = [sys.executable, __file__, "--of_section", name, "--out", str(args.out), *["--small"] * args.small]
@@ -108,7 +115,10 @@ def run_section(args: argparse.Namespace, name: str, limit: float, cases: list[s
                 end_group(process)
     results = Results(path, args.small)
     section = results.section(name)
-    section |= {"status": status, "seconds": round(time.monotonic() - started, 1)}
+    section |= {
+        "status": section["status"] if code == UNKNOWN else status,
+        "seconds": round(time.monotonic() - started, 1),
+    }
     for case in section["cases"].values():
         if case["status"] == "running":
             case["status"] = "not ended"

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,8 +51,8 @@ def run(section: Section) -> None:
         work = Path(folder)
         assets = pool.submit(make_assets, section.demo, work)
         runs = {name: pool.submit(train_case, name, work, assets) for name in due}
-        for name, future in runs.items():
-            section.case(name, future.result)
+        for name in CASES:
+            section.case(name, lambda n=name: runs[n].result())
 
 
 def make_assets(demo: Path, work: Path) -> None:
@@ -91,12 +92,13 @@ def train_case(name: str, work: Path, assets: Future[None]) -> Figures:
     if "--fsdp" not in flags and importlib.util.find_spec("deepspeed") is None:
         raise Skip("DeepSpeed is not installed")
     assets.result()
-    out = work / name.replace(", ", "_").replace(" ", "_")
+    out, started = work / name.replace(", ", "_").replace(" ", "_"), time.monotonic()
     metrics, figures = train(work, out, flags), {}
     if "--save_steps" in flags:
         figures = resume(work, out, flags, metrics)
     last = metrics[-1]
     figures |= {
+        "run, s": time.monotonic() - started,  # the case's own seconds are those waited for it: runs overlap
         "reward": last["rollout/reward"],
         "gradient": max(record["train/grad_norm"] for record in metrics),
         "gap": max(record["rollout/logprob_gap_mean"] for record in metrics),
