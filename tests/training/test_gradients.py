@@ -41,6 +41,7 @@ GSPO = ("--use_gspo", "--eps_clip", 0.3, "--eps_clip_high", 0.4)
 TIS = ("--rollout_correction", "tis", "--rollout_correction_limit", 1.2)
 MIS = ("--rollout_correction", "mis", "--rollout_correction_limit", 1.2)
 GEO = ("--rollout_correction", "geo", "--rollout_correction_floor", 0.98, "--rollout_correction_limit", 1.02)
+AUDIO = ("--audio_token_weights", 0.7, "--reward", "gradient_capture:vowels+audio_gain", "--reward_weights", 1, 0.5)
 OVERLONG = ("--overlong_buffer", "--overlong_buffer_len", 10)
 CLIPPED = ("--max_norm", 0.3)
 # processes, flags: each flag of a method is in one case at least, with one process or two, on each way to shard
@@ -105,6 +106,8 @@ CASES = {
             *("--reward_weights", 1, 1, 0.5, *OVERLONG),
         ),
     ),
+    "audio gain and token weights, truncated masked, two steps": (1, (*AUDIO, *CUT, *TWO_STEPS)),
+    "GDPO with audio gain on ZeRO-3": (2, ("--advantage_estimator", "gdpo", "--zero_stage", 3, *AUDIO)),
     "two rollouts a step, truncated masked": (1, ("--train_batch_size", 32, *CUT)),
     "LoRA on ZeRO-3": (2, ("--lora_rank", 2, "--lora_alpha", 4, "--zero_stage", 3)),
     "Qwen2.5-Omni, two steps": (1, ("--eps_clip", 0.01, *TWO_STEPS)),
@@ -154,17 +157,17 @@ class Oracle:
         a, b = ({n.partition(key)[0]: n for n in adapters if key in n} for key in (".lora_A", ".lora_B"))
         return {layer: (a[layer], adapters[a[layer]], b[layer], adapters[b[layer]]) for layer in a}
 
-    def audio(self, path):
-        if path not in self.features:
-            wave, rate = load_audio(path), self.extractor.sampling_rate
+    def audio(self, path, silent):
+        if (path, silent) not in self.features:
+            wave, rate = load_audio(path) * (not silent), self.extractor.sampling_rate
             options = {"sampling_rate": rate, "padding": "max_length", "return_attention_mask": True}
-            self.features[path] = self.extractor(wave, return_tensors="pt", **options)
-        return self.features[path]
+            self.features[path, silent] = self.extractor(wave, return_tensors="pt", **options)
+        return self.features[path, silent]
 
-    def log_probs(self, model, item):
+    def log_probs(self, model, item, silent=False):
         """Of the response's tokens, under the distribution that was sampled from ``(response length,)``."""
         ids = torch.cat([item["prompt_ids"], item["response_ids"]])[None]
-        audio = self.audio(item["audio_path"])
+        audio = self.audio(item["audio_path"], silent)
         logits = model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -188,7 +191,11 @@ class Oracle:
         beyond = len(item["response_ids"]) - (most - buffer)
         if self.args["overlong_buffer"] and beyond > 0:
             reward -= min(beyond / buffer, 1) * self.args["overlong_buffer_penalty_factor"]
-        assert item["reward"] == pytest.approx(reward, abs=1e-6)
+        if "audio_gain_reward" in self.args["reward_parts"]:  # what silence costs, in the geometric mean over tokens
+            gain = max(0.0, 1 - (item["silent"] - item["old"]).mean().exp().item())
+            assert item["reward_metrics"]["audio_gain_reward"] == pytest.approx(gain, abs=1e-5)
+            reward += self.args["reward_parts"]["audio_gain_reward"] * gain
+        assert item["reward"] == pytest.approx(reward, abs=1e-5)
         return reward
 
     def advantages(self, items, kl_coef):
@@ -249,6 +256,10 @@ class Oracle:
             tokens = tokens * (off_policy.prod() if off_policy.prod() <= limit else 0.0)
         elif args["rollout_correction"] == "geo":
             tokens = tokens * float(args["rollout_correction_floor"] <= off_policy.log().mean().exp() <= limit)
+        if args["audio_token_weights"]:  # tokens weigh by how much silence changes their probability
+            heard, silent = item["old"].exp(), item["silent"].exp()
+            change = 1 - torch.minimum(heard, silent) / torch.maximum(heard, silent) + 0.01
+            tokens = tokens * (1 + args["audio_token_weights"] * (change / change.mean() - 1))
         if args["use_kl_loss"]:
             to_reference = item["reference"] - log_probs
             kl = {"k2": to_reference**2 / 2, "k3": to_reference.exp() - to_reference - 1}[args["kl_estimator"]]
@@ -267,6 +278,7 @@ class Oracle:
         for item in items:
             with torch.no_grad():
                 item["old"], item["reference"] = self.log_probs(model, item), self.log_probs(reference, item)
+                item["silent"] = self.log_probs(model, item, silent=True)
             ids = item["response_ids"]
             assert item["truncated"] == (len(ids) == self.args["generate_max_len"] and ids[-1] != self.eos)
         for item, advantages in zip(items, self.advantages(items, record["kl_coef"]), strict=True):

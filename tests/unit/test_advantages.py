@@ -10,6 +10,7 @@ from lightrft.trainer import fast_exp_maker
 from lightrft.trainer.advantages import (
     ESTIMATORS,
     KLController,
+    audio_gain,
     discounted_returns,
     overlong_penalty,
     shape_rewards,
@@ -202,6 +203,29 @@ def test_overlong_penalty_by_hand(monkeypatch):
     maker.penalise_length(items)
     assert [item.reward for item in items] == [2.0, pytest.approx(1.6)]
     assert items[1].reward_metrics == {"overlong_penalty": pytest.approx(-0.4)}
+
+
+def test_audio_gain_by_hand(monkeypatch):
+    """Silence halves the probabilities, 1 - 1/2; 0.8 and 0.4 against 0.2 and 0.1, 1 - 1/4; 0.1 and 0.9 swapped, 0."""
+    heard, silent = ([torch.log(torch.tensor(p)) for p in ps] for ps in (
+        ([0.8, 0.6], [0.8, 0.4], [0.1, 0.9], [0.1]), ([0.4, 0.3], [0.2, 0.1], [0.9, 0.1], [0.4])))  # fmt: skip
+    gains = [0.5, 0.75, 0.0, 0.0]  # the last one is likelier in silence
+    assert [audio_gain(*pair) for pair in zip(heard, silent, strict=True)] == pytest.approx(gains, abs=1e-6)
+    weights = {"accuracy_reward": 1.0, "audio_gain_reward": 0.2}
+    more = {"reward_parts": weights, "audio_token_weights": 0.0, "dynamic_sampling_rounds": 0}
+    maker = make_maker(monkeypatch, "gdpo", **more)
+    maker.needs_old_log_probs = True
+    maker.log_probs = lambda model, items, silent_too=silent, silent=False: silent_too if silent else heard
+    items = make_items([1.0, 0.0, 0.0, 0.0], [2, 2, 2, 1])
+    for item in items:
+        item.reward_metrics["accuracy_reward"] = item.reward
+    maker.replace_groups(items, step=1)  # judges by what the rules pay
+    maker.add_log_probs(items)
+    assert [item.reward for item in items] == pytest.approx([1.1, 0.15, 0.0, 0.0], abs=1e-6)
+    assert [item.reward_metrics["audio_gain_reward"] for item in items] == pytest.approx(gains, abs=1e-6)
+    assert maker.timings["silence"] >= 0
+    maker.add_advantages(items)  # both parts are +-0.7070 in the first group: 0.8 of it, and whitened
+    assert [item.advantages[0].item() for item in items] == pytest.approx([2**0.5, -(2**0.5), 0, 0], abs=1e-3)
 
 
 def test_groups_without_spread_are_replaced(monkeypatch):

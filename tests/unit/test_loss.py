@@ -13,10 +13,12 @@ from lightrft.models.loss import (
     ROLLOUT_CORRECTIONS,
     LossSettings,
     aggregate,
+    audio_weights,
     cispo_loss_tokens,
     grpo_loss,
     kl_tokens,
     policy_loss_tokens,
+    relative_change,
     rollout_weights,
 )
 
@@ -155,6 +157,31 @@ def test_a_rollout_correction_makes_the_mean_that_of_the_trainers_policy():
         torch.testing.assert_close((q * weights[:, 0] * value).sum(), (p * value).sum())
 
 
+def test_audio_weights_by_hand():
+    """Of 0.8 silence leaves 0.4, half; of 0.3 it makes 0.6, half; 0.9 and 0.2 stay. Padding does not count."""
+    heard = relative_change(torch.log(torch.tensor([[0.8, 0.3, 0.9, 0.9], [0.2, 0.7, 0.7, 0.7]]))
+                            - torch.log(torch.tensor([[0.4, 0.6, 0.9, 0.1], [0.2, 0.1, 0.1, 0.1]])))  # fmt: skip
+    torch.testing.assert_close(heard[:, :3], torch.tensor([[0.5, 0.5, 0.0], [0.0, 6 / 7, 6 / 7]]))
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    # 0.51 0.51 0.01 have the mean 1.03 / 3; the second response has one token, and a weight of 1
+    whole = torch.tensor([[1.53 / 1.03, 1.53 / 1.03, 0.03 / 1.03], [1.0, 1.0, 1.0]])
+    for share in (0.0, 0.5, 1.0):
+        weights = audio_weights(heard, mask, share)
+        torch.testing.assert_close(weights[0, :3], 1 - share + share * whole[0])
+        torch.testing.assert_close((weights * mask).sum(1), torch.tensor([3.0, 1.0]))  # the mean is 1
+    # in the loss: advantages 1 and -2, ratios 1: (-(1.53 + 1.53 + 0.03) / 1.03 / 3 + 2) / 2 as without weights; the
+    # gradient is each token's weight
+    settings = LossSettings(EPS, None, False, False, "seq-mean-token-mean", 9, False, "k3", "none", 2.0, 0.0, 1.0)
+    log_probs = torch.zeros(2, 4, requires_grad=True)
+    advantages = torch.tensor([[1.0], [-2.0]])
+    loss, found = grpo_loss(log_probs, log_probs.detach(), log_probs, None, advantages, mask, settings, 0.0, None,
+                            -torch.log(torch.tensor([[2.0, 2.0, 1.0, 9.0], [1.0, 9.0, 9.0, 9.0]])))  # fmt: skip
+    loss.backward()
+    assert (loss.item(), found["heard"].item()) == (pytest.approx(0.5), pytest.approx(1.0))
+    expected = torch.tensor([[*(-whole[0] / 6), 0.0], [1.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(log_probs.grad, expected)
+
+
 # rows of 3 and 1 tokens; 99 is what padding must not let through
 VALUES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0]])
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -224,10 +251,10 @@ def test_a_masked_response_counts_in_the_divisors_alone(mode, expected):
 @pytest.mark.parametrize("kind", ["ppo", "gspo", "cispo"])
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
 def test_a_micro_batch_that_is_all_masked_adds_exactly_nothing(mode, kind, correction):
-    settings = LossSettings(EPS, 4.0, kind == "gspo", kind == "cispo", mode, 10, True, "k3", correction, 2.0, 0.5)
+    settings = LossSettings(EPS, 4.0, kind == "gspo", kind == "cispo", mode, 10, True, "k3", correction, 2.0, 0.5, 0.7)
     log_probs = (OLD + 0.3).requires_grad_()
     mask = torch.zeros(OLD.shape, dtype=torch.bool)
-    loss, statistics = grpo_loss(log_probs, OLD, ENGINE, OLD - 1, torch.ones(2, 1), mask, settings, 0.04, 3.0)
+    loss, statistics = grpo_loss(log_probs, OLD, ENGINE, OLD - 1, torch.ones(2, 1), mask, settings, 0.04, 3.0, ENGINE)
     loss.backward()
     assert loss.item() == 0.0 and torch.equal(log_probs.grad, torch.zeros_like(log_probs))
     assert all(value == 0 for value in statistics.values())

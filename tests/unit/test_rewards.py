@@ -517,7 +517,7 @@ def test_a_sum_of_rewards_by_hand(own):
         "<think>a dog</think><answer>the dog</answer>",  # none of the choices
     ]
     name, weights = "accuracy+format+consistency+length+majority+my_rewards:shout", [1, 0.5, 2, 1, 1, 1]
-    pay = find_reward(name, weights, words=(2, 4), group=6)
+    pay = find_reward(f"audio_gain+{name}", [9, *weights], words=(2, 4), group=6)  # the trainer adds audio_gain
     total, metrics = pay([], ["avqa_think_rule"] * 6, [f"{prompt}{text}<|im_end|>" for text in texts], ["dog"] * 6, {})
     expected = {
         "accuracy_reward": [0, 1, 0, 0, 1, 0],

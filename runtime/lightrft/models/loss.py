@@ -12,6 +12,7 @@ import torch
 LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ROLLOUT_CORRECTIONS = ("tis", "mis", "geo")
+UNHEARD = 0.01  # a change of a token's probability that counts as little, for audio_weights
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class LossSettings:
     rollout_correction: str
     rollout_correction_limit: float
     rollout_correction_floor: float
+    audio_token_weights: float = 0.0
 
 
 def grpo_loss(
@@ -45,6 +47,7 @@ def grpo_loss(
     settings: LossSettings,
     kl_coef: float,
     tokens_per_micro_batch: float | None = None,
+    silent_log_probs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The GRPO loss of a micro-batch. All tensors are ``(batch, length)``: responses, padded on the right.
 
@@ -56,8 +59,10 @@ def grpo_loss(
     :param mask: Bool, True at the tokens that are trained on; a response without any counts as one whose loss is 0.
     :param kl_coef: Weight of the KL.
     :param tokens_per_micro_batch: See :func:`aggregate`.
+    :param silent_log_probs: As ``old_log_probs``, with silence in place of the sound; for :func:`audio_weights`.
     :return: Scalar loss, and scalars without gradient: ``policy_loss``, and the sums over tokens ``tokens``,
-        ``clipped``, ``kl`` (with a reference), ``weights`` and ``limited`` (with a rollout correction).
+        ``clipped``, ``kl`` (with a reference), ``weights`` and ``limited`` (with a rollout correction),
+        and ``heard`` (with weights by :func:`audio_weights`).
 
     Source: Shao et al., DeepSeekMath (2024), equation 3; that of each term stands with its function.
     """
@@ -74,6 +79,10 @@ def grpo_loss(
         weights, limited = rollout_weights(old_log_probs, engine_log_probs, mask, s.rollout_correction, bounds)
         losses = losses * weights
         statistics |= {"weights": (weights * mask).sum(), "limited": limited.sum()}
+    if s.audio_token_weights:
+        heard = relative_change(old_log_probs - silent_log_probs)
+        losses = losses * audio_weights(heard, mask, s.audio_token_weights)
+        statistics["heard"] = (heard * mask).sum()
 
     def over_tokens(values: torch.Tensor) -> torch.Tensor:  # (batch, length) -> scalar
         return aggregate(values, mask, s.loss_agg_mode, tokens_per_micro_batch, s.max_response_length)
@@ -211,6 +220,34 @@ def rollout_weights(
         raise ValueError(f"unknown rollout correction {method!r}; known: {', '.join(ROLLOUT_CORRECTIONS)}")
     beyond = ((ratio < lowest) | (ratio > highest)).expand_as(log_ratio)
     return weight.expand_as(log_ratio).masked_fill(beyond, 0.0), beyond & mask.bool()
+
+
+def relative_change(log_ratio: torch.Tensor) -> torch.Tensor:
+    """How far two probabilities differ, as a share of the larger one: 0 (equal) to 1; log of their ratio given."""
+    return -torch.expm1(-log_ratio.abs())
+
+
+def audio_weights(heard: torch.Tensor, mask: torch.Tensor, share: float) -> torch.Tensor:
+    """Weights that let tokens count more whose probability depends on the sound: ``1 - share + share * h / mean(h)``.
+
+    ``h`` is ``heard`` plus :data:`UNHEARD`, so that weights stay near 1 in a response of which hardly a token depends
+    on the sound. Their mean over a response is 1: the loss keeps its scale, and a response its weight among the others.
+
+    :param heard: ``(batch, length)``, 0 to 1: :func:`relative_change` of each token's probability under the policy that
+        sampled, with the sound and with silence of the same length.
+    :param mask: ``(batch, length)``, 1 at response tokens.
+    :param share: Of the loss that is divided by ``h``, 0 to 1.
+    :return: ``(batch, length)`` without gradient.
+
+    Source: Huang et al., Spotlight on Token Perception for Multimodal Reinforcement Learning (2025), section 3, which
+    measures a token's dependence on an image by the KL divergence between the distributions with and without it, and
+    trains on the most dependent tokens alone; here the sampled token's probability stands for the distribution, and
+    no token is left out.
+    """
+    mask = mask.to(heard.dtype)
+    heard = heard.detach() + UNHEARD
+    mean = (heard * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return 1 - share + share * heard / mean.clamp(min=UNHEARD)
 
 
 def kl_tokens(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str) -> torch.Tensor:

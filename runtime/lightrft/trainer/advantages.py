@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 ESTIMATORS = ("group_norm", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce")  # of one reward
@@ -66,6 +68,22 @@ def overlong_penalty(lengths: torch.Tensor, max_length: int, buffer: int, factor
     """
     beyond = (lengths - (max_length - buffer)).clamp(min=0)
     return -beyond / buffer * factor
+
+
+def audio_gain(log_probs: torch.Tensor, silent_log_probs: torch.Tensor) -> float:
+    """How much less likely a response would have been without the sound: ``1 - exp(-mean(log p - log p_silent))``.
+
+    That is the share of a token's probability, in the geometric mean over the response, that is lost with silence of
+    the same length: 0 where silence makes the response as likely or likelier, near 1 where the sound was needed.
+
+    :param log_probs: Under the policy that sampled ``(response length,)``; ``silent_log_probs`` without the sound.
+    :return: 0 to 1.
+
+    Source: Wang et al., Perception-Aware Policy Optimization for Multimodal Reasoning (2025), whose objective maximises
+    the KL divergence between the policy with an image and with a masked one, estimated on sampled responses by this
+    ratio. It has no upper bound and is hacked without a regulariser; as a reward it is bounded, and paid by group.
+    """
+    return max(0.0, -math.expm1(-float((log_probs - silent_log_probs).mean())))
 
 
 def discounted_returns(token_rewards: torch.Tensor, gamma: float) -> torch.Tensor:

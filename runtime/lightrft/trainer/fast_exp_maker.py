@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightrft.models.loss import kl_tokens
 from lightrft.trainer.advantages import (
     WHITENED,
     KLController,
+    audio_gain,
     decoupled_advantages,
     overlong_penalty,
     shape_rewards,
@@ -26,6 +28,8 @@ from lightrft.trainer.replay_buffer import Experience, MicroBatch, make_micro_ba
 from lightrft.trainer.step_metrics import has_spread, normalised_parts, reward_parts
 from lightrft.utils.preemption import stop_request
 from lightrft.utils.protocols import Actor, Strategy, Tokenizer
+
+AUDIO_GAIN = "audio_gain_reward"  # a part of the reward that takes the policy's own log-probs
 
 
 def normalize_images(raw_images: Sequence[Any]) -> list[Any]:
@@ -53,7 +57,7 @@ class FastExperienceMaker:
 
     :param initial_model: Reference model, or None.
     :param reward_fn: LightRFT's signature, see :meth:`score`.
-    :param needs_old_log_probs: The update is not on-policy, or KL is part of the reward.
+    :param needs_old_log_probs: The update is not on-policy, or KL or :func:`~.advantages.audio_gain` is paid for.
     """
 
     def __init__(
@@ -112,10 +116,12 @@ class FastExperienceMaker:
         if self.strategy.args.overlong_buffer:
             self.penalise_length(items)
         rolled_out = time.perf_counter()
+        self.timings = {"rollout": rolled_out - started}
         self.on_phase("log-probs")
         self.add_log_probs(items)
         self.add_advantages(items)
-        self.timings = {"rollout": rolled_out - started, "logprobs": time.perf_counter() - rolled_out}
+        seconds = time.perf_counter() - rolled_out
+        self.timings["logprobs"] = seconds - self.timings.get("silence", 0.0)
         return items
 
     def ending_together(self) -> AbstractContextManager[None]:
@@ -210,7 +216,7 @@ class FastExperienceMaker:
         """
         n = self.sampling.n
         groups = [items[i : i + n] for i in range(0, len(items), n)]
-        parts = normalised_parts(self.strategy.args)
+        parts = [part for part in normalised_parts(self.strategy.args) if part != AUDIO_GAIN]  # that comes later
         dull = [i for i, group in enumerate(groups) if not has_spread(group, parts)]
         replaced = set()
         for attempt in range(1, self.strategy.args.dynamic_sampling_rounds + 1):
@@ -281,23 +287,27 @@ class FastExperienceMaker:
             item.reward_metrics = {name: float(values[i]) for name, values in metrics.items()}
 
     @torch.no_grad()
-    def log_probs(self, model: Actor, items: Sequence[Experience]) -> list[torch.Tensor]:
+    def log_probs(self, model: Actor, items: Sequence[Experience], silent: bool = False) -> list[torch.Tensor]:
         """Log-probs of the responses, given prompt and audio.
 
         :param model: Actor or reference model.
+        :param silent: Put silence of the same length in place of every clip.
         :return: ``(response length,)`` each, in CPU memory.
         """
         size = self.strategy.args.micro_rollout_batch_size
         out = []
         for start in range(0, len(items), size):
             part = items[start : start + size]
+            if silent:
+                silence = self.multimodal_processor.silence
+                part = [replace(item, clips=[silence(clip) for clip in item.clips]) for item in part]
             batch = make_micro_batch(part, self.tokenizer.pad_token_id, self.strategy.device)
             values = forward(model, batch).cpu()
             out += [values[i, : len(item.response_ids)] for i, item in enumerate(part)]
         return out
 
     def add_log_probs(self, items: list[Experience]) -> None:
-        """Set old and reference log-probs, where they are needed."""
+        """Set old and reference log-probs and those in silence, where they are needed, and pay for the audio's gain."""
         if self.needs_old_log_probs:
             for item, values in zip(items, self.log_probs(self.actor, items), strict=True):
                 item.old_log_probs = values
@@ -306,6 +316,17 @@ class FastExperienceMaker:
             for item, values in zip(items, self.log_probs(self.initial_model, items), strict=True):
                 item.ref_log_probs = values
             self.strategy.offload_model(self.initial_model)
+        args = self.strategy.args
+        if args.audio_token_weights or AUDIO_GAIN in args.reward_parts:
+            started = time.perf_counter()
+            for item, values in zip(items, self.log_probs(self.actor, items, silent=True), strict=True):
+                item.silent_log_probs = values
+            self.timings["silence"] = time.perf_counter() - started
+        if AUDIO_GAIN in args.reward_parts:
+            for item in items:
+                gain = audio_gain(item.old_log_probs, item.silent_log_probs)
+                item.reward += args.reward_parts[AUDIO_GAIN] * gain
+                item.reward_metrics[AUDIO_GAIN] = gain
 
     def add_advantages(self, items: list[Experience]) -> None:
         """Set the advantages.

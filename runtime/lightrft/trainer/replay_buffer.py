@@ -24,6 +24,7 @@ class Experience:
     :param response: Decoded response, for trajectories.
     :param old_log_probs: Under the policy that sampled; None where the update is on-policy.
     :param ref_log_probs: Under the reference model; None without KL.
+    :param silent_log_probs: As ``old_log_probs``, with silence in place of the sound; None where nothing needs them.
     :param advantages: ``(response length,)`` float32.
     """
 
@@ -42,6 +43,7 @@ class Experience:
     reward_metrics: dict[str, float] = field(default_factory=dict)
     old_log_probs: torch.Tensor | None = None
     ref_log_probs: torch.Tensor | None = None
+    silent_log_probs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
 
 

@@ -31,7 +31,7 @@ from lightrft.strategy.strategy_base import is_usable
 from lightrft.trainer import trajectories
 from lightrft.trainer.advantages import KLController
 from lightrft.trainer.evaluation import BestModel, Evaluation, Evaluator, FindCollapsed
-from lightrft.trainer.fast_exp_maker import FastExperienceMaker, forward, split_tags
+from lightrft.trainer.fast_exp_maker import AUDIO_GAIN, FastExperienceMaker, forward, split_tags
 from lightrft.trainer.health import AnomalyError, Health
 from lightrft.trainer.replay_buffer import Experience, make_micro_batch, pad_tokens
 from lightrft.trainer.saving import ResumePoint, RunSaver, restore_random_state
@@ -165,6 +165,7 @@ class SPMDPPOTrainerVL:
             rollout_correction=args.rollout_correction,
             rollout_correction_limit=args.rollout_correction_limit,
             rollout_correction_floor=args.rollout_correction_floor,
+            audio_token_weights=args.audio_token_weights,
         )
         warn = console.warn if strategy.is_rank_0() else lambda _: None
         self.health = Health(torch.bfloat16 if args.bf16 else torch.float32, args.on_anomaly, warn)
@@ -201,7 +202,7 @@ class SPMDPPOTrainerVL:
                 end_ids=tuple(end_token_ids),
                 logit_bias=logit_bias,
             ),
-            needs_old_log_probs=max_epochs > 1 or several_steps or kl_in_reward,
+            needs_old_log_probs=max_epochs > 1 or several_steps or kl_in_reward or AUDIO_GAIN in args.reward_parts,
         )
 
     # ------------------------------------------------------------ loop
@@ -414,6 +415,8 @@ class SPMDPPOTrainerVL:
         names += ["gap", "entropy", "sampled_tokens"]
         if self.args.rollout_correction != "none":
             names += ["weights", "limited"]
+        if self.args.audio_token_weights:
+            names += ["heard"]
         totals = UpdateTotals(dict.fromkeys(names, 0.0))
         size = self.micro_train_batch_size
         parts = [items[i : i + size] for i in range(0, len(items), size)]
@@ -478,6 +481,7 @@ class SPMDPPOTrainerVL:
             self.loss_settings,
             self.kl_ctl.value,
             tokens_per_micro_batch,
+            None if part[0].silent_log_probs is None else padded("silent_log_probs"),
         )
         finite = bool(torch.isfinite(loss))
         if not finite and self.health.action != "skip":

@@ -100,6 +100,7 @@ def step_metrics(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, 
         "train/clip_fraction": sums["clipped"] / tokens,
         **({"train/correction_weight": sums["weights"] / tokens} if "weights" in sums else {}),
         **({"train/correction_limited": sums["limited"] / tokens} if "limited" in sums else {}),
+        **({"train/heard": sums["heard"] / tokens} if "heard" in sums else {}),
         "train/not_finite": sums["train/not_finite"],
         "samples_per_second": sums["responses"] / maxima["time/step"],
     }

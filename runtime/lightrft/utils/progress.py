@@ -69,7 +69,7 @@ def step_lines(step: int, total: int, metrics: dict[str, float]) -> list[str]:
     if console.verbose:
         phases = "  ".join(
             f"{name} {fit(m[f'time/{name}'], 2)}"
-            for name in ("data", "rollout", "logprobs", "train", "sync")
+            for name in ("data", "rollout", "logprobs", "silence", "train", "sync")
             if f"time/{name}" in m
         )
         lines.append(paint(f"{'':5}seconds: {phases}", "dim"))

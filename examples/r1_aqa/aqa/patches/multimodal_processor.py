@@ -26,6 +26,7 @@ class AudioMultimodalProcessor:
         self.tokenizer = tokenizer
         self.processor = processor
         self.prompt_max_len = prompt_max_len
+        self._silent_row: torch.Tensor | None = None  # (1, n_mels)
         self.audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
         extractor = processor.feature_extractor
         if (extractor.sampling_rate, extractor.hop_length) != (SAMPLING_RATE, HOP_LENGTH):
@@ -57,6 +58,16 @@ class AudioMultimodalProcessor:
         padded = np.pad(wave, (0, max(0, min(needed, MAX_FRAMES * HOP_LENGTH) - len(wave))))
         mel = extractor(padded, sampling_rate=rate, padding="do_not_pad", truncation=False, return_tensors="pt")
         return pack_clip(mel["input_features"][0], frames), audio_token_count(frames)
+
+    def silence(self, clip: torch.Tensor) -> torch.Tensor:
+        """The rows of silence that is as long as a clip; all rows of silence are alike.
+
+        :param clip: Rows ``(frames + 2, n_mels)`` from :meth:`extract`.
+        :return: A view of a single row, of the same shape.
+        """
+        if self._silent_row is None:
+            self._silent_row = self.extract((np.zeros(SAMPLING_RATE, np.float32), SAMPLING_RATE))[0][:1]
+        return self._silent_row.expand_as(clip)
 
     def process_multimodal_batch(
         self,

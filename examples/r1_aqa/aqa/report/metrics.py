@@ -134,6 +134,12 @@ METRICS = {
         "tokens whose weight was at its bound, or 0 because their response is out of bounds",
         "Above some per cent: engine and trainer differ; see the log-prob gap.",
     ),
+    "train/heard": Metric(
+        "Heard",
+        "share",
+        "mean change of a token's probability by silence, of the larger one (--audio_token_weights)",
+        "Near 0: no token depends on the sound, and all weigh the same; does the model hear? See --eval_silent.",
+    ),
     "train/not_finite": Metric(
         "Not finite",
         "count",
@@ -175,6 +181,12 @@ METRICS = {
         "s",
         "forward passes of reference and, where needed, old policy",
         "Long: raise --micro_rollout_batch_size.",
+    ),
+    "time/silence": Metric(
+        "Log-probs in silence",
+        "s",
+        "the policy's forward pass without the sound, which --audio_token_weights and the reward audio_gain need",
+        "As time/logprobs.",
     ),
     "time/train": Metric(
         "Training",

@@ -85,6 +85,7 @@ def length_aware(response: str, reference: str, think: bool) -> Scores:
 
 
 R1_AQA_PARTS = ("accuracy", "format")  # parts of a sum that reward_fn measures anyway
+AUDIO_GAIN = "audio_gain"  # a part that the trainer adds, because it takes the policy's log-probs
 NAMED: dict[str, NamedReward] = {"exact": exact, "graded_format": graded_format, "length_aware": length_aware}
 
 
@@ -101,6 +102,10 @@ def find_reward(
     :return: A function with the signature of :func:`aqa.rewards.r1_aqa.reward_fn`.
     :raises SystemExit: if there is no such function.
     """
+    if AUDIO_GAIN in (names := name.split("+")):
+        paid = zip(names, weights or [1.0] * len(names), strict=True)
+        names, weights = zip(*((part, weight) for part, weight in paid if part != AUDIO_GAIN), strict=True)
+        name = "+".join(names)
     if name == "r1_aqa" and weights is None:
         return reward_fn
     names = ["accuracy", "format"] if name == "r1_aqa" else name.split("+")

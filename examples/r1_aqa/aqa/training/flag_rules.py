@@ -107,6 +107,7 @@ def _range_problems(args: argparse.Namespace) -> list[str]:
             ("top_k", args.top_k == -1 or args.top_k >= 1, "-1 (all tokens) or 1 and more"),
             ("eps_clip", 0 < args.eps_clip < math.inf, "above 0"),
             ("eps_clip_high", args.eps_clip_high is None or 0 < args.eps_clip_high < math.inf, "above 0"),
+            ("audio_token_weights", 0 <= args.audio_token_weights <= 1, "0 to 1"),
             ("rollout_correction_floor", args.rollout_correction_floor >= 0, "0 or more"),
             (
                 "rollout_correction_limit",
@@ -179,6 +180,15 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
             estimator == "gdpo" and len(parts) < 2,
             f"--advantage_estimator gdpo with --reward {args.reward}: it normalises each of several rewards by itself; "
             "give a sum, such as accuracy+format",
+        ),
+        (
+            parts == ["audio_gain"],
+            "--reward audio_gain: pays wrong answers like right ones; give a sum, such as accuracy+format+audio_gain",
+        ),
+        (
+            args.use_gspo and args.audio_token_weights > 0,
+            f"--audio_token_weights {args.audio_token_weights} with --use_gspo: all tokens of a response have one "
+            "ratio there, so weights with the mean 1 change nothing; drop one",
         ),
         (
             "majority" in parts and samples < 2,

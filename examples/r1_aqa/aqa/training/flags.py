@@ -12,7 +12,7 @@ from aqa.common.arguments import Parser
 ESTIMATORS = ("group_norm", "gdpo", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
 REFUSED_ESTIMATORS = {"gae": "needs a critic, and none is trained here", "cpgd": "needs a loss that is not in here"}
 REWARDS = ("r1_aqa", "exact", "graded_format", "length_aware")
-REWARD_PARTS = ("accuracy", "format", "consistency", "length", "majority")
+REWARD_PARTS = ("accuracy", "format", "consistency", "length", "majority", "audio_gain")
 LOSS_AGG_MODES = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 GROUP_METHODS = ("group_norm", "gdpo", "dr_grpo", "rloo", "reinforce_baseline")
 BOOL = argparse.BooleanOptionalAction
@@ -214,8 +214,9 @@ def _add_reward_flags(g: Any) -> None:
         default="r1_aqa",
         help="what is paid for: r1_aqa (accuracy + format), exact (no math_verify), graded_format, length_aware, or a "
         "function of your own, module:function, of (response, reference, think); or a sum of these and of accuracy, "
-        "format, consistency (the thinking ends at the choice that is answered), length (see --reward_words) and "
-        "majority (the group's most frequent answer; needs no right one), such as accuracy+format+consistency",
+        "format, consistency (the thinking ends at the choice that is answered), length (see --reward_words), majority "
+        "(the group's most frequent answer; needs no right one) and audio_gain (the share of the response's "
+        "probability that silence in place of the sound would cost), such as accuracy+format+consistency",
     )
     g.add_argument(
         "--reward_weights", type=float, nargs="+", metavar="W", help="weight of each part of --reward; default: 1"
@@ -247,6 +248,14 @@ def _add_grpo_flags(g: Any) -> None:
         action=BOOL,
         default=False,
         help="weigh a token by its ratio, at most 1 + --eps_clip_high, where PPO would leave it out (CISPO)",
+    )
+    g.add_argument(
+        "--audio_token_weights",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the loss, 0 to 1, in which a token weighs by how much its probability changes when silence "
+        "takes the place of the sound; takes one more log-prob forward (time/silence)",
     )
     g.add_argument(
         "--rollout_correction",

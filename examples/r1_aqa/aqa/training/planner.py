@@ -278,6 +278,7 @@ class Plan:
             parked = pinned(shares) * with_reference
 
         scores = args.init_kl_coef > 0 or args.max_epochs > 1 or args.train_batch_size < self.responses
+        scores |= args.audio_token_weights > 0 or "audio_gain_reward" in args.reward_parts
         log_probs = self._forward(args.micro_rollout_batch_size) * scores
         saved, work = self.micro_batch(args.micro_train_batch_size)
         buffers = [0.0] * 5

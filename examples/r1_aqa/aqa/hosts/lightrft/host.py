@@ -27,6 +27,7 @@ UNKNOWN = {
     "use_cispo": False,
     "rollout_correction": "none",
     "mask_truncated": False,
+    "audio_token_weights": 0.0,
     "save_hf_on_stop": None,
 }
 # What LightRFT's examples have flags for and this one has not: the values that change nothing.
@@ -117,6 +118,8 @@ class LightRFTHost:
                 f"--reward majority with --micro_rollout_batch_size {args.micro_rollout_batch_size}: LightRFT pays "
                 f"each such batch by itself, and would cut groups; use a multiple of {args.n_samples_per_prompt}"
             )
+        if "audio_gain" in args.reward.split("+"):
+            problems.append("--reward audio_gain: LightRFT scores before the policy's log-probs are known; drop it")
         if args.dynamic_sampling:
             problems.append("--dynamic_sampling: LightRFT only drops groups of rewards 0 or 1, not those of 2; drop it")
         problems += [
