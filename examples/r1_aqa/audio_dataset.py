@@ -53,6 +53,7 @@ class AudioPromptDataset(Dataset):
         run before its first step. Takes some milliseconds a clip.
     :param cache_bytes: Most memory for decoded clips, so that the next episode need not decode them again.
     :param tagged: Give rows and batches a fifth member, their tags (:func:`tags_of`); LightRFT's trainer takes four.
+    :param thinking: A thinking process for each row, for the warm start; None: there is none.
     :raises DataError: if a row cannot be trained on; all such rows are counted, the first are named.
     """
 
@@ -68,10 +69,12 @@ class AudioPromptDataset(Dataset):
         decode_all: bool = False,
         cache_bytes: int = 0,
         tagged: bool = False,
+        thinking: Sequence[str | None] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.processor = processor
         self.max_length = max_length
+        self.thinking = thinking
         self.reader = reader or AudioReader()
         self.clips = WaveformCache(self.reader.load, cache_bytes)
         self._read = self.reader.load if decode_all else self.reader.read_header

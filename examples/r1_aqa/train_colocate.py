@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import copy
 import json
 import os
 import signal
@@ -109,6 +110,8 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     initial_model = start_engine(args, strategy, data, notes, actor, initial_model)
     trainer = make_trainer(args, strategy, data, reward_fn, actor, initial_model, optimizer, scheduler)
     HOST.complete_trainer(trainer, data.prompts, data.evaluators, states, find_collapsed(data))
+    if args.sft_steps:
+        warm_start(args, strategy, data, trainer)
 
     # ---- train and save
     args.num_episodes = length.episodes  # --max_steps may need more, or fewer
@@ -137,7 +140,8 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
 def load_models(args: argparse.Namespace, strategy: Any) -> tuple[Any, Any]:
     """Load the actor and the reference model.
 
-    The reference model is None without KL, and with LoRA, where the actor without its adapters is the reference.
+    The reference model is None without KL, with LoRA, where the actor without its adapters is the reference, and before
+    a warm start, see :func:`warm_start`.
 
     :raises SystemExit: if ``--pretrain`` cannot be loaded.
     """
@@ -146,7 +150,7 @@ def load_models(args: argparse.Namespace, strategy: Any) -> tuple[Any, Any]:
     with strategy.init_model_context():
         actor = HOST.load_actor(args, None if args.fsdp else strategy.get_ds_train_config(is_actor=True))
         initial_model = None
-        if args.init_kl_coef > 0 and args.lora_rank == 0:
+        if args.init_kl_coef > 0 and args.lora_rank == 0 and args.sft_steps == 0:
             initial_model = HOST.load_actor(args, None if args.fsdp else strategy.get_ds_eval_config(offload=False))
     if args.freeze_prefix:
         strategy.print(freeze(actor.model, args.freeze_prefix))
@@ -239,7 +243,9 @@ def start_engine(
     for model in models:
         patch_actor_for_audio(model)
     HOST.share_tower(args, strategy, models)
-    return HOST.without_adapters(actor) if args.lora_rank > 0 and args.init_kl_coef > 0 else initial_model
+    if args.lora_rank > 0 and args.init_kl_coef > 0 and args.sft_steps == 0:
+        return HOST.without_adapters(actor)
+    return initial_model
 
 
 def has_room_for_engine_weights(args: argparse.Namespace, strategy: Any) -> bool:
@@ -310,6 +316,32 @@ def make_trainer(
     return trainer
 
 
+def warm_start(args: argparse.Namespace, strategy: Any, data: Data, trainer: Any) -> None:
+    """Make the supervised steps, and take the model after them as the reference, with LoRA too.
+
+    :raises SystemExit: if that model is gone when GRPO is resumed.
+    """
+    from audio_dataset import patch_actor_for_audio
+
+    from lightrft.trainer.warm_start import warm_start as supervise
+
+    HOST.status("")
+    data.warm_start.remaining = args.sft_steps - trainer.restored_sft
+    folder = supervise(trainer, data.warm_start)
+    if args.init_kl_coef == 0:
+        return
+    HOST.status("loading the reference model ...")
+    source = {"pretrain": str(folder), "lora_rank": 0, "load_in_4bit": False}
+    with strategy.init_model_context():
+        ds_config = None if args.fsdp else strategy.get_ds_eval_config(offload=False)
+        reference = strategy.prepare_model(HOST.load_actor(argparse.Namespace(**vars(args) | source), ds_config))
+    if args.fsdp:
+        strategy.offload_model(reference)
+    patch_actor_for_audio(reference)
+    HOST.share_tower(args, strategy, [trainer.actor, reference])
+    trainer.take_reference(reference)
+
+
 # ----------------------------------------------------------------------------------------------------------------- data
 @dataclass
 class Data:
@@ -319,6 +351,7 @@ class Data:
     :param evaluation: This rank's batches of evaluation prompts, scored by the reward, if there are any.
     :param evaluators: One for each benchmark file.
     :param asked_to_think: Share of training prompts that ask for the thinking process.
+    :param warm_start: This rank's batches of supervised steps, if there are any.
     """
 
     tokenizer: Any
@@ -327,6 +360,7 @@ class Data:
     evaluation: PrefetchLoader | None
     evaluators: list[Any]
     asked_to_think: float
+    warm_start: PrefetchLoader | None
 
 
 def load_data(args: argparse.Namespace, strategy: Any, actor: Any) -> Data:
@@ -354,7 +388,27 @@ def load_data(args: argparse.Namespace, strategy: Any, actor: Any) -> Data:
     evaluation = make_eval_dataloader(args, strategy, tokenizer, processor, eval_batch)
     evaluators = make_evaluators(args, strategy, processor, asked_to_think == 1)
     choose_metric(args, evaluation, evaluators)
-    return Data(tokenizer, processor, PrefetchLoader(loader), evaluation, evaluators, asked_to_think)
+    warm = make_warm_start_dataloader(args, strategy, dataset) if args.sft_steps else None
+    return Data(tokenizer, processor, PrefetchLoader(loader), evaluation, evaluators, asked_to_think, warm)
+
+
+def make_warm_start_dataloader(args: argparse.Namespace, strategy: Any, dataset: Any) -> PrefetchLoader:
+    """The training rows again, with a response in place of each reference.
+
+    :raises SystemExit: if there are too few for a step.
+    :raises DataError: naming rows that have no response.
+    """
+    from aqa.training.responses import given_responses
+
+    taught = copy.copy(dataset)
+    taught.references = given_responses(dataset.references, dataset.labels, dataset.thinking, dataset.tokenizer, args)
+    size = strategy.warm_start_prompts
+    if len(taught) < size * strategy.world_size:
+        raise SystemExit(
+            f"--sft_steps: a step takes {size * strategy.world_size} rows, and there are {len(taught)}: a smaller "
+            "--train_batch_size, or more rows"
+        )
+    return PrefetchLoader(strategy.setup_dataloader(taught, size, False, True, collate_fn=taught.collate_fn))
 
 
 def too_few(args: argparse.Namespace, rows: int, ranks: int) -> str:
@@ -414,6 +468,7 @@ def load_prompts(
         decode_all=args.decode_audio,
         cache_bytes=args.audio_cache_mib * 2**20,
         tagged=HOST.row_tags,
+        thinking=rows[args.sft_thinking_key] if args.sft_thinking_key in rows.column_names else None,
     )
 
 

@@ -33,6 +33,7 @@ FLAGS = {
     "l2": 0.1,
     "actor_learning_rate": 1e-2,
     "lr_warmup_ratio": 0,
+    "sft_steps": 0,
     "adam_betas": (0.9, 0.95),
     "max_norm": 0.5,
     "train_batch_size": 2,

@@ -207,7 +207,7 @@ class Oracle:
         n, estimator = self.args["n_samples_per_prompt"], self.args["advantage_estimator"]
         if estimator == "gdpo":  # GDPO (2026): each part by itself within the group, the sum over the batch
             names = {**self.args["reward_parts"], "overlong_penalty": 1.0}
-            parts = torch.tensor([[item["reward_metrics"][name] for name in names] for item in items]).double()
+            parts = torch.tensor([[item["reward_metrics"].get(name, 0.0) for name in names] for item in items]).double()
             groups = parts.reshape(-1, n, len(names))
             groups = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
             total = (groups.flatten(0, 1) * torch.tensor(list(names.values()))).sum(1)

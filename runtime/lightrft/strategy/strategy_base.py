@@ -97,7 +97,7 @@ class StrategyBase(ABC):
         """Shard the models and make the optimizer.
 
         :param reward_models: Rewards are rules; returned as they are.
-        :param max_steps: Optimizer steps of the run, for the learning-rate schedule.
+        :param max_steps: Optimizer steps of GRPO, for the learning-rate schedule.
         :return: As LightRFT: (actor, optimizer, scheduler), (critic, ...), reward models, reference model.
         """
         actor.model, optimizer, scheduler = self.prepare_training(actor.model, max_steps)
@@ -143,14 +143,24 @@ class StrategyBase(ABC):
             betas=tuple(args.adam_betas),
             fused=True,  # one pass over weights, gradients and moments, without temporaries, on CPUs too
         )
-        warmup = math.ceil(max_steps * args.lr_warmup_ratio)
-        scheduler = LambdaLR(optimizer, lambda step: rate_factor(step, warmup, max_steps))
-        return optimizer, scheduler
+
+        def factor(step: int) -> float:  # the warm start's schedule, then GRPO's
+            if step >= args.sft_steps:
+                return rate_factor(step - args.sft_steps, math.ceil(max_steps * args.lr_warmup_ratio), max_steps)
+            peak = (args.sft_learning_rate or args.actor_learning_rate) / args.actor_learning_rate
+            return peak * rate_factor(step, math.ceil(args.sft_steps * args.lr_warmup_ratio), args.sft_steps)
+
+        return optimizer, LambdaLR(optimizer, factor)
 
     @property
     def accumulation(self) -> int:
         """Micro-batches of a rank in one optimizer step."""
         return self.args.train_batch_size // (self.args.micro_train_batch_size * self.world_size)
+
+    @property
+    def warm_start_prompts(self) -> int:
+        """Prompts of a rank in a supervised step: as many as an optimizer step of GRPO has, one response each."""
+        return self.accumulation * max(1, self.args.micro_train_batch_size // self.args.n_samples_per_prompt)
 
     def setup_dataloader(
         self,

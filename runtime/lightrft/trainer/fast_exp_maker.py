@@ -152,20 +152,7 @@ class FastExperienceMaker:
         :return: Experiences without rewards.
         :raises RuntimeError: if the engine saw other prompt tokens than the trainer will.
         """
-        images = normalize_images(all_images)
-        images_num = get_images_num(images)
-        data = self.multimodal_processor.process_multimodal_batch(
-            all_prompts=all_prompts,
-            all_images=images,
-            all_references=all_references,
-            images_num=images_num,
-            n_samples_per_prompt=1,  # the engine samples n times from one request; a clip is prepared once
-            all_videos=None,
-            videos_num=None,
-        )
-        rows = data["all_images_pixel_values"]
-        sizes = data["all_images_grid_thw"].prod(-1).tolist()
-        clips = list(rows.split(sizes)) if rows is not None else []
+        data, images, clips = self.read_prompts(all_prompts, all_images, all_references)
         rank, world = self.strategy.rank, self.strategy.world_size
         seed = (self.strategy.args.seed, step, *([attempt] if attempt else []))
         outputs = self.strategy.gather_and_generate(
@@ -176,10 +163,7 @@ class FastExperienceMaker:
             images_num=data["all_images_num"],
         )
         items = []
-        first_clip = 0
         for i, prompt_ids in enumerate(data["all_prompt_token_ids"]):
-            mine = clips[first_clip : first_clip + data["all_images_num"][i]]
-            first_clip += len(mine)
             ids = torch.tensor(prompt_ids, dtype=torch.long)
             for output in outputs[i * sampling.n : (i + 1) * sampling.n]:
                 if list(output.prompt_token_ids) != list(prompt_ids):
@@ -194,7 +178,7 @@ class FastExperienceMaker:
                         response_ids=torch.tensor(output.output_token_ids, dtype=torch.long),
                         engine_log_probs=output.output_log_probs,
                         truncated=output.truncated,
-                        clips=mine,
+                        clips=clips[i],
                         reference=all_references[i],
                         label=all_labels[i],
                         tags=all_tags[i] if all_tags else (),
@@ -202,6 +186,27 @@ class FastExperienceMaker:
                     )
                 )
         return items
+
+    def read_prompts(
+        self, all_prompts: Sequence[str], all_images: Sequence[Any], all_references: Sequence[str]
+    ) -> tuple[dict[str, Any], list[Any], list[list[torch.Tensor]]]:
+        """Tokenise prompts and prepare what the image slot carries.
+
+        :return: LightRFT's mapping, the image slot's content, and the rows of each prompt's clips.
+        """
+        images = normalize_images(all_images)
+        data = self.multimodal_processor.process_multimodal_batch(
+            all_prompts=all_prompts,
+            all_images=images,
+            all_references=all_references,
+            images_num=get_images_num(images),
+            n_samples_per_prompt=1,  # the engine samples n times from one request; a clip is prepared once
+            all_videos=None,
+            videos_num=None,
+        )
+        rows = data["all_images_pixel_values"]
+        parts = iter(rows.split(data["all_images_grid_thw"].prod(-1).tolist()) if rows is not None else ())
+        return data, images, [[next(parts) for _ in range(count)] for count in data["all_images_num"]]
 
     def replace_groups(self, items: list[Experience], step: int) -> list[Experience]:
         """Replace groups whose rewards are all equal, and whose advantages are therefore 0, by others.

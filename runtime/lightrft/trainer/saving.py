@@ -31,12 +31,22 @@ class ResumePoint:
         ``--rollout_batch_size``.
     :param kl_coef: Weight of the KL after it.
     :param health: State of :class:`~lightrft.trainer.health.Health` after it.
+    :param sft: Steps of the warm start that are done.
     """
 
     step: int
     prompts: int
     kl_coef: float
     health: dict[str, Any]
+    sft: int = 0
+
+    @property
+    def number(self) -> int:
+        """What names the checkpoint: steps of both phases."""
+        return self.sft + self.step
+
+    def __str__(self) -> str:
+        return f"step {self.step}" if self.step or not self.sft else f"step {self.sft} of the warm start"
 
 
 class RunSaver:
@@ -64,7 +74,7 @@ class RunSaver:
         self.point = start
         # False while the weights differ from the resume point, or may hold NaN: then an error does not save
         self.whole = True
-        self.saved = 0  # step of the checkpoint that was loaded or written last
+        self.saved = 0  # number of the checkpoint that was loaded or written last
         self.failed = 0
         self.best: BestModel | None = None
 
@@ -77,7 +87,7 @@ class RunSaver:
             if not self.disable_ds_ckpt:
                 self.save_state()
             if self.save_hf_ckpt and self.point.step:  # 0: the first optimizer step takes more rollouts
-                self._save_folder()
+                self.save_folder(self._hf_folder())
         except SaveError as error:
             self._take_failure(error)
 
@@ -100,7 +110,7 @@ class RunSaver:
         if self.args.on_save_error == "stop":
             raise error
         self.failed += 1
-        self.warn(f"step {self.point.step} could not be saved ({error}); what was saved before is as it was")
+        self.warn(f"{self.point} could not be saved ({error}); what was saved before is as it was")
 
     def save_before_exit(self, folder: bool = True) -> str:
         """Write a checkpoint because the run ends early.
@@ -108,9 +118,9 @@ class RunSaver:
         :param folder: Also write a Hugging Face folder, as ``save_hf_on_stop`` says.
         :return: What to tell the user about it.
         """
-        if self.point.step == 0:
+        if self.point.number == 0:
             return "no step is done yet, so there is nothing to save"
-        said = f"step {self.point.step} is the last one that is done"
+        said = f"{self.point} is the last one that is done"
         try:
             if not self.disable_ds_ckpt:
                 self.save_state()
@@ -118,8 +128,8 @@ class RunSaver:
         except SaveError as error:
             return f"{said}, but could not be saved: {error}"
         try:
-            if folder and self._writes_folder_on_stop():
-                self._save_folder()
+            if folder and self.point.step and self._writes_folder_on_stop():
+                self.save_folder(self._hf_folder())
                 said += f"; {self._hf_folder().name} is its model"
         except SaveError as error:
             said += f"; its model could not be written: {error}"
@@ -137,19 +147,20 @@ class RunSaver:
 
         The start has none: its weights are ``--pretrain``'s.
         """
-        if self.point.step == self.saved:
+        if self.point.number == self.saved:
             return
         kind, keys, *rest = np.random.get_state()
         state = {
             "consumed_samples": self.point.prompts,
+            "sft_step": self.point.sft,
             "kl_coef": self.point.kl_coef,
             "health": self.point.health,
             "best": self.best and self.best.record,
             "rng": gather_objects((random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state())),
         }
-        tag = f"step_{self.point.step:06d}"
+        tag = f"step_{self.point.number:06d}"
         self.strategy.save_ckpt(self.actor.model, str(self._checkpoints()), tag, self.args.max_ckpt_num, state)
-        self.saved = self.point.step
+        self.saved = self.point.number
 
     def finish_interrupted_save(self) -> None:
         """Do in a resumed run what is left of a save during which the earlier process was killed."""
@@ -163,10 +174,13 @@ class RunSaver:
         due = self.save_hf_ckpt and step > 0 and every > 0 and step % every == 0
         # rank 0 alone looks, because it alone writes these folders, and save_path may be a local disk
         if any(gather_objects(self.strategy.is_rank_0() and due and not self._hf_folder().exists())):
-            self._save_folder()
+            self.save_folder(self._hf_folder())
 
-    def _save_folder(self) -> None:
-        folder = self._hf_folder()
+    def save_folder(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder: whole, or not at all.
+
+        :raises SaveError: if that fails.
+        """
         part = folder.with_name(folder.name + checkpoint.PART)
         self.strategy.save_model(self.actor, self.tokenizer, str(part))
         self.strategy.together(lambda: checkpoint.replace_folder(part, folder), self.strategy.is_rank_0())

@@ -17,6 +17,7 @@ import random
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -176,14 +177,14 @@ class SPMDPPOTrainerVL:
         self.saver = RunSaver(strategy, actor, tokenizer, save_hf_ckpt, disable_ds_ckpt, warn, start)
         self.evaluators: list[Evaluator] = []  # what is measured every eval_steps beside the reward, see Evaluation
         self.find_collapsed: FindCollapsed | None = None
-        self.restored_step = 0
+        self.restored_step = self.restored_sft = 0
         self.batches_ahead = 0  # batches of the data that are used, beyond the steps: see fit
         self.restored_best: dict[str, Any] | None = None  # record of the best model in the checkpoint that was loaded
         self.progress = Progress()
         self.samples: list[dict[str, Any]] = []  # of the last step, on rank 0: see trajectories.records
         for model in filter(None, (actor, initial_model)):
             model.temperature, model.logit_bias = temperature, logit_bias
-        kl_in_reward = initial_model is not None and not args.use_kl_loss
+        kl_in_reward = init_kl_coef > 0 and not args.use_kl_loss
         several_steps = args.train_batch_size < args.rollout_batch_size * args.n_samples_per_prompt
         self.experience_maker = FastExperienceMaker(
             actor=actor,
@@ -226,8 +227,8 @@ class SPMDPPOTrainerVL:
         first = self.restored_step
         self.batches_ahead = consumed_samples // self.args.rollout_batch_size - first
         total = (self.args.max_steps or len(prompts_dataloader) * self.args.num_episodes) - self.batches_ahead
-        self.saver.point = ResumePoint(first, consumed_samples, self.kl_ctl.value, self.health.state())
-        self.saver.saved = first
+        health = self.health.state()
+        self.saver.point = ResumePoint(first, consumed_samples, self.kl_ctl.value, health, self.args.sft_steps)
         stop_request.install()
         if not self.saver.disable_ds_ckpt:
             self.saver.finish_interrupted_save()
@@ -250,15 +251,23 @@ class SPMDPPOTrainerVL:
         self.experience_maker.on_phase = self.progress.phase
         if self.args.dynamic_sampling:
             self.experience_maker.draw_prompts = partial(self.draw_prompts, prompts_dataloader)
-        batches = self._batches(prompts_dataloader, first + self.batches_ahead)
+        batches = self.batches(prompts_dataloader, first + self.batches_ahead, self.args.num_episodes)
         started, step = time.perf_counter(), first
         metrics: dict[str, float] = {}
-        try:
+        with self.saving_what_is_done(writers):
             if first == 0 and evaluation.due(0, total, self.args.eval_steps):
                 self._evaluate_start(evaluation, writer, total)
             for step, (batch, waited) in enumerate(batches, first + 1):
                 metrics = self.train_on(batch, step, waited)
                 self._after_step(evaluation, writer, step, total, metrics)
+        self.strategy.print(f"trained {step - first} steps in {time.perf_counter() - started:.0f} s")
+        return metrics
+
+    @contextmanager
+    def saving_what_is_done(self, writers: Sequence[MetricsWriter]) -> Iterator[None]:
+        """Save the last whole step where a signal, an anomaly or an error ends the run; then close bar and writers."""
+        try:
+            yield
         except AnomalyError as anomaly:
             console.print(f"stopped by --on_anomaly stop: {anomaly}; {self.saver.save_before_exit()}", needed=True)
             raise SystemExit(ANOMALY_EXIT) from None
@@ -269,10 +278,13 @@ class SPMDPPOTrainerVL:
             raise self._end_of(error) from None
         finally:
             self.progress.close()
-            if writer is not None:
+            for writer in writers:
                 writer.close()
-        self.strategy.print(f"trained {step - first} steps in {time.perf_counter() - started:.0f} s")
-        return metrics
+
+    def take_reference(self, model: Actor) -> None:
+        """Use a prepared model as the reference from now on."""
+        model.temperature, model.logit_bias = self.actor.temperature, self.actor.logit_bias
+        self.experience_maker.initial_model = model
 
     def _end_of(self, error: Exception) -> BaseException:
         """Save the last whole step after an error, if it is whole and all ranks know of the error.
@@ -287,10 +299,10 @@ class SPMDPPOTrainerVL:
                 console.warn(f"the last step could not be saved: {second}")
         return (error.own or SystemExit(1)) if isinstance(error, RankError) else error
 
-    def _batches(self, loader: Any, done: int) -> Iterator[tuple[tuple[Any, ...], float]]:
+    def batches(self, loader: Any, done: int, episodes: int) -> Iterator[tuple[tuple[Any, ...], float]]:
         """Batches of all episodes, from the first one that is not done, and the seconds that each was waited for."""
         sampler = loader.sampler
-        for episode in range(done // len(loader), self.args.num_episodes):
+        for episode in range(done // len(loader), episodes):
             sampler.set_epoch(episode)
             sampler.start = max(0, done - episode * len(loader)) * loader.batch_size
             yield from stop_request.each(timed(loader), self.strategy.device)
@@ -387,7 +399,8 @@ class SPMDPPOTrainerVL:
         metrics |= counts | {"health/failed_saves": float(self.saver.failed)}
         if stepped:
             prompts = (step + self.batches_ahead) * self.args.rollout_batch_size
-            self.saver.point = ResumePoint(step, prompts, self.kl_ctl.value, self.health.state())
+            health = self.health.state()
+            self.saver.point = ResumePoint(step, prompts, self.kl_ctl.value, health, self.args.sft_steps)
             self.saver.whole = True
         return anomaly
 
@@ -537,7 +550,9 @@ class SPMDPPOTrainerVL:
 
         :param state: As ``strategy.load_ckpt`` returns it.
         """
-        self.restored_step = state["step"]
+        self.saver.saved = state["step"]
+        self.restored_sft = state.get("sft_step", 0)  # checkpoints of earlier versions have none
+        self.restored_step = state["step"] - self.restored_sft
         self.kl_ctl.value = state["kl_coef"]
         self.health.restore(state["health"])
         self.restored_best = state.get("best")  # checkpoints of earlier versions have none

@@ -18,6 +18,9 @@ class Tokenizer(Protocol):
 
     pad_token_id: int
 
+    def __call__(self, text: list[str], add_special_tokens: bool) -> Any:
+        """Token ids of texts, as ``input_ids``."""
+
     def batch_decode(self, sequences: Sequence[torch.Tensor], skip_special_tokens: bool) -> list[str]:
         """Texts of token ids."""
 

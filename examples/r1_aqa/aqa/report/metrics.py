@@ -152,6 +152,12 @@ METRICS = {
         "before clipping, the largest of the step's optimizer steps; null in a step without one",
         "Peaks above --max_norm are clipped. Grows steadily: lower the learning rate. 0: all groups without spread.",
     ),
+    "train/sft_loss": Metric(
+        "Warm start's loss",
+        "nats a token",
+        "cross-entropy of the given responses (--sft_steps); these steps count up to -1, before GRPO's step 1",
+        "Does not fall: raise --sft_learning_rate. Near 0: fewer steps; GRPO needs responses that differ.",
+    ),
     "train/lr": Metric(
         "Learning rate",
         "",

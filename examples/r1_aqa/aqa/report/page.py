@@ -44,6 +44,7 @@ PANELS = (
     ("Reward", ("rollout/reward", "eval/reward"), False),
     ("Accuracy", ("rollout/accuracy_reward", "eval/accuracy_reward"), False),
     ("Format", ("rollout/format_reward", "eval/format_reward"), False),
+    ("Warm start's loss", ("train/sft_loss",), False),
     ("KL", ("train/kl",), False),
     ("Entropy", ("train/entropy",), False),
     ("Groups without spread", ("rollout/groups_without_spread",), False),

@@ -107,6 +107,8 @@ def _range_problems(args: argparse.Namespace) -> list[str]:
             ("top_k", args.top_k == -1 or args.top_k >= 1, "-1 (all tokens) or 1 and more"),
             ("eps_clip", 0 < args.eps_clip < math.inf, "above 0"),
             ("eps_clip_high", args.eps_clip_high is None or 0 < args.eps_clip_high < math.inf, "above 0"),
+            ("sft_steps", args.sft_steps >= 0, "0 (none) or more"),
+            ("sft_learning_rate", args.sft_learning_rate is None or 0 < args.sft_learning_rate < math.inf, "above 0"),
             ("audio_token_weights", 0 <= args.audio_token_weights <= 1, "0 to 1"),
             ("rollout_correction_floor", args.rollout_correction_floor >= 0, "0 or more"),
             (

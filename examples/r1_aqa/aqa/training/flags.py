@@ -62,6 +62,7 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
         ("batch sizes and length of the run", _add_batch_flags),
         ("sampling", _add_sampling_flags),
         ("reward", _add_reward_flags),
+        ("warm start", _add_warm_start_flags),
         ("GRPO", _add_grpo_flags),
         ("optimizer and sharding", _add_optimizer_flags),
         ("output", _add_output_flags),
@@ -228,6 +229,22 @@ def _add_reward_flags(g: Any) -> None:
         default=(0, 64),
         metavar=("LEAST", "MOST"),
         help="words of a response for which the part length pays 1; it falls to 0 at no word, and at twice the most",
+    )
+
+
+def _add_warm_start_flags(g: Any) -> None:
+    g.add_argument(
+        "--sft_steps",
+        type=int,
+        default=0,
+        help="supervised steps on the training rows' answers before GRPO, each of --train_batch_size / "
+        "--n_samples_per_prompt rows; the model after them is the reference, and is kept in <save_path>/warm_start",
+    )
+    g.add_argument("--sft_learning_rate", type=float, help="its peak; default: --actor_learning_rate")
+    g.add_argument(
+        "--sft_thinking_key",
+        default="thinking",
+        help="column with the thinking process, for rows that ask for it; without it such rows are refused",
     )
 
 

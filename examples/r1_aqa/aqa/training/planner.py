@@ -269,7 +269,7 @@ class Plan:
         step = gradients + 4 * at_once * (stage == 3)  # copied to float32
 
         # a whole reference model is on the GPU for its log-probs alone, and always in pinned memory
-        with_reference = args.init_kl_coef > 0 and args.lora_rank == 0
+        with_reference = args.init_kl_coef > 0 and (args.lora_rank == 0 or args.sft_steps > 0)
         reference = self.model / (self.gpus if sharded else 1) * with_reference
         beside = reference * (not (args.fsdp_cpu_offload if args.fsdp else self.offloads))
         waits, parked = beside * sharded, reference - beside

@@ -40,7 +40,8 @@ MODEL_FILES = (
 )
 # the file that marks a folder as a run's is moved last: after a kill the next start still knows it, and moves the rest
 RUN_FILES = (
-    *(CHECKPOINTS, "global_step*_hf", "hf_step_*", "best", "best.*", "trajectories", "trajectories.old", "eval"),
+    *(CHECKPOINTS, "global_step*_hf", "hf_step_*", "warm_start", "best", "best.*"),
+    *("trajectories", "trajectories.old", "eval"),
     *("report.html", "metrics.csv", "wandb", "wandb_run_id.txt", "metrics.jsonl*", CONFIG),
 )
 MARKS = (CHECKPOINTS, NOTES_FILE, "metrics.jsonl", CONFIG)  # each shows that a run has written the folder's other files
@@ -68,12 +69,14 @@ FIXED = {
     "pretrain": "the weights are the checkpoint's; another start model needs a new run (another --save_path)",
     **dict.fromkeys(("bf16", "lora_rank", "target_modules", "freeze_prefix", "load_in_4bit"), _FORM),
     **dict.fromkeys(("fsdp", "zero_stage", "ranks"), _RANKS),
+    "sft_steps": "checkpoints are counted from its first step; start a new run",
 }
 # Settings that decide nothing while another flag is off.
 SWITCHES = {
     **dict.fromkeys(("target_modules", "lora_alpha"), "lora_rank"),
     **dict.fromkeys(("overlong_buffer_len", "overlong_buffer_penalty_factor"), "overlong_buffer"),
     "dynamic_sampling_rounds": "dynamic_sampling",
+    **dict.fromkeys(("sft_learning_rate", "sft_thinking_key"), "sft_steps"),
 }
 ENDS = {
     4: "--on_anomaly stop",

@@ -28,6 +28,7 @@ UNKNOWN = {
     "rollout_correction": "none",
     "mask_truncated": False,
     "audio_token_weights": 0.0,
+    "sft_steps": 0,
     "save_hf_on_stop": None,
 }
 # What LightRFT's examples have flags for and this one has not: the values that change nothing.
