@@ -179,22 +179,26 @@ def test_methods_together(run, tiny_model, demo_parquet, tmp_path):
     methods = ("--advantage_estimator", "rloo", "--use_gspo", "--no-use_kl_loss", "--kl_estimator", "k1")
     dapo = ("--eps_clip_high", 0.3, "--dynamic_sampling", "--overlong_buffer", "--overlong_buffer_len", 6)
     extra = ("--engine_type", "hf", "--rollout_correction", "mis", "--max_epochs", 2, "--max_samples", 8)
+    extra = (*extra, "--reward", "accuracy+format+audio_gain", "--reward_weights", 1, 1, 0.5)
     train(tiny_model, demo_parquet, tmp_path, *methods, *dapo, *extra)
     for record in metrics_of(tmp_path):
         assert record["train/correction_weight"] == pytest.approx(1, abs=1e-3)
         assert record["train/correction_limited"] == 0
         # 12 tokens at most, of which the last 6 cost up to 1; an answer has 8
         assert -1 <= record["rollout/overlong_penalty"] < -0.2
-        total = record["rollout/accuracy_reward"] + record["rollout/format_reward"]
-        assert record["rollout/reward"] == pytest.approx(total + record["rollout/overlong_penalty"], abs=1e-5)
+        total = record["rollout/accuracy_reward"] + record["rollout/format_reward"] + record["rollout/overlong_penalty"]
+        assert 0 < record["rollout/audio_gain_reward"] < 1 and record["time/silence"] > 0
+        total += 0.5 * record["rollout/audio_gain_reward"]
+        assert record["rollout/reward"] == pytest.approx(total, abs=1e-5)
         assert 0 <= record["rollout/replaced"] <= 1
         assert record["rollout/groups_without_spread"] <= 0.5
         assert record["rollout/logprob_gap_max"] < 1e-3
     assert record["train/kl"] != 0
-    # these two runs write every metric that there is; docs/metrics.md shows the table
+    # these two runs write nearly every metric that there is; docs/metrics.md shows the table
     written = set().union(*metrics_of(run[0]), *metrics_of(tmp_path)) - {"step"}
     assert [name for name in written if not metrics.known(name)] == []
-    assert metrics.METRICS.keys() - written == {"eval/accuracy_reward_silent"}  # test_evaluation.py has it
+    # test_evaluation.py and test_warm_start.py have these
+    assert metrics.METRICS.keys() - written == {"eval/accuracy_reward_silent", "train/sft_loss", "train/heard"}
 
 
 def left_behind(request, path):
