@@ -106,7 +106,7 @@ CASES = {
             *("--reward_weights", 1, 1, 0.5, *OVERLONG),
         ),
     ),
-    "audio gain and token weights, truncated masked, two steps": (1, (*AUDIO, *CUT, *TWO_STEPS)),
+    "audio gain and token weights, truncated masked, two steps": (1, (*AUDIO, *CUT, *TWO_STEPS, *LARGE)),
     "GDPO with audio gain on ZeRO-3": (2, ("--advantage_estimator", "gdpo", "--zero_stage", 3, *AUDIO)),
     "two rollouts a step, truncated masked": (1, ("--train_batch_size", 32, *CUT)),
     "LoRA on ZeRO-3": (2, ("--lora_rank", 2, "--lora_alpha", 4, "--zero_stage", 3)),
