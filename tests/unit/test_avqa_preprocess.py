@@ -562,6 +562,16 @@ def test_split_is_that_of_the_clips_wherever_they_lie():
             avqa.split_by_clip(clips[:20], ratio, 7)
 
 
+def test_the_thinking_of_a_field_is_kept(run, capsys):
+    rows = [row(n, cot=text) for n, text in enumerate((" a dog barks ", "half \ud800"))]
+    flags = ("--no_check_audio", "--thinking_field", "cot")
+    assert run(rows, *flags, "--enable_think") == 0
+    assert [r["thinking"] for r in run.rows()] == ["a dog barks", "half ?"]
+    assert run(rows, *flags) == 2 and "add --enable_think" in capsys.readouterr().err
+    assert run([row(1)], *flags, "--enable_think") == 2
+    assert "--thinking_field cot: 1 of 1 rows have no text" in capsys.readouterr().err
+
+
 def test_split_by_a_field_keeps_whole_groups(run, capsys):
     """Ten speakers of four clips each; one recording of s0 is also s1's, byte for byte, under another name."""
     rows = [row(n, audio_path=f"{n}.wav", speaker=f"s{n % 10}") for n in range(40)]

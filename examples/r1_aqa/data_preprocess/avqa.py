@@ -105,6 +105,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
+        "--thinking_field",
+        metavar="FIELD",
+        help="with --enable_think: a field of the rows with a thinking process, kept as the column thinking, which "
+        "train_colocate.py --sft_steps teaches",
+    )
+    prompt.add_argument(
         "--enable_think",
         action="store_true",
         help=f"ask for <think> </think> before the answer, and label the rows {THINK_LABEL} instead of {PLAIN_LABEL}",
@@ -199,6 +205,8 @@ def check_args(args: argparse.Namespace) -> list[str]:
         problems.append(
             f"--val_ratio {args.val_ratio} with --val_file: that file is the whole validation part; drop one"
         )
+    if args.thinking_field and not args.enable_think:
+        problems.append(f"--thinking_field {args.thinking_field}: the prompts would not ask for it; add --enable_think")
     if args.split_by and not args.val_ratio and not args.val_file:
         problems.append(f"--split_by {args.split_by}: nothing is split; add --val_ratio 0.2, or --val_file")
     if args.num_workers < 1:

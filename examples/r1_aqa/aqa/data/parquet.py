@@ -70,6 +70,8 @@ def build_table(rows: list[Row], paths: list[str], label: str) -> pa.Table:
         "reward_model": struct({"ground_truth": gold}),
         "extra_info": struct(extra_info),
     }
+    if any(row.thinking for row in rows):
+        columns["thinking"] = strings([row.thinking for row in rows])
     return pa.Table.from_arrays(list(columns.values()), names=list(columns))
 
 

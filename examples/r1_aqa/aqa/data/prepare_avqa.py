@@ -31,7 +31,7 @@ from aqa.data.rows import (
     counts_from_one,
     join_groups,
     parse_records,
-    read_groups,
+    read_field,
     show_value,
     split_by_clip,
 )
@@ -119,7 +119,7 @@ def read_rows(args: argparse.Namespace, name: str) -> Source:
     """Read a file's rows.
 
     :param name: Of the file.
-    :raises AvqaError: if no row is usable, or a row lacks the field of ``--split_by``.
+    :raises AvqaError: if no row is usable, or a row lacks the field of ``--split_by`` or ``--thinking_field``.
     """
     records = records_of(Path(name), Path(args.audio_dir))
     doubt = counts_from_one(records) if args.answers_from is None else None
@@ -135,8 +135,9 @@ def read_rows(args: argparse.Namespace, name: str) -> Source:
         say_rows(f"{len(bad)} of {len(records)} rows of {name} cannot be used and are left out", bad)
     if not rows:
         raise AvqaError(f"{name}: no usable row among {len(records)}; {REMEDY_NO_ROW}")
-    if args.split_by:
-        rows = read_groups(rows, records, args.split_by)
+    for flag, into in (("split_by", "group"), ("thinking_field", "thinking")):
+        if field := getattr(args, flag):
+            rows = read_field(rows, records, field, f"--{flag}", into)
     resolve = make_resolver(args.audio_dir)
     source = Source(name, rows, [resolve(row.audio_name) for row in rows], bad, len(records))
     if args.confine_audio and (outside := confinement_problems(rows, source.paths, args.audio_dir)):

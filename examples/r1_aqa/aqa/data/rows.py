@@ -83,7 +83,7 @@ def _record(line: int, value: object) -> Record:
 
 class Row(NamedTuple):
     """One usable row. ``index`` counts the file's rows from 0; ``choices`` and ``gold`` are text, as R1-AQA prints.
-    ``group`` is the value of the field that rows are split by, if there is one."""
+    ``group`` is the value of the field that rows are split by, ``thinking`` that of ``--thinking_field``, or empty."""
 
     line: int
     index: int
@@ -97,6 +97,7 @@ class Row(NamedTuple):
     audio_name: str
     prompt: str
     group: str = ""
+    thinking: str = ""
 
 
 class Problem(NamedTuple):
@@ -334,35 +335,38 @@ def wav_name_of_video(video_name: str) -> str:
     return f"{match[1]}_{int(match[2])}.wav"
 
 
-def read_groups(rows: list[Row], records: list[Record], field: str) -> list[Row]:
-    """Rows with the value of a field as their group.
+def read_field(rows: list[Row], records: list[Record], field: str, flag: str, into: str) -> list[Row]:
+    """Rows with the value of a further field of the file.
 
     :param records: The file that the rows are from.
     :param field: Name of the field; its values are text, numbers or booleans.
+    :param flag: That names the field, for the message.
+    :param into: Field of :class:`Row`.
     :raises AvqaError: naming the rows that lack it.
     """
     values = [records[row.index].value.get(field) for row in rows]
-    groups = list(map(_group_of, values))
+    texts = list(map(_text_of, values))
     lines = [
         f"line {row.line}: {field} is {show_value(value)}"
-        for row, value, group in zip(rows, values, groups, strict=True)
-        if not group
+        for row, value, text in zip(rows, values, texts, strict=True)
+        if not text
     ]
     if lines:
         more = [f"... and {len(lines) - 3} more"] if len(lines) > 3 else []
         title = (
-            f"--split_by {field}: {len(lines)} of {len(rows)} rows have no text or number there; the fields of line "
+            f"{flag} {field}: {len(lines)} of {len(rows)} rows have no text or number there; the fields of line "
             f"{rows[0].line} are {', '.join(map(show_value, records[rows[0].index].value))}"
         )
         raise AvqaError("\n  ".join([title, *lines[:3], *more]))
-    return [row._replace(group=group) for row, group in zip(rows, groups, strict=True)]
+    return [row._replace(**{into: text}) for row, text in zip(rows, texts, strict=True)]
 
 
-def _group_of(value: object) -> str:
-    """A value as the name of a group, the same however a file writes it (1, 1.0, "1 "); empty if it names none."""
+def _text_of(value: object) -> str:
+    """A value as text, the same however a file writes it (1, 1.0, "1 "); empty if it is none."""
     if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
         return ""
-    return str(int(value) if is_whole(value) else value).strip()
+    text = str(int(value) if is_whole(value) else value).strip()
+    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be stored
 
 
 def join_groups(groups: list[str], clips: list[str]) -> list[str]:
