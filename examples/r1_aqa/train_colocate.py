@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     done = states["consumed_samples"] if states else 0  # prompts
     has_ended(done, total)
     # LightRFT's checkpoints have no step: it counts prompts
-    step = states.get("step", done // args.rollout_batch_size) if states else 0
+    step = states.get("step", done // args.rollout_batch_size) - states.get("sft_step", 0) if states else 0
     for line in on_rank_0(
         lambda: folder.begin(step, describe_program(args, parser, describe_host(), describe_devices(strategy)))
     ):
