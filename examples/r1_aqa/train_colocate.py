@@ -381,7 +381,7 @@ def load_data(args: argparse.Namespace, strategy: Any, actor: Any) -> Data:
     for doubt in label_doubts(dataset.prompts, dataset.labels):
         strategy.print(f"WARNING: {doubt}")
     per_rank = args.rollout_batch_size // strategy.world_size
-    shuffle = args.prompt_data_probs_end is None  # otherwise the rows' order is the curriculum
+    shuffle = args.prompt_data_probs_end is None and not args.easy_first  # else the rows' order is the curriculum
     loader = strategy.setup_dataloader(dataset, per_rank, False, shuffle, collate_fn=dataset.collate_fn, drop_last=True)
     asked_to_think = sum(label == THINK_LABEL for label in dataset.labels) / len(dataset)
     eval_batch = HOST.eval_batch_size(per_rank, args.n_samples_per_prompt)
@@ -441,10 +441,14 @@ def load_prompts(
     from datasets import concatenate_datasets
 
     from aqa.audio.reader import AudioReader
-    from aqa.data import mixing
+    from aqa.data import mixing, selection
 
-    needed = (args.input_key, args.images_key, args.reference_key, args.label_key)
+    needed = [args.input_key, args.images_key, args.reference_key, args.label_key]
+    needed += selection.rate_columns(args) if training else []
     parts = mixing.read_sources(source, split, strategy, args.seed, needed)
+    if training:
+        names = source.split(",")
+        parts = [selection.select_rows(*part, args, strategy.print) for part in zip(parts, names, strict=True)]
     start, end = shares_of(args.prompt_data_probs), shares_of(args.prompt_data_probs_end)
     if not training:
         rows = concatenate_datasets(parts)
@@ -458,6 +462,8 @@ def load_prompts(
         rows = rows.shuffle(seed=args.seed).select(range(limit))
     if len(parts) > 1:
         strategy.print(mixing.describe_mix(rows))
+    if training and args.easy_first:
+        rows = selection.easy_first(rows, source)
     return AudioPromptDataset(
         rows,
         tokenizer,

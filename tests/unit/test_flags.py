@@ -286,6 +286,9 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
         ({"prompt_data_probs": "0.5,0.5"}, "one share for each of 1 sources", {"prompt_data_probs": "1.0"}),
         ({"prompt_data_probs": "0.9"}, "must add up to 1, not 0.9; 1 would be", {"prompt_data_probs": "1"}),
         ({"prompt_data_probs_end": "1.0"}, "needs several sources", {"prompt_data_probs_end": None}),
+        ({"max_silent_pass_rate": 1.5}, "must be from 0 to 1", {"max_silent_pass_rate": 0.5}),
+        ({"easy_first": True, "max_steps": 5}, "with --easy_first: the curriculum is one episode", {"max_steps": None}),
+        ({"easy_first": True, "dynamic_sampling": True}, "use one of the two", {"dynamic_sampling": None}),
         (
             {"use_gspo": True, "loss_agg_mode": "token-mean"},
             "GSPO weighs all responses alike",
@@ -405,6 +408,7 @@ def test_several_sources_each_need_a_share(problems, tmp_path):
     assert "must add up to 1, not 3; 0.3333,0.6667" in problems(prompt_data=sources, prompt_data_probs="1,2")[0]
     curriculum = {"prompt_data": sources, "prompt_data_probs": "1,0", "prompt_data_probs_end": "0,1"}
     assert problems(**curriculum) == []
+    assert "two orders of the rows" in problems(**curriculum, easy_first=True)[0]
     for longer in ({"num_episodes": 2}, {"max_steps": 5}):
         assert "use --num_episodes 1" in problems(**curriculum, **longer)[0]
     assert "use one of the two" in problems(**curriculum, dynamic_sampling=True)[0]

@@ -1,8 +1,9 @@
-"""Greedy answers to questions about sounds, by transformers or by vLLM. Qwen2-Audio needs nothing of LightRFT here.
+"""Answers to questions about sounds, by transformers or by vLLM. Qwen2-Audio needs nothing of LightRFT here.
 
 Both engines get the same prompts and waveforms, stop at the same tokens, ignore the checkpoint's
 ``generation_config.json`` (that of Qwen2-Audio-7B-Instruct samples and penalises repetition), and never generate the
-audio placeholder. The same tokenizer decodes their tokens. In float32 they give the same answers.
+audio placeholder. The same tokenizer decodes their tokens. In float32 their greedy answers are the same; sampled ones
+are drawn from the whole distribution, as in training.
 
 torch, transformers and vllm are imported inside functions: eval_mmau.py answers --help and refused flags without them,
 and vllm reads the environment when it is imported.
@@ -73,9 +74,11 @@ class Settings:
     dtype: str  # auto, float32, bfloat16 or float16
     tensor_parallel_size: int = 1  # GPUs of one vLLM engine
     seed: int = 0  # of the libraries' generators; greedy decoding draws nothing from them
+    samples: int = 1  # responses a question
+    temperature: float = 0.0  # 0: greedy
 
 
-Answers = Iterator[list[tuple[int, str]]]  # item index and response, some at a time
+Answers = Iterator[list[tuple[int, list[str]]]]  # item index and its responses, some items at a time
 
 
 # --------------------------------------------------------------------------------------------------------------- shared
@@ -199,7 +202,8 @@ class HFEngine:
         transformers.utils.logging.set_verbosity_error()
         self.model = load_model(model, settings)
         self.processor = processor
-        self.batch_size = settings.batch_size
+        self.settings = settings
+        self.batch_size = max(1, settings.batch_size // settings.samples)
         self.inputs = AudioMultimodalProcessor(processor.tokenizer, processor, prompt_max_len=sys.maxsize)
         ends = end_tokens(processor.tokenizer, model.path)
         pad = processor.tokenizer.pad_token_id
@@ -207,7 +211,7 @@ class HFEngine:
         # generate() fills in settings that we leave open from the model's generation_config; none shall be left there
         self.model.generation_config = transformers.GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
+            **({"do_sample": True, "temperature": settings.temperature, "top_k": 0} if settings.temperature else {}),
             eos_token_id=ends,
             pad_token_id=self.pad_token_id,
             suppress_tokens=[self.inputs.audio_token_id],
@@ -234,11 +238,11 @@ class HFEngine:
                 texts = self.generate(inputs)
             except torch.cuda.OutOfMemoryError as error:
                 raise EvalError(
-                    f"the GPU's memory does not suffice for --batch_size {self.batch_size}; the same command with a "
-                    "smaller one, and without --overwrite, continues where this one stopped"
+                    f"the GPU's memory does not suffice for --batch_size {self.settings.batch_size}; the same command "
+                    "with a smaller one, and without --overwrite, continues where this one stopped"
                 ) from error
             pairs = zip(batch, texts, strict=True)
-            yield [(job.index, text) for job, text in pairs if job.index not in finished]
+            yield [(job.index, answers) for job, answers in pairs if job.index not in finished]
 
     def prepare(self, batch: Sequence[Job]) -> dict[str, Any]:
         """Token ids with expanded placeholders, padded on the left, and the clips' mel frames, as in training.
@@ -261,8 +265,8 @@ class HFEngine:
         clips = unpack_clips(slot["all_images_pixel_values"], slot["all_images_grid_thw"])
         return {"input_ids": ids, "attention_mask": mask, "clips": clips}
 
-    def generate(self, inputs: dict[str, Any]) -> list[str]:
-        """Greedy responses to inputs from :meth:`prepare`."""
+    def generate(self, inputs: dict[str, Any]) -> list[list[str]]:
+        """The responses to each of the inputs from :meth:`prepare`."""
         import torch
 
         from aqa.policy.forward import encode_clips
@@ -276,10 +280,13 @@ class HFEngine:
             audio = torch.cat([encoded[i] for i in clips.index.tolist()])
             is_audio = (ids == self.inputs.audio_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(is_audio, audio.to(embeds.dtype))
+            count = self.settings.samples
+            embeds, mask = embeds.repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
             # given embeddings instead of ids, generate() returns the new tokens alone
             how = self.model.generation_config
             tokens = self.model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=how)
-        return [decode(self.processor, row) for row in tokens.tolist()]
+        texts = [decode(self.processor, row) for row in tokens.tolist()]
+        return [texts[i : i + count] for i in range(0, len(texts), count)]
 
 
 def load_model(model: Model, settings: Settings, device: str | None = None) -> Any:
@@ -393,7 +400,8 @@ class VLLMEngine:
             **options,
         )
         self.params = vllm.SamplingParams(
-            temperature=0.0,
+            n=settings.samples,
+            temperature=settings.temperature,
             max_tokens=settings.max_new_tokens,
             stop_token_ids=end_tokens(processor.tokenizer, model.path),
             logit_bias={processor.tokenizer.convert_tokens_to_ids(processor.audio_token): -math.inf},
@@ -421,7 +429,10 @@ class VLLMEngine:
     def _step(self, asked: dict[str, Job]) -> Answers:
         outputs = [output for output in self.llm.llm_engine.step() if output.finished]
         if outputs:
-            yield [(asked[o.request_id].index, decode(self.processor, o.outputs[0].token_ids)) for o in outputs]
+            yield [
+                (asked[o.request_id].index, [decode(self.processor, each.token_ids) for each in o.outputs])
+                for o in outputs
+            ]
 
 
 def _refuse_model(model: Model) -> None:

@@ -343,10 +343,10 @@ class PartialFile:
         self.identity = json.loads(json.dumps(identity))  # as load() will read it
         self.key = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:12]
 
-    def load(self) -> dict[int, str]:
+    def load(self) -> dict[int, Any]:
         """Read what an earlier run finished, and cut off a torn last line.
 
-        :return: Raw response by item index.
+        :return: Raw response, or a list of several, by item index.
         :raises EvalError: if the file belongs to a run with other settings.
         """
         if not self.path.exists():
@@ -385,10 +385,13 @@ class PartialFile:
 
     @staticmethod
     def _is_response(line: Any) -> bool:
-        return isinstance(line, dict) and isinstance(line.get("index"), int) and isinstance(line.get("raw_output"), str)
+        if not isinstance(line, dict) or not isinstance(line.get("index"), int):
+            return False
+        said = line.get("raw_output")
+        return isinstance(said, str) or (isinstance(said, list) and all(isinstance(text, str) for text in said))
 
-    def append(self, responses: Iterable[tuple[int, str]]) -> None:
-        """Add finished responses: item index and raw response."""
+    def append(self, responses: Iterable[tuple[int, Any]]) -> None:
+        """Add finished responses: item index and raw response, or a list of several."""
         new = not self.path.exists() or self.path.stat().st_size == 0
         lines = [{"index": index, "raw_output": raw, "of": self.key} for index, raw in responses]
         with self.path.open("ab") as file:

@@ -99,6 +99,16 @@ def _range_problems(args: argparse.Namespace) -> list[str]:
         f"--{name} {getattr(args, name)}: must be {rule}"
         for name, fits, rule in (
             ("max_samples", args.max_samples >= 1, "1 or more"),
+            (
+                "pass_rate",
+                args.pass_rate is None or 0 <= args.pass_rate[0] <= args.pass_rate[1] <= 1,
+                "two numbers from 0 to 1, the first one not larger, such as 0.1 0.9",
+            ),
+            (
+                "max_silent_pass_rate",
+                args.max_silent_pass_rate is None or 0 <= args.max_silent_pass_rate <= 1,
+                "from 0 to 1",
+            ),
             ("lora_rank", args.lora_rank >= 0, "0 (none) or more"),
             ("lora_alpha", args.lora_alpha >= 1, "1 or more"),
             ("max_eval_samples", args.max_eval_samples >= 1, "1 or more"),
@@ -211,9 +221,9 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
             "--dynamic_sampling: a group of one response is always alike; --n_samples_per_prompt 2 or more",
         ),
         (
-            args.dynamic_sampling and args.prompt_data_probs_end is not None,
-            "--dynamic_sampling with --prompt_data_probs_end: replacements are drawn from all rows, also those whose "
-            "turn has not come yet; use one of the two",
+            args.dynamic_sampling and (args.easy_first or args.prompt_data_probs_end is not None),
+            "--dynamic_sampling with --easy_first or --prompt_data_probs_end: replacements are drawn from all rows, "
+            "also those whose turn has not come yet; use one of the two",
         ),
         (
             (args.top_p < 1 or args.top_k > 0) and (args.on_anomaly != "warn" or args.rollout_correction != "none"),
@@ -446,10 +456,14 @@ def _share_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--{name} {text}: the shares must add up to 1, not {total:g}{remedy}")
     if args.prompt_data_probs_end is not None and sources == 1:
         problems.append("--prompt_data_probs_end: a curriculum needs several sources in --prompt_data")
-    if args.prompt_data_probs_end is not None and (args.num_episodes != 1 or args.max_steps is not None):
+    if args.prompt_data_probs_end is not None and args.easy_first:
+        problems.append("--prompt_data_probs_end with --easy_first: two orders of the rows; drop one")
+    ordered = args.easy_first or args.prompt_data_probs_end is not None
+    if ordered and (args.num_episodes != 1 or args.max_steps is not None):
+        flag = "--easy_first" if args.easy_first else "--prompt_data_probs_end"
         problems.append(
-            f"--num_episodes {args.num_episodes} or --max_steps with --prompt_data_probs_end: the shares move over one "
-            "episode, for which --max_samples sets the rows; use --num_episodes 1, without --max_steps"
+            f"--num_episodes {args.num_episodes} or --max_steps with {flag}: the curriculum is one episode, for which "
+            "--max_samples sets the rows; use --num_episodes 1, without --max_steps"
         )
     return problems
 

@@ -123,6 +123,25 @@ def _add_data_flags(g: Any) -> None:
         "last; a source that is used up starts again, and there are as many rows as in all sources together, at most "
         "--max_samples",
     )
+    g.add_argument(
+        "--pass_rate",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="train on rows that select_data.py saw answered right in this share of responses, such as 0.1 0.9, which "
+        "leaves out what is never and what is always right",
+    )
+    g.add_argument(
+        "--max_silent_pass_rate",
+        type=float,
+        help="train on rows that select_data.py saw answered right in silence in at most this share, such as 0.5",
+    )
+    g.add_argument(
+        "--easy_first",
+        action=BOOL,
+        default=False,
+        help="a curriculum: rows in the order of their pass rates, the highest first, for one episode",
+    )
     g.add_argument("--prompt_split", default="train", help="split to train on")
     g.add_argument("--max_samples", type=int, default=1_000_000, help="use at most this many rows, drawn by --seed")
     g.add_argument("--eval_data", help="data to evaluate on; default: the --eval_split of --prompt_data, if it exists")

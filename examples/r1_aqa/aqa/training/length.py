@@ -68,7 +68,7 @@ def describe_length(args: argparse.Namespace, length: Length, rows: int) -> list
         f"          {responses:,} responses; the first steps tell how long it takes",
     ]
     if unused := rows - length.batches * args.rollout_batch_size:
-        others = ", others in the next" if args.prompt_data_probs_end is None else ""
+        others = ", others in the next" if args.prompt_data_probs_end is None and not args.easy_first else ""
         lines.append(f"note: {unused} rows fill no step and are left out of an episode{others}")
     if length.left_over:
         lines.append(

