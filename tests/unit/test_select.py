@@ -12,6 +12,7 @@ import select_data
 import torch
 from datasets import Dataset
 
+from aqa.data.prompts import render_prompt
 from aqa.data.selection import easy_first, select_rows
 from aqa.evaluation import asking, engines, pass_rates
 from aqa.evaluation.checkpoints import Model
@@ -60,7 +61,7 @@ def test_easy_rows_come_first_and_equal_ones_keep_their_order():
     assert list(easy_first(Dataset.from_dict({"name": list("abcdef")} | RATES), "data")["name"]) == list("bfcdea")
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------------ measuring
 @pytest.fixture
 def run(tiny_model, demo_parquet, tmp_path, capsys):
     """Runs the script on four of the demo's rows; ``run.out`` is its folder."""
@@ -119,12 +120,8 @@ def test_an_interrupted_measurement_goes_on(run, monkeypatch):
 
 def test_right_is_what_training_pays_for():
     """Two of three say the choice's text; --reward exact takes a label for it, R1-AQA's rule does not."""
-    prompt = (
-        "What? Please choose the answer from the following options: ['(A) cat', '(B) dog']. Output the final answer"
-    )
-    messages = [
-        {"role": "user", "content": [{"type": "audio", "text": None}, {"type": "text", "text": f"{prompt} in."}]}
-    ]
+    text = render_prompt("What?", ["(A) cat", "(B) dog"], enable_think=False)
+    messages = [{"role": "user", "content": [{"type": "audio", "text": None}, {"type": "text", "text": text}]}]
     item = Item(0, "row 0", {"label": "avqa_rule"}, messages, None, "(B) dog")
     said = [["<answer>(B) dog</answer>", "<answer>B</answer>", "<answer>(A) cat</answer>"]]
     assert pass_rates.score([item], said, "r1_aqa") == [pytest.approx(1 / 3)]
@@ -162,7 +159,7 @@ def test_what_cannot_be_measured_is_refused(run, tmp_path):
     assert not (run.out / "train.parquet").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------------------------------- sampling
 @pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_samples_follow_the_models_distribution(engine, tiny_model, demo_parquet, tmp_path):
     """Each option as often as transformers' own forward finds it likely, here at temperature 0.5."""

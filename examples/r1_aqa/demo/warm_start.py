@@ -10,7 +10,7 @@ stands the embedding of one of the options, in noise, and the answer is that opt
 nothing is learned of which sounds go with which word: that is left to the projector, and GRPO.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -35,21 +35,31 @@ def render_question(processor: Qwen2AudioProcessor, question: str, options: list
     return render_chat(processor, [{"role": "user", "content": content}])
 
 
+def every_option(question: str, options: list[str]) -> list[str]:
+    """The options that count as right, where a question's text tells nothing."""
+    return options
+
+
 def draw_warm_start_example(
-    rng: np.random.Generator, sounds: int, rows: Sequence[tuple[str, list[str]]] = ()
+    rng: np.random.Generator,
+    sounds: int,
+    rows: Sequence[tuple[str, list[str]]] = (),
+    right_of: Callable[[str, list[str]], list[str]] = every_option,
 ) -> tuple[str, list[str], str, int]:
     """Draw a question, the option to answer with and, independently of both, a sound.
 
     :param sounds: Number of sounds to draw from.
     :param rows: Questions and their options to draw from; without rows: the demo's own.
-    :return: Question, options, the option that the answer names (each being equally likely), number of the sound.
+    :param right_of: Which of a question's options are right.
+    :return: Question, options, the option that the answer names (each right one being equally likely), number of the
+        sound.
     """
     if rows:
         question, options = rows[rng.integers(len(rows))]
     else:
         options = draw_options(str(rng.choice(CLASSES)), rng)
         question = str(rng.choice(QUESTIONS))
-    return question, options, str(rng.choice(options)), int(rng.integers(sounds))
+    return question, options, str(rng.choice(right_of(question, options))), int(rng.integers(sounds))
 
 
 def draw_warm_start_sounds(count: int, seed: int) -> tuple[list[str], list[np.ndarray]]:
@@ -117,6 +127,7 @@ def warm_start(
     seed: int,
     rows: Sequence[tuple[str, list[str]]] = (),
     reading: bool = False,
+    right_of: Callable[[str, list[str]], list[str]] = every_option,
 ) -> None:
     """Teach the language model to answer in the right format with any of the options, whatever the sound.
 
@@ -125,6 +136,7 @@ def warm_start(
     :param learning_rate: Peak; the rate rises over a tenth of the steps and falls linearly over the last half.
     :param rows: Questions and options, each option one token; without rows: the demo's own.
     :param reading: Instead of sounds give an option's embedding in noise, and ask for that option.
+    :param right_of: Which of a question's options are right.
     """
     rng = np.random.default_rng([seed, 2])
     tokenizer, language_model = processor.tokenizer, parts_of(model).decoder
@@ -138,7 +150,8 @@ def warm_start(
     )
     for step in range(steps):
         heard = sounds if step >= TEXT_ONLY_SHARE * steps else [sound[:0] for sound in sounds]
-        embeds, targets, options, ends = make_batch(processor, language_model, heard, word_ids, batch_size, rng, rows)
+        source = (rng, rows, right_of)
+        embeds, targets, options, ends = make_batch(processor, language_model, heard, word_ids, batch_size, *source)
         # The token at place p is predicted at place p - 1.
         places = ends[:, None] - targets.shape[1] - 1 + torch.arange(targets.shape[1])
         hidden = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
@@ -179,6 +192,7 @@ def make_batch(
     batch_size: int,
     rng: np.random.Generator,
     rows: Sequence[tuple[str, list[str]]],
+    right_of: Callable[[str, list[str]], list[str]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw examples, and embed them.
 
@@ -191,8 +205,8 @@ def make_batch(
     tokenizer = processor.tokenizer
     inputs, targets, options = [], [], []
     for _ in range(batch_size):
-        question, names, answer, sound = draw_warm_start_example(rng, len(sounds) or 1, rows)
-        right = names if sounds else [answer]
+        question, names, answer, sound = draw_warm_start_example(rng, len(sounds) or 1, rows, right_of)
+        right = right_of(question, names) if sounds else [answer]
         heard = sounds[sound] if sounds else noisy(language_model.embed_tokens.weight[word_ids[answer]], rng)
         before, after = render_question(processor, question, names).split(processor.audio_token)
         target = tokenizer(f"<answer>{answer}</answer>{tokenizer.eos_token}")["input_ids"]
