@@ -13,6 +13,7 @@ from aqa.hosts.current import describe_host
 from aqa.hosts.locate import check_host
 
 ROOT = Path(__file__).resolve().parents[2]
+TESTED = " at commit unknown (tested: 0.1.1 at commit 49e62cb)"  # tmp_path is no checkout
 
 
 def ask(code: str, *folders: Path) -> subprocess.CompletedProcess:
@@ -71,7 +72,7 @@ def test_nothing_is_refused(tmp_path, namespace):
 def test_another_host_is_named_with_version_and_path(tmp_path, source, description):
     done = ask("check_host()\nprint(describe_host())", make_package(tmp_path, source, trainer=True))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{description}, {tmp_path / 'lightrft'}"
+    assert done.stdout.strip() == f"{description}{TESTED}, {tmp_path / 'lightrft'}"
 
 
 def test_the_check_imports_nothing_heavy():
@@ -83,7 +84,7 @@ def test_the_version_of_a_checkout_is_read_from_its_project_file(tmp_path):
     make_package(tmp_path, "", trainer=True)
     (tmp_path / "pyproject.toml").write_text("[project]\nversion = '0.1.1'\n", encoding="utf-8")
     done = ask("check_host()\nprint(describe_host())", tmp_path)
-    assert done.stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'}", done.stderr
+    assert done.stdout.strip() == f"LightRFT 0.1.1{TESTED}, {tmp_path / 'lightrft'}", done.stderr
 
 
 FIND = "find_host()\nprint(describe_host())"
@@ -91,7 +92,7 @@ FIND = "find_host()\nprint(describe_host())"
 
 def test_lightrft_home_comes_first(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTRFT_HOME", str(make_package(tmp_path, "__version__ = '0.1.1'", trainer=True)))
-    assert ask(FIND).stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'}"
+    assert ask(FIND).stdout.strip() == f"LightRFT 0.1.1{TESTED}, {tmp_path / 'lightrft'}"
 
 
 def test_a_wrong_lightrft_home_is_refused(tmp_path, monkeypatch):
@@ -114,4 +115,4 @@ def test_copied_into_a_checkout_that_checkout(tmp_path, monkeypatch):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "examples" / "r1_aqa")}
     command = [sys.executable, "-S", "-c", f"from aqa.hosts.current import *\nfrom aqa.hosts.locate import *\n{FIND}"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == f"LightRFT 0.1.1, {tmp_path / 'lightrft'}", done.stderr
+    assert done.stdout.strip() == f"LightRFT 0.1.1{TESTED}, {tmp_path / 'lightrft'}", done.stderr

@@ -283,6 +283,11 @@ def test_the_strategy_is_called_as_gather_and_generate_calls_it(strategy):
         requests = strategy._build_multimodal_inputs(
             all_prompts=["a"], all_images=[CLIP], images_num=[1], all_videos=None, videos_num=None
         )
+        # as in LightRFT's pull request 58, which has a way of its own for clips
+        later = {"all_prompts": ["a"], "all_images": [CLIP], "images_num": [1], "all_audios": None, "audio_num": None}
+        assert strategy._build_multimodal_inputs(**later) == requests
+        with pytest.raises(ValueError, match="also passes all_audios: clips are expected in the image slot alone"):
+            strategy._build_multimodal_inputs(**later | {"all_audios": [CLIP]})
     assert requests == [{"prompt": "a", "multi_modal_data": {"audio": [CLIP]}}]
 
 

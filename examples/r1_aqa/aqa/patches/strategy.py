@@ -29,6 +29,7 @@ def build_audio_inputs(
     images_num: Sequence[int] | None = None,
     all_videos: Sequence[Any] | None = None,
     videos_num: Sequence[int] | None = None,
+    **further: Any,
 ) -> list[dict[str, Any]]:
     """Engine requests of prompts with audio.
 
@@ -37,9 +38,13 @@ def build_audio_inputs(
     :param images_num: Clips a prompt; checked against ``all_images``.
     :param all_videos: Unused.
     :param videos_num: Unused.
+    :param further: What later versions of LightRFT pass, such as ``all_audios`` in its pull request 58; None, because
+        the clips are in the image slot.
     :return: ``{"prompt": text}``, with ``"multi_modal_data": {"audio": [(waveform, rate)]}`` where there is a clip.
-    :raises ValueError: if the counts do not fit.
+    :raises ValueError: if the counts do not fit, or something further is given.
     """
+    if given := sorted(name for name, value in further.items() if value is not None):
+        raise ValueError(f"LightRFT also passes {', '.join(given)}: clips are expected in the image slot alone")
     audio = list(all_images) if all_images is not None else [None] * len(all_prompts)
     if len(audio) != len(all_prompts):
         raise ValueError(f"{len(all_prompts)} prompts but {len(audio)} audio entries")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aqa.common.versions import installed_versions
+from aqa.common.versions import commit_of, installed_versions
 
 CONFIG = "run_config.json"  # config.json is the model's
 REPORT_SECONDS = 300  # most time for the report at the end of a run
@@ -22,7 +22,7 @@ def describe_program(args: argparse.Namespace, parser: argparse.ArgumentParser, 
     """Versions, machine, and which flags are not at their default. Nothing of the environment, which holds the keys."""
     return {
         "host": host,
-        "code": code_version(),
+        "code": commit_of(Path(__file__).parent),
         "devices": devices,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version()} | installed_versions(),
@@ -30,15 +30,6 @@ def describe_program(args: argparse.Namespace, parser: argparse.ArgumentParser, 
             name for name in vars(parser.parse_args([])) if getattr(args, name) != parser.get_default(name)
         ),
     }
-
-
-def code_version() -> str:
-    """The commit of this code, with "-dirty" where files differ from it; "unknown" outside a git checkout."""
-    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def write_report(run: Path) -> str:

@@ -44,7 +44,7 @@ lightrft.strategy.strategy_base:StrategyBase
     unwrap_model(model, /) | finds the model in DeepSpeed's or FSDP's wrapper
     print, is_rank_0 | shortens lines that hold a waveform; one rank saves the processor
     inference_engine, inference_engine_type, broadcast_manager | rollouts and weight sync
-    _build_multimodal_inputs(all_prompts, all_images, images_num=None, all_videos=None, videos_num=None)
+    _build_multimodal_inputs(all_prompts, all_images, images_num=None, all_videos=None, videos_num=None, **further)
         < gather_and_generate | replaced: requests with audio
     engine_generate_local(sampling_params, prompt_token_ids=None, multi_modal_inputs=None)
         < gather_and_generate | replaced: rollouts with audio and log-probs
