@@ -23,7 +23,7 @@ def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def commit_of(folder: Path) -> str:
-    """The commit of the code in a folder, with "-dirty" where files differ from it; "unknown" outside a git checkout."""
+    """The commit of a folder's code, with "-dirty" where files differ from it; "unknown" outside a checkout."""
     command = ("git", "-C", str(folder), "describe", "--always", "--dirty")
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
