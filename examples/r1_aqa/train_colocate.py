@@ -133,7 +133,7 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
         if args.report:
             HOST.status("writing report.html ...")
             HOST.say(write_report(Path(args.save_path)))
-        HOST.say(next_command(args))
+            HOST.say(next_command(args))
 
 
 # ------------------------------------------------------------------------------------------------------ models, trainer

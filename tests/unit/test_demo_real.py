@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo.real_sounds import find_clips, is_held_out, write_clips
+from demo.real_sounds import Clip, fetch, find_clips, hold_out, write_clips
 from demo.whisper import SIZES, ModelFileError, read_variables, tower_weights
 
 
@@ -120,48 +120,78 @@ def test_whispers_encoder_gives_what_its_formula_says():
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)  # float32 against float64
 
 
-# what the packages hold: file, kind of question, right answer, group, held out
+# what the packages hold: file, kind of question, right answer, group, language
 FILES = [
-    ("asterisk-core-sounds-en-wav/usr/share/asterisk/sounds/en_US_f_Allison/letters/f.wav", "letter", "F", "Allison"),
-    ("asterisk-core-sounds-es-wav/usr/share/asterisk/sounds/es_MX_f_Allison/digits/2.wav", "digit", "two", "Allison"),
-    ("asterisk-core-sounds-fr-wav/usr/share/asterisk/sounds/fr_CA_f_June/digits/mon-7.wav", "month", "august", "June"),
-    ("asterisk-prompt-es-co/usr/share/asterisk/sounds/es/mon-1.gsm", "month", "february", "es"),
     (
-        "asterisk-prompt-it-menardi-wav/usr/share/asterisk/sounds/it_IT_f_Menardi/phonetic/ICAO/z_p.wav",
-        *("code word", "zulu", "Menardi"),
+        "asterisk-core-sounds-en-wav/usr/share/asterisk/sounds/en_US_f_Allison/letters/f.wav",
+        *("letter", "F", "Allison", "en"),
     ),
-    ("klettres-data/usr/share/klettres/en_GB/alpha/Q.ogg", "letter", "Q", "klettres-data en_GB"),
-    ("klettres-data/usr/share/klettres/de/alpha/q.ogg", "letter", "Q", "klettres-data de"),
+    (
+        "asterisk-core-sounds-es-wav/usr/share/asterisk/sounds/es_MX_f_Allison/digits/2.wav",
+        *("digit", "two", "Allison", "es"),
+    ),
+    (
+        "asterisk-core-sounds-fr-wav/usr/share/asterisk/sounds/fr_CA_f_June/digits/mon-7.wav",
+        *("month", "august", "June", "fr"),
+    ),
+    (
+        "asterisk-prompt-es-co/usr/share/asterisk/sounds/es/mon-1.gsm",
+        *("month", "february", "asterisk-prompt-es-co", "es"),
+    ),
+    (
+        "asterisk-prompt-it-menardi-wav/usr/share/asterisk/sounds/it_IT_f_Menardi/phonetic/ICAO/b_p.wav",
+        *("code word", "bravo", "asterisk-prompt-it-menardi-wav Menardi", ""),
+    ),
+    (
+        "klettres-data/usr/share/klettres/en_GB/alpha/Q.ogg",
+        *("letter", "Q", "klettres-data en_GB", "en"),
+    ),
+    ("klettres-data/usr/share/klettres/en/alpha/x.ogg", "letter", "X", "klettres-data en", "en"),
     (
         "tuxpaint-stamps-default/usr/share/tuxpaint/stamps/symbols/math/3_ru.ogg",
-        *("digit", "three", "tuxpaint-stamps-default _ru"),
+        *("digit", "three", "tuxpaint-stamps-default ru", "ru"),
+    ),
+    (
+        "tuxpaint-stamps-default/usr/share/tuxpaint/stamps/symbols/math/0.ogg",
+        *("digit", "zero", "tuxpaint-stamps-default", "en"),
     ),
     (
         "hydrogen-drumkits/usr/share/hydrogen/data/drumkits/ColomboAcousticDrumkit/SnareOff-1.wav",
-        *(None, None, None),
+        *(None, None, None, None),
     ),
     (
         "hydrogen-drumkits/usr/share/hydrogen/data/drumkits/ColomboAcousticDrumkit/TomLow-1.wav",
-        *("drum", "tom", "hydrogen-drumkits ColomboAcousticDrumkit"),
+        *("drum", "tom", "hydrogen-drumkits ColomboAcousticDrumkit", ""),
     ),
-    ("lmms-common/usr/share/lmms/samples/drums/kick01.ogg", "drum", "kick", "lmms-common lmms"),
+    (
+        "hydrogen-drumkits/usr/share/hydrogen/data/drumkits/Millo_MultiLayered2/bd_03.flac",
+        *("drum", "kick", "hydrogen-drumkits Millo", ""),
+    ),
+    (
+        "hydrogen-drumkits/usr/share/hydrogen/data/drumkits/BJA_Pacific/SN3_01.aiff",
+        *("drum", "snare", "hydrogen-drumkits BJA_Pacific", ""),
+    ),
+    ("lmms-common/usr/share/lmms/samples/drums/kick01.ogg", "drum", "kick", "lmms-common lmms", ""),
     (
         "tuxpaint-stamps-default/usr/share/tuxpaint/stamps/animals/birds/owl.ogg",
-        *("source", "animal", "tuxpaint-stamps-default birds/owl"),
+        *("source", "animal", "tuxpaint-stamps-default birds/owl", ""),
     ),
-    ("tuxpaint-stamps-default/usr/share/tuxpaint/stamps/animals/birds/owl_desc_fr.ogg", None, None, None),
-    ("asterisk-core-sounds-it-wav/usr/share/asterisk/sounds/it_IT_m_Carlo/phonetic/a_p.wav", None, None, None),
-    ("asterisk-core-sounds-ru-wav/usr/share/asterisk/sounds/ru_RU_f_IvrvoiceRU/letters/f.wav", None, None, None),
+    (
+        "tuxpaint-stamps-default/usr/share/tuxpaint/stamps/animals/birds/owl_desc_fr.ogg",
+        *(None, None, None, None),
+    ),
+    (
+        "asterisk-core-sounds-it-wav/usr/share/asterisk/sounds/it_IT_m_Carlo/phonetic/a_p.wav",
+        *(None, None, None, None),
+    ),
     (
         "sonic-pi-samples/usr/share/sonic-pi/samples/loop_amen.flac",
-        "source",
-        "music",
-        "sonic-pi-samples loop_amen.flac",
+        *("source", "music", "sonic-pi-samples loop_amen.flac", ""),
     ),
 ]
 
 
-def test_a_recordings_name_says_what_is_asked_of_it_and_no_group_is_on_both_sides(tmp_path):
+def test_a_recordings_name_says_what_is_asked_of_it(tmp_path):
     import soundfile
 
     rng = np.random.default_rng(0)
@@ -173,17 +203,73 @@ def test_a_recordings_name_says_what_is_asked_of_it_and_no_group_is_on_both_side
     twin = tmp_path / "unpacked" / FILES[0][0].replace("letters/f", "letters/x")
     twin.write_bytes((tmp_path / "unpacked" / FILES[0][0]).read_bytes())  # the same recording twice
 
-    found = {str(clip.path.relative_to(tmp_path / "unpacked")): clip for clip in find_clips(tmp_path / "unpacked")}
-    wanted = {file: (kind, label, group) for file, kind, label, group in FILES if kind}
-    assert {file: (clip.kind, clip.label, clip.group) for file, clip in found.items()} == wanted
+    clips = list(find_clips(tmp_path / "unpacked"))
+    found = {str(c.path.relative_to(tmp_path / "unpacked")): (c.kind, c.label, c.group, c.language) for c in clips}
+    assert found == {file: tuple(rest) for file, *rest in FILES if rest[0]}
 
-    pools = write_clips(iter(found.values()), tmp_path / "data")
-    sides = {split: [c for of in p.values() for m in of.values() for c, _ in m] for split, p in pools.items()}
-    assert {clip.path for clips in sides.values() for clip in clips} == {clip.path for clip in found.values()}
-    assert all(is_held_out(clip) == (split == "test") for split, clips in sides.items() for clip in clips)
-    groups = [{clip.group for clip in clips} for clips in sides.values()]
-    assert not groups[0] & groups[1]
-    assert groups[1] >= {"June", "Menardi", "klettres-data en_GB", "hydrogen-drumkits ColomboAcousticDrumkit"}
-    written = sorted(Path(tmp_path / "data").rglob("*.wav"))
-    assert len(written) == len(wanted)
-    assert max(soundfile.info(path).duration for path in written) == 3.0  # only the beginning of longer recordings
+    pools = write_clips(clips, 0, tmp_path / "data")
+    sides = {split: {c for of in p.values() for m in of.values() for c, _ in m} for split, p in pools.items()}
+    assert sides["train"] | sides["test"] == set(clips)
+    assert {clip.group for clip in sides["test"]} == hold_out(clips, 0)
+    files = sorted(Path(tmp_path / "data").rglob("*.wav"))
+    assert len(files) == len(clips)
+    assert max(soundfile.info(path).duration for path in files) == 3.0  # only the beginning of longer recordings
+
+
+def test_the_test_set_is_drawn_and_holds_no_language_that_training_lacks():
+    spoken = [("a", "en"), ("b", "en"), ("c", "en"), ("d", "es"), ("d", "en"), ("e", "fr")]  # d speaks two
+    clips = [Clip(Path(f"{g}{n}"), "p", "digit", str(n), g, lang) for g, lang in spoken for n in range(4)]
+    clips += [Clip(Path(f"{g}{n}"), "p", "drum", "kick", g, "") for g in "wxyz" for n in range(4)]
+    clips += [Clip(Path(f"big{n}"), "p", "drum", "kick", "big", "") for n in range(40)]
+    drawn = {seed: hold_out(clips, seed) for seed in range(20)}
+    for held in drawn.values():
+        # of 24 digits at most 6, so one of the voices with four; Spanish and French have one voice each
+        assert len(held & set("abc")) == 1
+        assert not held & {"d", "e", "big"}
+        assert len(held & set("wxyz")) == 3  # 12 of 56 drums; a fourth would make it 16, more than a quarter
+    assert len({frozenset(held) for held in drawn.values()}) > 5
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (None, "apt-get is missing"),
+        ("echo 'E: Version not found' >&2; exit 100", "E: Version not found"),
+        ("echo other > {file}", "has the SHA-256"),
+        ("echo half > {file}; kill -INT $PPID; sleep 5", None),  # Ctrl-C
+    ],
+)
+def test_what_cannot_be_downloaded_is_said_and_leaves_no_half_a_file(tmp_path, monkeypatch, script, message):
+    tools, downloads = tmp_path / "bin", tmp_path / "downloads"
+    tools.mkdir()
+    if script:
+        file = "asterisk-core-sounds-en-wav_1.6.1-1_all.deb"
+        for tool in ("apt-get", "dpkg-deb"):
+            (tools / tool).write_text(f"#!/bin/sh\n{script.format(file=file)}\n")
+            (tools / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin" if script else str(tools))
+    with pytest.raises(SystemExit if message else KeyboardInterrupt, match=message):
+        fetch(downloads)
+    assert list(downloads.iterdir()) == []
+
+
+def test_the_projector_starts_centred_on_the_recordings(tmp_path):
+    import soundfile
+    import torch
+
+    from demo.tiny_model import build_model, build_processor, centre_projector
+    from demo.warm_start import embed_sounds
+
+    rng = np.random.default_rng(0)
+    waves = [rng.uniform(-0.5, 0.5, samples).astype(np.float32) for samples in (8000, 16000, 24000)]
+    for i, wave in enumerate(waves):
+        soundfile.write(tmp_path / f"{i}.wav", wave, 16000, subtype="FLOAT")
+    (tmp_path / "README.md").write_text("no recording")
+    processor = build_processor()
+    model = build_model(processor, 0)
+    centre_projector(model, processor, tmp_path)
+
+    embeddings = torch.cat([embed_sounds(model, processor, [wave])[0] for wave in waves])
+    assert len(embeddings) == 12 + 25 + 37  # 40 ms a token
+    torch.testing.assert_close(embeddings.mean(0), torch.zeros(128), rtol=0, atol=1e-4)
+    assert embeddings.std() > 0.1

@@ -191,7 +191,7 @@ def test_the_summary_compares_first_last_and_recent_steps():
 def test_short_empty_and_cut_runs(tmp_path):
     assert summary_table(records(1))[0].split() == ["step", "1", "step", "1", "mean", "of", "1"]
     assert summary_table([]) == []
-    args = Namespace(save_path=str(tmp_path), eval_benchmark=None, eval_data=None)
+    args = Namespace(save_path=str(tmp_path), eval_benchmark=None, eval_data=None, report=True)
     learned, _, *places = summary(args).strip().splitlines()
     assert learned.startswith("learned   not measured on held-out data: add --eval_steps")
     assert places == [f"model     {tmp_path}", f"metrics   {tmp_path}/metrics.jsonl"]

@@ -33,8 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aqa.audio.decode import AudioError, load_audio
 from aqa.common.arguments import Parser
 from demo.make_data import test_row, train_row, written
+from demo.whisper import check
 
 PACKAGES = Path(__file__).with_name("real_packages.json")
+REMEDY = (
+    "the versions are Debian 12's (bookworm): there, run apt-get update once as root, and try again with a network; "
+    "elsewhere, use a container of it (debian:bookworm)"
+)
 MAX_SECONDS = 3.0  # of longer recordings only the beginning is used, so that a step stays short
 NUM_OPTIONS = 3
 QUESTIONS = {
@@ -45,84 +50,85 @@ QUESTIONS = {
     "drum": "Which part of a drum kit is played?",
     "source": "What do you hear?",
 }
-# Letters and numbers whose names sound alike in most languages of Europe
-LETTERS = "flmqsx"
-DIGITS = {"1": "one", "2": "two", "3": "three", "6": "six", "7": "seven", "8": "eight", "9": "nine"}
-MONTHS = {1: "february", 2: "march", 3: "april", 7: "august", 9: "october", 11: "december"}  # by file name
-CODE_WORDS = ["alfa", "bravo", "delta", "lima", "oscar", "zulu"]  # of the spelling alphabet
+# Consonants whose names keep their sound from language to language, without pairs that a telephone blurs (B and P, M
+# and N). C, G, H, J, V, W, Y, Z and the vowels have other names, or each other's, in the next language.
+LETTERS = "fklmqrsx"
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+MONTHS = ["january", "february", "march", "april", "may", "june"]
+MONTHS += ["july", "august", "september", "october", "november", "december"]
+CODE_WORDS = ["alfa", "bravo", "charlie", "delta", "echo", "foxtrot"]
+CODE_WORDS += ["golf", "hotel", "india", "juliett", "kilo", "lima"]
 DRUMS = {  # patterns of file names; rim shots and side sticks are left out
     "kick": r"kick|bassdrum|(^|_)bd",
-    "snare": r"snare(?!off|rim|stick)|(^|_)sd",
-    "tom": r"tom|^t\d|^ft",
-    "cymbal": r"crash|ride|splash|china|^cc|^rc",
+    "snare": r"snare(?!off|rim|stick)|(^|_)s[dn]\d?_",
+    "tom": r"tom|^tm?\d?_|^ft",
+    "cymbal": r"crash|ride|splash|china|^cc|^r[cd]",
 }
-EUROPEAN = ["en_GB", "de", "nl", "sv", "nb", "nn", "fr", "es", "ca", "it", "pt", "ro", "ru", "bg", "be", "sl", "lt"]
-VOICE = r"asterisk/sounds/(?:\w+_)?(?P<group>\w+)/"
+LANGUAGES = "en|de|nl|sv|nb|nn|fr|es|ca|it|pt|ro|ru|bg|be|sl|lt"  # of Europe, whose words for numbers are related
+VOICE = r"asterisk/sounds/(?P<language>[a-z]{2})\w*?(?P<group>[a-zA-Z]*)/"
 # kind of question, and a pattern of the path's end: the group (voice, kit) and the label (the right answer)
 PATTERNS = (
     ("letter", VOICE + rf"letters/(?P<label>[{LETTERS}])\.\w+"),
-    ("letter", rf"klettres/(?P<group>[a-z]+(_[A-Z]+)?)/alpha/(?P<label>(?i:[{LETTERS}]))\.ogg"),
-    ("letter", rf"english/filled/\w+/(?P<label>(?i:[{LETTERS}]))_filled(?P<group>_en_GB)\.ogg"),
+    ("letter", rf"klettres/(?P<group>(?P<language>[a-z]+)\w*)/alpha/(?P<label>(?i:[{LETTERS}]))\.ogg"),
+    ("letter", rf"english/filled/\w+/(?P<label>(?i:[{LETTERS}]))_filled_(?P<group>(?P<language>en)_GB)\.ogg"),
     ("digit", VOICE + r"digits/(?P<label>\d)\.\w+"),
-    ("digit", rf"symbols/math/(?P<label>\d)(?P<group>|_{'|_'.join(EUROPEAN)})\.ogg"),
+    ("digit", rf"symbols/math/(?P<label>\d)_?(?P<group>|(?P<language>{LANGUAGES})(_GB)?)\.ogg"),
     ("month", VOICE + r"(digits/)?mon-(?P<label>\d+)\.\w+"),
     ("code word", VOICE + r"phonetic/(ICAO/)?(?P<label>[a-z])_p\.\w+"),
-    ("drum", r"hydrogen/data/drumkits/(?P<group>[^/]+)/(?P<label>[^/]+)"),
+    # Millo's three kits are of one drummer
+    ("drum", r"hydrogen/data/drumkits/(?P<group>Millo|[^/]+)[^/]*/(?P<label>[^/]+)"),
     ("drum", r"(?P<group>sonic-pi)/samples/(?P<label>(bd|drum|sn)_[^/]+)"),
     ("drum", r"(?P<group>lmms)/samples/drums/(?P<label>[^/]+)"),
     ("source", r"stamps/(?P<label>animals)/(?P<group>(?!.*_desc).*)\.ogg"),
     ("source", r"sonic-pi/samples/(?P<group>(?P<label>bass|ambi|loop|guit)_.*)"),
     ("source", r"lmms/samples/(?P<group>(?P<label>basses|bassloops|beats|instruments|stringsnpads|latin)/.*)"),
 )
-# Cyrillic letters; Italian cities in place of code words; a kit of electronic noises
-NOT_USED = r"IvrvoiceRU/letters|(Carlo|Menardi)/phonetic/._p|drumkits/Audiophob"
-# Voices whose language another voice of the training set speaks, an acoustic and an electronic drum kit. Every fourth
-# of the single recordings is held out, too.
-HELD_OUT = {
-    *("June", "Menardi", "klettres-data en_GB", "klettres-data es"),
-    *(f"tuxpaint-stamps-default _{language}" for language in ("es", "it", "nb", "ru")),
-    *("hydrogen-drumkits ColomboAcousticDrumkit", "hydrogen-drumkits ElectricEmpireKit"),
-}
-TEST_CLIPS = {"letter": 4, "digit": 6, "month": 4, "code word": 4, "drum": 12, "source": 12}  # at most, of each answer
+NOT_USED = r"(Carlo|Menardi)/phonetic/._p"  # Italian cities in place of code words
+
+
+TEST_CLIPS = 12  # of each answer, at most
 
 
 class Clip(NamedTuple):
-    """A recording: the kind of question that it is for, the right answer, and who or what is heard."""
+    """A recording: the kind of question that it is for, the right answer, who or what is heard, in which language."""
 
     path: Path
     package: str
     kind: str
     label: str
     group: str
+    language: str
 
 
-def fetch(folder: Path) -> dict[str, dict[str, str]]:
+def fetch(folder: Path) -> tuple[Path, dict[str, dict[str, str]]]:
     """Download and unpack the packages that are not there yet.
 
-    :param folder: The packages' files go here, and their contents below ``unpacked``.
-    :return: The packages by name.
+    :param folder: The packages' files go here, and a folder with what is used of their contents.
+    :return: That folder, and the packages by name.
     :raises SystemExit: without apt, or if a package cannot be had or is another than expected.
     """
     packages = {entry["package"]: entry for entry in json.loads(PACKAGES.read_text(encoding="utf-8"))}
     folder.mkdir(parents=True, exist_ok=True)
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise SystemExit(f"make demo-real takes its sounds from Debian 12's packages, but there is no {tool} here")
-    for name, entry in packages.items():
+            raise SystemExit(
+                f"make demo-real takes its sounds from Debian 12's packages, and {tool} is missing: {REMEDY}"
+            )
+    unpacked = folder / f"unpacked-{hashlib.sha256(repr(PATTERNS).encode()).hexdigest()[:8]}"
+    for number, (name, entry) in enumerate(packages.items(), 1):
         file = folder / f"{name}_{entry['version'].replace(':', '%3a')}_all.deb"
         if not file.exists():
-            print(f"real sounds: downloading {name} {entry['version']} ({entry['licence']})", flush=True)
-            command = ["apt-get", "-qq", "download", f"{name}={entry['version']}"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            if done.returncode != 0 or not file.exists():
-                raise SystemExit(
-                    f"{' '.join(command)} failed: {done.stderr.strip()}\nThese are versions of Debian 12 (bookworm): "
-                    "there, run apt-get update once as root; elsewhere, use a container of it"
-                )
-        if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
-            raise SystemExit(f"{file}: is not the file that is expected; remove it and try again")
-        unpack(file, folder / "unpacked" / name)
-    return packages
+            print(f"real sounds: downloading {number} of {len(packages)}, {name} ({entry['licence']})", flush=True)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:  # so that no half a file takes the name
+                command = ["apt-get", "-qq", "download", f"{name}={entry['version']}"]
+                done = subprocess.run(command, cwd=temporary, capture_output=True, text=True)
+                if done.returncode != 0:
+                    raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip()}\n{REMEDY}")
+                check(Path(temporary) / file.name, entry["sha256"])
+                (Path(temporary) / file.name).rename(file)
+        check(file, entry["sha256"])
+        unpack(file, unpacked / name)
+    return unpacked, packages
 
 
 def unpack(package: Path, target: Path) -> None:
@@ -139,7 +145,9 @@ def unpack(package: Path, target: Path) -> None:
     ):
         for member in archive:
             if member.isfile() and wanted.search(member.name):
-                archive.extract(member, temporary, filter="data")
+                path = Path(temporary, member.name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.extractfile(member).read())  # Debian 12's Python has no safe extract() yet
         (Path(temporary) / "usr").rename(target)
 
 
@@ -148,9 +156,9 @@ def label_of(kind: str, text: str) -> str | None:
     if kind == "letter":
         return text.upper()
     if kind == "digit":
-        return DIGITS.get(text)
+        return DIGITS[int(text)]
     if kind == "month":
-        return MONTHS.get(int(text))
+        return MONTHS[int(text)]
     if kind == "code word":
         return next((word for word in CODE_WORDS if word[0] == text), None)
     if kind == "drum":
@@ -176,11 +184,14 @@ def find_clips(unpacked: Path) -> Iterator[Clip]:
             if not label:
                 continue
             package = name.split("/")[0]
-            group = match["group"] if package.startswith("asterisk") else f"{package} {match['group']}"
+            # one of Asterisk's voices speaks in two packages, in others no voice has a name
+            group = match["group"] if package.startswith("asterisk-core") else f"{package} {match['group']}".strip()
+            # numbers without a language are English, and code words are the same in all
+            language = match.groupdict("en").get("language", "") if kind in ("letter", "digit", "month") else ""
             content = hashlib.sha256(path.read_bytes()).digest()
             if content not in seen:
                 seen.add(content)
-                yield Clip(path, package, kind, label, group)
+                yield Clip(path, package, kind, label, group, language)
             break
 
 
@@ -197,11 +208,22 @@ def read_clip(path: Path) -> tuple[np.ndarray, int] | None:
     return (wave, rate) if wave.any() else None
 
 
-def is_held_out(clip: Clip) -> bool:
-    """Whether a clip's group belongs to the test set."""
-    if clip.kind == "source":
-        return hashlib.sha256(clip.group.encode()).digest()[0] % 4 == 0
-    return clip.group in HELD_OUT
+def hold_out(clips: list[Clip], seed: int) -> set[str]:
+    """The groups of the test set: of each kind, up to a quarter of the clips, whole groups in the order of a hash.
+
+    A voice is held out only if another one speaks its language in the training set: nobody understands the numbers of
+    a language that he has never heard.
+    """
+    held: set[str] = set()
+    for kind in dict.fromkeys(clip.kind for clip in clips):
+        groups = [clip.group for clip in clips if clip.kind == kind]
+        for group in sorted(set(groups), key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest()):
+            test = held | {group}
+            own = {(clip.kind, clip.language) for clip in clips if clip.group == group and clip.language}
+            others = {(clip.kind, clip.language) for clip in clips if clip.group not in test}
+            if own <= others and sum(name in test for name in groups) <= len(groups) / 4:
+                held = test
+    return held
 
 
 class Question(NamedTuple):
@@ -217,16 +239,18 @@ class Question(NamedTuple):
 Pools = dict[str, dict[str, list[tuple[Clip, str]]]]  # clips and their files, by kind of question and right answer
 
 
-def write_clips(clips: Iterator[Clip], folder: Path) -> dict[str, Pools]:
+def write_clips(clips: list[Clip], seed: int, folder: Path) -> dict[str, Pools]:
     """Write the usable clips as wav files, whose names do not give their contents away.
 
+    :param seed: Of the split.
     :return: The pools of ``train`` and of ``test``.
     """
     pools: dict[str, Pools] = {split: {kind: {} for kind in QUESTIONS} for split in ("train", "test")}
+    held = hold_out(clips, seed)
     for number, clip in enumerate(clips):
         if (sound := read_clip(clip.path)) is None:
             continue
-        split = "test" if is_held_out(clip) else "train"
+        split = "test" if clip.group in held else "train"
         file = f"{'test-' if split == 'test' else ''}audios/{number:05d}.wav"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / file, *sound, subtype="PCM_16")
@@ -261,7 +285,7 @@ def test_questions(pools: Pools, rng: np.random.Generator) -> list[Question]:
     questions = []
     for kind, by_answer in pools.items():
         for answer, members in sorted(by_answer.items()):
-            for i in rng.permutation(len(members))[: TEST_CLIPS[kind]]:
+            for i in rng.permutation(len(members))[:TEST_CLIPS]:
                 questions.append(ask(kind, sorted(by_answer), *members[i], answer, rng))
     return questions
 
@@ -273,10 +297,10 @@ def make_data(out_dir: Path, downloads: Path, seed: int, count: int) -> None:
     :param downloads: Where the packages are, or will be.
     :param count: Number of training questions.
     """
-    packages = fetch(downloads)
+    unpacked, packages = fetch(downloads)
     train_rng, test_rng = (np.random.default_rng([seed, stream]) for stream in range(2))
     with written(out_dir) as folder:
-        pools = write_clips(find_clips(downloads / "unpacked"), folder)
+        pools = write_clips(list(find_clips(unpacked)), seed, folder)
         train = draw_questions(pools["train"], count, train_rng)
         test = test_questions(pools["test"], test_rng)
         rows = [

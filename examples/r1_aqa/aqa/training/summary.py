@@ -53,11 +53,12 @@ def summary(args: argparse.Namespace) -> str:
     :param args: The run's flags.
     """
     path = Path(args.save_path) / "metrics.jsonl"
+    learned = f"learned   {lesson(Path(args.save_path), args)}"
     return "\n".join(
         (
             "",
             *summary_table(read_metrics(path)),
-            textwrap.fill(f"learned   {lesson(Path(args.save_path), args)}", 80, subsequent_indent=" " * 10),
+            *([textwrap.fill(learned, 80, subsequent_indent=" " * 10)] if args.report else ()),
             f"model     {args.save_path}",
             f"metrics   {path}",
         )
