@@ -50,14 +50,13 @@ QUESTIONS = {
     "drum": "Which part of a drum kit is played?",
     "source": "What do you hear?",
 }
-# Consonants whose names keep their sound from language to language, without pairs that a telephone blurs (B and P, M
-# and N). C, G, H, J, V, W, Y, Z and the vowels have other names, or each other's, in the next language.
-LETTERS = "fklmqrsx"
-DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+# Six answers of each kind, so that each is practised often enough in ten minutes. The letters are the first consonants
+# whose names keep their sound from language to language (C, G, H and J do not), without those that a telephone, which
+# some voices come through, blurs with others (B, D, P and T; M and N).
+LETTERS = "fklmqr"
+DIGITS = ["one", "two", "three", "four", "five", "six"]
 MONTHS = ["january", "february", "march", "april", "may", "june"]
-MONTHS += ["july", "august", "september", "october", "november", "december"]
 CODE_WORDS = ["alfa", "bravo", "charlie", "delta", "echo", "foxtrot"]
-CODE_WORDS += ["golf", "hotel", "india", "juliett", "kilo", "lima"]
 DRUMS = {  # patterns of file names; rim shots and side sticks are left out
     "kick": r"kick|bassdrum|(^|_)bd",
     "snare": r"snare(?!off|rim|stick)|(^|_)s[dn]\d?_",
@@ -71,17 +70,18 @@ PATTERNS = (
     ("letter", VOICE + rf"letters/(?P<label>[{LETTERS}])\.\w+"),
     ("letter", rf"klettres/(?P<group>(?P<language>[a-z]+)\w*)/alpha/(?P<label>(?i:[{LETTERS}]))\.ogg"),
     ("letter", rf"english/filled/\w+/(?P<label>(?i:[{LETTERS}]))_filled_(?P<group>(?P<language>en)_GB)\.ogg"),
-    ("digit", VOICE + r"digits/(?P<label>\d)\.\w+"),
-    ("digit", rf"symbols/math/(?P<label>\d)_?(?P<group>|(?P<language>{LANGUAGES})(_GB)?)\.ogg"),
-    ("month", VOICE + r"(digits/)?mon-(?P<label>\d+)\.\w+"),
-    ("code word", VOICE + r"phonetic/(ICAO/)?(?P<label>[a-z])_p\.\w+"),
+    ("digit", VOICE + r"digits/(?P<label>[1-6])\.\w+"),
+    ("digit", rf"symbols/math/(?P<label>[1-6])_?(?P<group>|(?P<language>{LANGUAGES})(_GB)?)\.ogg"),
+    ("month", VOICE + r"(digits/)?mon-(?P<label>[0-5])\.\w+"),
+    ("code word", VOICE + r"phonetic/(ICAO/)?(?P<label>[a-f])_p\.\w+"),
     # Millo's three kits are of one drummer
     ("drum", r"hydrogen/data/drumkits/(?P<group>Millo|[^/]+)[^/]*/(?P<label>[^/]+)"),
     ("drum", r"(?P<group>sonic-pi)/samples/(?P<label>(bd|drum|sn)_[^/]+)"),
     ("drum", r"(?P<group>lmms)/samples/drums/(?P<label>[^/]+)"),
     ("source", r"stamps/(?P<label>animals)/(?P<group>(?!.*_desc).*)\.ogg"),
-    ("source", r"sonic-pi/samples/(?P<group>(?P<label>bass|ambi|loop|guit)_.*)"),
-    ("source", r"lmms/samples/(?P<group>(?P<label>basses|bassloops|beats|instruments|stringsnpads|latin)/.*)"),
+    # music without beats and loops, which are drums as well
+    ("source", r"sonic-pi/samples/(?P<group>(?P<label>bass|ambi|guit)_.*)"),
+    ("source", r"lmms/samples/(?P<group>(?P<label>basses|bassloops|instruments|stringsnpads)/.*)"),
 )
 NOT_USED = r"(Carlo|Menardi)/phonetic/._p"  # Italian cities in place of code words
 
@@ -156,11 +156,11 @@ def label_of(kind: str, text: str) -> str | None:
     if kind == "letter":
         return text.upper()
     if kind == "digit":
-        return DIGITS[int(text)]
+        return DIGITS[int(text) - 1]
     if kind == "month":
         return MONTHS[int(text)]
     if kind == "code word":
-        return next((word for word in CODE_WORDS if word[0] == text), None)
+        return CODE_WORDS["abcdef".index(text)]
     if kind == "drum":
         if re.search(r"rim|stick|roll|click|bell", text, re.IGNORECASE):
             return None

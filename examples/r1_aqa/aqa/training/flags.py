@@ -406,7 +406,12 @@ def _add_output_flags(g: Any) -> None:
     g.add_argument(
         "--num_trajectories_to_save", type=int, default=10, help="how many a step, rounded up to whole groups"
     )
-    g.add_argument("--report", action=BOOL, default=True, help="at the end of the run write report.html, and say what was learned and what is next")
+    g.add_argument(
+        "--report",
+        action=BOOL,
+        default=True,
+        help="at the end of the run write report.html, and say what was learned and what is next",
+    )
     g.add_argument("--use_wandb", action=BOOL, default=False, help="log to wandb (key from WANDB_API_KEY or a login)")
     g.add_argument("--wandb_org", help="wandb entity")
     g.add_argument("--wandb_group", help="wandb group")
