@@ -55,10 +55,11 @@ REAL = Setting(
     3,
     150,
     32,
-    4,
+    16,  # the start model is sure of its answers, so that of few responses to a question all are wrong
     (
         *("--freeze_prefix", "audio_tower", "language_model", "--actor_learning_rate", "4e-3"),
-        *("--train_batch_size", "64", "--max_epochs", "2"),  # a rollout costs more than training on it
+        *("--train_batch_size", "256", "--max_epochs", "2"),  # a rollout costs more than training on it
+        *("--micro_train_batch_size", "128", "--micro_rollout_batch_size", "128"),
     ),
 )
 
