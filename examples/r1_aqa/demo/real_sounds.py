@@ -361,7 +361,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train_questions", type=int, default=1280, help="their number (default: %(default)s)")
     args = parser.parse_args(argv)
     start = time.perf_counter()
-    make_data(args.out_dir, args.downloads, args.seed, args.train_questions)
+    try:
+        make_data(args.out_dir, args.downloads, args.seed, args.train_questions)
+    except KeyboardInterrupt:
+        raise SystemExit("real sounds: stopped; the packages that are complete are kept") from None
     print(f"real sounds: {time.perf_counter() - start:.1f} s -> {args.out_dir}; licences: {args.out_dir}/SOURCES.md")
 
 

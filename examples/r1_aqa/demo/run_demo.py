@@ -196,7 +196,10 @@ def run(script: str, *args: object, quiet: bool = False) -> None:
     command = [sys.executable, str(EXAMPLE / script), *map(str, args)]
     pipe = subprocess.PIPE if quiet else None
     errors = subprocess.STDOUT if quiet else None
-    done = subprocess.run(command, stdout=pipe, stderr=errors, text=True)
+    try:
+        done = subprocess.run(command, stdout=pipe, stderr=errors, text=True)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command keeps downloads, model and data that are complete") from None
     if done.returncode != 0:
         print(done.stdout or "", f"\n{script} ended with status {done.returncode}", file=sys.stderr)
         raise SystemExit(done.returncode)
