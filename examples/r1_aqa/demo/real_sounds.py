@@ -8,7 +8,8 @@ which package each clip is, and under which licence.
 
 Five kinds of question ask what is said or played, a sixth which kind of sound it is. A group is one voice, one drum
 kit, or one recording of anything else. A group is in the training or in the test set as a whole, so that the model is
-tested on voices and drums that it has never heard. No two clips have the same bytes.
+tested on voices and drums that it has never heard; which ones they are, the seed decides (``hold_out``). No two clips
+have the same bytes.
 """
 
 import argparse
@@ -84,8 +85,6 @@ PATTERNS = (
     ("source", r"lmms/samples/(?P<group>(?P<label>basses|bassloops|instruments|stringsnpads)/.*)"),
 )
 NOT_USED = r"(Carlo|Menardi)/phonetic/._p"  # Italian cities in place of code words
-
-
 TEST_CLIPS = 12  # of each answer, at most
 
 
@@ -357,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if it exists")
     parser.add_argument("--downloads", type=Path, required=True, help="folder of the packages, kept for the next time")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the questions (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split and questions (default: %(default)s)")
     parser.add_argument("--train_questions", type=int, default=1280, help="their number (default: %(default)s)")
     args = parser.parse_args(argv)
     start = time.perf_counter()
