@@ -219,12 +219,14 @@ def test_a_recordings_name_says_what_is_asked_of_it(tmp_path):
 def test_the_test_set_is_drawn_and_holds_no_language_that_training_lacks():
     spoken = [("a", "en"), ("b", "en"), ("c", "en"), ("d", "es"), ("d", "en"), ("e", "fr")]  # d speaks two
     clips = [Clip(Path(f"{g}{n}"), "p", "digit", str(n), g, lang) for g, lang in spoken for n in range(4)]
+    clips += [Clip(Path(g), "p", "digit", "1", g, "it") for g in "fg"]
     clips += [Clip(Path(f"{g}{n}"), "p", "drum", "kick", g, "") for g in "wxyz" for n in range(4)]
     clips += [Clip(Path(f"big{n}"), "p", "drum", "kick", "big", "") for n in range(40)]
     drawn = {seed: hold_out(clips, seed) for seed in range(20)}
     for held in drawn.values():
-        # of 24 digits at most 6, so one of the voices with four; Spanish and French have one voice each
+        # of 26 digits at most 6, so one of the voices with four; Spanish and French have one voice each, Italian two
         assert len(held & set("abc")) == 1
+        assert len(held & set("fg")) == 1
         assert not held & {"d", "e", "big"}
         assert len(held & set("wxyz")) == 3  # 12 of 56 drums; a fourth would make it 16, more than a quarter
     assert len({frozenset(held) for held in drawn.values()}) > 5
