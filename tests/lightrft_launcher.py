@@ -218,7 +218,17 @@ def redirect_vllm() -> None:
                 else:
                     self.model_runner.model.load_weights(received)
 
-        module.WorkerWrap.update_weight = update_weight
+        def sleep(self: Any, level: int) -> None:
+            """As on a GPU, where level 2 loses KV cache and parameters: they are filled with garbage."""
+            assert level == 2
+            model = self.get_model()
+            for tensor in (*self.model_runner.kv_caches, *model.parameters()):
+                tensor.data.fill_(7.0)
+            for layer in model.modules():
+                if hasattr(layer, "cpu_linear"):
+                    layer.cpu_linear = None  # it holds the weight of a linear layer, repacked
+
+        module.WorkerWrap.update_weight, module.WorkerWrap.sleep = update_weight, sleep
 
 
 def main() -> None:

@@ -50,6 +50,7 @@ lightrft.strategy.strategy_base:StrategyBase
         < gather_and_generate | replaced: rollouts with audio and log-probs
     gather_and_generate(*, all_prompt_token_ids, **_) | wrapped: compares the engine's prompts with the trainer's
     update_engine_weights(actor, /) < setup_inference_engine | wrapped: weight names, caches
+    maybe_sleep_inference_engine() < gather_and_generate | wrapped: vLLM drops its weights, and does not copy them
 
 lightrft.strategy.deepspeed.deepspeed:DeepspeedStrategy
     get_ds_train_config(is_actor) | configures the actor
