@@ -45,7 +45,6 @@ class AudioPromptDataset(Dataset):
     audio (``audio_path`` empty, no audio part) is a text-only prompt.
 
     :param dataset: ``datasets.Dataset`` (or any sequence of mappings) with the columns of ``avqa.py``.
-    :param processor: Qwen2-Audio processor.
     :param max_length: Longest prompt in tokens, a clip's placeholder counted as one.
     :param strategy: Its ``args`` name the columns (``input_key``, ``images_key``, ``reference_key``, ``label_key``).
     :param reader: Reads the audio files; None: in this process, from anywhere.

@@ -49,7 +49,6 @@ EXIT_STATUS = (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags; paths become absolute.
 
-    :param argv: Arguments, those of the process if None.
     :raises AvqaError: naming every setting that cannot be used.
     """
     parser = Parser(
@@ -232,7 +231,6 @@ def check_args(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
-    :param argv: Arguments, those of the process if None.
     :return: Exit status: 0 written, 2 nothing written, 130 interrupted.
     """
     try:

@@ -65,7 +65,6 @@ class DataError(ValueError):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the flags.
 
-    :param argv: Arguments, those of the process if None.
     :raises DataError: naming every setting that cannot be used.
     """
     kind: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_STATUS}
@@ -308,7 +307,6 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    :param argv: Arguments, those of the process if None.
     :return: Exit status.
     """
     from aqa.evaluation.items import EvalError

@@ -23,9 +23,7 @@ LANGUAGE = ("language_model.", "thinker.model.", "thinker.lm_head.")  # the enco
 class VLLMEngine:
     """One vLLM engine a rank; with tensor parallelism the ranks of a group run one engine together.
 
-    :param dtype: Weight type of the rollouts.
     :param max_model_len: Longest sequence, audio tokens included.
-    :param audios_per_prompt: Most clips in one prompt.
     :param max_num_seqs: Most responses sampled at once. vLLM keeps logits and captures CUDA graphs for as many, by
         default for 1,024 on a large GPU.
     :param memory_utilization: Fraction of the GPU's memory for weights and KV cache (unused on the CPU).

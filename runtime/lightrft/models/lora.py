@@ -23,7 +23,6 @@ def add_adapters(model: nn.Module, rank: int, alpha: int, targets: Sequence[str]
     """Freeze a model and put adapters beside some of its linear layers.
 
     :param model: Of a known family, changed in place; its class and the names of its modules stay.
-    :param rank: Rank of the adapters' product.
     :param alpha: The product weighs ``alpha / rank``.
     :param targets: What to adapt: names of linear layers (``q_proj``) or of modules that hold them
         (``language_model``). The head is never adapted: log-probs are computed from its weight. Nor is what audio and

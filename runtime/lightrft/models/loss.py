@@ -57,8 +57,6 @@ def grpo_loss(
     :param ref_log_probs: Under the reference model; None: no KL.
     :param advantages: Of each token; a response's are equal unless KL or a discount is part of its reward.
     :param mask: Bool, True at the tokens that are trained on; a response without any counts as one whose loss is 0.
-    :param kl_coef: Weight of the KL.
-    :param tokens_per_micro_batch: See :func:`aggregate`.
     :param silent_log_probs: As ``old_log_probs``, with silence in place of the sound; for :func:`audio_weights`.
     :return: Scalar loss, and scalars without gradient: ``policy_loss``, and the sums over tokens ``tokens``,
         ``clipped``, ``kl`` (with a reference), ``weights`` and ``limited`` (with a rollout correction),

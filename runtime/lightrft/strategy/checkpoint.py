@@ -15,10 +15,10 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lightrft.utils.files import PART, write_atomically
 from lightrft.utils.model_specs import family_of
-from lightrft.utils.protocols import Tokenizer
 
 ABOUT = "about_weights"  # in a checkpoint's state: dtype, lora_alpha, and further files of the run's model folders
 OLD = f".old{PART}"  # suffix of a folder while another takes its place
@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"  # of a whole checkpoint: its files with size and has
 def write_hf_folder(
     model: nn.Module,
     weights: Iterable[tuple[str, torch.Tensor]],
-    tokenizer: Tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     output_dir: str,
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:

@@ -96,10 +96,7 @@ class Storage(TorchCheckpointEngine):
 
 
 def load_safely(path: str | Path, map_location: Any = None) -> dict[str, Any]:
-    """Read a file of a checkpoint: tensors, plain values and the classes in :data:`KNOWN`. It runs no code.
-
-    :param map_location: As in ``torch.load``.
-    """
+    """Read a file of a checkpoint: tensors, plain values and the classes in :data:`KNOWN`. It runs no code."""
     known = [argparse.Namespace]
     for name in KNOWN:
         module, _, attribute = name.rpartition(".")

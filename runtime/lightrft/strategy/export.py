@@ -40,7 +40,6 @@ def layout_of(checkpoint: Path) -> tuple[int | None, int | None]:
 def export_model(checkpoint: Path, pretrain: str, out: Path) -> tuple[Any, dict[str, str]]:
     """Write the model that the run would have saved when it wrote the checkpoint, adapters merged.
 
-    :param checkpoint: Folder of a whole one.
     :param pretrain: The run's start model, of which come configuration and tokenizer.
     :return: Processor, and further files of the folder, by name, which the caller writes.
     :raises ExportError: if the checkpoint is not of a kind that is known here, or not of this start model.

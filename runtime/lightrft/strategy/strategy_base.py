@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
 
 from lightrft.engines.base import RolloutEngine, RolloutOutput, Sampling
 from lightrft.engines.hf_engine import HFEngine
@@ -28,7 +29,6 @@ from lightrft.strategy.checkpoint import ABOUT, SaveError
 from lightrft.utils.console import console
 from lightrft.utils.distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
 from lightrft.utils.model_specs import MAX_AUDIO_TOKENS, family_of
-from lightrft.utils.protocols import StepGuard, Tokenizer, TrainingEngine
 from lightrft.utils.weight_names import is_adapter
 
 
@@ -106,7 +106,7 @@ class StrategyBase(ABC):
         return (actor, optimizer, scheduler), (None, None, None), reward_models, initial_model
 
     @abstractmethod
-    def prepare_training(self, model: nn.Module, max_steps: int) -> tuple[TrainingEngine, Any, Any]:
+    def prepare_training(self, model: nn.Module, max_steps: int) -> tuple[Any, Any, Any]:
         """Shard the trained model.
 
         :return: Its engine, which has ``backward``, ``is_gradient_accumulation_boundary`` and ``step``; optimizer;
@@ -118,7 +118,7 @@ class StrategyBase(ABC):
         """Freeze a model, usually the reference model's actor, and move or shard it."""
 
     @abstractmethod
-    def step_guard(self, engine: TrainingEngine) -> StepGuard:
+    def step_guard(self, engine: Any) -> Any:
         """What makes the optimizer's steps: its ``step(discard)`` returns the gradient's norm, ``applied`` says whether
         the last one was made; see :class:`~lightrft.strategy.deepspeed_hooks.StepGuard`.
         """
@@ -276,9 +276,6 @@ class StrategyBase(ABC):
     ) -> list[RolloutOutput]:
         """Generate for this rank's prompts; the ranks of a tensor-parallel engine put theirs together.
 
-        :param all_prompt_token_ids: Token ids of text-only prompts.
-        :param all_prompts: Prompt texts of multimodal prompts.
-        :param images_num: Clips a prompt.
         :return: This rank's responses: all samples of its first prompt, then of the second, and so on.
         """
         self.inference_engine.wake_up()
@@ -355,7 +352,7 @@ class StrategyBase(ABC):
         for bucket in weights.buckets(pieces, self.args.sync_bucket_mb * 2**20, self.bytes_of):
             yield from weights.gathered_weights(bucket, self.whole)
 
-    def save_model(self, model: nn.Module, tokenizer: Tokenizer, output_dir: str) -> None:
+    def save_model(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> None:
         """Write a Hugging Face folder that transformers and vLLM load, and LoRA's adapter alone into ``adapter`` in it.
 
         :param output_dir: Folder; existing files are replaced once all new ones are written, one by one.
@@ -395,7 +392,7 @@ class StrategyBase(ABC):
 
     def save_ckpt(
         self,
-        model: TrainingEngine,
+        model: Any,
         save_dir: str,
         tag: str,
         max_num: int = 3,
@@ -428,16 +425,14 @@ class StrategyBase(ABC):
             raise
 
     @abstractmethod
-    def write_ckpt(
-        self, engine: TrainingEngine, save_dir: str, tag: str, client_state: dict[str, Any]
-    ) -> dict[str, str]:
+    def write_ckpt(self, engine: Any, save_dir: str, tag: str, client_state: dict[str, Any]) -> dict[str, str]:
         """Write this rank's part of a checkpoint.
 
         :return: Hashes by file name.
         :raises OSError: if that fails.
         """
 
-    def load_ckpt(self, model: TrainingEngine, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
+    def load_ckpt(self, model: Any, load_dir: str, **_: Any) -> tuple[str, dict[str, Any]]:
         """Load the newest whole checkpoint: the one that ``latest`` names, if it is whole. Collective.
 
         :return: Its folder, and its state, with ``step``, which its name tells.
@@ -461,7 +456,7 @@ class StrategyBase(ABC):
         return str(folder), self.read_ckpt(model, load_dir, folder.name) | {"step": step}
 
     @abstractmethod
-    def read_ckpt(self, engine: TrainingEngine, load_dir: str, tag: str) -> dict[str, Any]:
+    def read_ckpt(self, engine: Any, load_dir: str, tag: str) -> dict[str, Any]:
         """Load this rank's part of a checkpoint.
 
         :raises SystemExit: if it does not fit.
@@ -489,7 +484,6 @@ def rate_factor(step: int, warmup: int, total: int) -> float:
 
     :param step: Optimizer steps made so far.
     :param warmup: Steps of the warm-up. The first has ``1 / warmup`` and not 0, which would waste its rollout.
-    :param total: Optimizer steps of the run.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -107,7 +107,6 @@ def token_advantages(
 ) -> torch.Tensor:
     """Advantages of one response's tokens: the shaped reward at its last token, minus KL at each, summed to the end.
 
-    :param shaped_reward: From :func:`shape_rewards`.
     :param kl: Per-token KL estimates ``(length,)`` when KL is part of the reward; None when it is a loss.
     :return: ``(length,)`` float32.
     """
@@ -131,7 +130,6 @@ def whiten(sum_: float, sum_of_squares: float, count: float) -> tuple[float, flo
 class KLController:
     """KL coefficient: fixed, or adapted towards a target.
 
-    :param init_kl_coef: Start value.
     :param target: KL to steer to; None keeps the coefficient fixed.
     :param horizon: Samples over which the coefficient is adapted.
 

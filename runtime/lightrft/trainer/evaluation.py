@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from lightrft.strategy import checkpoint
+from lightrft.strategy.strategy_base import StrategyBase
 from lightrft.trainer import trajectories
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, split_tags
 from lightrft.trainer.step_metrics import reward_sums, tag_metrics, tag_sums
 from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_metrics
 from lightrft.utils.preemption import stop_request
-from lightrft.utils.protocols import Strategy
 
 Ask = Callable[[Sequence[str], Sequence[Any]], list[list[int]]]
 Evaluator = Callable[[Ask, int], dict[str, float]]
@@ -39,7 +39,6 @@ class Evaluation:
     every rank.
 
     :param dataloader: This rank's prompts to score by the reward, unshuffled; None: none.
-    :param evaluators: What else is measured.
     :param find_collapsed: Finds questions whose answers are all alike, by type, from all responses to the dataloader's
         prompts and those without sound; None: nothing is looked for.
     :param silent: Score answers to silence of the same length as well.
@@ -175,7 +174,7 @@ class BestModel:
     :raises SystemExit: if the folder's model was chosen by another metric.
     """
 
-    def __init__(self, strategy: Strategy, folder: Path, metric: str, remembered: dict[str, Any] | None) -> None:
+    def __init__(self, strategy: StrategyBase, folder: Path, metric: str, remembered: dict[str, Any] | None) -> None:
         self.strategy = strategy
         self.folder = folder
         self.metric = metric

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from lightrft.engines.base import Sampling, stable_seed
+from lightrft.models.actor_al import ActorAL
 from lightrft.models.actor_modality import get_supported_parameters
 from lightrft.models.loss import kl_tokens
+from lightrft.strategy.strategy_base import StrategyBase
 from lightrft.trainer.advantages import (
     WHITENED,
     KLController,
@@ -27,7 +30,6 @@ from lightrft.trainer.advantages import (
 from lightrft.trainer.replay_buffer import Experience, MicroBatch, make_micro_batch
 from lightrft.trainer.step_metrics import has_spread, normalised_parts, reward_parts
 from lightrft.utils.preemption import stop_request
-from lightrft.utils.protocols import Actor, Strategy, Tokenizer
 
 AUDIO_GAIN = "audio_gain_reward"  # a part of the reward that takes the policy's own log-probs
 
@@ -55,17 +57,16 @@ def get_images_num(all_images: Sequence[Any]) -> list[int]:
 class FastExperienceMaker:
     """Makes experiences of a batch of prompts.
 
-    :param initial_model: Reference model, or None.
     :param reward_fn: LightRFT's signature, see :meth:`score`.
     :param needs_old_log_probs: The update is not on-policy, or KL or :func:`~.advantages.audio_gain` is paid for.
     """
 
     def __init__(
         self,
-        actor: Actor,
-        initial_model: Actor | None,
-        tokenizer: Tokenizer,
-        strategy: Strategy,
+        actor: ActorAL,
+        initial_model: ActorAL | None,
+        tokenizer: PreTrainedTokenizerBase,
+        strategy: StrategyBase,
         kl_ctl: KLController,
         reward_fn: Callable,
         reward_fn_label_map: dict[str, int],
@@ -292,10 +293,9 @@ class FastExperienceMaker:
             item.reward_metrics = {name: float(values[i]) for name, values in metrics.items()}
 
     @torch.no_grad()
-    def log_probs(self, model: Actor, items: Sequence[Experience], silent: bool = False) -> list[torch.Tensor]:
+    def log_probs(self, model: ActorAL, items: Sequence[Experience], silent: bool = False) -> list[torch.Tensor]:
         """Log-probs of the responses, given prompt and audio.
 
-        :param model: Actor or reference model.
         :param silent: Put silence of the same length in place of every clip.
         :return: ``(response length,)`` each, in CPU memory.
         """
@@ -370,7 +370,7 @@ def split_tags(batch: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Sequence[s
     return batch[:4], batch[4] if len(batch) > 4 else None
 
 
-def forward(model: Actor, batch: MicroBatch) -> torch.Tensor:
+def forward(model: ActorAL, batch: MicroBatch) -> torch.Tensor:
     """Call an actor with the inputs that its modality takes.
 
     :return: Log-probs ``(batch, response width)``.

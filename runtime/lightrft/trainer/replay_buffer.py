@@ -68,7 +68,6 @@ class MicroBatch:
 def make_micro_batch(items: Sequence[Experience], pad_token_id: int, device: torch.device) -> MicroBatch:
     """Pad experiences to one width.
 
-    :param items: At least one.
     :param device: Where token tensors go; clips stay where they are until the actor has unpacked them.
     """
     prompt_width = max(len(item.prompt_ids) for item in items)

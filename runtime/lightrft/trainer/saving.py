@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
+from lightrft.models.actor_al import ActorAL
 from lightrft.strategy import checkpoint
 from lightrft.strategy.checkpoint import SaveError
+from lightrft.strategy.strategy_base import StrategyBase
 from lightrft.trainer.evaluation import BestModel
 from lightrft.utils.distributed import gather_objects
-from lightrft.utils.protocols import Actor, Strategy, Tokenizer
 
 QUICK_BYTES = 60 * 200e6  # of a model that takes a minute to write at 200 MB/s
 
@@ -50,18 +52,13 @@ class ResumePoint:
 
 
 class RunSaver:
-    """Writes the run's models and checkpoints, all ranks together, and counts what could not be written.
-
-    :param save_hf_ckpt: Also write Hugging Face folders at ``save_steps``.
-    :param disable_ds_ckpt: Write no checkpoints for resuming.
-    :param warn: Shows a warning.
-    """
+    """Writes the run's models and checkpoints, all ranks together, and counts what could not be written."""
 
     def __init__(
         self,
-        strategy: Strategy,
-        actor: Actor,
-        tokenizer: Tokenizer,
+        strategy: StrategyBase,
+        actor: ActorAL,
+        tokenizer: PreTrainedTokenizerBase,
         save_hf_ckpt: bool,
         disable_ds_ckpt: bool,
         warn: Callable[[str], None],

@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lightrft.engines.base import Sampling, stable_seed
+from lightrft.models.actor_al import ActorAL
 from lightrft.models.loss import LossSettings, grpo_loss
 from lightrft.strategy.checkpoint import SaveError
-from lightrft.strategy.strategy_base import is_usable
+from lightrft.strategy.strategy_base import StrategyBase, is_usable
 from lightrft.trainer import trajectories
 from lightrft.trainer.advantages import KLController
 from lightrft.trainer.evaluation import BestModel, Evaluation, Evaluator, FindCollapsed
@@ -49,7 +51,6 @@ from lightrft.utils.distributed import gather_objects, reduce_by_name, reduce_me
 from lightrft.utils.metrics import MetricsWriter
 from lightrft.utils.preemption import RankError, StopError, stop_request
 from lightrft.utils.progress import Progress, evaluation_lines, step_lines
-from lightrft.utils.protocols import Actor, Strategy, Tokenizer
 
 ANOMALY_EXIT = 4  # exit status after --on_anomaly stop
 MEMORY_STEPS = 50  # steps between two calls of hand_back_memory
@@ -100,35 +101,29 @@ class SPMDPPOTrainerVL:
     Critic, its optimizer and scheduler, ``ema_model`` and ``reward_model`` are LightRFT's parameters and ignored here:
     group-relative methods have no critic, and rewards are rules.
 
-    :param strategy: With a running engine.
     :param actor: Prepared policy; ``actor_optim`` and ``actor_scheduler`` are stepped by its engine.
     :param initial_model: Prepared reference model, or None without KL.
     :param reward_fn: ``(model_reward_list, labels, queries, refs, label_map) -> (rewards, metrics)``.
     :param reward_fn_label_map: Passed to ``reward_fn`` as ``label_map``.
-    :param max_epochs: Passes over each rollout batch.
     :param micro_train_batch_size: Responses in one forward and backward.
-    :param loss_agg_mode: See :func:`lightrft.models.loss.aggregate`.
     :param kl_target: Adapt the KL's weight, ``init_kl_coef`` at first, towards this KL; None keeps it.
-    :param save_hf_ckpt: Also write Hugging Face folders at ``save_steps``.
-    :param disable_ds_ckpt: Write no checkpoints for resuming.
-    :param end_token_ids: Any of them ends a response.
     :param logit_bias: Bias on token ids at sampling, which log-probs take into account.
     """
 
     def __init__(
         self,
         *,
-        strategy: Strategy,
-        actor: Actor,
+        strategy: StrategyBase,
+        actor: ActorAL,
         critic: None,
         reward_model: Any,
-        initial_model: Actor | None,
+        initial_model: ActorAL | None,
         ema_model: None,
         actor_optim: Any,
         critic_optim: None,
         actor_scheduler: Any,
         critic_scheduler: None,
-        tokenizer: Tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         reward_fn: Callable,
         reward_fn_label_map: dict[str, int],
         max_epochs: int,
@@ -281,7 +276,7 @@ class SPMDPPOTrainerVL:
             for writer in writers:
                 writer.close()
 
-    def take_reference(self, model: Actor) -> None:
+    def take_reference(self, model: ActorAL) -> None:
         """Use a prepared model as the reference from now on."""
         model.temperature, model.logit_bias = self.actor.temperature, self.actor.logit_bias
         self.experience_maker.initial_model = model
@@ -466,8 +461,6 @@ class SPMDPPOTrainerVL:
     ) -> bool:
         """Forward and backward of a micro-batch.
 
-        :param first: This is the first pass over the rollout.
-        :param place: For the error message.
         :return: Whether the optimizer steps next.
         """
         batch = make_micro_batch(part, self.tokenizer.pad_token_id, self.strategy.device)
@@ -546,10 +539,7 @@ class SPMDPPOTrainerVL:
 
     # ------------------------------------------------------------ resuming
     def restore(self, state: dict[str, Any]) -> None:
-        """Take back what a checkpoint holds in addition to model, optimizer and schedule.
-
-        :param state: As ``strategy.load_ckpt`` returns it.
-        """
+        """Take back what a checkpoint holds in addition to model, optimizer and schedule."""
         self.saver.saved = state["step"]
         self.restored_sft = state.get("sft_step", 0)  # checkpoints of earlier versions have none
         self.restored_step = state["step"] - self.restored_sft

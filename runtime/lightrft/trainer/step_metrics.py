@@ -24,10 +24,7 @@ def reward_sums(items: Sequence[Experience]) -> dict[str, float]:
 
 
 def spread_sums(items: Sequence[Experience], n_samples: int, names: Iterable[str] = ()) -> dict[str, float]:
-    """Sums that show how far rewards differ, within groups of ``n_samples`` neighbours and altogether.
-
-    :param names: See :func:`has_spread`.
-    """
+    """Sums that show how far rewards differ, within groups of ``n_samples`` neighbours and altogether."""
     groups = [items[i : i + n_samples] for i in range(0, len(items), n_samples)]
     return {
         "squares": sum(item.reward**2 for item in items),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pyarrow.parquet as pq
 from datasets import Dataset, interleave_datasets
 
 from lightrft.utils.distributed import check_same, digest
-from lightrft.utils.protocols import Strategy
 
 _SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 
@@ -41,7 +41,7 @@ def find_split(source: str, split: str) -> Path | None:
 def blending_datasets(
     datasets: str,
     probabilities: str,
-    strategy: Strategy | None = None,
+    strategy: Any | None = None,
     seed: int = 42,
     max_count: int = 5_000_000,
     return_eval: bool = True,
@@ -54,7 +54,6 @@ def blending_datasets(
     :param datasets: Files or folders, separated by commas.
     :param strategy: Prints what is read, if given.
     :param max_count: Most rows taken from each source.
-    :param return_eval: Also return the evaluation split.
     :param stopping_strategy: When mixing ends, as in ``datasets.interleave_datasets``.
     :return: The training rows, or training and evaluation rows.
     :raises FileNotFoundError: if a source or split is missing.

@@ -103,7 +103,6 @@ class StopRequest:
         """Stop if any rank was asked to, or has an error. Collective.
 
         :param device: Where the ranks' flags are compared.
-        :param error: This rank's.
         :raises StopError: on all ranks, if a signal has come to one.
         :raises RankError: on all ranks, if one of several has an error. A single rank raises its error itself.
         """

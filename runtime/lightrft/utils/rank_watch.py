@@ -48,7 +48,6 @@ GONE = "its process ended without a word (killed? out of memory?); its own host 
 class LostRank:
     """A rank that has ended before the run did.
 
-    :param cause: Why, in words.
     :param reported: It sent the cause itself and has printed it on its own host's terminal.
     """
 

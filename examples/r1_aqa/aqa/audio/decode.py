@@ -186,10 +186,7 @@ def _has_last_page(path: str | Path) -> bool:
 
 
 def describe_failure(path: str | Path, error: Exception) -> str:
-    """Say in the user's terms why a file could not be opened.
-
-    :param error: The exception of libsndfile or the system.
-    """
+    """Say in the user's terms why a file could not be opened."""
     if os.path.islink(path) and not os.path.exists(path):
         return f"is a broken link to {show(os.readlink(path))}, which does not exist"
     if os.path.isdir(path):
@@ -232,7 +229,6 @@ def probe_all(
     """Check many files in parallel.
 
     :param paths: Files; each different one is checked once.
-    :param reader: As for :func:`probe_audio`.
     :return: What is wrong, one entry for each bad file, in the order of the paths.
     """
     different = list(dict.fromkeys(map(str, paths)))

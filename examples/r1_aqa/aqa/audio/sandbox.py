@@ -40,7 +40,6 @@ LARGEST_REPLY = 4 * MAX_FRAMES * HOP_LENGTH  # bytes of 30 s of float32
 class Sandbox:
     """Decodes in a worker process, one file at a time. Any thread may call it; a forked process starts its own worker.
 
-    :param seconds: Longest time for one file.
     :param mebibytes: Most memory that the worker may allocate after its start.
     :param command: Program of the worker, to which the two limits are appended; None: this module.
     """

@@ -18,9 +18,7 @@ def say(text: str) -> None:
 def say_problems(headline: str, kinds: Iterable[str], lines: Sequence[str]) -> None:
     """Warn of problems, and show the first of them.
 
-    :param headline: What they have in common.
     :param kinds: The kind of each, to be counted.
-    :param lines: A line about each.
     """
     counts = ", ".join(f"{kind} {n}" for kind, n in Counter(kinds).most_common())
     say(f"WARNING: {headline}: {counts}")

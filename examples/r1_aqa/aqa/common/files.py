@@ -33,7 +33,6 @@ def write_files(
 ) -> None:
     """Write several files so that either all are new or all are as they were.
 
-    :param folder: Made if missing.
     :param what: The folder as the user knows it, such as ``--local_save_dir parquet``.
     :param writers: By file name, a function that writes the content to an open binary file.
     :param obsolete: Names of files to remove just before the new ones take their places.

@@ -73,9 +73,7 @@ def inspect_torch() -> dict[str, Any]:
 def why_unseen(driver: str, cuda: str | None, error: str) -> tuple[str, str]:
     """Why torch sees none of the GPUs that the driver lists, and the remedy.
 
-    :param driver: The driver's version.
     :param cuda: The version of CUDA that torch is built for; None: built for the CPU.
-    :param error: What torch says.
     """
     if cuda is None:
         return "this torch is built for the CPU", FOR_GPU
@@ -100,7 +98,6 @@ def find_problems(environment: Mapping[str, str], ranks: int | None = None, vllm
 
     :param environment: CUDA_VISIBLE_DEVICES, and torchrun's variables.
     :param ranks: Ranks of this host; default: as torchrun's variables say.
-    :param vllm: Whether the run needs vLLM.
     """
     seen, visible = inspect_torch(), environment.get("CUDA_VISIBLE_DEVICES")
     setting = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"

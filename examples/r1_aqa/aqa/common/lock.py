@@ -30,7 +30,6 @@ class LockedError(OSError):
 def lock(path: Path, what: str) -> Iterator[None]:
     """Hold a lock during a ``with`` block. A dead owner's lock is taken over.
 
-    :param path: Of the lock file; its folder exists.
     :param what: What it protects, as the user knows it, such as ``--save_path results/run``.
     :raises LockedError: if a living process holds it.
     :raises OSError: if the file cannot be written.

@@ -30,7 +30,6 @@ class RuntimeHost:
         """Nothing to do."""
 
     def find_problems(self, args: argparse.Namespace) -> list[str]:
-        """See :class:`~aqa.hosts.base.Host`."""
         rules = (
             (
                 args.engine_type == "sglang",
@@ -52,7 +51,6 @@ class RuntimeHost:
         """Nothing to do."""
 
     def load_actor(self, args: argparse.Namespace, ds_config: dict[str, Any] | None) -> Any:
-        """See :class:`~aqa.hosts.base.Host`."""
         from lightrft.models.actor_al import ActorAL
 
         try:
@@ -71,7 +69,6 @@ class RuntimeHost:
             raise SystemExit(f"--pretrain {args.pretrain}: {error}") from error
 
     def model_spec(self, model_type: str) -> Any:
-        """See :class:`~aqa.hosts.base.Host`."""
         from lightrft.utils.model_specs import FAMILIES
 
         return FAMILIES.get(model_type)
@@ -85,7 +82,6 @@ class RuntimeHost:
         return {}
 
     def without_adapters(self, actor: Any) -> Any:
-        """See :class:`~aqa.hosts.base.Host`."""
         from lightrft.models.lora import WithoutAdapters
 
         return WithoutAdapters(actor)
@@ -117,7 +113,6 @@ class RuntimeHost:
         return Patch()
 
     def patch_strategy(self, patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
-        """See :class:`~aqa.hosts.base.Host`."""
         from aqa.patches.strategy import save_processor
 
         if processor is not None:
@@ -130,17 +125,14 @@ class RuntimeHost:
         patch.replace(exp_maker, "describe_image", describe_audio)
 
     def patch_actor(self, patch: Patch, actor: Any) -> None:
-        """See :class:`~aqa.hosts.base.Host`."""
         from aqa.patches.actor import read_clips
 
         read_clips(patch, actor)
 
     def status(self, text: str) -> None:
-        """See :class:`~aqa.hosts.base.Host`."""
         self._console().status(text)
 
     def say(self, text: str) -> None:
-        """See :class:`~aqa.hosts.base.Host`."""
         self._console().print(text, needed=True)
 
     def error_stream(self) -> TextIO:
@@ -161,7 +153,6 @@ class RuntimeHost:
         return ranks is None or ranks.first_to_speak()
 
     def leave(self, error: BaseException | None = None, may_follow: bool = False) -> bool:
-        """See :class:`~aqa.hosts.base.Host`."""
         ranks = self._rank_watch()
         return ranks is not None and ranks.leave(error, may_follow)
 
@@ -176,7 +167,6 @@ class RuntimeHost:
         return rank_watch
 
     def exit_status(self, error: BaseException) -> int | None:
-        """See :class:`~aqa.hosts.base.Host`."""
         from lightrft.strategy.checkpoint import SaveError
 
         return CANNOT_SAVE if isinstance(error, SaveError) else None

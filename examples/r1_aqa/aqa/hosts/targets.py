@@ -32,8 +32,6 @@ def patch_strategy_for_audio(strategy: Any, processor: Any = None, files: dict[s
 def patch_experience_maker_for_audio(exp_maker: Any, processor: Any, tokenizer: Any, prompt_max_len: int) -> Patch:
     """Make an experience maker take ``(waveform, rate)`` where it expects images.
 
-    :param exp_maker: LightRFT's ``FastExperienceMaker``.
-    :param processor: Qwen2-Audio processor.
     :param prompt_max_len: Longest prompt in tokens, a clip's placeholder counted as one.
     :raises PatchError: if a symbol is not as expected.
     """

@@ -36,11 +36,7 @@ class NamedClip(tuple):
 
     @classmethod
     def of(cls, wave: np.ndarray, rate: int, path: str) -> NamedClip:
-        """A decoded file.
-
-        :param wave: Samples ``(samples,)``.
-        :param rate: In Hz.
-        """
+        """A decoded file."""
         clip = cls((wave, rate))
         clip.path = path
         return clip

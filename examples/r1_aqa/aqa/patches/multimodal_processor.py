@@ -18,7 +18,6 @@ Waveform = tuple[np.ndarray, int]  # samples and rate in Hz
 class AudioMultimodalProcessor:
     """Fills LightRFT's image slot with audio; replaces its ``MultimodalDataProcessor``.
 
-    :param processor: Qwen2-Audio processor.
     :param prompt_max_len: Longest prompt in tokens, where a clip's placeholder counts as one. Nothing is truncated.
     """
 

@@ -36,8 +36,6 @@ def build_audio_inputs(
     :param all_prompts: Prompt texts, one unexpanded placeholder a clip.
     :param all_images: One ``(waveform, rate)`` or None a prompt.
     :param images_num: Clips a prompt; checked against ``all_images``.
-    :param all_videos: Unused.
-    :param videos_num: Unused.
     :param further: What later versions of LightRFT pass, such as ``all_audios`` in its pull request 58; None, because
         the clips are in the image slot.
     :return: ``{"prompt": text}``, with ``"multi_modal_data": {"audio": [(waveform, rate)]}`` where there is a clip.

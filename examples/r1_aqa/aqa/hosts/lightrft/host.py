@@ -85,7 +85,6 @@ class LightRFTHost:
         check_contract("lightrft.utils")
 
     def find_problems(self, args: argparse.Namespace) -> list[str]:
-        """See :class:`~aqa.hosts.base.Host`."""
         problems = []
         if args.engine_type == "hf":
             problems.append(
@@ -143,7 +142,6 @@ class LightRFTHost:
         return problems
 
     def prepare(self, args: argparse.Namespace) -> None:
-        """See :class:`~aqa.hosts.base.Host`."""
         if args.bf16 and not args.fsdp:
             args.grad_accum_dtype = "fp32"  # DeepSpeed would add up the gradients of micro-batches in bfloat16
         complete_flags(args)
@@ -178,7 +176,6 @@ class LightRFTHost:
         return prompts
 
     def trainer_arguments(self, args: argparse.Namespace, processor: Any) -> dict[str, Any]:
-        """See :class:`~aqa.hosts.base.Host`."""
         return {
             "processor": processor,
             "prompt_max_len": args.prompt_max_len,
@@ -219,13 +216,11 @@ class LightRFTHost:
         return patch
 
     def patch_strategy(self, patch: Patch, strategy: Any, processor: Any, files: dict[str, str] | None) -> None:
-        """See :class:`~aqa.hosts.base.Host`."""
         from aqa.hosts.lightrft import audio
 
         audio.patch_strategy(patch, strategy, processor, files)
 
     def patch_experience_maker(self, patch: Patch, exp_maker: Any, audio_token_id: int) -> None:
-        """See :class:`~aqa.hosts.base.Host`."""
         from aqa.hosts.lightrft import audio
         from aqa.patches.experience_maker import BANNED
 
@@ -233,7 +228,6 @@ class LightRFTHost:
         audio.patch_experience_maker(patch, exp_maker, {audio_token_id: BANNED}, ends)
 
     def patch_actor(self, patch: Patch, actor: Any) -> None:
-        """See :class:`~aqa.hosts.base.Host`."""
         from aqa.hosts.lightrft import audio
 
         audio.patch_actor(patch, actor)
@@ -242,12 +236,10 @@ class LightRFTHost:
         """Nothing: LightRFT prints what it does."""
 
     def say(self, text: str) -> None:
-        """See :class:`~aqa.hosts.base.Host`."""
         if os.environ.get("RANK", "0") == "0":
             print(text, flush=True)
 
     def error_stream(self) -> TextIO:
-        """See :class:`~aqa.hosts.base.Host`."""
         return sys.stderr
 
     def speaks_for_node(self) -> bool:
