@@ -26,7 +26,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from harness import Report, forget_peak, make_parser, parse, peak_bytes, ratio, take_turns
@@ -35,26 +34,15 @@ LIMIT = 2.0  # times a copy, on a GPU
 BUCKETS = (0, 8, 32, 128, 512)  # MiB a bucket; 0: one by one, the last: all at once
 
 
-def strategy_flags(**flags: Any) -> SimpleNamespace:
-    """The flags that a strategy reads, with these in place of the usual values."""
-    usual = {
-        "engine_tp_size": 1,
-        "seed": 0,
-        "bf16": False,
-        "lora_rank": 0,
-        "l2": 0.0,
-        "actor_learning_rate": 1e-6,
-        "lr_warmup_ratio": 0.0,
-        "adam_betas": (0.9, 0.95),
-        "max_norm": 1.0,
-        "train_batch_size": 2,
-        "micro_train_batch_size": 1,
-        "adam_offload": False,
-        "param_offload": False,
-        "fsdp_cpu_offload": False,
-        "sync_bucket_mb": 512,
-    }
-    return SimpleNamespace(**usual | flags)
+def strategy_flags(zero_stage: int) -> argparse.Namespace:
+    """The flags' defaults, with small batches in float32."""
+    from aqa.training.flags import build_parser, finish
+    from lightrft.utils import add_arguments
+
+    small = f"--no-bf16 --zero_stage {zero_stage} --train_batch_size 2 --micro_train_batch_size 1"
+    args = build_parser(add_arguments).parse_args(small.split())
+    finish(args)
+    return args
 
 
 def random_config(tokenizer: Any) -> Any:
@@ -63,29 +51,12 @@ def random_config(tokenizer: Any) -> Any:
 
     from demo.tiny_model import AUDIO, CLIP_SECONDS, N_MELS
 
-    audio = {
-        "model_type": "qwen2_audio_encoder",
-        "num_mel_bins": N_MELS,
-        "encoder_layers": 8,
-        "encoder_attention_heads": 8,
-        "encoder_ffn_dim": 2048,
-        "d_model": 512,
-        "max_source_positions": CLIP_SECONDS * 50,
-    }
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 10,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    audio = {"encoder_layers": 8, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048, "d_model": 512}
+    audio |= {"model_type": "qwen2_audio_encoder", "num_mel_bins": N_MELS, "max_source_positions": CLIP_SECONDS * 50}
+    text = {"model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": 768, "intermediate_size": 2048}
+    text |= {"num_hidden_layers": 10, "num_attention_heads": 12, "num_key_value_heads": 12, "bos_token_id": None}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text |= {"tie_word_embeddings": False}
     index = tokenizer.convert_tokens_to_ids(AUDIO)
     return Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=index)
 
@@ -123,7 +94,7 @@ def measure_sync(path: Path, rounds: int) -> dict[str, Any]:
     from lightrft.models.actor_al import ActorAL
     from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 
-    strategy = DeepspeedStrategy(strategy_flags(zero_stage=0))
+    strategy = DeepspeedStrategy(strategy_flags(0))
     actor = ActorAL(str(path), bf16=False)
     actor.model.to(strategy.device)
     for name, parameter in actor.model.named_parameters():
@@ -189,7 +160,7 @@ def measure_gathering(path: Path, rounds: int) -> dict[str, Any]:
 
     table: dict[str, Any] = {}
     for label, kind in (("ZeRO-3", DeepspeedStrategy), ("FSDP2", FSDPStrategy)):
-        strategy = kind(strategy_flags(zero_stage=3))
+        strategy = kind(strategy_flags(3))
         engine, *_ = strategy.prepare_training(load_model(str(path), dtype=torch.float32), 1)
         room = {name: tensor.clone() for name, tensor in strategy.named_weights(engine)}
 
