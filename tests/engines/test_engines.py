@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.engine_sleep import let_sleep
-from support.rollouts import QUESTION, gaps, perturbed, prompt_of, rollout
+from support.rollouts import gaps, prompt_of, rollout
 
 from aqa.audio.decode import SAMPLING_RATE, load_audio
 from aqa.data.prompts import end_tokens, render_chat
@@ -21,7 +21,7 @@ from lightrft.engines.base import Sampling
 from lightrft.engines.hf_engine import HFEngine
 from lightrft.trainer.advantages import KLController
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, forward
-from lightrft.trainer.replay_buffer import Experience, make_micro_batch
+from lightrft.trainer.replay_buffer import make_micro_batch
 from lightrft.utils.weight_names import checkpoint_name
 
 
@@ -63,27 +63,6 @@ def test_engine_hears_the_audio(vllm_engine, parts, noises):
 
 def sync(engine, actor):
     engine.load_weights((checkpoint_name(name), p.data) for name, p in actor.model.named_parameters())
-
-
-def test_weight_sync_reaches_every_weight_and_empties_every_cache(vllm_engine, parts, noises):
-    actor = parts[0]
-    before = {name: p.detach().clone() for name, p in actor.model.named_parameters()}
-    prompts = [prompt_of(parts[2])] * len(noises)
-    try:
-        rollout(vllm_engine, parts, noises, prompts)  # fills prefix and encoder caches with the old weights
-        perturbed(actor, 0.02)
-        stale, bias = rollout(vllm_engine, parts, noises, prompts)
-        assert max(gaps(parts, stale, bias)) > 1e-2  # the metric sees stale weights
-        for _ in range(3):
-            sync(vllm_engine, actor)
-            fresh, bias = rollout(vllm_engine, parts, noises, prompts)
-            assert max(gaps(parts, fresh, bias)) < 1e-3
-            perturbed(actor, 0.005)
-    finally:
-        with torch.no_grad():
-            for name, parameter in actor.model.named_parameters():
-                parameter.copy_(before[name])
-        sync(vllm_engine, actor)
 
 
 def clips_encoded(engine):
@@ -179,18 +158,6 @@ def test_a_sleep_loses_what_is_not_needed_and_nothing_is_sampled_from_garbage(
     finally:
         vllm_engine.wake_up()
         sync(vllm_engine, parts[0])
-
-
-def test_sampling_is_reproducible_and_samples_differ(vllm_engine, parts, noises):
-    prompts = [prompt_of(parts[2])] * 2
-    hot = {"n": 6, "temperature": 2.0}  # the little warm-started model is sure of itself
-    first, _ = rollout(vllm_engine, parts, noises[:2], prompts, **hot, seed=11)
-    again, _ = rollout(vllm_engine, parts, noises[:2], prompts, **hot, seed=11)
-    other, _ = rollout(vllm_engine, parts, noises[:2], prompts, **hot, seed=1000)
-    texts = [[tuple(item.response_ids.tolist()) for item in items] for items in (first, again, other)]
-    assert texts[0] == texts[1]
-    assert texts[0] != texts[2]
-    assert len(set(texts[0][:6])) > 1
 
 
 def test_the_first_rollout_does_not_wait_for_a_compiler(vllm_engine):
@@ -296,33 +263,6 @@ def test_rows_without_audio_may_be_mixed_in(maker, parts, noises):
     assert [len(item.clips) for item in items] == [1] * 4 + [0] * 4 + [1] * 4
     for item in items:
         torch.testing.assert_close(item.old_log_probs, item.engine_log_probs, atol=1e-3, rtol=0)  # other kernels
-
-
-@pytest.mark.parametrize(
-    ("response", "label", "expected"),
-    [
-        ("<answer>bell</answer><|im_end|>", "avqa_rule", 2.0),
-        ("<answer>bell</answer>", "avqa_rule", 2.0),  # truncated at the limit, but whole
-        ("bell<|im_end|>", "avqa_rule", 1.0),  # right, in the wrong form
-        ("<answer>hum</answer><|im_end|>", "avqa_rule", 1.0),  # wrong, in the right form
-        ("<answer> </answer>", "avqa_rule", 1.0),  # the prompt's own tags
-        ("hum<|im_end|>\n<|im_start|>assistant\n<answer>bell</answer><|im_end|>", "avqa_rule", 0.0),  # a second turn
-        ("<|audio_eos|><answer>bell</answer><|im_end|>", "avqa_rule", 2.0),  # R1-AQA decodes without control tokens
-        ("<|im_start|>assistant\n<answer>bell</answer><|im_end|>", "avqa_rule", 1.0),  # mere text before the answer
-        ("<think>a ring</think> <answer>bell</answer><|im_end|>", "avqa_think_rule", 2.0),
-        ("<answer>bell</answer><|im_end|>", "avqa_think_rule", 1.0),  # right, without the thinking
-    ],
-)
-def test_reward_through_the_trainers_own_path(maker, parts, response, label, expected):
-    """Token ids of prompt and response, decoded whole as LightRFT does, and scored."""
-    _, tokenizer, processor = parts
-    prompt = prompt_of(processor, QUESTION + " Output the final answer in <answer> </answer>.")
-    ids = torch.tensor(tokenizer(prompt)["input_ids"])
-    answer = torch.tensor(tokenizer(response)["input_ids"])
-    item = Experience(prompt, ids, answer, torch.zeros(len(answer)), False, [], "bell", label)
-    maker.score([item])
-    assert item.reward == expected
-    assert item.reward == item.reward_metrics["accuracy_reward"] + item.reward_metrics["format_reward"]
 
 
 def test_the_real_recording_goes_all_the_way(vllm_engine, parts, shared_data):

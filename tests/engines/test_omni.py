@@ -28,7 +28,7 @@ from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import make_micro_batch
 from lightrft.utils import add_arguments
 from lightrft.utils.distributed import init_process_group
-from lightrft.utils.model_specs import OmniAudioProcessor, Qwen2_5Omni, Qwen2Audio, family_of
+from lightrft.utils.model_specs import OmniAudioProcessor, Qwen2_5Omni
 from lightrft.utils.processor import get_tokenizer_processor_vl
 
 BOS, EOS = 5, 6  # around a clip's placeholders
@@ -95,16 +95,6 @@ def test_a_packed_clip_gives_the_towers_own_output(plain, frames):
         assert torch.equal(embeddings, expected)
 
 
-@torch.no_grad()
-def test_clips_of_a_batch_are_encoded_as_alone(plain):
-    lengths = [301, 6, 400]
-    parts = [pack_clip(make_mel(frames), frames) for frames in lengths]
-    clips = unpack_clips(parts, torch.tensor([[1, 1, len(part)] for part in parts]))
-    embeddings, _ = encode_clips(plain, clips.features, clips.frames)
-    alone = [plain.get_audio_features(make_mel(n)[None], frame_mask(n)).last_hidden_state for n in lengths]
-    torch.testing.assert_close(embeddings, torch.cat(alone), rtol=1e-5, atol=1e-5)
-
-
 def test_the_extractor_of_300_seconds_gives_what_that_of_30_gives(tiny_omni):
     """Checkpoints pad to 300 s; ours is cut to 30, and the rows are cut out of a short transform."""
     tokenizer, processor = get_tokenizer_processor_vl(str(tiny_omni), None)
@@ -144,13 +134,6 @@ def test_log_probs_equal_plain_transformers(plain, policy):
         assert not row[~mask].any()
 
 
-@torch.no_grad()
-def test_the_model_hears(policy):
-    one, other = make_item(200, 1, [9, 10, 11]), make_item(200, 1, [9, 10, 11], clip_seed=99)
-    out = forward(as_actor(policy), make_micro_batch([one[0], other[0]], PAD, torch.device("cpu")))
-    assert ((out[0] - out[1]).abs() > 1e-2).all()
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient_checkpointing"])
 def test_gradients_equal_the_naive_ones(plain, checkpointing):
     model, policy = (copy.deepcopy(plain).double() for _ in range(2))
@@ -181,14 +164,11 @@ def test_gradients_equal_the_naive_ones(plain, checkpointing):
         assert error < 1e-5, f"{name}: relative error {error}"
 
 
-def test_a_model_of_no_family_is_refused(plain, tmp_path):
+def test_a_model_of_no_family_is_refused(plain):
     stranger = copy.deepcopy(plain)
     stranger.config.model_type = "ultravox"
     with pytest.raises(ValueError, match=r"model_type 'ultravox'.* none of qwen2_audio, qwen2_5_omni_thinker"):
         forward_family_of(stranger)
-    (tmp_path / "config.json").write_text('{"model_type": "ultravox"}')
-    with pytest.raises(ValueError, match=r"model_type 'ultravox' is none of qwen2_audio, qwen2_5_omni"):
-        load_model(str(tmp_path))
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -221,11 +201,6 @@ def test_adapters_are_where_it_hears_and_reads(tiny_omni):
         ActorAL(str(tiny_omni), bf16=False, lora_rank=4, target_modules=["visual"])
     with pytest.raises(ValueError, match=r"load_in_4bit: Qwen2\.5-Omni is not packed"):
         ActorAL(str(tiny_omni), bf16=False, lora_rank=4, load_in_4bit=True)
-
-
-def test_families_by_folder(tiny_omni, tiny_model, plain):
-    assert family_of(str(tiny_omni)) is family_of(plain) is Qwen2_5Omni
-    assert family_of(str(tiny_model)) is Qwen2Audio
 
 
 def test_flags_that_the_family_does_not_know(problems, tmp_path):

@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import EXAMPLE, ROOT, child_environment
 from fault_runner import POINTS
 from safetensors.torch import load_file
-from support.training import SMALL, comparable, end, metrics_of
+from support.training import SMALL, comparable, end, metrics_of, same_weights
 
 from lightrft.strategy.checkpoint import damage
 
@@ -107,13 +106,11 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(
     shown = end(process)
     assert process.returncode == 0, shown[-3000:]
     reference = whole(engine, 1)
-    expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
-    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+    assert same_weights(reference, out)
     assert comparable(out) == comparable(reference)
     record, best = ((folder / "best" / "best.json").read_text() for folder in (reference, out))
     assert best == record
-    expected, weights = (load_file(folder / "best" / "model.safetensors") for folder in (reference, out))
-    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+    assert same_weights(reference / "best", out / "best")
     for pattern in ("_actor/*", "hf_step_*"):
         assert {path.name for path in out.glob(pattern)} == {path.name for path in reference.glob(pattern)}
     assert not list(out.rglob("*.part"))
@@ -143,8 +140,7 @@ def test_two_processes_go_on_to_the_same_weights(whole, tiny_model, demo_parquet
     shown = end(process)
     assert process.returncode == 0, shown[-3000:]
     reference = whole(engine[0], 2, *engine[1:])
-    expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
-    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+    assert same_weights(reference, out)
     assert comparable(out) == comparable(reference)
 
 
@@ -176,8 +172,7 @@ def test_a_full_disk_costs_one_checkpoint_at_most(whole, tiny_model, demo_parque
         process = start(tiny_model, demo_parquet, out, *flags, "--load_checkpoint", processes=processes)
         assert end(process) and process.returncode == 0
     reference = whole("hf", processes)
-    expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
-    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+    assert same_weights(reference, out)
 
 
 @pytest.mark.faults
@@ -191,8 +186,7 @@ def test_between_two_optimizer_steps_of_a_rollout_a_run_does_not_stop(whole, tin
     process = start(tiny_model, demo_parquet, out, *flags, "--load_checkpoint")
     assert end(process) and process.returncode == 0
     reference = whole("hf", 1, *several)
-    expected, weights = load_file(reference / "model.safetensors"), load_file(out / "model.safetensors")
-    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+    assert same_weights(reference, out)
 
 
 @pytest.mark.faults

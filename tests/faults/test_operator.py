@@ -287,23 +287,8 @@ def test_a_port_that_is_taken(light, desk):
 
 
 # ------------------------------------------------------------------------------------------------- with a finished run
-TOLD = "with other settings: ...  - "
-LATEST = "_actor/latest"
 AT_RESUME: dict[str, Row] = {
     "as it was": (lambda d: d.resume(d.run), 0, "nothing left to do"),
-    "another seed": (lambda d: d.resume(d.run, seed=7), 2, f"{TOLD}seed: 42, now 7 ... --allow_changes seed"),
-    "another batch": (
-        lambda d: d.resume(d.run, rollout_batch_size=8, train_batch_size=32),
-        2,
-        f"{TOLD}rollout_batch_size: 4, now 8 ... train_batch_size: 16, now 32",
-    ),
-    "another learning rate": (
-        lambda d: d.resume(d.run, actor_learning_rate=1e-5),
-        2,
-        f"{TOLD}actor_learning_rate: 0.001, now 1e-05",
-    ),
-    "another strategy": (lambda d: d.resume(d.run, "--fsdp"), 2, f"{TOLD}fsdp: False, now True"),
-    "fewer rows": (lambda d: d.resume(d.run, max_samples=4), 2, f"{TOLD}max_samples: 8, now 4"),
     "another model": (
         lambda d: d.resume(
             d.run,
@@ -312,24 +297,10 @@ AT_RESUME: dict[str, Row] = {
         2,
         "another start model needs a new run",
     ),
-    "more episodes": (lambda d: d.resume(d.run, num_episodes=2), 2, f"{TOLD}num_episodes: 1, now 2"),
-    "checkpoints of another run": (
-        lambda d: d.more(d.spoiled(of=d.run, **{"_actor/run__json": '{"run": "another", "flags": {}}'})),
-        2,
-        "holds checkpoints of run another",
-    ),
-    "a damaged record": (lambda d: d.more(d.spoiled(of=d.run, run_config__json="{")), 2, "run_config.json: "),
-    "latest names nothing": (lambda d: d.more(d.spoiled(of=d.run, **{LATEST: "step_9"})), 0, "step 4/4"),
-    "latest is empty": (lambda d: d.more(d.spoiled(of=d.run, **{LATEST: ""})), 0, "step 4/4"),
     "half the newest checkpoint": (
         lambda d: d.more(d.spoiled(of=d.run, cut="_actor/step_000002/*")),
         0,
         "passed over a damaged checkpoint: ... step 2/4",
-    ),
-    "half of all checkpoints": (
-        lambda d: d.more(d.spoiled(of=d.run, cut="_actor/step_*/*.pt")),
-        2,
-        "no whole checkpoint in",
     ),
     "no checkpoints": (lambda d: d.more(d.spoiled("_actor/step_*", of=d.run)), 2, "no whole checkpoint in"),
     "files of the future": (lambda d: d.more(of_the_future(d)), 0, "step 4/4"),

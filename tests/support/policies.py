@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+from support.experiences import make_experience
 from torch import nn
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from aqa.hosts.targets import patch_actor_for_audio
 from aqa.patches.slots import audio_token_count, pack_clip
 from lightrft.models.actor_al import ActorAL
-from lightrft.trainer.replay_buffer import Experience
 
 AUDIO, PAD, VOCABULARY = 7, 0, 61
 TOWER = {  # of both families
@@ -71,15 +71,11 @@ def make_item(frames: int | None, seed: int, response: list[int], clip_seed: int
     words = torch.randint(8, VOCABULARY, (text + 3,), generator=generator).tolist()
     mel = None if frames is None else make_mel(seed if clip_seed is None else clip_seed)
     audio = [] if frames is None else [AUDIO] * audio_token_count(frames)
-    item = Experience(
-        prompt="",
+    item = make_experience(
+        len(response),
         prompt_ids=torch.tensor(words[:3] + audio + words[3:]),
         response_ids=torch.tensor(response),
-        engine_log_probs=torch.zeros(len(response)),
-        truncated=False,
         clips=[] if frames is None else [pack_clip(mel, frames)],
-        reference="",
-        label="",
     )
     return item, mel, frames
 

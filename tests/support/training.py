@@ -24,23 +24,9 @@ SMALL = shlex.split("""
     --no-report
 """)
 # what a strategy of the runtime reads of the flags
-FLAGS = {
-    "engine_tp_size": 1,
-    "seed": 0,
-    "bf16": False,
-    "lora_rank": 0,
-    "lora_alpha": 16,
-    "l2": 0.1,
-    "actor_learning_rate": 1e-2,
-    "lr_warmup_ratio": 0,
-    "sft_steps": 0,
-    "adam_betas": (0.9, 0.95),
-    "max_norm": 0.5,
-    "train_batch_size": 2,
-    "micro_train_batch_size": 1,
-    "fsdp_cpu_offload": False,
-    "sync_bucket_mb": 1,
-}
+FLAGS = {"engine_tp_size": 1, "seed": 0, "bf16": False, "lora_rank": 0, "lora_alpha": 16, "l2": 0.1, "max_norm": 0.5}
+FLAGS |= {"actor_learning_rate": 1e-2, "lr_warmup_ratio": 0, "adam_betas": (0.9, 0.95), "train_batch_size": 2}
+FLAGS |= {"micro_train_batch_size": 1, "fsdp_cpu_offload": False, "sync_bucket_mb": 1, "sft_steps": 0}
 
 
 def train(model, data, out, *extra, processes=1, check=True):
@@ -69,6 +55,12 @@ def moved(model, out):
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     return changed, old.keys() - changed
+
+
+def same_weights(first, second):
+    """Whether two models' folders hold the same."""
+    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def contents(folder):

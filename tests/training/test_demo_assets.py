@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from demo import make_data, make_model, sounds, warm_start
@@ -55,17 +53,6 @@ def test_what_the_demo_has_not_made_is_not_replaced(tmp_path, script, names):
 # --- sounds
 
 
-@pytest.mark.parametrize(("label", "rate"), [*((label, 16000) for label in sounds.CLASSES), ("rain", 44100)])
-def test_sound_is_deterministic_and_varied(label: str, rate: int) -> None:
-    first, again = (sounds.synthesize(label, np.random.default_rng(3), rate) for _ in range(2))
-    np.testing.assert_array_equal(first, again)
-    clips = [sounds.synthesize(label, np.random.default_rng(seed), rate) for seed in range(20)]
-    assert all(clip.dtype == np.float32 and clip.ndim == 1 and np.isfinite(clip).all() for clip in clips)
-    lengths, peaks = [len(clip) / rate for clip in clips], [np.abs(clip).max() for clip in clips]
-    assert min(lengths) > 0.69 and max(lengths) < 1.81 and max(lengths) > 1.5 * min(lengths)
-    assert min(peaks) > 0.05 and max(peaks) < 0.8 and max(peaks) > 2 * min(peaks)
-
-
 def test_classes_differ_in_spectrum(processor) -> None:
     """Nearest mean spectrum tells unseen clips apart: there is something to hear."""
     assert len(sounds.CLASSES) >= 8
@@ -83,60 +70,7 @@ def test_classes_differ_in_spectrum(processor) -> None:
     assert (nearest == np.arange(len(sounds.CLASSES))[:, None]).mean() > 0.85
 
 
-def test_sound_refuses_what_it_cannot_make() -> None:
-    rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="Unknown class of sound 'cat'"):
-        sounds.synthesize("cat", rng)
-    with pytest.raises(ValueError, match="8000 Hz"):
-        sounds.synthesize("bell", rng, 8000)
-
-
 # --- data
-
-
-def test_training_rows_are_r1_aqa(data: Path) -> None:
-    train, _ = read_rows(data)
-    assert len(train) == 400 and [row["id"] for row in train] == list(range(400))
-    for row in train:
-        assert set(row) == {"id", "question_text", "multi_choice", "answer", "dataset_name", "audio_path"}
-        assert row["dataset_name"] == "AVQA" and (data / row["audio_path"]).is_file()
-        assert len(set(row["multi_choice"])) == 4 and set(row["multi_choice"]) <= set(sounds.CLASSES)
-        assert row["answer"] in range(4)
-    assert {"video" in row["question_text"] for row in train} == {True, False}
-    # One clip always has one class, however often it is asked about.
-    assert len({(r["audio_path"], r["multi_choice"][r["answer"]]) for r in train}) == 120
-
-
-def test_test_rows_are_mmau(data: Path) -> None:
-    _, test = read_rows(data)
-    fields = [
-        "id",
-        "audio_id",
-        "question",
-        "choices",
-        "answer",
-        "dataset",
-        "task",
-        "split",
-        "category",
-        "sub-category",
-        "difficulty",
-    ]
-    assert len(test) == 60
-    for row in test:
-        assert list(row) == fields and row["audio_id"] == f"./test-audios/{row['id']}.wav"
-        assert (data / row["audio_id"]).is_file()
-        assert row["answer"] in row["choices"] and len(set(row["choices"])) == 4 and row["task"] == "sound"
-
-
-def test_clips_are_wav_of_mixed_kinds_and_disjoint(data: Path) -> None:
-    infos = [soundfile.info(path) for path in sorted(data.rglob("*.wav"))]
-    assert len(infos) == 180 and {info.subtype for info in infos} == {"PCM_16"}
-    rates, channels = Counter(info.samplerate for info in infos), Counter(info.channels for info in infos)
-    assert rates[16000] > 140 and set(rates) == {16000, *make_data.OTHER_RATES}
-    assert channels[1] > 140 and channels[2] > 5
-    train, test = digests(data / "audios"), digests(data / "test-audios")
-    assert len({*train.values(), *test.values()}) == 180
 
 
 def test_answers_are_spread_evenly(data: Path) -> None:
@@ -157,16 +91,6 @@ def test_data_depend_on_the_seed_alone(data: Path, tmp_path: Path) -> None:
 
 
 # --- processor
-
-
-def test_template_has_one_placeholder_and_the_question(processor) -> None:
-    prompt = warm_start.render_question(processor, "What is heard in the video?", ["rain", "bell", "horn", "drum"])
-    assert prompt == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        f"Audio 1: {PLACEHOLDER}\nWhat is heard in the audio? Please choose the answer from the following options: "
-        "['rain', 'bell', 'horn', 'drum']. Output the final answer in <answer> </answer>.<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
 
 
 def test_template_behaves_as_qwen2_audio(processor) -> None:
@@ -265,38 +189,6 @@ def test_warm_start_leaves_tower_and_projector_alone(tiny_model: Path, processor
 # --- checkpoint
 
 
-def test_checkpoint_names_are_qwen2_audio_s(tiny_model: Path) -> None:
-    with safe_open(tiny_model / "model.safetensors", "pt") as weights:
-        names, metadata = set(weights.keys()), weights.metadata()
-    assert metadata == {"format": "pt"}
-    stems = ("language_model.model.", "language_model.lm_head.", "audio_tower.", "multi_modal_projector.")
-    assert all(name.startswith(stems) and ".model.model." not in name for name in names)
-    assert {
-        "language_model.model.embed_tokens.weight",
-        "language_model.model.layers.0.self_attn.q_proj.weight",
-        "language_model.lm_head.weight",
-        "audio_tower.conv1.weight",
-        "multi_modal_projector.linear.weight",
-    } <= names
-
-
-def test_checkpoint_loads_and_answers(tiny_model: Path) -> None:
-    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(tiny_model, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert sum(p.numel() for p in model.parameters()) < 1_000_000
-    processor = AutoProcessor.from_pretrained(tiny_model)
-    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
-    assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
-    prompt = warm_start.render_question(processor, "What is it?", ["rain", "bell", "horn", "drum"])
-    clip = sounds.synthesize("bell", np.random.default_rng(0))
-    batch = processor(text=[prompt], audio=[clip], sampling_rate=16000, return_tensors="pt")
-    frames = int(batch["feature_attention_mask"].sum())
-    assert batch["input_features"].shape == (1, 128, 3000)
-    assert (batch["input_ids"] == model.config.audio_token_id).sum() == ((frames - 1) // 2 - 1) // 2 + 1
-    with torch.no_grad():
-        assert torch.isfinite(model(**batch).logits).all()
-
-
 def test_warm_start_hears_as_the_model_does(tiny_model: Path) -> None:
     """The embeddings that the warm start inserts are those of the model's own forward."""
     model = Qwen2AudioForConditionalGeneration.from_pretrained(tiny_model)
@@ -313,10 +205,3 @@ def test_warm_start_hears_as_the_model_does(tiny_model: Path) -> None:
             model(**batch)
         torch.testing.assert_close(embedding, heard.pop()[0, 1:-1], rtol=1e-4, atol=1e-5)
     assert (ours[0].mean(0) - ours[1].mean(0)).norm() > 0.3 * ours[0].mean(0).norm()  # the filter bank tells them apart
-
-
-def test_models_differ_by_seed_alone(processor) -> None:
-    first, again, other = (build_model(processor, seed).state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
-    assert build_processor().tokenizer.get_vocab() == processor.tokenizer.get_vocab()

@@ -15,18 +15,8 @@ from torch.testing import assert_close
 
 # two rollouts an optimizer step, so that the weights are lost where no step was made; groups drawn anew; evaluations
 # between the steps; and a frozen tower, which is not sent otherwise
-FLAGS = (
-    "--max_samples",
-    16,
-    "--train_batch_size",
-    32,
-    "--dynamic_sampling",
-    "--eval_steps",
-    1,
-    "--max_eval_samples",
-    4,
-)
-FLAGS += ("--freeze_prefix", "audio_tower", "--save_steps", 2)
+FLAGS = ("--max_samples", 16, "--train_batch_size", 32, "--dynamic_sampling", "--eval_steps", 1, "--save_steps", 2)
+FLAGS += ("--max_eval_samples", 4, "--freeze_prefix", "audio_tower")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support.experiences import make_experience
 from transformers import AutoProcessor
 
 from aqa.data.prompts import render_prompt
@@ -27,34 +28,19 @@ from lightrft.engines.base import Sampling
 from lightrft.strategy.checkpoint import SaveError
 from lightrft.trainer import evaluation
 from lightrft.trainer.evaluation import BestModel, Evaluation
-from lightrft.trainer.replay_buffer import Experience
 from lightrft.trainer.step_metrics import tag_metrics, tag_sums
 from lightrft.utils.distributed import ResumableSampler, reduce_by_name
 
 
-def make_item(reward, tags, tokens=3, **parts):
-    return Experience(
-        prompt="",
-        prompt_ids=torch.tensor([1]),
-        response_ids=torch.arange(tokens),
-        engine_log_probs=torch.zeros(tokens),
-        truncated=False,
-        clips=[],
-        reference="",
-        label="",
-        tags=tags,
-        reward=reward,
-        reward_metrics=parts,
-        response="",
-    )
-
-
 def test_tag_metrics_by_hand():
     items = [
-        make_item(2.0, ("dataset/a", "label/x"), accuracy_reward=1.0),
-        make_item(1.0, ("dataset/a",), accuracy_reward=0.0),
-        make_item(0.0, ("dataset/b", "label/x"), accuracy_reward=0.0),
-        make_item(2.0, (), accuracy_reward=1.0),
+        make_experience(tags=tags, reward_metrics={"accuracy_reward": accuracy})
+        for tags, accuracy in (
+            (("dataset/a", "label/x"), 1.0),
+            (("dataset/a",), 0.0),
+            (("dataset/b", "label/x"), 0.0),
+            ((), 1.0),
+        )
     ]
     assert tag_metrics(tag_sums(items), "rollout", 4.0) == {
         "rollout/share/dataset/a": 0.5,
@@ -80,7 +66,7 @@ class FakeMaker:
     def rollout(self, prompts, images, references, labels, sampling, step, all_tags):
         self.calls += 1
         assert sampling.temperature == 0 and sampling.n == 1
-        return [make_item(0.0, tags, tokens=row + 1) for row, tags in zip(prompts, all_tags, strict=True)]
+        return [make_experience(row + 1, tags=tags, response="") for row, tags in zip(prompts, all_tags, strict=True)]
 
     def score(self, items):
         for item in items:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from support.training import answers_of, metrics_of, moved, train
 
 from lightrft.models.actor_al import ActorAL, load_model
-from lightrft.models.lora import WithoutAdapters, adapted_layers, merged, write_adapter
+from lightrft.models.lora import WithoutAdapters, write_adapter
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 from lightrft.utils.weight_names import checkpoint_name, is_adapter, plain_name
 
@@ -46,12 +45,6 @@ def test_adapters_alone_train(actor):
     assert trained == {name for name, _ in actor.model.named_parameters() if is_adapter(name)}
     kinds = {name.rsplit(".", 4)[1] for name in trained}
     assert kinds == {"q_proj", "v_proj", "fc1"}
-
-
-def test_a_merged_weight_by_hand(actor):
-    layer = next(iter(adapted_layers(actor.model).values()))
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    torch.testing.assert_close(merged(layer), layer.base_layer.weight + 3.0 * b @ a)  # alpha / rank = 6 / 2
 
 
 def test_what_is_sent_is_a_plain_model_that_does_the_same(actor, tiny_model):
@@ -106,18 +99,6 @@ def test_an_unknown_target_is_refused(tiny_model):
         ActorAL(str(tiny_model), bf16=False, lora_rank=2, target_modules=["q_proj", "qproj"])
     with pytest.raises(ValueError, match="lm_head"):
         ActorAL(str(tiny_model), bf16=False, lora_rank=2, target_modules=["lm_head"])
-
-
-def test_gradients_are_those_of_the_merged_weight(actor):
-    """d loss / d A = s B^T G and d loss / d B = s G A^T, where G is the gradient of a plain weight."""
-    layer = next(iter(adapted_layers(copy.deepcopy(actor).model).values()))
-    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(1))
-    layer(x).square().sum().backward()
-    weight = merged(layer).requires_grad_()
-    torch.nn.functional.linear(x, weight, layer.base_layer.bias).square().sum().backward()
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    torch.testing.assert_close(a.grad, 3.0 * b.data.T @ weight.grad, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(b.grad, 3.0 * weight.grad @ a.data.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

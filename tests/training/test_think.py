@@ -6,7 +6,6 @@ import json
 import shutil
 
 import eval_mmau
-import pyarrow.parquet as pq
 import pytest
 from conftest import run_script
 from support.training import metrics_of, train
@@ -31,13 +30,6 @@ def run(tiny_model, demo_parquet, think_parquet, demo_data, tmp_path_factory):
     shown = ("--eval_steps", 3, "--save_trajectories", "--num_trajectories_to_save", 16, "--engine_type", "hf")
     train(tiny_model, f"{demo_parquet},{think_parquet}", out, *mixed, *benchmark, *shown)
     return out
-
-
-def test_prompts_and_labels(think_parquet, demo_parquet):
-    for folder, label, asks in ((think_parquet, THINK_LABEL, True), (demo_parquet, PLAIN_LABEL, False)):
-        table = pq.read_table(folder / "train.parquet").to_pylist()
-        assert {row["label"] for row in table} == {label}
-        assert all(("<think> </think>" in row["prompt"][0]["content"][1]["text"]) is asks for row in table)
 
 
 def test_each_row_is_paid_by_its_own_rule(run, demo_parquet, think_parquet):

@@ -395,6 +395,30 @@ def test_two_hours_cost_no_more_than_30_s(tmp_path, channels):
     assert long_seconds < 3 * seconds + 0.5
 
 
+@pytest.mark.parametrize("rate", [32_000, 44_100])
+def test_what_is_above_8_khz_does_not_come_back_as_another_tone(tmp_path, rate):
+    high = 0.5 * np.sin(2 * np.pi * 12_000 * np.arange(rate // 2) / rate)
+    path = put(sound(high, "WAV", "FLOAT", rate), tmp_path / "clip.wav")
+    assert np.abs(load_audio(path)[1000:-1000]).max() < 1e-3
+
+
+def test_the_30_s_of_a_longer_file_are_right_up_to_the_last_sample(tmp_path):
+    """The cut is not made where the resampler's filter knows of no more samples."""
+    path = put(sound(tone(31, 44_100), rate=44_100), tmp_path / "clip.wav")
+    np.testing.assert_allclose(load_audio(path)[-100:], tone(30)[-100:], rtol=0, atol=1e-3)
+
+
+def test_probing_many_files_keeps_their_order_and_opens_each_once(tmp_path, monkeypatch):
+    good = put(PLAIN, tmp_path / "good.wav")
+    opened, info = [], soundfile.info
+    monkeypatch.setattr(decode.soundfile, "info", lambda path: opened.append(path) or info(path))
+    missing = [str(tmp_path / name) for name in ("z.wav", "a.wav")]
+    assert probe_all([good, missing[0], good, missing[1], missing[0]]) == [
+        f"{path}: does not exist" for path in missing
+    ]
+    assert sorted(opened) == sorted([good, *missing])
+
+
 def test_limits_are_those_of_the_slots():
     assert (decode.MAX_FRAMES, decode.MIN_FRAMES) == (slots.MAX_FRAMES, slots.MIN_FRAMES)
 

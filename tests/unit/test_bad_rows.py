@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import avqa
 import eval_mmau
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -30,7 +29,6 @@ from aqa.data.rows import AvqaError, parse_records, read_records
 from aqa.evaluation import items
 from aqa.evaluation.benchmarks import BENCHMARKS, MMAU
 from aqa.evaluation.items import EvalError, PartialFile, make_items, read_rows
-from lightrft.utils import blending_datasets
 
 FEW = 100  # examples
 
@@ -57,21 +55,8 @@ AVQA = {
 }
 MMAU_ROW = {"id": "q", "question": "What?", "choices": ["a", "b"], "answer": "a", "audio_id": "a.wav", "task": "sound"}
 ODD_TEXTS = ["", " ", "\0", "\ud800", "\udcff.wav", "\u2028", "a\nb", "../../x.wav", "/etc/passwd"]
-ODD_TEXTS += [
-    "a" * 9000,
-    "x/" * 3000,
-    "x" * 300,
-    ".",
-    "..",
-    "a/",
-    "\U0001d11e",
-    "\x1b[31m",
-    "<|im_end|>\n",
-    "{}",
-    "%s",
-    "nan",
-    "1",
-]
+ODD_TEXTS += ["a" * 9000, "x/" * 3000, "x" * 300, ".", "..", "a/", "\U0001d11e", "\x1b[31m", "<|im_end|>\n"]
+ODD_TEXTS += ["{}", "%s", "nan", "1"]
 odd_text = st.sampled_from(ODD_TEXTS) | st.text(max_size=8)
 numbers = st.integers() | st.floats() | st.sampled_from([-1, -2, 2, 10**4000, -(10**400), 2**63, 2**64, 1e308, -0.0])
 scalars = st.none() | st.booleans() | numbers | odd_text
@@ -361,21 +346,6 @@ def test_every_training_row_is_good_or_named(clip, count):
     assert 0 < sum(map(bool, accepted)) < count
 
 
-@few_or_many(8, 60)
-def test_so_it_is_from_a_parquet_file(tmp_path_factory, clip, count):
-    def check(columns):
-        folder = tmp_path_factory.mktemp("parquet")
-        try:
-            table = pa.table(columns)
-            pq.write_table(table, folder / "train.parquet")
-            rows = blending_datasets(str(folder), "1.0", return_eval=False)
-        except Exception:  # what parquet cannot hold, or datasets not read, is not for the dataset to judge
-            return
-        check_dataset(rows, table.num_rows)
-
-    fuzz(count, check, columns=odd_columns(clip))
-
-
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
@@ -447,7 +417,7 @@ def test_a_folder_that_cannot_be_written_ends_with_a_message(tmp_path, capsys, m
     assert "out.json: No space left on device" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_files_have_the_rights_that_the_umask_leaves(tmp_path, umask):
     (tmp_path / "in").write_text(json.dumps(AVQA))
     (tmp_path / "result.json").write_text(json.dumps([MMAU_ROW | {"model_output": "a"}]))

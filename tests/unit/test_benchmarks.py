@@ -15,33 +15,10 @@ import harness
 import predict
 import psutil
 import pytest
-import run_all
 import torch
 from conftest import ROOT, child_environment
 from gpu import record
 from gpu import run as gpu_run
-
-SCRIPTS = sorted(
-    path for path in (ROOT / "benchmarks").rglob("*.py") if "def main(" in path.read_text(encoding="utf-8")
-)
-
-
-def test_run_all_runs_every_benchmark():
-    assert sorted(run_all.BENCHMARKS) == sorted(
-        p.stem.removeprefix("bench_") for p in SCRIPTS if p.parent.name != "gpu" and p.stem.startswith("bench_")
-    )
-    for name in run_all.BENCHMARKS:
-        takes_demo = "demo=False" not in (ROOT / "benchmarks" / f"bench_{name}.py").read_text(encoding="utf-8")
-        assert takes_demo == (name not in run_all.WITHOUT_DEMO), name
-
-
-def test_every_script_explains_itself():
-
-    for script in SCRIPTS:
-        command = [sys.executable, str(script), "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=120)
-        assert done.returncode == 0, f"{script.name}: {done.stderr[-2000:]}"
-        assert done.stdout.startswith("usage: "), script.name
 
 
 def test_a_folder_without_the_demo_is_refused(tmp_path, monkeypatch, capsys):

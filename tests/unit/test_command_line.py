@@ -19,7 +19,8 @@ try:
     runpy.run_path(script, run_name="__main__")
 except SystemExit as end:
     print("" if isinstance(end.code, int) else end.code, file=sys.stderr)
-print(sorted({"torch", "transformers", "matplotlib", "vllm"} & set(sys.modules)))
+slow = {"torch", "transformers", "matplotlib", "vllm", "deepspeed", "datasets", "pyarrow"}
+print(sorted(slow & set(sys.modules)))
 """
 FILES = ("config.json", "processor_config.json", "tokenizer_config.json")  # without tokenizer.json
 

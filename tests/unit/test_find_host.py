@@ -66,11 +66,17 @@ def test_nothing_is_refused(tmp_path, namespace):
 
 
 @pytest.mark.parametrize(
-    ("source", "description"),
-    [("__version__ = '0.1.1'", "LightRFT 0.1.1"), ("", "LightRFT unknown version")],
+    ("source", "project", "description"),
+    [
+        ("__version__ = '0.1.1'", "", "LightRFT 0.1.1"),
+        ("", "[project]\nversion = '0.1.2'\n", "LightRFT 0.1.2"),  # of a checkout
+        ("", "", "LightRFT unknown version"),
+    ],
 )
-def test_another_host_is_named_with_version_and_path(tmp_path, source, description):
-    done = ask("check_host()\nprint(describe_host())", make_package(tmp_path, source, trainer=True))
+def test_another_host_is_named_with_version_and_path(tmp_path, source, project, description):
+    make_package(tmp_path, source, trainer=True)
+    (tmp_path / "pyproject.toml").write_text(project)
+    done = ask("check_host()\nprint(describe_host())", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{description}{TESTED}, {tmp_path / 'lightrft'}"
 
@@ -78,13 +84,6 @@ def test_another_host_is_named_with_version_and_path(tmp_path, source, descripti
 def test_the_check_imports_nothing_heavy():
     done = ask("import sys\ncheck_host()\nprint(sorted({'lightrft', 'torch'} & set(sys.modules)))", ROOT / "runtime")
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_the_version_of_a_checkout_is_read_from_its_project_file(tmp_path):
-    make_package(tmp_path, "", trainer=True)
-    (tmp_path / "pyproject.toml").write_text("[project]\nversion = '0.1.1'\n", encoding="utf-8")
-    done = ask("check_host()\nprint(describe_host())", tmp_path)
-    assert done.stdout.strip() == f"LightRFT 0.1.1{TESTED}, {tmp_path / 'lightrft'}", done.stderr
 
 
 FIND = "find_host()\nprint(describe_host())"

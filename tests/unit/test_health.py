@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.experiences import make_experience
 
 from lightrft.trainer import spmd_ppo_trainer
 from lightrft.trainer.health import CONSTANT_STEPS, Health
-from lightrft.trainer.replay_buffer import Experience
 from lightrft.trainer.step_metrics import spread_sums, step_metrics
 
 WELL = {
@@ -110,17 +110,12 @@ def test_a_sign_in_an_earlier_rollout_of_an_optimizer_step_leaves_the_step_out(m
     monkeypatch.setattr(spmd_ppo_trainer, "reduce_metrics", lambda *_: None)
     monkeypatch.setattr(spmd_ppo_trainer.stop_request, "check", lambda *_: None)
     for step in range(4):
-        trainer.update([make_item(0.0), make_item(1.0)], step)
+        trainer.update([make_experience(reward=0.0), make_experience(reward=1.0)], step)
     assert asked == [True, False]
 
 
-def make_item(reward: float) -> Experience:
-    empty = torch.zeros(1)
-    return Experience("", empty, empty, empty, False, [], "", "", reward=reward)
-
-
 def test_spread_of_rewards():
-    items = [make_item(reward) for reward in (2.0, 2.0, 1.0, 0.0, 1.0, 1.0)]
+    items = [make_experience(reward=reward) for reward in (2.0, 2.0, 1.0, 0.0, 1.0, 1.0)]
     sums = spread_sums(items, 2)
     assert sums == {"squares": 11.0, "groups": 3.0, "groups_alike": 2.0}
     for item, first in zip(items, (0.0, 2.0, 1.0, 0.0, 1.0, 1.0), strict=True):  # 0 + 2 and 2 + 0 differ by part

@@ -17,11 +17,8 @@ With other references R1-AQA's rule itself is more generous. :data:`GENEROSITIES
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
-import signal
 import subprocess
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -437,14 +434,11 @@ def test_no_imitation_earns_more_than_what_is_said(kind):
 # named here so that none of them changes unnoticed. (response, reference, total, accuracy, why)
 GENEROSITIES = [
     ("<answer></answer>", "dog", 1, 0, "the form is paid for without an answer"),
-    ("<answer>cat</answer>", "dog", 1, 0, "and for a wrong one"),
     ("<answer>a</answer> b <answer>c</answer>", "dog", 1, 0, "and with text outside the tags, between two pairs"),
     ("<answer>dog</answer><answer>cat</answer>", "dog", 2, 1, "a second answer that differs costs nothing"),
     ("<answer>dog</answer> cat cat cat</answer>", "dog", 2, 1, "nor does any text, up to a last closing tag"),
     ("<answer>\ncat</answer><answer>dog</answer>", "dog", 2, 1, "an answer over two lines is passed over"),
-    ("dog", "dog", 1, 1, "without tags the whole response is the answer"),
     ("<answer> dog\u2003\x1c</answer>", "dog", 2, 1, "every white space is stripped, Unicode's too"),
-    ("<answer>4.0</answer>", "4", 1, 0, "a bare number is compared as text"),
     ("<answer>$4$</answer>", "4", 1, 0, "also if only the response is mathematics"),
     ("4", "about 4 dogs", 1, 1, "of a sentence with a number math_verify reads the number only"),
     ("about 4 cats, no dogs", "about 4 dogs", 1, 1, "so everything else may be wrong"),
@@ -454,8 +448,6 @@ GENEROSITIES = [
     ("$\\frac{8}{2}$", "about 4 dogs", 1, 1, "any equal expression is equal"),
     ("<answer>$\\frac{1}{3}$</answer> $0.5$", "$\\frac{1}{2}$", 1, 1, "the last expression counts, not the tagged one"),
     ("$x=2$", "$2$", 1, 1, "an assignment is its value"),
-    ("$1$", "$2x+z=1$", 1, 1, "an equation as reference is its right side"),
-    ("$2x+z=1$", "$1$", 0, 0, "but not as response"),
     ("$1,2,3$", "$\\{1,2,3\\}$", 1, 1, "a list is a set"),
     ("$0.5$", "$50\\%$", 1, 1, "a share is its percentage"),
     ("50%", "$0.5$", 1, 1, "and the other way round"),
@@ -586,19 +578,6 @@ def mixed_batch() -> list[Sample]:
     return samples + [Sample("math", [gold], gold, said, LABELS[0]) for said, gold in AGREEING]
 
 
-class Scored(torch.utils.data.Dataset):
-    """Scores its samples in whatever process reads them."""
-
-    def __init__(self, samples: list[Sample]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int):
-        return os.getpid(), score([self.samples[index]])[0]
-
-
 @pytest.fixture
 def batch():
     samples = mixed_batch()
@@ -621,18 +600,6 @@ def test_threads_get_the_same_values(batch):
 
     with ThreadPoolExecutor(6) as pool:
         assert all(found == values for found in pool.map(score_shuffled, range(6), timeout=60))
-
-
-# spawned processes take long to import torch
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.faults)])
-def test_processes_get_the_same_values(batch, method):
-    samples, values = batch
-    loader = torch.utils.data.DataLoader(
-        Scored(samples), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=60
-    )
-    done = list(loader)
-    assert [tuple(row) for _, row in done] == values
-    assert len({pid for pid, _ in done} - {os.getpid()}) == 2
 
 
 def test_a_fork_amid_a_check_of_another_thread_gets_its_own_worker(batch):
@@ -659,19 +626,6 @@ def checker(monkeypatch):
 LASTING = ("$" + "(" * 9 + "4" + ")" * 9 + "$", "about 4 dogs")  # equal, after some 0.5 s in a new worker
 
 
-def kill_workers(checker: MathChecker, stop: threading.Event, pause: float, most: int) -> list[int]:
-    """Kill the checker's worker ``most`` times, each when it has run for ``pause`` seconds."""
-    killed = []
-    while len(killed) < most and not stop.is_set():
-        process = checker._process
-        if process is not None and process.pid not in killed and process.poll() is None:
-            time.sleep(pause)
-            os.kill(process.pid, signal.SIGKILL)
-            killed.append(process.pid)
-        time.sleep(0.002)
-    return killed
-
-
 def test_a_check_whose_worker_is_killed_is_made_again(checker, monkeypatch):
     asked = []
 
@@ -684,17 +638,6 @@ def test_a_check_whose_worker_is_killed_is_made_again(checker, monkeypatch):
     monkeypatch.setattr(matching, "_write_all", ask_and_kill_the_first_two)
     assert rewards.accuracy_reward_fn(*LASTING) == 1.0
     assert len(set(asked)) == 3
-
-
-def test_workers_killed_amid_a_run_change_no_value(batch, checker):
-    samples, values = batch
-    stop = threading.Event()
-    with ThreadPoolExecutor(4) as pool:
-        killer = pool.submit(kill_workers, checker, stop, 0.03, matching.CHECK_ATTEMPTS - 1)
-        found = [pool.submit(score, samples) for _ in range(3)]
-        assert all(one.result(timeout=90) == values for one in found)
-        stop.set()
-        assert killer.result(timeout=10)
 
 
 def test_a_worker_killed_while_starting_is_started_again(checker, monkeypatch):

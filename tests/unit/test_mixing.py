@@ -56,14 +56,14 @@ def test_sources_of_one_name_are_told_apart(tmp_path):
 
 
 def test_constant_shares(tmp_path):
-    parts = read(write(tmp_path, "a", 7000), write(tmp_path, "b", 7000))
+    parts = read(write(tmp_path, "a", 2000), write(tmp_path, "b", 2000))
     rows = mix(parts, [0.7, 0.3], seed=3)
     counts = Counter(rows[SOURCE_COLUMN])
-    # a is used up after about 7000 / 0.7 rows; three standard deviations of b's count are 164
-    assert counts["a"] == 7000 and abs(counts["b"] - 3000) < 200
+    # a is used up after about 2000 / 0.7 rows; three standard deviations of b's count, 857, are 105
+    assert counts["a"] == 2000 and abs(counts["b"] - 857) < 105
     assert list(mix(parts, [0.7, 0.3], seed=3)["name"]) == list(rows["name"])
     assert list(mix(parts, [0.7, 0.3], seed=4)["name"]) != list(rows["name"])
-    shares = f"a {7000 / len(rows):.1%}, b {counts['b'] / len(rows):.1%}"
+    shares = f"a {2000 / len(rows):.1%}, b {counts['b'] / len(rows):.1%}"
     assert describe_mix(rows) == f"mix       {len(rows)} rows: {shares}"
 
 

@@ -328,10 +328,10 @@ def test_what_it_would_change_fits_and_nothing_less_does(given, gpus, gib, chang
         assert fewer.missing or find_problems(fewer.args, gpus, paths=False)
 
 
-@pytest.mark.parametrize("given", ["--bf16", LORA_4BIT, "--bf16 --fsdp", f"{RECIPE} --engine_type hf"])
+@pytest.mark.parametrize("given", [LORA_4BIT, "--bf16 --fsdp", f"{RECIPE} --engine_type hf"])
 def test_headline_table_and_advice_agree(given):
     """On one GPU nothing is split among GPUs, and what is said not to fit is above a limit that is named."""
-    for gpus, gib in itertools.product((1, 8), (8.0, 24.0, 48.0, 80.0)):
+    for gpus, gib in itertools.product((1, 8), (24.0, 80.0)):
         planned = plan(given, gpus, gib)
         over, starves = max(planned.totals[:-1]) > gib * GIB, planned.engine < planned.least
         text = " ".join(planner.describe(planned, "as asked").split())

@@ -19,7 +19,7 @@ from aqa.policy import forward as policy_forward
 from aqa.policy.forward import encode_clips
 from aqa.policy.packing import divide_groups
 from aqa.policy.tower_cache import share_tower_outputs
-from lightrft.models.actor_al import ActorAL, load_model
+from lightrft.models.actor_al import load_model
 from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import make_micro_batch
 
@@ -307,12 +307,6 @@ def test_a_clip_too_many_is_refused(policy):
         forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
 
 
-def test_audio_without_the_patch_is_refused(policy):
-    batch = make_micro_batch([make_item(40, 1, [9])[0]], PAD, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="patch_actor_for_audio"):
-        forward(ActorAL(policy), batch)
-
-
 @torch.no_grad()
 def test_bfloat16_stays_near_float32(policy):
     cases = mixed_cases()[:4]
@@ -344,11 +338,6 @@ def test_a_patched_model_that_is_deleted_is_freed_at_once(plain):
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
-def test_a_checkpoint_loads_with_its_weights(tiny_model):
-    policy = load_model(str(tiny_model), dtype=torch.float32)
-    stored = load_file(tiny_model / "model.safetensors")
-    assert torch.equal(policy.lm_head.weight, stored["language_model.lm_head.weight"])
-    assert torch.equal(policy.model.audio_tower.conv1.weight, stored["audio_tower.conv1.weight"])
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected"])

@@ -6,14 +6,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 from audio_dataset import AudioPromptDataset
 from conftest import EXAMPLE
-from support.processors import TextProcessor
+from support.processors import make_dataset, training_row
 from torch.utils.data import DataLoader, Dataset
 
 from aqa.audio.decode import SAMPLING_RATE as RATE
@@ -163,13 +162,8 @@ def test_the_bound_is_kept_and_what_is_there_stays(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- dataset
 def make_rows(paths: list[str], **kwargs) -> AudioPromptDataset:
-    content = [{"type": "audio", "audio_url": "a.wav"}, {"type": "text", "text": "What is it?"}]
-    prompts = [[{"role": "user", "content": content}]] * len(paths)
-    columns = {"prompt": prompts, "audio_path": paths, "reference": [f"answer {i}" for i in range(len(paths))]}
-    names = SimpleNamespace(input_key="prompt", images_key="audio_path", reference_key="reference", label_key="label")
-    processor, strategy = TextProcessor(), SimpleNamespace(args=names)
-    columns["label"] = ["x"] * len(paths)
-    return AudioPromptDataset(columns, processor.tokenizer, processor, 99, strategy, **kwargs)
+    rows = [training_row(path) | {"reference": f"answer {i}"} for i, path in enumerate(paths)]
+    return make_dataset({name: [row[name] for row in rows] for name in rows[0]}, **kwargs)
 
 
 def test_a_batch_is_decoded_in_parallel_in_order_and_each_file_once(tmp_path, monkeypatch):

@@ -2,24 +2,16 @@
 
 import pytest
 import torch
+from support.experiences import make_experience
 
-from lightrft.trainer.replay_buffer import Experience, make_micro_batch, pad_tokens
+from lightrft.trainer.replay_buffer import make_micro_batch, pad_tokens
 
 PAD = 99
 CPU = torch.device("cpu")
 
 
 def make_item(prompt, response, clips=()):
-    return Experience(
-        prompt="",
-        prompt_ids=torch.tensor(prompt),
-        response_ids=torch.tensor(response),
-        engine_log_probs=torch.zeros(len(response)),
-        truncated=False,
-        clips=list(clips),
-        reference="",
-        label="",
-    )
+    return make_experience(prompt_ids=torch.tensor(prompt), response_ids=torch.tensor(response), clips=list(clips))
 
 
 def test_padding_and_masks_by_hand():
@@ -47,12 +39,6 @@ def test_clips_follow_the_order_of_the_samples_and_stay_shared():
     # the very tensors, not copies: that is how the repeats are found without comparing contents
     assert [id(clip) for clip in batch.audio_values] == [id(clip) for clip in (a, b, c, b)]
     assert batch.image_grid_thw.tolist() == [[1, 1, 7], [1, 1, 5], [1, 1, 6], [1, 1, 5]]
-
-
-def test_text_alone_has_no_audio():
-    batch = make_micro_batch([make_item([1], [2])], PAD, CPU)
-    assert batch.audio_values is None
-    assert batch.image_grid_thw is None
 
 
 @pytest.mark.parametrize("width", [2, 4])

@@ -39,10 +39,9 @@ def test_metrics_of_a_killed_and_resumed_run(tmp_path):
     assert [row["train/grad_norm"] for row in rows] == ["", "0.3", "", ""]
 
 
-@pytest.mark.parametrize("content", [None, "", "no json\n", '{"a": 1}\n'])
+@pytest.mark.parametrize("content", ["no json\n", '{"a": 1}\n'])
 def test_a_folder_without_records_is_refused_by_name(tmp_path, content):
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
+    (tmp_path / "metrics.jsonl").write_text(content)
     done = run_script("report.py", tmp_path, check=False)
     assert done.returncode == 1
     assert str(tmp_path) in done.stderr and "Traceback" not in done.stderr

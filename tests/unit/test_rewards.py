@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -78,31 +77,6 @@ ACCURACY = [
     ("$2x+z=1$", "$1$", 0, "... and verify is not symmetric"),
 ]
 
-# (response, plain form, think form, why)
-FORMAT = [
-    ("<answer>dog</answer>", 1, 0, "plain form"),
-    ("<answer></answer>", 1, 0, "an empty answer has the form"),
-    ("<answer>a\nb</answer>", 1, 0, "line feeds are allowed (DOTALL)"),
-    ("<answer>a</answer> and <answer>b</answer>", 1, 0, "under a full match the middle may hold tags"),
-    ("<answer>dog</answer>\n", 0, 0, "white space after the end"),
-    (" <answer>dog</answer>", 0, 0, "white space before the start"),
-    ("So: <answer>dog</answer>", 0, 0, "text before"),
-    ("<answer>dog</answer>.", 0, 0, "text after"),
-    ("<answer>dog", 0, 0, "not closed"),
-    ("<answer>", 0, 0, "one tag"),
-    ("<answer</answer>", 0, 0, "overlapping ends are not two tags"),
-    ("<ANSWER>dog</ANSWER>", 0, 0, "case matters"),
-    ("", 0, 0, "nothing"),
-    ("<think>hm</think><answer>dog</answer>", 0, 1, "think form"),
-    ("<think></think>\n \t<answer></answer>", 0, 1, "white space between the parts"),
-    ("<think>a</think> b <answer>dog</answer>", 0, 0, "text between the parts"),
-    ("<think>a</think>b</think><answer>c</answer>", 0, 1, "the middle may hold tags"),
-    ("<think>a</think><answer>", 0, 0, "not closed"),
-    ("<think><answer>dog</answer>", 0, 0, "thinking not closed"),
-    ("<answer>dog</answer><think>a</think>", 0, 0, "wrong order"),
-    ("hm</think><answer>dog</answer>", 0, 0, "thinking not opened"),
-    ("<think>a</think><answer></answer", 0, 0, "last tag cut off"),
-]
 
 TAGS = st.sampled_from(["<answer>", "</answer>", "<think>", "</think>", "\n", " ", "a", "<", "\r", "\u2028", "</"])
 TAGGED = st.lists(TAGS, max_size=12).map("".join)
@@ -132,25 +106,10 @@ def checker():
     one.close()
 
 
-@pytest.fixture(scope="module")
-def brief_checker():
-    one = MathChecker(cpu_limit_s=0.5)
-    yield one
-    one.close()
-
-
 @pytest.mark.parametrize(("content", "gold", "expected", "why"), ACCURACY)
 def test_accuracy_table(content, gold, expected, why):
     assert rewards.accuracy_reward_fn(content, gold) == expected, why
     assert rewards.accuracy_reward_fn(content, f"<answer>{gold}</answer>") == expected, f"{why} (wrapped by the caller)"
-
-
-@pytest.mark.parametrize(("content", "plain", "think", "why"), FORMAT)
-def test_format_table(content, plain, think, why):
-    assert (rewards.format_reward_fn(content), rewards.format_reward_fn(content, enable_think=True)) == (
-        plain,
-        think,
-    ), why
 
 
 @given(text=TAGGED)
@@ -186,24 +145,6 @@ def test_texts_beyond_the_limit_are_compared_as_text_only(monkeypatch):
     long = "word " * 4000
     assert rewards.accuracy_reward_fn(f"{long} $1/2$", "$0.5$") == 0.0
     assert rewards.accuracy_reward_fn(f"{long} <answer>$0.5$</answer>", "$0.5$") == 1.0
-
-
-@settings(max_examples=100, deadline=None)
-@given(content=st.one_of(st.text(), TAGGED), gold=st.one_of(st.text(min_size=1), TAGGED), think=st.booleans())
-def test_any_text_scores_zero_or_one(content, gold, think):
-    assert rewards.accuracy_reward_fn(content, gold) in (0.0, 1.0)
-    assert rewards.format_reward_fn(content, think) in (0.0, 1.0)
-    query = PROMPT + content
-    assert query.startswith(PROMPT + rewards.extract_response(query))
-
-
-def test_combined_is_the_unweighted_sum():
-    assert rewards.avqa_combined_reward_fn("<answer>dog</answer>", "dog") == (2.0, 1.0, 1.0)
-    assert rewards.avqa_combined_reward_fn("dog", "dog") == (1.0, 1.0, 0.0)
-    assert rewards.avqa_combined_reward_fn("<answer>cat</answer>", "dog") == (1.0, 0.0, 1.0)
-    assert rewards.avqa_combined_reward_fn("<answer>dog</answer>", "dog", enable_think=True) == (1.0, 1.0, 0.0)
-    thought = "<think>barks</think>\n<answer>dog</answer>"
-    assert rewards.avqa_combined_reward_fn(thought, "dog", enable_think=True) == (2.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -316,59 +257,8 @@ def test_an_absent_reference_is_an_error_that_names_the_sample(empty):
         rewards.reward_fn([], ["avqa_rule", "avqa_think_rule"], [PROMPT, PROMPT], ["dog", empty], {})
 
 
-@pytest.mark.parametrize("refs", [None, [], ["dog"], ["dog"] * 3])
-def test_every_query_needs_a_reference_and_a_label(refs):
-    with pytest.raises(ValueError, match="2 queries"):
-        rewards.reward_fn([], ["avqa_rule"] * 2, [PROMPT] * 2, refs, {})
-
-
-HOSTILE = {
-    "tower of powers": ("it is 9**9**9**9", "= 3"),
-    "tower of powers in LaTeX": ("$10^{10^{10^{10}}}$", "$3$"),
-    "deep LaTeX": ("$" + "\\frac{" * 400 + "1" + "}{2}" * 400 + "$", "$3$"),
-    "a megabyte of opening tags": ("<answer>" * 131_072, "= 3"),
-    "a megabyte of think borders": ("<think>" + "</think><answer>" * 65_536 + "</answer>x</answer", "= 3"),
-    "a megabyte of lines": ("<answer>\n" * 100_000 + "</answer>", "= 3"),
-    "a megabyte of dollars": ("$ " * 500_000, "$3$"),
-    "a megabyte of white space": ("<think></think>" + " " * 1_000_000, "= 3"),
-    "null bytes, bidi, lone surrogate": ("\x00\u202e $\ud800 4$ \u2066" * 50, "= 3"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_responses_take_bounded_time(name, brief_checker, monkeypatch):
-    monkeypatch.setattr(matching, "_CHECKER", brief_checker)
-    brief_checker.agree("$1$", "$2$")  # starting it is not on the clock
-    content, gold = HOSTILE[name]
-    begin = time.monotonic()
-    total, accuracy, _ = rewards.avqa_combined_reward_fn(content, gold, enable_think=True)
-    rewards.extract_response(PROMPT + content)
-    assert time.monotonic() - begin < 4.5  # the check's 0.5 s of CPU time; math_verify's own limit is 5 s a step
-    assert total in (0.0, 1.0) and accuracy == 0.0
-
-
-def test_math_is_checked_in_any_thread():
-    """math_verify's own time-outs work in the main thread only: there they would make every value 0."""
-    found = {}
-
-    def score(index: int) -> None:
-        found[index] = rewards.accuracy_reward_fn(f"$\\frac{{{index}}}{{4}}$", f"${index / 4}$")
-
-    threads = [threading.Thread(target=score, args=(index,)) for index in range(1, 6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-    assert found == dict.fromkeys(range(1, 6), 1.0)
-
-
-def test_the_worker_survives_death_hang_and_interruption(checker, monkeypatch):
+def test_the_worker_survives_hang_and_interruption(checker, monkeypatch):
     assert checker.agree("$1/2$", "$0.5$") and not checker.agree("$1/3$", "$0.5$")
-
-    checker._process.kill()  # as the kernel does when memory runs out
-    checker._process.wait()
-    assert checker.agree("$1/2$", "$0.5$")
-
     with monkeypatch.context() as patch:
         patch.setattr(matching, "CHECK_WALL_LIMIT_S", 0.3)
         os.kill(checker._process.pid, signal.SIGSTOP)  # neither reads nor answers
@@ -626,7 +516,7 @@ def test_r1_aqas_is_the_default_and_the_names_are_those_of_the_flag():
     assert {"r1_aqa", *NAMED} == set(REWARDS)
 
 
-@pytest.mark.parametrize("module", ["rewards", "report", "planner", "doctor", "statistics", "package.report"])
+@pytest.mark.parametrize("module", ["report", "doctor", "statistics", "package.report"])
 def test_a_module_of_ones_own_may_have_any_name(tmp_path, module):
     """In a process of its own, started as train_colocate.py is: the example's folder is the first on sys.path."""
     path = (tmp_path / module.replace(".", "/")).with_suffix(".py")

@@ -125,28 +125,11 @@ def test_folders_that_are_no_runs_and_what_is_read_stay_where_they_are(
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming
-CHANGES = {
-    "actor_learning_rate": 2e-6,
-    "seed": 7,
-    "n_samples_per_prompt": 4,
-    "rollout_batch_size": 8,
-    "train_batch_size": 256,
-    "num_episodes": 3,
-    "max_samples": 100,
-    "lr_warmup_ratio": 0.5,
-    "init_kl_coef": 0.1,
-    "temperature": 0.5,
-    "advantage_estimator": "rloo",
-    "reward": "exact",
-    "max_norm": 2.0,
-    "adam_betas": [0.9, 0.99],
-    "engine_type": "hf",
-    "bf16": True,
-    "lora_rank": 8,
-    "zero_stage": 3,
-    "fsdp": True,
-    "freeze_prefix": "audio_tower",
-}
+CHANGES = {"actor_learning_rate": 2e-6, "seed": 7, "n_samples_per_prompt": 4, "rollout_batch_size": 8}
+CHANGES |= {"train_batch_size": 256, "num_episodes": 3, "max_samples": 100, "lr_warmup_ratio": 0.5, "init_kl_coef": 0.1}
+CHANGES |= {"temperature": 0.5, "advantage_estimator": "rloo", "reward": "exact", "max_norm": 2.0, "bf16": True}
+CHANGES |= {"adam_betas": [0.9, 0.99], "engine_type": "hf", "lora_rank": 8, "zero_stage": 3, "fsdp": True}
+CHANGES |= {"freeze_prefix": "audio_tower"}
 
 
 def test_changed_settings_are_refused_unless_they_are_named(session):

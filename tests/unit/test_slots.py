@@ -4,9 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.policies import TOWER, with_large_weights
-from transformers import Qwen2AudioConfig, WhisperFeatureExtractor
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from aqa.patches.slots import (
@@ -79,26 +76,6 @@ def test_every_clip_survives_pack_split_join_unpack(samples, data, stacked):
         assert out.frames[at] == frames
 
 
-@pytest.mark.parametrize("frames", [2997, 2998, 2999, 3000])
-def test_near_the_limit_frames_are_unambiguous(frames):
-    rows, grid = pack(make_mel(frames, 0, width=MAX_FRAMES), frames)
-    assert rows.shape == (frames + 2, N_MELS)
-    assert grid.tolist() == [[1, 1, frames + 2]]
-    out = unpack_clips(rows, grid)
-    assert out.frames.tolist() == [frames]
-    assert out.features.shape == (1, N_MELS, MAX_FRAMES)
-
-
-def test_repeats_are_merged_by_content():
-    a, b = make_mel(10, 0), make_mel(10, 1)
-    parts = [pack_clip(mel, 10) for mel in (a, b, a.clone(), b, a)]
-    grid = torch.cat([grid_of(part) for part in parts])
-    shared = unpack_clips(torch.cat(parts), grid)
-    assert shared.index.tolist() == [0, 1, 0, 1, 0]
-    assert shared.features.shape[0] == 2
-    assert torch.equal(shared.features[:, :, :10], torch.stack([a, b])[:, :, :10])
-
-
 def test_clips_that_differ_a_little_are_not_merged():
     mel = make_mel(10, 0)
     last_value, guard = mel.clone(), mel.clone()
@@ -150,51 +127,3 @@ def test_audio_token_count_is_the_towers_for_every_length():
     assert audio_token_count(MAX_FRAMES) == 750
     assert audio_token_count(MIN_FRAMES) == 1
     assert [audio_token_count(f) for f in range(MIN_FRAMES)] == [0] * MIN_FRAMES
-
-
-# ------------------------------------------------------------------------------------------- why there are guard rows
-@pytest.fixture(scope="module")
-def tower() -> Qwen2AudioEncoder:
-    config = Qwen2AudioConfig(audio_config={"model_type": "qwen2_audio_encoder", "max_source_positions": 1500} | TOWER)
-    return with_large_weights(Qwen2AudioEncoder, config.audio_config, scale=1.0)
-
-
-@torch.no_grad()
-def run_tower(tower: Qwen2AudioEncoder, features: torch.Tensor, frames: int) -> torch.Tensor:
-    """The tower as transformers calls it; its valid tokens ``(tokens, d_model)``."""
-    states, tokens = tower._get_feat_extract_output_lengths(torch.tensor([frames]))
-    mask = create_bidirectional_mask(
-        config=tower.config,
-        inputs_embeds=torch.zeros(1, 1500, 1),
-        attention_mask=(torch.arange(1500)[None] < states[:, None]).long(),
-    )
-    return tower(features, attention_mask=mask).last_hidden_state[0, : int(tokens)]
-
-
-@pytest.mark.parametrize("samples", [321, 15_900, 16_000, 48_123, 160_000, 479_900, 480_000])
-def test_padding_with_zeros_behind_two_guard_rows_is_exact(tower, samples):
-    extractor = WhisperFeatureExtractor(feature_size=128)
-    wave = torch.randn(samples, generator=torch.Generator().manual_seed(samples)).numpy() * 0.1
-    full = extractor(wave, sampling_rate=16_000, return_attention_mask=True, return_tensors="pt")
-    mel, frames = full["input_features"], int(full["attention_mask"].sum())
-    assert frames == MAX_FRAMES or mel[0, :, frames:].any()  # the extractor's padding is not zero
-    rows, grid = pack(mel[0], frames)
-    clips = unpack_clips(rows, grid)
-    expected = run_tower(tower, mel, frames)
-    torch.testing.assert_close(run_tower(tower, clips.features, frames), expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("frames", "guard_rows", "exact"),
-    # the last state is made of frames up to 2 * ceil(frames / 2): the padding's first row after an even number of
-    # valid frames, its first two after an odd number
-    [(100, 0, False), (100, 1, True), (101, 0, False), (101, 1, False), (101, 2, True)],
-)
-def test_fewer_guard_rows_would_not_be_exact(tower, frames, guard_rows, exact):
-    extractor = WhisperFeatureExtractor(feature_size=128)
-    wave = torch.randn(frames * 160, generator=torch.Generator().manual_seed(1)).numpy() * 0.1
-    mel = extractor(wave, sampling_rate=16_000, return_tensors="pt")["input_features"]
-    cut = torch.zeros_like(mel)
-    cut[..., : frames + guard_rows] = mel[..., : frames + guard_rows]
-    difference = (run_tower(tower, cut, frames) - run_tower(tower, mel, frames)).abs().max()
-    assert (difference == 0) if exact else (difference > 1e-3)

@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLE, ROOT, child_environment
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -233,9 +233,3 @@ def test_what_was_learned(tmp_path, steps, says):
     assert lesson(tmp_path, args) == f"held-out accuracy {says}"
     shutil.rmtree(folder)  # as where LightRFT evaluates, which keeps no answers
     assert lesson(tmp_path, args).startswith("see the evaluation's accuracies above")
-
-
-def test_quiet_and_verbose_are_refused_together():
-    command = [sys.executable, str(EXAMPLE / "train_colocate.py"), "--quiet", "--verbose"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=child_environment())
-    assert done.returncode == 2 and "--quiet with --verbose: drop one of the two" in done.stderr
