@@ -172,7 +172,7 @@ def generate_with_audio(
     :return: One output per request, in order.
     :raises RuntimeError: if the engine returns too few responses, or an empty one.
     """
-    if strategy.actor_to_send is not None:
+    if getattr(strategy, "actor_to_send", None) is not None:
         strategy.update_engine_weights(strategy.actor_to_send)
     logit_bias, ends = getattr(strategy, "logit_bias", {}), list(getattr(strategy, "end_token_ids", ()))
     requests = multi_modal_inputs
