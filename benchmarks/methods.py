@@ -5,8 +5,9 @@
     python benchmarks/methods.py --data real            # real recordings and Whisper's tower
     python benchmarks/methods.py --methods recipe gdpo --seeds 0 --steps 2    # to try it
 
-Harder means: another sound plays under every clip, and half of the training questions say their answer, so that a model
-may learn to read instead of to listen. Held-out questions say nothing. A cell that is finished is not made again.
+Harder means: another sound plays under every clip, half of the training questions give their answer away, and the start
+model can read it there but knows nothing of sounds (bench_select.py). Held-out questions give nothing away. A cell that
+is finished is not made again; all of them take an estimated two hours on 2 quiet cores.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import statistics
 from pathlib import Path
 
+import bench_select
 import matplotlib
 import numpy as np
 import soundfile
@@ -30,7 +32,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Cells = dict[str, list[dict[str, float]]]  # by method, one a seed
-
 GAIN = ("--reward", "accuracy+format+audio_gain", "--reward_weights", "1", "1", "0.5")
 # flags of train_colocate.py; {n}: a quarter of the steps, {rest}: the others, {half}: half of a rollout's responses
 METHODS = {
@@ -85,20 +86,20 @@ def prepare(folder: Path, args: argparse.Namespace, setting: run_demo.Setting, s
     run_demo.make_assets(folder, wanted, setting.steps * setting.prompts)
     if args.data == "real":
         return {name: folder / name for name in ("model", "data", "parquet")}
-    hard, parquet = folder / "hard", folder / "hard_parquet"
-    if not hard.is_dir():
-        harden(folder / "data", hard, seed)
-    source = ("--input_jsonl", hard / "train_qa.data", "--audio_dir", hard)
-    run_demo.run("data_preprocess/avqa.py", *source, "--local_save_dir", parquet, quiet=True)
-    return {"model": folder / "model", "data": hard, "parquet": parquet}
+    hard = folder / "hard"
+    if not (hard / "data").is_dir():
+        overlay(folder / "data", hard / "data", seed)
+    bench_select.write_questions(hard, hard)
+    bench_select.make_start_model(folder, hard / "start")
+    return {"model": hard / "start", "data": hard / "data", "parquet": hard / "rows"}
 
 
-def harden(data: Path, hard: Path, seed: int) -> None:
-    """Lay another sound under every clip, held-out ones too, and say the answer in every second training question.
+def overlay(data: Path, hard: Path, seed: int) -> None:
+    """Lay another sound under every clip, held-out ones too.
 
     :param hard: Folder to write; it appears once it is whole.
     """
-    part = hard.with_name("hard.part")
+    part = hard.with_name("data.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(data, part)
     rng = np.random.default_rng([seed, 2])
@@ -107,11 +108,6 @@ def harden(data: Path, hard: Path, seed: int) -> None:
         under = np.resize(synthesize(str(rng.choice(CLASSES)), rng, rate), len(wave))[:, None]
         mixed = wave + under * 10 ** (UNDER_DB / 20) * np.abs(wave).max() / np.abs(under).max()
         soundfile.write(path, mixed / max(1.0, np.abs(mixed).max()), rate, subtype="PCM_16")
-    lines = []
-    for i, row in enumerate(map(json.loads, (data / "train_qa.data").read_text(encoding="utf-8").splitlines())):
-        said = f"Somebody says that it is {row['multi_choice'][row['answer']]}. " if i % 2 else ""
-        lines.append(json.dumps(row | {"question_text": said + row["question_text"]}) + "\n")
-    (part / "train_qa.data").write_text("".join(lines), encoding="utf-8")
     part.rename(hard)
 
 
