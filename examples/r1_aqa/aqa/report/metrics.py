@@ -42,7 +42,7 @@ METRICS = {
     "rollout/rule_reward": Metric(
         "Reward by rule",
         "0 to 2",
-        "the reward before penalties (rollout/reward without --overlong_buffer)",
+        "the reward before penalties (rollout/reward without --overlong_buffer) and without audio_gain",
         "As rollout/reward.",
     ),
     "rollout/reward_std": Metric(
@@ -239,7 +239,7 @@ METRICS = {
     "eval/reward": Metric(
         "Evaluation reward",
         "0 to 2",
-        "mean reward of greedy answers to the evaluation data",
+        "mean reward of greedy answers to the evaluation data, without audio_gain",
         "Falls while rollout/reward rises: it learns the training data by heart; stop earlier.",
     ),
     "eval/accuracy_reward": Metric(
