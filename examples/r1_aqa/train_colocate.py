@@ -401,7 +401,8 @@ def make_warm_start_dataloader(args: argparse.Namespace, strategy: Any, dataset:
     from aqa.training.responses import given_responses
 
     taught = copy.copy(dataset)
-    taught.references = given_responses(dataset.references, dataset.labels, dataset.thinking, dataset.tokenizer, args)
+    rows = (dataset.references, dataset.labels, dataset.thinking)
+    taught.references = given_responses(*rows, dataset.tokenizer, args.generate_max_len)
     size = strategy.warm_start_prompts
     if len(taught) < size * strategy.world_size:
         raise SystemExit(
@@ -442,6 +443,7 @@ def load_prompts(
 
     from aqa.audio.reader import AudioReader
     from aqa.data import mixing, selection
+    from aqa.data.columns import THINKING_COLUMN
 
     needed = [args.input_key, args.images_key, args.reference_key, args.label_key]
     needed += selection.rate_columns(args) if training else []
@@ -474,7 +476,7 @@ def load_prompts(
         decode_all=args.decode_audio,
         cache_bytes=args.audio_cache_mib * 2**20,
         tagged=HOST.row_tags,
-        thinking=rows[args.sft_thinking_key] if args.sft_thinking_key in rows.column_names else None,
+        thinking=rows[THINKING_COLUMN] if THINKING_COLUMN in rows.column_names else None,
     )
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -125,7 +124,6 @@ def test_a_supervised_step_is_the_gradient_of_transformers_cross_entropy(
 
 def test_responses_by_hand(tiny_model, demo_parquet):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    args = SimpleNamespace(sft_thinking_key="thinking", generate_max_len=12)
     references = pq.read_table(demo_parquet / "train.parquet")["reference"].to_pylist()[:2]
     labels = [PLAIN_LABEL, THINK_LABEL]
     wrapped = [references[0], f"<answer>{references[1]}</answer>"]
@@ -134,12 +132,11 @@ def test_responses_by_hand(tiny_model, demo_parquet):
         f"<answer>{references[0]}</answer><|im_end|>",
         f"<think>{references[0]}</think><answer>{references[1]}</answer><|im_end|>",
     ]
-    args.generate_max_len = 40
-    assert given_responses(wrapped, labels, thoughts, tokenizer, args) == expected
-    args.generate_max_len = len(tokenizer(expected[0])["input_ids"]) - 1
+    assert given_responses(wrapped, labels, thoughts, tokenizer, 40) == expected
+    short = len(tokenizer(expected[0])["input_ids"]) - 1
     wrong = [references[0], references[0], "<|im_end|>"]
     with pytest.raises(DataError) as told:
-        given_responses(wrong, [*labels, PLAIN_LABEL], None, tokenizer, args)
+        given_responses(wrong, [*labels, PLAIN_LABEL], None, tokenizer, short)
     for problem in (
         "row 1: asks for thinking",
         "row 2: its response holds the control token",

@@ -8,6 +8,7 @@ from typing import Any
 from aqa.data.mixing import SOURCE_COLUMN
 
 TAG_COLUMNS = {SOURCE_COLUMN: "source", "dataset_name": "dataset", "question_type": "question_type"}
+THINKING_COLUMN = "thinking"  # the thinking process that the warm start teaches; written by avqa.py --thinking_field
 MOST_TAGS = 32  # different values of a column; each makes several metrics
 
 

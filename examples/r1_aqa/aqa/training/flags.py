@@ -256,15 +256,11 @@ def _add_warm_start_flags(g: Any) -> None:
         "--sft_steps",
         type=int,
         default=0,
-        help="supervised steps on the training rows' answers before GRPO, each of --train_batch_size / "
+        help="supervised steps on the training rows' answers before GRPO, with the thinking in a column thinking where "
+        "it is asked for, each of --train_batch_size / "
         "--n_samples_per_prompt rows; the model after them is the reference, and is kept in <save_path>/warm_start",
     )
     g.add_argument("--sft_learning_rate", type=float, help="its peak; default: --actor_learning_rate")
-    g.add_argument(
-        "--sft_thinking_key",
-        default="thinking",
-        help="column with the thinking process, for rows that ask for it; without it such rows are refused",
-    )
 
 
 def _add_grpo_flags(g: Any) -> None:

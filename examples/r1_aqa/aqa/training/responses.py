@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aqa.common.constants import THINK_LABEL
-from aqa.data.columns import DataError
+from aqa.data.columns import THINKING_COLUMN, DataError
 from aqa.data.prompts import END_TOKENS
 from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN
 from aqa.rewards.r1_aqa import special_tokens
@@ -17,12 +17,12 @@ def given_responses(
     labels: Sequence[str],
     thinking: Sequence[str | None] | None,
     tokenizer: Any,
-    args: Any,
+    longest: int,
 ) -> list[str]:
     """A response for each row, with the end of turn.
 
-    :param thinking: The rows' column ``--sft_thinking_key``; None where the data have none.
-    :param args: ``sft_thinking_key``, ``generate_max_len``.
+    :param thinking: The rows' column of that name; None where the data have none.
+    :param longest: ``--generate_max_len``.
     :raises DataError: naming rows that ask for thinking and have none, hold control tokens, or are too long to be
         sampled.
     """
@@ -34,22 +34,21 @@ def given_responses(
         if label == THINK_LABEL:
             thought = ((thinking[i] if thinking is not None else None) or "").strip()
             if not thought:
-                problems.append(f"row {i}: asks for thinking, and has none in a column {args.sft_thinking_key!r}")
+                problems.append(f"row {i}: asks for thinking, and has none in a column {THINKING_COLUMN!r}")
             text = f"<think>{thought}</think>{text}"
         if held := [token for token in special if token in text]:
             problems.append(f"row {i}: its response holds the control token {held[0]}")
         responses.append(text + end)
     lengths = [len(ids) for ids in tokenizer(responses, add_special_tokens=False)["input_ids"]]
     problems += [
-        f"row {i}: its response has {length} tokens, more than --generate_max_len {args.generate_max_len}"
+        f"row {i}: its response has {length} tokens, more than --generate_max_len {longest}"
         for i, length in enumerate(lengths)
-        if length > args.generate_max_len
+        if length > longest
     ]
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:20])
         raise DataError(
             f"--sft_steps: {len(problems)} problems in {len(responses)} rows, the first of them:\n{shown}\n"
-            "Prepare the rows without --enable_think, name the column of the thinking by --sft_thinking_key, or raise "
-            "--generate_max_len."
+            "Prepare the rows with avqa.py --thinking_field, or without --enable_think; or raise --generate_max_len."
         )
     return responses

@@ -76,7 +76,7 @@ SWITCHES = {
     **dict.fromkeys(("target_modules", "lora_alpha"), "lora_rank"),
     **dict.fromkeys(("overlong_buffer_len", "overlong_buffer_penalty_factor"), "overlong_buffer"),
     "dynamic_sampling_rounds": "dynamic_sampling",
-    **dict.fromkeys(("sft_learning_rate", "sft_thinking_key"), "sft_steps"),
+    "sft_learning_rate": "sft_steps",
 }
 ENDS = {
     4: "--on_anomaly stop",
