@@ -274,7 +274,7 @@ def announce(
 
     :param trained_to_think: Share of the model's training rows that asked for the thinking process; None: unknown.
     """
-    print(f"{benchmark.title}: {len(items)} questions of {args.data_file}")
+    print(f"{len(items)} questions of {args.data_file}, to be scored by {benchmark.title}'s rule")
     print(f"model  {args.model_path}" + (f"\n       {model.note}" if model.note else ""))
     if args.think:
         print("the prompts ask for the thinking process before the answer")
@@ -328,7 +328,7 @@ def show_result(out: Path, benchmark: Benchmark, scores: dict[str, Any] | None) 
         print(f"results  {out}")
         return
     bad = len(scores["bad_audio"])
-    print(score_table(scores, f"{benchmark.title}, {benchmark.rule}"))
+    print(score_table(scores, f"{benchmark.title}'s {benchmark.rule}"))
     print(
         f"\nanswers that name one choice: {scores['names_a_choice']}, in the asked-for form: {scores['asked_form']}, "
         f"of {scores['total']}" + (f"; without usable audio, counted as wrong: {bad}" if bad else "")
@@ -374,7 +374,7 @@ def score_file(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     verdicts = judge_file(args.file, args.benchmark)
     scores = score(verdicts)
-    print(score_table(scores, f"{verdicts.benchmark.title}, {verdicts.benchmark.rule}: {args.file} ({verdicts.key})"))
+    print(score_table(scores, f"{verdicts.benchmark.title}'s {verdicts.benchmark.rule}: {args.file} ({verdicts.key})"))
     write_beside(args.out_file, to_json(scores), [args.file])
 
 

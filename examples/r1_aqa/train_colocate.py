@@ -169,8 +169,8 @@ def resume(args: argparse.Namespace, strategy: Any, actor: Any, optimizer: Any, 
     """
     if not has_checkpoint(args.ckpt_path, args.fsdp):
         raise SystemExit(
-            f"--load_checkpoint: {args.ckpt_path} holds no checkpoint to go on from; --pretrain {args.save_path} with "
-            "another --save_path trains its model further, as a new run"
+            f"--load_checkpoint: {args.ckpt_path} holds no checkpoint to go on from (--save_steps N writes them); "
+            f"--pretrain {args.save_path} with another --save_path trains its model further, as a new run"
         )
     kept = ("initial_lr", "betas", "weight_decay")
     groups = [{name: group[name] for name in kept} for group in scheduler.optimizer.param_groups]

@@ -207,7 +207,8 @@ def describe_failure(path: str | Path, error: Exception) -> str:
     if isinstance(error, TypeError):  # soundfile takes *.raw for sound without a header and asks for its rate
         return "cannot be read as audio: *.raw means sound without a header, whose rate is not known; convert it to WAV"
     if isinstance(error, soundfile.LibsndfileError):  # some of its errors have a number and no text
-        return f"cannot be read as audio ({error.error_string or f'damaged: libsndfile error {error.code}'})"
+        reason = error.error_string or f"damaged: libsndfile error {error.code}"
+        return f"cannot be read as audio ({reason}); if a player plays it, convert it: ffmpeg -i IN OUT.wav"
     return f"cannot be read as audio ({error})"
 
 

@@ -55,7 +55,7 @@ R1_AQA = Format(
     "AVQA", "question_text", ("multi_choice",), "answer", "audio_path", "dataset_name", "question_type", by_text=False
 )
 DCASE = Format(
-    "DCASE 2026", "question_text", ("multi_choice",), "answer", "audio_path", "source_dataset", "question_type"
+    "own questions", "question_text", ("multi_choice",), "answer", "audio_path", "source_dataset", "question_type"
 )
 AUDIO_MCQ = Format("AudioMCQ", "question", ("choices",), "answer", "audio_path", "source_dataset", "question_type")
 MMAU = Format("MMAU", "question", ("choices",), "answer", "audio_id", "dataset", "task")
@@ -75,9 +75,9 @@ MMSU = Format(
 def format_of(values: Iterable[object]) -> Format:
     """The format of a file: that of its first row which has a question, choices and a recording as a format names them.
 
-    R1-AQA's and DCASE's rows have the same fields. They are DCASE's where more answers are texts of choices than are
-    numbers, or where no answer is either. A text of digits could be either, so a file of only such answers is
-    R1-AQA's, whose reader refuses them.
+    R1-AQA's rows and DCASE's, also those of one's own, have the same fields. They are DCASE's where more answers are
+    texts of choices than are numbers, or where no answer is either. A text of digits could be either, so a file of
+    only such answers is R1-AQA's, whose reader refuses them.
 
     :param values: The rows.
     :return: The format; R1-AQA's where no row tells.

@@ -90,7 +90,9 @@ def prepare(args: argparse.Namespace) -> None:
                 f"{source.file}: the audio of {len(source.unheard)} rows is missing or unreadable; they are {fate}"
             )
             say_rows(headline, source.unheard)
-            say(f"  Looked in --audio_dir {args.audio_dir}; --skip_bad leaves such rows out.")
+            hint = "" if args.skip_bad else "; --skip_bad leaves such rows out"
+            absent = "" if Path(args.audio_dir).is_dir() else ", which is no folder"
+            say(f"  Looked in --audio_dir {args.audio_dir}{absent}{hint}.")
     bad, unheard = (sum(len(getattr(source, name)) for source in sources) for name in ("bad", "unheard"))
     if args.strict and (bad or unheard):
         raise AvqaError(f"--strict: {bad} unusable rows, {unheard} rows without audio. Repair them, or drop --strict")

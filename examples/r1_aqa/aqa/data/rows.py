@@ -447,7 +447,7 @@ def _check_choices(choices: object, field: str) -> list:
     :raises RowError: otherwise.
     """
     if not isinstance(choices, list):
-        raise RowError("bad_choice", f"{field} is {show_value(choices)}, expected a list")
+        raise RowError("bad_choice", f'{field} is {show_value(choices)}, expected a list such as ["low", "high"]')
     if not choices:
         raise RowError("empty_choices", f"{field} is empty")
     for number, choice in enumerate(choices):
@@ -474,7 +474,9 @@ def _check_answer(answer: object, choices: list[str], first: int) -> int:
         where the choices are numbers, it could as well be the answer itself.
     """
     if not is_whole(answer):
-        raise RowError("bad_answer", f"answer is {show_value(answer)}, expected the number of a choice, from {first}")
+        hint = "; if answers are texts, all must be, and not all of digits" if isinstance(answer, str) else ""
+        expected = f"expected the number of a choice, from {first}{hint}"
+        raise RowError("bad_answer", f"answer is {show_value(answer)}, {expected}")
     if not 0 <= answer - first < len(choices):
         last = len(choices) - 1 + first
         raise RowError(

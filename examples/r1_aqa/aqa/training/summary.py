@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 import textwrap
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,14 @@ def against(first: dict[tuple, bool], second: dict[tuple, bool]) -> tuple[str, d
 
 
 def next_command(args: argparse.Namespace) -> str:
-    """A line with the command that evaluates the model on all held-out questions."""
+    """A line with the command that evaluates the model on all held-out questions, into a new file."""
     script = Path(sys.argv[0]).with_name("eval_mmau.py")
     folder = Path(args.prompt_data.split(",")[0].strip())
     questions = folder / QUESTIONS_FILE
     data = [str(questions), "--audio_dir", str(folder)] if questions.is_file() else ["FILE", "--audio_dir", "FOLDER"]
-    result = f"{args.save_path.rstrip('/')}_result.json"
+    stem = f"{args.save_path.rstrip('/')}_result"
+    names = chain([f"{stem}.json"], (f"{stem}_{number}.json" for number in count(2)))
+    result = next(name for name in names if not Path(name).exists())
     words = ["python", str(script), "--model_path", args.save_path, "--data_file", *data, "--out_file", result]
     return f"next      {shlex.join([*words, '--max_new_tokens', str(args.generate_max_len)])}"
 
