@@ -61,7 +61,7 @@ def main() -> None:
     model = resolve_model(str(args.demo_dir / "model"), None)
     with output_to_log(report.log) as screen:
         processor = load_processor(model)
-        jobs = [Job(i.index, render(processor, i.prompt), i.audio, len(load_audio(i.audio)), False) for i in items]
+        jobs = [Job(i.index, render(processor, i.prompt), [i.audio], [len(load_audio(i.audio))], False) for i in items]
 
         def through(engine: Any) -> Callable[[], list[str]]:
             def answer() -> list[str]:

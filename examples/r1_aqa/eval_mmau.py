@@ -52,7 +52,7 @@ from aqa.evaluation.items import (
     several,
     write_rows,
 )
-from aqa.evaluation.scoring import compare, comparison_table, judge, judge_file, score, score_table, to_json
+from aqa.evaluation.scoring import compare, comparison_table, judge, judge_file, percent, score, score_table, to_json
 from aqa.evaluation.variants import ask_again, further_answers, own_index
 
 ESSENTIAL = (
@@ -242,9 +242,9 @@ def ask_and_score(
         mute, asked = args.silent_audio == "only", [item for item in (*items, *again) if item.index in lengths]
 
         def make_jobs(processor: Any) -> list[Job]:
-            texts = [render(processor, item.prompt) for item in asked]
+            texts = [render(processor, item.prompt, 1 + len(item.further)) for item in asked]
             return [
-                Job(item.index, text, item.audio, lengths[item.index], item.silent or mute, reader)
+                Job(item.index, text, [item.audio, *item.further], lengths[item.index], item.silent or mute, reader)
                 for item, text in zip(asked, texts, strict=True)
             ]
 
@@ -259,6 +259,8 @@ def ask_and_score(
     if items[0].gold is not None:
         scores = score(judge(results, benchmark)) | describe_answers(answers, responses, args.think)
         scores["bad_audio"] = [items[i].row.get("id") for i in bad]
+        if heard := len(items) - len(bad):
+            scores["of_asked"] = {"accuracy": scores["correct"] / heard, "correct": scores["correct"], "total": heard}
         scores["digital_silence"] = [items[i].row.get("id") for i in silent]
         scores["run"] = describe_run(args, model) | timing | {"trained_to_think": trained_to_think}
         write_atomically(out.with_suffix(".score.json"), to_json(scores))
@@ -327,12 +329,15 @@ def show_result(out: Path, benchmark: Benchmark, scores: dict[str, Any] | None) 
         print("the data file holds no answers, so there is no score; the result file can be submitted")
         print(f"results  {out}")
         return
-    bad = len(scores["bad_audio"])
+    bad, asked = len(scores["bad_audio"]), scores.get("of_asked")
     print(score_table(scores, f"{benchmark.title}'s {benchmark.rule}"))
     print(
         f"\nanswers that name one choice: {scores['names_a_choice']}, in the asked-for form: {scores['asked_form']}, "
-        f"of {scores['total']}" + (f"; without usable audio, counted as wrong: {bad}" if bad else "")
+        f"of {scores['total']}"
     )
+    if bad:
+        of_asked = f"; of the {asked['total']} that were asked {percent(asked['accuracy'])} are right" if asked else ""
+        print(f"not asked, and counted as wrong, because of their recordings: {bad}{of_asked}")
     print(f"results  {out}\nscores   {out.with_suffix('.score.json')}")
 
 

@@ -143,7 +143,7 @@ def ask_rows(
     args: argparse.Namespace,
     model: Model,
     items: Sequence[Any],
-    lengths: dict[int, int],
+    lengths: dict[int, list[int]],
     reader: Any,
     done: dict[int, Any],
     partial_file: PartialFile,

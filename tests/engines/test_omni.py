@@ -298,7 +298,7 @@ def test_evaluation_answers_as_plain_generate(tiny_omni, noises):
     for text, (wave, rate), answer in zip(texts, noises[1:3], ours, strict=True):
         one = processor(text=[text], audio=[wave], sampling_rate=rate, return_tensors="pt")
         tokens = engine.model.generate(**one)[0, one["input_ids"].shape[1] :]
-        assert engines.decode(processor, tokens.tolist()) == answer
+        assert [engines.decode(processor, tokens.tolist())] == answer
 
 
 # ------------------------------------------------------------------------------------------------------------- training

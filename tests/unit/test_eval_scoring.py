@@ -206,7 +206,7 @@ def test_what_mmar_rubrics_judges_is_written(tmp_path):
 
 
 def test_closed_questions_of_mmau_pro(tmp_path):
-    """Only they are asked; several recordings or a long one are refused, and count as wrong."""
+    """Only they are asked, about all of their recordings; a long one is refused, and counts as wrong."""
     choices = ["dog", "a cat", "rain"]
     whole = {"question": "?", "answer": "a cat", "choices": choices, "category": "sound", "kwargs": {}}
     rows = [whole | {"id": f"{i}", "audio_path": [f"{i}.wav"]} for i in range(4)]
@@ -220,7 +220,7 @@ def test_closed_questions_of_mmau_pro(tmp_path):
     assert (benchmark, [row["id"] for row in questions]) == (MMAU_PRO, ["0", "1", "2", "3"])
     items = make_items(questions, benchmark, tmp_path, False)
     lengths, bad, _ = eval_mmau.check_audio(items, AudioReader(), benchmark.is_whole)
-    assert list(lengths) == [0, 3] and "item 1 (id 1): has 2 recordings" in bad[1] and "31.0 s of sound" in bad[2]
+    assert lengths == {0: [16_000], 1: [16_000] * 2, 3: [16_000]} and "item 2 (id 2): 31.0 s of sound" in bad[2]
     said = [("a cat", "a cat"), ("", ""), ("", ""), ("A cat", "A cat")]  # the last is nobody's text
     rows = [row | {"kwargs": {}} for row in result_rows(items, said, benchmark, False)]
     rows[3]["option_orders"] = [{"order": [0, 1, 2], "prediction": "", "raw_output": ""}]  # a field of one row alone

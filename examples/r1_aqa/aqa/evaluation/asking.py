@@ -126,26 +126,26 @@ def check_adapter(model: Model) -> None:
 
 def check_audio(
     items: Sequence[Item], reader: AudioReader, is_whole: bool = False
-) -> tuple[dict[int, int], dict[int, str], list[int]]:
+) -> tuple[dict[int, list[int]], dict[int, str], list[int]]:
     """Decode every recording once, before anything expensive starts.
 
     :param is_whole: Refuse recordings that are longer than what the model hears.
-    :return: Three results: samples at 16 kHz of each usable recording, and the error message of each other one, by item
-        index; and the indices of usable recordings that are digital silence.
+    :return: Three results: samples at 16 kHz of the recordings of each usable item, and the error message of each other
+        one, by item index; and the indices of usable items one of whose recordings is digital silence.
     """
     from aqa.audio.decode import MAX_SECONDS, AudioError
 
-    def check(item: Item) -> tuple[int, bool] | str:
-        if item.refusal:
-            return f"{item.label}: {item.refusal}"
-        try:
-            frames, rate = reader.read_header(item.audio) if is_whole else (0, 1)
-            if frames > MAX_SECONDS * rate:
-                return f"{item.label}: {frames / rate:.1f} s of sound, of which models hear {MAX_SECONDS:g}"
-            wave = reader.load(item.audio, silence_ok=True)
-        except AudioError as error:
-            return f"{item.label}: {error}"
-        return len(wave), not wave.any()
+    def check(item: Item) -> tuple[list[int], bool] | str:
+        waves = []
+        for path in (item.audio, *item.further):
+            try:
+                frames, rate = reader.read_header(path) if is_whole else (0, 1)
+                if frames > MAX_SECONDS * rate:
+                    return f"{item.label}: {frames / rate:.1f} s of sound, of which models hear {MAX_SECONDS:g}"
+                waves.append(reader.load(path, silence_ok=True))
+            except AudioError as error:
+                return f"{item.label}: {error}"
+        return list(map(len, waves)), not all(wave.any() for wave in waves)
 
     lengths, bad, silent = {}, {}, []
     with ThreadPoolExecutor(max_workers=8) as pool, progress_bar(sys.stderr, "checking audio", len(items)) as bar:

@@ -40,16 +40,16 @@ class Job:
     """A question, ready to be asked."""
 
     index: int  # the item's place in the file
-    text: str  # rendered prompt with one audio placeholder
-    audio: Path
-    samples: int  # length of the recording at 16 kHz
+    text: str  # rendered prompt with an audio placeholder for each recording
+    audio: Sequence[Path]
+    samples: Sequence[int]  # length of each recording at 16 kHz
     silent: bool = False  # ask with silence of that length instead
-    reader: AudioReader | None = None  # decodes the recording; None: in this process
+    reader: AudioReader | None = None  # decodes the recordings; None: in this process
 
-    def load(self) -> Any:
-        """The waveform ``(samples,)`` float32 at 16 kHz.
+    def load(self) -> list[Any]:
+        """The waveforms ``(samples,)`` float32 at 16 kHz.
 
-        :raises EvalError: if the file does not decode any more.
+        :raises EvalError: if a file does not decode any more.
         """
         import numpy as np
 
@@ -57,10 +57,11 @@ class Job:
         from aqa.audio.reader import AudioReader
 
         if self.silent:
-            return np.zeros(self.samples, dtype=np.float32)
+            return [np.zeros(length, dtype=np.float32) for length in self.samples]
         try:
             # check_audio() reported digital silence when the run started; such items are asked all the same
-            return (self.reader or AudioReader()).load(self.audio, silence_ok=True)
+            reader = self.reader or AudioReader()
+            return [reader.load(path, silence_ok=True) for path in self.audio]
         except AudioError as error:
             raise EvalError(f"the audio was usable when the run started: {error}") from error
 
@@ -115,15 +116,16 @@ def family_of(model: Model) -> Any:
     return spec
 
 
-def render(processor: Any, prompt: str) -> str:
+def render(processor: Any, prompt: str, clips: int = 1) -> str:
     """The chat of one question, up to where the answer begins.
 
-    :raises EvalError: if the prompt would not hold exactly one placeholder.
+    :param clips: Recordings that it is about, each a part of the message, as Qwen2-Audio takes them.
+    :raises EvalError: if the prompt would not hold exactly one placeholder a clip.
     """
-    content = [{"type": "audio", "audio_url": "audio"}, {"type": "text", "text": prompt}]
+    content = [{"type": "audio", "audio_url": "audio"}] * clips + [{"type": "text", "text": prompt}]
     text = render_chat(processor, [{"role": "user", "content": content}])
-    if text.count(processor.audio_token) != 1 or prompt not in text:
-        raise EvalError(f"the chat template does not give the question and one {processor.audio_token}: {text!r}")
+    if text.count(processor.audio_token) != clips or prompt not in text:
+        raise EvalError(f"the chat template does not give the question and {clips} {processor.audio_token}: {text!r}")
     return text
 
 
@@ -222,7 +224,7 @@ class HFEngine:
 
         :param jobs: All questions, finished ones too, so that a resumed run has the same batches.
         """
-        order = sorted(jobs, key=lambda job: (-job.samples, -len(job.text), job.index))
+        order = sorted(jobs, key=lambda job: (-sum(job.samples), -len(job.text), job.index))
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
     def answer(self, jobs: Sequence[Job], finished: set[int]) -> Answers:
@@ -251,18 +253,22 @@ class HFEngine:
         """
         import torch
 
-        from aqa.patches.slots import unpack_clips
+        from aqa.patches.slots import grid_of, unpack_clips
 
-        audio = [(job.load(), SAMPLING_RATE) for job in batch]
-        slot = self.inputs.process_multimodal_batch([job.text for job in batch], audio, None, None, 1)
-        rows = slot["all_prompt_token_ids"]
+        rows, mels, placeholder = [], [], self.inputs.audio_token_id
+        for job in batch:
+            extracted = [self.inputs.extract((wave, SAMPLING_RATE)) for wave in job.load()]
+            counts = iter([tokens for _, tokens in extracted])
+            ids = self.processor.tokenizer(job.text, add_special_tokens=False)["input_ids"]
+            rows.append([each for token in ids for each in [token] * (next(counts) if token == placeholder else 1)])
+            mels += [mel for mel, _ in extracted]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.pad_token_id)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         for i, row in enumerate(rows):
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
-        clips = unpack_clips(slot["all_images_pixel_values"], slot["all_images_grid_thw"])
+        clips = unpack_clips(mels, torch.cat(list(map(grid_of, mels))))
         return {"input_ids": ids, "attention_mask": mask, "clips": clips}
 
     def generate(self, inputs: dict[str, Any]) -> list[list[str]]:
@@ -392,7 +398,7 @@ class VLLMEngine:
             max_num_seqs=settings.batch_size,
             max_num_batched_tokens=max(max_model_len, 8192),
             tensor_parallel_size=settings.tensor_parallel_size,
-            limit_mm_per_prompt={"audio": 1},
+            limit_mm_per_prompt={"audio": max(len(job.audio) for job in jobs)},
             mm_processor_cache_gb=0,  # each question has a clip of its own
             generation_config="vllm",
             enforce_eager=not on_gpu,
@@ -410,17 +416,16 @@ class VLLMEngine:
 
     def answer(self, jobs: Sequence[Job], finished: set[int]) -> Answers:
         """Ask all questions but those whose indices are ``finished``."""
-        from aqa.patches.strategy import build_audio_inputs
-
         left = [job for job in jobs if job.index not in finished]
         asked: dict[str, Job] = {}
         engine = self.llm.llm_engine
-        for job, wave in ahead(Job.load, left, depth=32, workers=4):
+        for job, waves in ahead(Job.load, left, depth=32, workers=4):
             # requests are numbered in the order in which they are queued
             asked[str(self.queued)] = job
             self.queued += 1
-            requests = build_audio_inputs([job.text], [(wave, SAMPLING_RATE)])
-            self.llm.enqueue(requests, self.params, use_tqdm=False)
+            audio = [(wave, SAMPLING_RATE) for wave in waves]
+            request = {"prompt": job.text, "multi_modal_data": {"audio": audio}}
+            self.llm.enqueue([request], self.params, use_tqdm=False)
             while engine.get_num_unfinished_requests() >= VLLM_WINDOW:
                 yield from self._step(asked)
         while engine.has_unfinished_requests():
@@ -459,8 +464,8 @@ def longest_prompt(processor: Any, jobs: Sequence[Job]) -> int:
     from aqa.patches.slots import audio_token_count
 
     ids = processor.tokenizer([job.text for job in jobs], add_special_tokens=False)["input_ids"]
-    audio = [audio_token_count(-(-job.samples // HOP_LENGTH)) for job in jobs]
-    return max(len(row) - 1 + count for row, count in zip(ids, audio, strict=True))
+    audio = [[audio_token_count(-(-length // HOP_LENGTH)) - 1 for length in job.samples] for job in jobs]
+    return max(len(row) + sum(more) for row, more in zip(ids, audio, strict=True))
 
 
 def weight_names(folder: Path) -> list[str]:

@@ -50,7 +50,7 @@ class Item:
     prompt: str  # the text of the user's turn, as in training
     audio: Path
     gold: str | None  # text of the right choice; None on all items where the file withholds the answers
-    refusal: str | None = None  # why it cannot be asked
+    further: tuple[Path, ...] = ()  # recordings beyond the first
     silent: bool = False  # ask with silence in place of the recording
 
 
@@ -190,30 +190,30 @@ def make_items(
     for index, (row, answer) in enumerate(list(zip(rows, answers, strict=True))[:limit]):
         label = f"item {index} (id {name_of(row)})"
         choices, question, name = row.get("choices"), row.get("question"), row.get(benchmark.audio_key)
-        refusal = None
-        if isinstance(name, list) and name:
-            refusal = f"has {len(name)} recordings, and one is asked about" if len(name) > 1 else None
-            name = name[0]
+        names = name if isinstance(name, list) and name else [name]
         wrong = []
         if not isinstance(question, str) or not question.strip():
             wrong.append(f"question is {show_value(question)}")
         if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
             wrong.append(f"choices is {show_value(choices)}, expected a list of texts")
-        if not isinstance(name, str) or not name.strip() or "\0" in name:
+        if not all(isinstance(name, str) and name.strip() and "\0" not in name for name in names):
             wrong.append(f"{benchmark.audio_key} is {show_value(name)}, expected the path of a file")
         if has_answers and (not isinstance(answer, str) or is_blank(answer)):
             hint = "though other items have one" if is_blank(answer) else "expected the text of a choice"
             wrong.append(f"answer is {show_value(row.get('answer'))}, {hint}")
-        if not wrong and (torn := next((text for text in (question, name, *choices) if not fits_utf8(text)), None)):
+        if not wrong and (torn := next((text for text in (question, *names, *choices) if not fits_utf8(text)), None)):
             wrong.append(f"half a surrogate pair in {show_value(torn)}, which no tokenizer takes")
-        audio = audio_dir if wrong else find_audio(name, audio_dir)
-        if confine and not wrong and (where := escape_of(audio, audio_dir)):
-            wrong.append(f"{benchmark.audio_key} {show_value(name)} leads to {where}, outside --audio_dir {audio_dir}")
+        files = [] if wrong else [find_audio(name, audio_dir) for name in names]
+        for name, file in zip(names, files, strict=False):
+            if confine and (where := escape_of(file, audio_dir)):
+                place = f"leads to {where}, outside --audio_dir {audio_dir}"
+                wrong.append(f"{benchmark.audio_key} {show_value(name)} {place}")
         if wrong:
             problems.append(f"{label}: {'; '.join(wrong)}")
         else:
             row = row | {"answer": answer} if has_answers else row
-            items.append(Item(index, label, row, render_prompt(question, choices, think), audio, answer, refusal))
+            prompt = render_prompt(question, choices, think)
+            items.append(Item(index, label, row, prompt, files[0], answer, tuple(files[1:])))
     if problems:
         raise EvalError(several(f"{len(problems)} of {len(rows[:limit])} questions cannot be used", problems))
     return items

@@ -66,7 +66,7 @@ def make_items(table: pa.Table, path: Path) -> list[Item]:
 
 
 def make_jobs(
-    processor: Any, items: Sequence[Item], lengths: Mapping[int, int], in_silence: bool, reader: AudioReader
+    processor: Any, items: Sequence[Item], lengths: Mapping[int, list[int]], in_silence: bool, reader: AudioReader
 ) -> list[Job]:
     """What to ask: each row with its sound and, numbered -1, -2, ..., in silence.
 
@@ -83,9 +83,9 @@ def make_jobs(
         raise EvalError(several(f"{len(problems)} rows cannot be asked", problems))
     jobs = []
     for item, text in zip(items, texts, strict=True):
-        jobs.append(Job(item.index, text, item.audio, lengths[item.index], False, reader))
+        jobs.append(Job(item.index, text, [item.audio], lengths[item.index], False, reader))
         if in_silence:
-            jobs.append(Job(-1 - item.index, text, item.audio, lengths[item.index], True, reader))
+            jobs.append(Job(-1 - item.index, text, [item.audio], lengths[item.index], True, reader))
     return jobs
 
 

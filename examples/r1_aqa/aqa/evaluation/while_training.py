@@ -90,7 +90,9 @@ class BenchmarkEvaluator:
             for item, length in zip(self.items, lengths, strict=True)
             if length > args.prompt_max_len
         ]
-        problems += [f"{item.label}: {item.refusal}" for item in self.items if item.refusal]
+        problems += [
+            f"{item.label}: has several recordings, and training takes one" for item in self.items if item.further
+        ]
         rank, world = self.strategy.rank, self.strategy.world_size
         share = [str(item.audio) for item in self.items[rank::world]]
         for found in gather_objects(probe_all(share, reader=self.reader.read_header)):
