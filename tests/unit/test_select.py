@@ -11,6 +11,7 @@ import pytest
 import select_data
 import torch
 from datasets import Dataset
+from support.training import train
 
 from aqa.data.prompts import render_prompt
 from aqa.data.selection import easy_first, select_rows
@@ -88,8 +89,11 @@ def test_rates_are_written_beside_the_same_rows(run):
     assert written.select(run.table.column_names).equals(run.table)
     assert written.column_names[-2:] == ["pass_rate", "pass_rate_silent"]
     for name in written.column_names[-2:]:
-        assert all(rate * 3 == pytest.approx(round(rate * 3)) for rate in written[name].to_pylist())
+        assert all(rate in (0, 1 / 3, 2 / 3, 1) for rate in written[name].to_pylist())
     about = json.loads(written.schema.metadata[pass_rates.NOTE])
+    shown = [line.split() for line in text.splitlines() if line.startswith("pass_rate ")]
+    rates = written["pass_rate"].to_pylist()
+    assert [int(n) for n in shown[0][1:5]] == [sum(round(3 * rate) == k for rate in rates) for k in range(4)]
     assert about["samples"] == 3 and about["temperature"] == 1
     assert (run.out / "validation.parquet").is_file()
     assert {path.name for path in run.out.iterdir()} == {"train.parquet", "validation.parquet", "select.log"}
@@ -177,6 +181,7 @@ def test_samples_follow_the_models_distribution(engine, tiny_model, demo_parquet
     assert partial.load() == done and {len(texts) for texts in done.values()} == {count}
     processor = AutoProcessor.from_pretrained(tiny_model)
     plain = Qwen2AudioForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    assert [job.silent for job in jobs(processor)] == [False, True]
     for job in jobs(processor):
         start = "<answer>"
         inputs = processor(text=job.text + start, audio=job.load(), sampling_rate=16_000, return_tensors="pt")
@@ -196,3 +201,28 @@ def test_a_response_that_is_no_text_is_damage(tmp_path):
     partial.append([(1, ["a", 5])])
     with pytest.raises(EvalError, match="damaged"):
         partial.load()
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+@pytest.mark.slow
+def test_training_selects_orders_and_remembers(tiny_model, demo_parquet, tmp_path):
+    """Eight of twelve rows stay, easy ones come first; a resumed run cannot select otherwise."""
+    table = pq.read_table(demo_parquet / "train.parquet").slice(0, 12)
+    rates = [0.0, 1.0, *[k / 10 for k in range(1, 9)], 0.5, 0.5]
+    silent = [0.25] * 10 + [1.0, 0.75]
+    (tmp_path / "rated").mkdir()
+    rated = pass_rates.with_rates(table, {"pass_rate": rates, "pass_rate_silent": silent}, {})
+    pq.write_table(rated, tmp_path / "rated" / "train.parquet")
+    source = (tiny_model, tmp_path / "rated", tmp_path / "run")
+    flags = ("--engine_type", "hf", "--max_silent_pass_rate", 0.5, "--pass_rate", 0.1, 0.9, "--easy_first")
+    flags += ("--save_trajectories", "--num_trajectories_to_save", 16, "--save_steps", 1)
+    done = train(*source, *flags)
+    said = f"selected  8 rows; {tmp_path / 'rated'}: of 12 rows are left out: 2 right without sound (above 0.5), 1 too"
+    assert said in done.stdout and "8 rows / 4 prompts = 2 steps an episode" in done.stdout
+    order = [messages[0]["content"][1]["text"] for messages in table["prompt"].to_pylist()]
+    for step, rows in ((1, (9, 8, 7, 6)), (2, (5, 4, 3, 2))):
+        (path,) = (tmp_path / "run" / "trajectories").glob(f"step_*{step}.jsonl")
+        prompts = {json.loads(line)["prompt"] for line in path.read_text().splitlines()}
+        assert len(prompts) == 4 and all(any(order[row] in prompt for prompt in prompts) for row in rows)
+    done = train(*source, *flags, "--load_checkpoint", "--max_silent_pass_rate", 0.8, check=False)
+    assert done.returncode == 2 and "max_silent_pass_rate: 0.5, now 0.8" in done.stderr + done.stdout

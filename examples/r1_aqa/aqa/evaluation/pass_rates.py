@@ -105,7 +105,7 @@ def score(items: Sequence[Item], responses: Sequence[Sequence[str]], reward: str
         queries = [f"{asked}{ASSISTANT_HEADER}{text}" for text in said]
         count = len(queries)
         _, metrics = measure([], [item.row["label"]] * count, queries, [item.gold] * count, None)
-        rates.append(metrics["accuracy_reward"].mean().item())
+        rates.append(sum(metrics["accuracy_reward"].tolist()) / count)
     return rates
 
 
@@ -120,18 +120,18 @@ def with_rates(table: pa.Table, rates: Mapping[str, Sequence[float]], about: dic
         if name in table.column_names:
             table = table.drop_columns([name])
     for name, values in rates.items():
-        table = table.append_column(name, pa.array(values, pa.float32()))
+        table = table.append_column(name, pa.array(values, pa.float64()))
     return table.replace_schema_metadata((table.schema.metadata or {}) | {NOTE: json.dumps(about, default=str)})
 
 
 def describe(rates: Mapping[str, Sequence[float]], samples: int) -> str:
-    """A table: how many rows were right how often."""
-    head = "right of " + f"{samples}"
-    lines = [f"{head:<22}" + "".join(f"{k:>7}" for k in range(samples + 1)) + f"{'mean':>8}"]
+    """A table: the number of rows for each rate, rounded where there are more than 10 samples."""
+    parts = min(samples, 10)
+    lines = [f"{'rows of a rate of':<18}" + "".join(f"{k / parts:>7.2f}" for k in range(parts + 1)) + f"{'mean':>8}"]
     for name, values in rates.items():
-        counts = [sum(round(rate * samples) == k for rate in values) for k in range(samples + 1)]
+        counts = [sum(round(rate * parts) == k for rate in values) for k in range(parts + 1)]
         mean = sum(values) / len(values)
-        lines.append(f"{'rows, ' + name:<22}" + "".join(f"{count:>7,}" for count in counts) + f"{mean:>8.3f}")
+        lines.append(f"{name:<18}" + "".join(f"{count:>7,}" for count in counts) + f"{mean:>8.3f}")
     return "\n".join(lines)
 
 
