@@ -8,7 +8,7 @@ its reinforcement learning. Easy rows first is the curriculum of SARI (Wen et al
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ def _read(rows: Any, name: str, source: str) -> np.ndarray:
     remedy = f"select_data.py measures it: --prompt_data must name the folder that it writes, not {source}"
     if name not in rows.column_names:
         raise SystemExit(f"{source}: has no column {name}; {remedy}")
-    values: Sequence[Any] = rows[name]
+    values = list(rows[name])
     bad = [i for i, rate in enumerate(values) if not (isinstance(rate, (int, float)) and 0 <= rate <= 1)]
     if bad:
         raise SystemExit(
