@@ -322,7 +322,7 @@ def test_a_sound_file_is_decoded_right(tmp_path, reader, title):
     np.testing.assert_allclose(result[inner], expected[inner], rtol=0, atol=case.atol)
     np.testing.assert_array_equal(outcome(reader.load, path), result)
     assert probe_all([path]) == probe_all([path], reader=load_audio) == []
-    assert evaluated(path, reader) == ({0: len(result)}, {}, [])
+    assert evaluated(path, reader) == ({0: [len(result)]}, {}, [])
     assert probe_clip(path, decode=True).kind is None
     np.testing.assert_array_equal(dataset_of(path, reader=reader)[0][1][0], result)
 

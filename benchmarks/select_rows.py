@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Selection by select_data.py: does it find questions that need no sound, and does training without them gain?
 
-    python benchmarks/bench_select.py --demo_dir results/demo
+    python benchmarks/select_rows.py --demo_dir results/demo
 
 Work: half of the demo's training questions get a sentence that gives the answer away. The demo's model learns to read
 it from the warm start's questions and sounds, which are drawn independently, so it knows nothing of sounds. Its pass
@@ -25,6 +25,7 @@ MOST_SILENT = 0.5
 TRAINING = (
     *("--rollout_batch_size", 16, "--n_samples_per_prompt", 8, "--train_batch_size", 128, "--generate_max_len", 16),
     *("--micro_train_batch_size", 32, "--micro_rollout_batch_size", 32, "--actor_learning_rate", 1e-3, "--no-report"),
+    *("--save_steps", 50, "--max_ckpt_num", 1),
 )
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
     parser.add_argument("--out_dir", type=Path, default=Path("results/select"), help="everything goes here")
-    parser.add_argument("--steps", type=int, default=60, help="of the run on all rows (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of the run on all rows (default: %(default)s)")
     parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm", help="of select_data.py")
     parser.add_argument("--seed", type=int, default=0, help="of both trainings")
     args = parse(parser)
@@ -120,6 +121,7 @@ def main() -> None:
         ("selected", args.steps // 2, ("--max_silent_pass_rate", MOST_SILENT)),
     ):
         model = out / f"{name}_{steps}_seed{args.seed}"
+        flags += ("--load_checkpoint",) if (model / "_actor" / "latest").is_file() else ()
         source = ("--pretrain", start, "--prompt_data", rated, "--save_path", model, "--seed", args.seed)
         run(model / "r1_aqa.json", "train_colocate.py", *source, "--max_steps", steps, *flags, *TRAINING)
         accuracies[f"{name} rows, {steps} steps"] = evaluate(demo, out, model)
