@@ -125,7 +125,7 @@ def main() -> None:
         source = ("--pretrain", start, "--prompt_data", rated, "--save_path", model, "--seed", args.seed)
         run(model / "r1_aqa.json", "train_colocate.py", *source, "--max_steps", steps, *flags, *TRAINING)
         accuracies[f"{name} rows, {steps} steps"] = evaluate(demo, out, model)
-        accuracies["the same in silence" + " " * (name == "all")] = evaluate(demo, out, model, "--silent_audio")
+        accuracies[f"{name} rows, in silence"] = evaluate(demo, out, model, "--silent_audio")
     for name, accuracy in accuracies.items():
         print(f"{name:<28} held-out accuracy {accuracy:.3f}")
     _, every, _, selected, _ = accuracies.values()
