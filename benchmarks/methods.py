@@ -6,7 +6,7 @@
     python benchmarks/methods.py --methods recipe gdpo --seeds 0 --steps 2    # to try it
 
 Harder means: another sound plays under every clip, half of the training questions give their answer away, and the start
-model can read it there but knows nothing of sounds (bench_select.py). Held-out questions give nothing away. A cell that
+model can read it there but knows nothing of sounds (select_rows.py). Held-out questions give nothing away. A cell that
 is finished is not made again; all of them take an estimated two hours on 2 quiet cores.
 """
 
@@ -18,9 +18,9 @@ import shutil
 import statistics
 from pathlib import Path
 
-import bench_select
 import matplotlib
 import numpy as np
+import select_rows
 import soundfile
 from harness import make_parser
 
@@ -89,8 +89,8 @@ def prepare(folder: Path, args: argparse.Namespace, setting: run_demo.Setting, s
     hard = folder / "hard"
     if not (hard / "data").is_dir():
         overlay(folder / "data", hard / "data", seed)
-    bench_select.write_questions(hard, hard)
-    bench_select.make_start_model(folder, hard / "start")
+    select_rows.write_questions(hard, hard)
+    select_rows.make_start_model(folder, hard / "start")
     return {"model": hard / "start", "data": hard / "data", "parquet": hard / "rows"}
 
 
