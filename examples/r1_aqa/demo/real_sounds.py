@@ -326,11 +326,10 @@ def describe(pools: dict[str, Pools], packages: dict[str, dict[str, str]], folde
     groups = {split: {clip.group for clip in found.values()} for split, found in clips.items()}
     if both := groups["train"] & groups["test"]:
         raise SystemExit(f"in the training and in the test set: {', '.join(sorted(both))}")
-    texts = "Each package's own text is in the downloads' folder, unpacked/PACKAGE/share/doc/PACKAGE/copyright."
     lines = [
         "# Where the sounds are from",
         "",
-        texts,
+        "Each package's own text is in the downloads' folder, unpacked-*/PACKAGE/share/doc/PACKAGE/copyright.",
         "",
         "| package | version | licence | clips |",
         "|---|---|---|---|",
