@@ -134,9 +134,10 @@ klettres-data/klettres/en/alpha/r.ogg | letter | R | + en | en
 tuxpaint-stamps-default/tuxpaint/stamps/symbols/math/3_ru.ogg | digit | three | + ru | ru
 tuxpaint-stamps-default/tuxpaint/stamps/symbols/math/6.ogg | digit | six | + | en
 hydrogen-drumkits/hydrogen/data/drumkits/ColomboAcousticDrumkit/SnareOff-1.wav
+hydrogen-drumkits/hydrogen/data/drumkits/BJA_Pacific/SN3_01.aiff
 hydrogen-drumkits/hydrogen/data/drumkits/ColomboAcousticDrumkit/TomLow-1.wav | drum | tom | + ColomboAcousticDrumkit
 hydrogen-drumkits/hydrogen/data/drumkits/Millo_MultiLayered2/bd_03.flac | drum | kick | + Millo
-hydrogen-drumkits/hydrogen/data/drumkits/BJA_Pacific/SN3_01.aiff | drum | snare | + BJA_Pacific
+hydrogen-drumkits/hydrogen/data/drumkits/BJA_Pacific/SN4_01.aiff | drum | snare | + BJA_Pacific
 lmms-common/lmms/samples/drums/kick01.ogg | drum | kick | + lmms
 tuxpaint-stamps-default/tuxpaint/stamps/animals/birds/owl.ogg | source | animal | + birds/owl
 tuxpaint-stamps-default/tuxpaint/stamps/animals/birds/owl_desc_fr.ogg
