@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from aqa.common.patch import Patch
 
 
-class Host(Protocol):
-    """A LightRFT that runs this example: the runtime beside it (``runtime.py``), or LightRFT itself (``lightrft/``)."""
+class Host:
+    """A LightRFT that runs this example: the runtime beside it (``runtime.py``), or LightRFT itself (``lightrft/``).
+
+    A host overrides what it does itself. The rest does nothing here, or returns what stands for nothing.
+    """
 
     name: str
-    fixes: list[str]  # version fixes in use
     row_tags: bool  # rows and batches may have a fifth member: the tags that metrics are counted under
+
+    def __init__(self) -> None:
+        self.fixes: list[str] = []  # version fixes in use
 
     def prepare_import(self) -> None:
         """Make ``lightrft`` importable. Called first of all."""
@@ -38,6 +43,7 @@ class Host(Protocol):
 
     def model_spec(self, model_type: str) -> Any:
         """The class that describes models of a type (``lightrft.utils.model_specs``); None if the host has none."""
+        return None
 
     def eval_batch_size(self, prompts: int, samples: int) -> int:
         """Prompts of a rank in one evaluation batch.
@@ -45,10 +51,12 @@ class Host(Protocol):
         :param prompts: Of a rank in one training batch.
         :param samples: Responses a prompt in training; evaluation samples one.
         """
+        return prompts
 
     # ---- trainer
     def trainer_arguments(self, args: argparse.Namespace, processor: Any) -> dict[str, Any]:
         """Arguments of this host's trainer that the other's does not have."""
+        return {}
 
     def without_adapters(self, actor: Any) -> Any:
         """The reference model of a LoRA run: the actor with its adapters off."""
@@ -102,6 +110,8 @@ class Host(Protocol):
         :param may_follow: The error may be the consequence of another rank's end.
         :return: True if another rank ended first. Its name has been printed, so this rank prints nothing.
         """
+        return False
 
     def exit_status(self, error: BaseException) -> int | None:
         """The exit status of an error of this host whose message says all; None for any other."""
+        return None

@@ -13,21 +13,16 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from aqa.common.patch import Patch
+from aqa.hosts.base import Host
 
 CANNOT_SAVE = 5  # exit status
 
 
-class RuntimeHost:
+class RuntimeHost(Host):
     """See :class:`aqa.hosts.base.Host`."""
 
     name = "this repository's runtime"
     row_tags = True
-
-    def __init__(self) -> None:
-        self.fixes: list[str] = []
-
-    def prepare_import(self) -> None:
-        """Nothing to do."""
 
     def find_problems(self, args: argparse.Namespace) -> list[str]:
         rules = (
@@ -46,9 +41,6 @@ class RuntimeHost:
             ),
         )
         return [problem for wrong, problem in rules if wrong]
-
-    def prepare(self, args: argparse.Namespace) -> None:
-        """Nothing to do."""
 
     def load_actor(self, args: argparse.Namespace, ds_config: dict[str, Any] | None) -> Any:
         from lightrft.models.actor_al import ActorAL
@@ -76,10 +68,6 @@ class RuntimeHost:
     def eval_batch_size(self, prompts: int, samples: int) -> int:
         """Evaluation samples one response a prompt, so its batches can hold ``samples`` times as many prompts."""
         return prompts * samples
-
-    def trainer_arguments(self, args: argparse.Namespace, processor: Any) -> dict[str, Any]:
-        """None."""
-        return {}
 
     def without_adapters(self, actor: Any) -> Any:
         from lightrft.models.lora import WithoutAdapters

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from aqa.common.model_type import model_type_of
 from aqa.common.patch import Patch
 from aqa.data.prompts import end_tokens
+from aqa.hosts.base import Host
 from aqa.hosts.lightrft import fixes
 from aqa.hosts.lightrft.contract import check_contract
 from aqa.hosts.locate import lacks
@@ -61,14 +62,15 @@ def complete_flags(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
-class LightRFTHost:
-    """See :class:`aqa.hosts.base.Host`."""
+class LightRFTHost(Host):
+    """See :class:`aqa.hosts.base.Host`.
+
+    LightRFT knows Qwen2-Audio only, samples as many responses in evaluation as in training, and its ranks wait for a
+    lost one until their collectives time out. Sharing the tower's outputs has not been tried with its strategies.
+    """
 
     name = "LightRFT"
     row_tags = False  # its trainer takes four members
-
-    def __init__(self) -> None:
-        self.fixes: list[str] = []
 
     def prepare_import(self) -> None:
         """Make LightRFT importable, and check what the flags are made of; :meth:`prepare` checks the rest.
@@ -167,14 +169,6 @@ class LightRFTHost:
                 parameter.requires_grad_(False)
         return actor
 
-    def model_spec(self, model_type: str) -> Any:
-        """None: LightRFT knows Qwen2-Audio only."""
-        return None
-
-    def eval_batch_size(self, prompts: int, samples: int) -> int:
-        """LightRFT samples as many responses in evaluation as in training."""
-        return prompts
-
     def trainer_arguments(self, args: argparse.Namespace, processor: Any) -> dict[str, Any]:
         return {
             "processor": processor,
@@ -186,9 +180,6 @@ class LightRFTHost:
     def without_adapters(self, actor: Any) -> Any:
         """Never called: :meth:`find_problems` refuses LoRA."""
         raise NotImplementedError("LightRFT would send the engine adapters unmerged")
-
-    def share_tower(self, args: argparse.Namespace, strategy: Any, models: Sequence[Any]) -> None:
-        """Left out: it has not been tried with LightRFT's strategies."""
 
     def complete_trainer(
         self,
@@ -232,9 +223,6 @@ class LightRFTHost:
 
         audio.patch_actor(patch, actor)
 
-    def status(self, text: str) -> None:
-        """Nothing: LightRFT prints what it does."""
-
     def say(self, text: str) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(text, flush=True)
@@ -245,11 +233,3 @@ class LightRFTHost:
     def speaks_for_node(self) -> bool:
         """The first rank of the node."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
-
-    def leave(self, error: BaseException | None = None, may_follow: bool = False) -> bool:
-        """False: LightRFT's ranks wait for a lost one until their collectives time out."""
-        return False
-
-    def exit_status(self, error: BaseException) -> int | None:
-        """None: LightRFT has no error of its own whose message says all."""
-        return None
