@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def run_script(script: str, *args: object, check: bool = True, **kwargs) -> subp
     if check and done.returncode != 0:
         pytest.fail(f"{script} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
+
+
+def wait_until_gone(pid: int, seconds: float = 10.0) -> None:
+    """Fail unless a process ends soon. A zombie has ended: whoever inherited it has not looked yet."""
+    stat, deadline = Path(f"/proc/{pid}/stat"), time.monotonic() + seconds
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, f"process {pid} is still running"
+        time.sleep(0.05)
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -17,11 +17,13 @@ from aqa.data.prompts import end_tokens, render_chat
 from aqa.hosts.targets import patch_experience_maker_for_audio
 from aqa.patches.strategy import build_audio_inputs
 from aqa.rewards.r1_aqa import reward_fn
+from aqa.training.flags import build_parser, finish
 from lightrft.engines.base import Sampling
 from lightrft.engines.hf_engine import HFEngine
 from lightrft.trainer.advantages import KLController
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, forward
 from lightrft.trainer.replay_buffer import make_micro_batch
+from lightrft.utils import add_arguments
 from lightrft.utils.weight_names import checkpoint_name
 
 
@@ -227,18 +229,8 @@ def test_nothing_but_the_sampling_decides(vllm_engine, parts, sampling_model, no
 def maker(vllm_engine, parts):
     """The experience maker on the real engine, in a single process."""
     actor, tokenizer, processor = parts
-    args = SimpleNamespace(
-        overlong_buffer=False,
-        seed=1,
-        micro_rollout_batch_size=4,
-        advantage_estimator="group_norm",
-        use_kl_loss=True,
-        gamma=1.0,
-        fsdp=False,
-        zero_stage=2,
-        engine_type="vllm",
-        engine_tp_size=1,
-    )
+    args = build_parser(add_arguments).parse_args(["--seed", "1", "--micro_rollout_batch_size", "4"])
+    finish(args)
 
     def generate(sampling_params, all_prompts, all_images, images_num, **_):
         return vllm_engine.generate(build_audio_inputs(all_prompts, all_images, images_num), sampling_params)

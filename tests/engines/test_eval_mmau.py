@@ -26,15 +26,7 @@ from aqa.data.prompts import render_chat, render_prompt
 from aqa.evaluation import engines
 from aqa.evaluation.benchmarks import MMAR, MMAU
 from aqa.evaluation.checkpoints import Model, resolve_model
-from aqa.evaluation.items import (
-    EvalError,
-    PartialFile,
-    find_audio,
-    make_items,
-    read_rows,
-    result_rows,
-    write_rows,
-)
+from aqa.evaluation.items import EvalError, PartialFile, find_audio, make_items, read_rows, result_rows, write_rows
 
 TOKENS = ("--max_new_tokens", 12)
 
@@ -130,15 +122,8 @@ def test_recordings_are_found_by_path_or_name(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- results
 def test_result_rows_keep_everything(tmp_path):
-    row = {
-        "id": 1,
-        "question": "\u72ac?",
-        "choices": ["a"],
-        "audio_path": "x",
-        "answer": "a",
-        "audio_id": "y",
-        "extra": [1],
-    }
+    row = {"id": 1, "question": "\u72ac?", "choices": ["a"], "answer": "a"}
+    row |= {"audio_path": "x", "audio_id": "y", "extra": [1]}
     for benchmark, added in (
         (MMAU, {"model_prediction": "A", "model_output": "A", "raw_output": "B"}),
         (MMAR, {"answer_prediction": "A", "thinking_prediction": "B", "raw_output": "B"}),

@@ -234,18 +234,9 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_model, demo_parquet, tmp_path):
 
 @pytest.mark.faults
 def test_the_launch_script_saves_on_a_signal_and_resumes(tiny_model, demo_parquet, tmp_path):
-    settings = {
-        "PYTHON": sys.executable,
-        "PATH_TO_YOUR_BASE_MODEL": tiny_model,
-        "PATH_TO_YOUR_AVQA_DATASET": demo_parquet,
-        "MLP_WORKER_0_PORT": 20393,
-        "MLP_WORKER_GPU": 1,
-        "RBS": 4,
-        "N_SAMPLES": 4,
-        "TBS": 16,
-        "GENERATE_MAX_LEN": 12,
-    }
-    environment = os.environ | {name: str(value) for name, value in settings.items()}
+    sizes = "MLP_WORKER_0_PORT=20393 MLP_WORKER_GPU=1 RBS=4 N_SAMPLES=4 TBS=16 GENERATE_MAX_LEN=12"
+    environment = os.environ | dict(pair.split("=") for pair in sizes.split()) | {"PYTHON": sys.executable}
+    environment |= {"PATH_TO_YOUR_BASE_MODEL": str(tiny_model), "PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet)}
     command = ["bash", str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"), "--engine_type", "hf", "--num_episodes"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
     process = subprocess.Popen([*command, "50"], env=environment, start_new_session=True, **pipes)

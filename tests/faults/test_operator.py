@@ -173,11 +173,7 @@ IN_AN_EVALUATION: dict[str, Row] = {
         "is no JSON value (Unterminated string",
     ),
     "no questions": (lambda d: d.evaluate(data_file=d.write("none.json")), 2, "none.json: no rows"),
-    "the recordings are missing": (
-        lambda d: d.evaluate(audio_dir=d.tmp / "no"),
-        2,
-        "--audio_dir {d.tmp}/no: is no",
-    ),
+    "the recordings are missing": (lambda d: d.evaluate(audio_dir=d.tmp / "no"), 2, "--audio_dir {d.tmp}/no: is no"),
     "a file as recordings": (lambda d: d.evaluate(audio_dir=d.file), 2, "--audio_dir {d.file}: is no folder"),
     "an empty folder as recordings": (
         lambda d: d.evaluate(audio_dir=d.folder("empty")),

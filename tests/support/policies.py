@@ -12,23 +12,10 @@ from aqa.patches.slots import audio_token_count, pack_clip
 from lightrft.models.actor_al import ActorAL
 
 AUDIO, PAD, VOCABULARY = 7, 0, 61
-TOWER = {  # of both families
-    "num_mel_bins": 128,
-    "encoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 96,
-    "d_model": 64,
-}
-DECODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
+TOWER = {"num_mel_bins": 128, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 96, "d_model": 64}
+DECODER = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+DECODER |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+DECODER |= {"tie_word_embeddings": False}
 
 
 def with_large_weights(model_class: type[nn.Module], config: object, scale: float = 1.3) -> nn.Module:

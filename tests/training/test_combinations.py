@@ -53,10 +53,7 @@ def largest_difference(first: list[dict], second: list[dict]) -> float:
     )
 
 
-@pytest.mark.parametrize(
-    ("sharding", "layout"),
-    [pytest.param(*case, id=" ".join(case)) for case in CASES],
-)
+@pytest.mark.parametrize(("sharding", "layout"), [pytest.param(*case, id=" ".join(case)) for case in CASES])
 def test_two_processes_give_the_metrics_of_one(alone, tiny_model, demo_parquet, tmp_path, sharding, layout):
     train(tiny_model, demo_parquet, tmp_path, *SHARDING[sharding], *LAYOUTS[layout], *DATA, processes=2)
     records = metrics_of(tmp_path)

@@ -1,4 +1,4 @@
-"""The demo's sounds, data and model: deterministic, well formed, loadable as a Qwen2-Audio, and honest."""
+"""The demo's sounds, data and model: made by the seed alone, answers spread evenly, and nothing learned beforehand."""
 
 import hashlib
 import json
@@ -51,23 +51,6 @@ def test_what_the_demo_has_not_made_is_not_replaced(tmp_path, script, names):
 
 
 # --- sounds
-
-
-def test_classes_differ_in_spectrum(processor) -> None:
-    """Nearest mean spectrum tells unseen clips apart: there is something to hear."""
-    assert len(sounds.CLASSES) >= 8
-
-    def spectra(seeds: range) -> np.ndarray:
-        clips = [
-            sounds.synthesize(c, np.random.default_rng([s, i])) for i, c in enumerate(sounds.CLASSES) for s in seeds
-        ]
-        mels = [processor.feature_extractor(c, sampling_rate=16000, padding=False)["input_features"][0] for c in clips]
-        means = np.stack([np.asarray(mel).mean(-1) for mel in mels])
-        return (means - means.mean(1, keepdims=True)).reshape(len(sounds.CLASSES), len(seeds), -1)
-
-    centres, unseen = spectra(range(12)).mean(1), spectra(range(100, 106))
-    nearest = ((unseen[:, :, None] - centres) ** 2).sum(-1).argmin(-1)
-    assert (nearest == np.arange(len(sounds.CLASSES))[:, None]).mean() > 0.85
 
 
 # --- data

@@ -12,11 +12,7 @@ EVALUATION = ("--model_path", "m", "--data_file", "nowhere.json", "--out_file", 
 
 
 @pytest.mark.parametrize(
-    "command",
-    [
-        ("train_colocate.py", "--pretrain", "."),
-        ("eval_mmau.py", *EVALUATION, "--audio_dir", "."),
-    ],
+    "command", [("train_colocate.py", "--pretrain", "."), ("eval_mmau.py", *EVALUATION, "--audio_dir", ".")]
 )
 def test_a_python_without_packages_is_told_where_they_are(tmp_path, command):
     script, *arguments = command

@@ -67,9 +67,6 @@ def test_no_finished_model_is_written_over(tiny_model, demo_parquet, tmp_path):
     manifests = [json.loads(now[f"_actor/step_00000{step}/manifest.json"]) for step in (1, 2, 3, 4)]
     assert [manifest["prompts"] for manifest in manifests] == [4, 8, 16, 24]
     config = json.loads((aside / "run_config.json").read_text())
-    assert [(each["last_step"], each["how"]) for each in config["sessions"]] == [
-        (2, "finished"),
-        (4, "finished"),
-    ]
+    assert [(each["last_step"], each["how"]) for each in config["sessions"]] == [(2, "finished"), (4, "finished")]
     assert load_file(aside / "model.safetensors").keys() == load_file(out / "model.safetensors").keys()
     assert json.loads((aside / "r1_aqa.json").read_text())["prompts"] == 24

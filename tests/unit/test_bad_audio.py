@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import soundfile
 from audio_dataset import DataError
-from conftest import EXAMPLE
+from conftest import EXAMPLE, wait_until_gone
 from support.processors import make_dataset, training_row
 
 from aqa.audio import decode
@@ -544,11 +544,7 @@ def test_the_worker_ends_when_its_owner_is_killed():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    stat, deadline = Path(f"/proc/{int(done.stdout)}/stat"), time.monotonic() + SECONDS
-    # a zombie has ended, too: whoever inherited it has not looked yet
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_gone(int(done.stdout))
 
 
 # ---- --confine_audio

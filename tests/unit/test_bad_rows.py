@@ -374,14 +374,6 @@ def test_a_missing_column_is_named_with_its_flag():
 
 
 # ---- status, --debug, umask
-@pytest.mark.parametrize("main", [avqa.main, eval_mmau.main])
-def test_help_documents_the_exit_status_and_debug(main, capsys):
-    with pytest.raises(SystemExit):
-        main(["--help_all"])
-    text = capsys.readouterr().out
-    tail = text[text.index("exit status:") :]
-    assert all(part in tail for part in ("0 ", "2 ", "130", "; 1 a fault of this program"))
-    assert "--debug" in text and "--confine_audio" in text and "--sandbox_audio" in text
 
 
 AVQA_FLAGS = "--input_jsonl {0}/in --audio_dir {0} --local_save_dir {0}/out"
@@ -513,8 +505,7 @@ def test_the_evaluation_decodes_in_the_sandbox_and_reports_silence(hostile, monk
     monkeypatch.setattr(sandbox.Sandbox, "load", lambda box, *a, **k: used.append(a) or load(box, *a, **k))
     monkeypatch.setattr(decode.soundfile, "SoundFile", lambda *_: pytest.fail("decoded in this process"))
     monkeypatch.setattr(
-        "eval_mmau.resolve_model",
-        lambda *_: SimpleNamespace(note="", identity=dict, path="", adapter=""),
+        "eval_mmau.resolve_model", lambda *_: SimpleNamespace(note="", identity=dict, path="", adapter="")
     )
 
     class Engine:

@@ -89,8 +89,7 @@ def all_flags() -> frozenset[str]:
     folders = (EXAMPLE, EXAMPLE / "data_preprocess", EXAMPLE / "demo", ROOT / "benchmarks", ROOT / "benchmarks/gpu")
     scripts = [path for folder in folders for path in sorted(folder.glob("*.py")) if "__main__" in read(path)]
     return frozenset().union(
-        *(flags_of(path) for path in scripts if re.search(r"\bParser\(|make_parser\(", read(path))),
-        flags_of(TRAIN),
+        *(flags_of(path) for path in scripts if re.search(r"\bParser\(|make_parser\(", read(path))), flags_of(TRAIN)
     )
 
 

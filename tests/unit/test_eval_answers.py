@@ -153,9 +153,7 @@ LABELLED = [
 
 
 @pytest.mark.parametrize(
-    ("response", "choices", "expected", "why"),
-    CASES + LABELLED,
-    ids=[f"{c[3]}: {c[0]!r}" for c in CASES + LABELLED],
+    ("response", "choices", "expected", "why"), CASES + LABELLED, ids=[f"{c[3]}: {c[0]!r}" for c in CASES + LABELLED]
 )
 def test_table(response, choices, expected, why):
     answer = extract_answer(response, choices)

@@ -539,28 +539,18 @@ def test_rows_of_r1_aqa_are_questions(tmp_path, capsys):
         read(*(named | {"id": i, "answer": 3} for i in range(3)))
 
 
+ADQA_ROW = {"question_text": "?", "multi_choice": ["a", "b"], "answer": "b", "question_type": "music"}
+AUDIOMCQ_ROW = {"question": "?", "choices": ["a", "b"], "answer": "b", "source_dataset": "D", "cot": "c"}
+MMSU_FIELDS = {"category": "Perception", "sub-category": "Semantics", "choice_d": ""}
+MMSU_ROW = {"question": "?", "answer_gt": "b", "choice_a": "a", "choice_b": "b", "choice_c": "c"} | MMSU_FIELDS
+
+
 @pytest.mark.parametrize(
     ("row", "benchmark", "kept", "written"),
     [
-        (
-            {"question_text": "?", "multi_choice": ["a", "b"], "answer": "b", "question_type": "music"},
-            ADQA,
-            {"question_type": "music"},
-            {"model_output": "b"},
-        ),
-        (
-            {"question": "?", "choices": ["a", "b"], "answer": "b", "source_dataset": "D", "cot": "c"},
-            MMAU,
-            {"task": "D", "cot": "c"},
-            {"model_output": "b", "model_prediction": "b"},
-        ),
-        (
-            {"question": "?", "answer_gt": "b", "category": "Perception", "sub-category": "Semantics"}
-            | {"choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": ""},
-            MMSU,
-            {"category": "Perception", "sub-category": "Semantics", "choice_d": "", "choices": ["a", "b", "c"]},
-            {"response": "B"},
-        ),
+        (ADQA_ROW, ADQA, {"question_type": "music"}, {"model_output": "b"}),
+        (AUDIOMCQ_ROW, MMAU, {"task": "D", "cot": "c"}, {"model_output": "b", "model_prediction": "b"}),
+        (MMSU_ROW, MMSU, {"choices": ["a", "b", "c"]} | MMSU_FIELDS, {"response": "B"}),
     ],
     ids=["adqa", "audiomcq", "mmsu"],
 )

@@ -11,13 +11,7 @@ import pytest
 
 from aqa.data.prompts import render_prompt
 from aqa.training.flag_rules import find_warnings
-from aqa.training.flags import (
-    ESTIMATORS,
-    LOSS_AGG_MODES,
-    REFUSED_ESTIMATORS,
-    build_parser,
-    finish,
-)
+from aqa.training.flags import ESTIMATORS, LOSS_AGG_MODES, REFUSED_ESTIMATORS, build_parser, finish
 from aqa.training.length import describe_chance, describe_length, plan_length
 from lightrft.models import loss
 from lightrft.trainer import advantages

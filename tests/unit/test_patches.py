@@ -73,11 +73,7 @@ def targets(strategy, actor, processor):
         ),
         "experience_maker": (
             lambda: patch_experience_maker_for_audio(maker, processor, processor.tokenizer, 512),
-            [
-                (maker, "multimodal_processor"),
-                (fast_exp_maker, "normalize_images"),
-                (fast_exp_maker, "get_images_num"),
-            ],
+            [(maker, "multimodal_processor"), (fast_exp_maker, "normalize_images"), (fast_exp_maker, "get_images_num")],
         ),
         "actor": (lambda: patch_actor_for_audio(actor), [(actor, "unpack_audio"), (actor.model.lm_head, "forward")]),
     }

@@ -376,14 +376,7 @@ def test_a_record_that_cannot_be_read_is_named(session, tmp_path, name, damage):
 def test_each_session_is_recorded_and_shown(session, tmp_path):
     session(files=CHECKPOINT)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3}\n')
-    args = {
-        "load_checkpoint": True,
-        "prompts": 32,
-        "num_episodes": 2,
-        "allow_changes": ["num_episodes"],
-        "save_steps": 7,
-    }
-    session(**args)
+    session(load_checkpoint=True, prompts=32, num_episodes=2, allow_changes=["num_episodes"], save_steps=7)
     config = json.loads((tmp_path / "run" / "run_config.json").read_text())
     assert [each["first_step"] for each in config["sessions"]] == [1, 3]  # 32 prompts are 2 steps of 16
     config["sessions"][0] = {k: v for k, v in config["sessions"][0].items() if k not in ("ended", "how", "last_step")}

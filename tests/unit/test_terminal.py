@@ -17,22 +17,16 @@ from hypothesis import strategies as st
 from aqa.training.summary import lesson, read_metrics, summary, summary_table
 from lightrft.utils import progress
 from lightrft.utils.console import Console, paint
-from lightrft.utils.progress import fit, step_lines
+from lightrft.utils.progress import step_lines
 
-METRICS = {
-    "rollout/reward": 1.2265,
-    "rollout/accuracy_reward": 0.5,
-    "rollout/response_length": 8.04,
+METRICS = {"rollout/reward": 1.2265, "rollout/accuracy_reward": 0.5, "rollout/response_length": 8.04}
+METRICS |= {
     "train/kl": 0.08151,
     "rollout/logprob_gap_mean": 1.4e-8,
     "rollout/logprob_gap_max": 1.4e-6,
     "time/data": 0.004,
-    "time/rollout": 0.531,
-    "time/logprobs": 0.1,
-    "time/train": 0.13,
-    "time/sync": 0.04,
-    "time/step": 1.26,
 }
+METRICS |= {"time/rollout": 0.531, "time/logprobs": 0.1, "time/train": 0.13, "time/sync": 0.04, "time/step": 1.26}
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -117,23 +111,6 @@ def test_the_time_that_is_left_is_told_from_the_steps_that_were_made(monkeypatch
         "about 33 min to go, at 2.0 s a step",
         "about 59 min to go, at 3.6 s a step",
     ]  # 997 x 2, 990 x 32 / 9
-
-
-@pytest.mark.parametrize(
-    ("value", "decimals", "width", "text"),
-    [
-        (1.2265, 3, 5, "1.226"),
-        (-1.2265, 3, 5, "-1.23"),
-        (0.0815, 4, 6, "0.0815"),
-        (12.3456, 4, 6, "12.346"),
-        (123.44, 1, 4, "123"),
-        (99.96, 1, 4, "100"),
-        (12345.6, 1, 4, "12346"),
-        (float("nan"), 4, 6, "nan"),
-    ],
-)
-def test_numbers_lose_decimals_first(value, decimals, width, text):
-    assert fit(value, decimals, width) == text
 
 
 # --------------------------------------------------------------------------------------------------------- the terminal
