@@ -49,7 +49,7 @@ def random_config(tokenizer: Any) -> Any:
     """A Qwen2-Audio of 99 M parameters, 27 M of them in the tower, with the demo's tokenizer."""
     from transformers import Qwen2AudioConfig
 
-    from demo.tiny_model import AUDIO, CLIP_SECONDS, N_MELS
+    from demo.tiny_model import CLIP_SECONDS, N_MELS
 
     audio = {"encoder_layers": 8, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048, "d_model": 512}
     audio |= {"model_type": "qwen2_audio_encoder", "num_mel_bins": N_MELS, "max_source_positions": CLIP_SECONDS * 50}
@@ -57,7 +57,7 @@ def random_config(tokenizer: Any) -> Any:
     text |= {"num_hidden_layers": 10, "num_attention_heads": 12, "num_key_value_heads": 12, "bos_token_id": None}
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text |= {"tie_word_embeddings": False}
-    index = tokenizer.convert_tokens_to_ids(AUDIO)
+    index = tokenizer.convert_tokens_to_ids("<|AUDIO|>")
     return Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=index)
 
 

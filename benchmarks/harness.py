@@ -26,6 +26,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path[1:1] = [str(EXAMPLE), str(ROOT / "runtime"), str(ROOT / "tests")]
 
 from aqa.common.arguments import Parser  # noqa: E402
+from aqa.families import FAMILIES  # noqa: E402
+from lightrft.utils.families import register  # noqa: E402
+
+register(FAMILIES)  # as the host does it
 
 
 class Seconds(NamedTuple):

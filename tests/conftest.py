@@ -13,6 +13,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from aqa.families import FAMILIES
+from lightrft.utils.families import register
+
+register(FAMILIES)  # as the host does it, for tests that use parts of the runtime
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "r1_aqa"
 NO_WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a whole safetensors file without tensors
@@ -74,6 +79,13 @@ def tiny_omni(tmp_path_factory) -> Path:
     """The same of Qwen2.5-Omni's thinker."""
     command = ("demo/make_model.py", "--family", "qwen2_5_omni", "--warm_start_steps", 60, "--out_dir")
     return made_once(tmp_path_factory, "tiny_omni", lambda folder: run_script(*command, folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_flamingo(tmp_path_factory) -> Path:
+    """The same of Audio Flamingo 3."""
+    command = ("demo/make_model.py", "--family", "audioflamingo3", "--warm_start_steps", 60, "--out_dir")
+    return made_once(tmp_path_factory, "tiny_flamingo", lambda folder: run_script(*command, folder))
 
 
 @pytest.fixture(scope="session")

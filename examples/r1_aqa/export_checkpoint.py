@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--pretrain", required=True, help="the model that the run began with")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not exist or be empty")
     args = parser.parse_args()
+    current_host().prepare_import()
     logging.disable(logging.WARNING)  # of libraries
     # imported here, because torch and transformers would make --help slow
     from transformers.utils.logging import disable_progress_bar

@@ -14,6 +14,7 @@ from support.rollouts import gaps, prompt_of, rollout
 
 from aqa.audio.decode import SAMPLING_RATE, load_audio
 from aqa.data.prompts import end_tokens, render_chat
+from aqa.families import Qwen2Audio
 from aqa.hosts.targets import patch_experience_maker_for_audio
 from aqa.patches.strategy import build_audio_inputs
 from aqa.rewards.r1_aqa import reward_fn
@@ -24,7 +25,6 @@ from lightrft.trainer.advantages import KLController
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, forward
 from lightrft.trainer.replay_buffer import make_micro_batch
 from lightrft.utils import add_arguments
-from lightrft.utils.weight_names import checkpoint_name
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -64,7 +64,7 @@ def test_engine_hears_the_audio(vllm_engine, parts, noises):
 
 
 def sync(engine, actor):
-    engine.load_weights((checkpoint_name(name), p.data) for name, p in actor.model.named_parameters())
+    engine.load_weights((Qwen2Audio.checkpoint_name(name), p.data) for name, p in actor.model.named_parameters())
 
 
 def clips_encoded(engine):
@@ -79,7 +79,7 @@ def clips_encoded(engine):
 def test_a_sync_of_what_trains_leaves_the_engine_with_the_trainers_weights(vllm_engine, parts, noises, frozen, kept):
     """Frozen layers are not sent and not touched; the encoder's outputs stay if nothing before them trains."""
     actor = parts[0]
-    named = {checkpoint_name(name): p for name, p in actor.model.named_parameters()}
+    named = {Qwen2Audio.checkpoint_name(name): p for name, p in actor.model.named_parameters()}
     before = {name: p.detach().clone() for name, p in named.items()}
     trained = {name: p for name, p in named.items() if not name.startswith(frozen)}
     prompts = [prompt_of(parts[2])] * len(noises)
@@ -111,13 +111,13 @@ def test_a_sync_that_does_not_arrive_is_noticed(vllm_engine, parts, monkeypatch)
     actor = parts[0]
     model = vllm_engine.llm.apply_model(lambda model: model)[0]
     monkeypatch.setattr(model, "load_weights", lambda weights: {name for name, _ in weights})
-    moved = ((checkpoint_name(name), p.data + 1e-6) for name, p in actor.model.named_parameters())
+    moved = ((Qwen2Audio.checkpoint_name(name), p.data + 1e-6) for name, p in actor.model.named_parameters())
     with pytest.raises(RuntimeError, match=r"weight sync failed: .* in vLLM is not what the trainer sent"):
         vllm_engine.load_weights(moved)
 
 
 def test_a_change_of_what_was_not_sent_is_noticed(vllm_engine, parts):
-    weights = [(checkpoint_name(name), p.data) for name, p in parts[0].model.named_parameters()]
+    weights = [(Qwen2Audio.checkpoint_name(name), p.data) for name, p in parts[0].model.named_parameters()]
     sync(vllm_engine, parts[0])
     tower = vllm_engine.llm.apply_model(lambda model: model.audio_tower.layers[0].fc1.weight.data)[0]
     was = tower[0, 0].item()
@@ -137,7 +137,7 @@ def test_a_sleep_loses_what_is_not_needed_and_nothing_is_sampled_from_garbage(
     """The KV cache is lost, and unless they are kept the weights, without which it does not sample; then a sync must
     bring all of them."""
     prompts = [prompt_of(parts[2])] * 2
-    weights = [(checkpoint_name(name), p.data) for name, p in parts[0].model.named_parameters()]
+    weights = [(Qwen2Audio.checkpoint_name(name), p.data) for name, p in parts[0].model.named_parameters()]
     sync(vllm_engine, parts[0])
     before, bias = rollout(vllm_engine, parts, noises[:2], prompts)
     let_sleep(vllm_engine, keep, monkeypatch.setattr)

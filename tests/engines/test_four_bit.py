@@ -11,13 +11,13 @@ import pytest
 import torch
 from support.training import metrics_of, train
 
+from aqa.families import Qwen2Audio
 from aqa.training.flag_rules import find_problems
 from aqa.training.flags import build_parser, finish
 from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.models.four_bit import unpacked
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 from lightrft.utils import add_arguments
-from lightrft.utils.weight_names import checkpoint_name
 
 IDS = torch.arange(20, 60)[None]
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
@@ -46,7 +46,7 @@ def sent(actor, tiny_model):
     strategy = object.__new__(DeepspeedStrategy)  # without a process group
     strategy.args = SimpleNamespace(zero_stage=0, lora_rank=2, bf16=False, sync_bucket_mb=512)
     plain = load_model(str(tiny_model), dtype=torch.float32).eval()
-    own = {checkpoint_name(name): parameter for name, parameter in plain.named_parameters()}
+    own = {Qwen2Audio.checkpoint_name(name): parameter for name, parameter in plain.named_parameters()}
     for name, tensor in strategy.named_weights(actor.model):
         own.pop(name).data.copy_(tensor)
     assert not own

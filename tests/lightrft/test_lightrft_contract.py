@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 
+from aqa.families import Qwen2Audio
 from aqa.hosts.lightrft import audio, contract
 from aqa.hosts.lightrft.contract import CONTRACT, find_violations, read_table
 from aqa.patches.experience_maker import check_audio, count_audio
@@ -120,7 +121,7 @@ def test_one_message_names_every_difference_and_what_it_is_for(violations, monke
 REPLACEMENTS = {
     "_build_multimodal_inputs": build_audio_inputs,
     "engine_generate_local": audio.generate_with_audio,  # bound to the strategy
-    "_map_weight_name_for_sglang": audio.checkpoint_name,
+    "_map_weight_name_for_sglang": Qwen2Audio.checkpoint_name,
     "normalize_images": check_audio,
     "get_images_num": count_audio,
     "process_multimodal_batch": AudioMultimodalProcessor.process_multimodal_batch,

@@ -25,8 +25,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Qwen2AudioForConditionalGeneration
 
 from aqa.common.patch import Patch
+from aqa.families import Qwen2Audio
 from aqa.hosts.lightrft import audio, fixes, recorder
-from aqa.hosts.lightrft.audio import EngineOutput, checkpoint_name, find_actor, patch_actor
+from aqa.hosts.lightrft.audio import EngineOutput, find_actor, patch_actor
 from aqa.hosts.lightrft.host import LightRFTHost, complete_flags
 from aqa.hosts.targets import patch_actor_for_audio
 from aqa.patches.strategy import build_audio_inputs
@@ -228,7 +229,9 @@ def test_prompts_that_differ_between_engine_and_trainer_are_refused():
 
 def test_weights_reach_vllm_by_the_checkpoints_names(tiny_model):
     model = Qwen2AudioForConditionalGeneration.from_pretrained(tiny_model)
-    assert {checkpoint_name(name) for name in model.state_dict()} == load_file(tiny_model / "model.safetensors").keys()
+    assert {Qwen2Audio.checkpoint_name(name) for name in model.state_dict()} == load_file(
+        tiny_model / "model.safetensors"
+    ).keys()
     sent = []
     executor = SimpleNamespace(collective_rpc=lambda method, kwargs: sent.append((method, kwargs)))
     engine = SimpleNamespace(llm_engine=SimpleNamespace(model_executor=executor))
@@ -247,7 +250,7 @@ def test_caches_of_the_old_weights_are_emptied(vllm_engine, parts, noises):
     def log_prob() -> float:
         return audio.generate_with_audio(strategy, params, multi_modal_inputs=request)[0].output_log_probs[0]
 
-    original = {checkpoint_name(n): p.detach().clone() for n, p in actor.model.named_parameters()}
+    original = {Qwen2Audio.checkpoint_name(n): p.detach().clone() for n, p in actor.model.named_parameters()}
     changed = {n: p * 1.05 if "audio_tower.conv1" in n else p for n, p in original.items()}
     rpc = {"weights_iterator": iter(changed.items())}
     before = log_prob()

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch.distributed as dist
 
-from aqa.hosts.lightrft.audio import checkpoint_name
+from aqa.families import Qwen2Audio
 from aqa.hosts.lightrft.sglang import SglangOutput, generate_with_audio
 from aqa.patches.strategy import build_audio_inputs
 
@@ -150,5 +150,5 @@ def test_the_leader_generates_and_its_group_gets_the_answer(monkeypatch):
 )
 def test_weights_are_sent_by_the_checkpoints_names(live, checkpoint):
     """Which sglang's Qwen2-Audio loads; under transformers 4.57 they are the live model's names already."""
-    assert checkpoint_name(live) == checkpoint
-    assert checkpoint_name(checkpoint) == checkpoint
+    assert Qwen2Audio.checkpoint_name(live) == checkpoint
+    assert Qwen2Audio.checkpoint_name(checkpoint) == checkpoint

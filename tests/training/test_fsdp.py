@@ -15,9 +15,10 @@ from support.training import FLAGS, metrics_of, train
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from aqa.families import Qwen2Audio
 from lightrft.strategy.checkpoint import read_state, write_state
 from lightrft.strategy.fsdp_strategy import FSDPStrategy
-from lightrft.utils import model_specs
+from lightrft.utils.families import FAMILIES
 
 IDS = torch.arange(8)[None]
 
@@ -53,7 +54,7 @@ def step(engine, shift=0, factor=1.0, discard=False):
 def surroundings(monkeypatch):
     """The small model here names its weights as Qwen2-Audio does; and FSDP2 does without DeepSpeed."""
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    monkeypatch.setitem(model_specs.FAMILIES, "qwen2", model_specs.Qwen2Audio)
+    monkeypatch.setitem(FAMILIES, "qwen2", Qwen2Audio)
 
 
 def weights(strategy, engine):

@@ -19,6 +19,7 @@ from conftest import EXAMPLE, ROOT, child_environment
 from safetensors.torch import save_file
 from support.training import metrics_of
 from transformers import (
+    AudioFlamingo3ForConditionalGeneration,
     AutoTokenizer,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
@@ -82,6 +83,13 @@ CASES = {
     "two rollouts a step, truncated masked": (1, f"--train_batch_size 32 {CUT}"),
     "LoRA on ZeRO-3": (2, f"{LORA} --zero_stage 3"),
     "Qwen2.5-Omni, two steps": (1, f"--eps_clip 0.01 {TWO_STEPS}"),
+    "Audio Flamingo, two steps": (1, f"--eps_clip 0.01 {TWO_STEPS}"),
+}
+TINY = {"Qwen2.5-Omni": "tiny_omni", "Audio Flamingo": "tiny_flamingo"}
+MODELS = {  # transformers' own classes, and what they call the mask of valid frames
+    "qwen2_audio": (Qwen2AudioForConditionalGeneration, "feature_attention_mask"),
+    "qwen2_5_omni": (Qwen2_5OmniThinkerForConditionalGeneration, "feature_attention_mask"),
+    "audioflamingo3": (AudioFlamingo3ForConditionalGeneration, "input_features_mask"),
 }
 FAST = list(CASES)[:3]
 
@@ -97,8 +105,7 @@ class Oracle:
     def __init__(self, content, pretrain, scratch):
         self.args, self.logit_bias = content["args"], content["logit_bias"]
         self.pretrain, self.scratch = pretrain, scratch
-        omni = json.loads((pretrain / "config.json").read_text())["model_type"] == "qwen2_5_omni"
-        self.model_class = Qwen2_5OmniThinkerForConditionalGeneration if omni else Qwen2AudioForConditionalGeneration
+        self.model_class, self.mask = MODELS[json.loads((pretrain / "config.json").read_text())["model_type"]]
         self.extractor = WhisperFeatureExtractor.from_pretrained(pretrain)
         self.eos = AutoTokenizer.from_pretrained(pretrain).eos_token_id
         self.features = {}
@@ -143,7 +150,7 @@ class Oracle:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             input_features=audio["input_features"],
-            feature_attention_mask=audio["attention_mask"],
+            **{self.mask: audio["attention_mask"]},
         ).logits[0]
         bias = torch.zeros(logits.shape[1])
         for token, value in self.logit_bias.items():
@@ -315,7 +322,7 @@ class Oracle:
 )
 def test_the_update_is_the_gradient_of_the_documented_loss(case, request, demo_parquet, tmp_path, capsys):
     processes, flags = CASES[case][0], CASES[case][1].split()
-    model = request.getfixturevalue("tiny_omni" if "Omni" in case else "tiny_model")
+    model = request.getfixturevalue(TINY.get(case.partition(",")[0], "tiny_model"))
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]

@@ -10,12 +10,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from support.training import answers_of, metrics_of, moved, train
 
+from aqa.families import Qwen2Audio
 from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.models.lora import WithoutAdapters, write_adapter
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
-from lightrft.utils.weight_names import checkpoint_name, is_adapter, plain_name
+from lightrft.utils.weight_names import is_adapter, plain_name
 
 IDS = torch.arange(20, 32)[None]
+
+checkpoint_name = Qwen2Audio.checkpoint_name
 
 
 @pytest.fixture

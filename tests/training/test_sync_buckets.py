@@ -56,9 +56,9 @@ flags = dict(engine_tp_size=1, seed=0, bf16=False, lora_rank=0, l2=0.0, actor_le
 flags |= dict(adam_betas=(0.9, 0.95), max_norm=1.0, train_batch_size=2, micro_train_batch_size=1, zero_stage=3)
 flags |= dict(adam_offload=False, param_offload=False, fsdp_cpu_offload=False)
 whole = {name: tensor.detach() for name, tensor in make().named_parameters()}
-from lightrft.utils.weight_names import checkpoint_name
-from lightrft.utils import model_specs
-model_specs.FAMILIES["qwen2"] = model_specs.Qwen2Audio  # names its weights so
+from aqa.families import Qwen2Audio
+from lightrft.utils.families import FAMILIES
+FAMILIES["qwen2"] = Qwen2Audio  # names its weights so
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
 from lightrft.strategy.fsdp_strategy import FSDPStrategy
 
@@ -72,7 +72,7 @@ for kind in (DeepspeedStrategy, FSDPStrategy):
         seen = {}
         for name, tensor in strategy.named_weights(engine):
             seen[name] = tensor.clone()
-        same = {checkpoint_name(name): tensor for name, tensor in whole.items()}
+        same = {Qwen2Audio.checkpoint_name(name): tensor for name, tensor in whole.items()}
         assert seen.keys() == same.keys()
         assert all(torch.equal(seen[name], same[name]) for name in same)
     if strategy.is_rank_0():

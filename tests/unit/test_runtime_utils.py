@@ -18,6 +18,7 @@ from harness import allocated
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
+from aqa.families import Qwen2Audio
 from lightrft.engines.base import stable_seed
 from lightrft.models.actor_al import load_model
 from lightrft.strategy import checkpoint
@@ -29,7 +30,7 @@ from lightrft.utils import blending_datasets, get_tokenizer_processor_vl
 from lightrft.utils import metrics as metrics_module
 from lightrft.utils.data import find_split
 from lightrft.utils.metrics import MetricsWriter
-from lightrft.utils.weight_names import checkpoint_name, checksum, read_checksums
+from lightrft.utils.weight_names import checksum, read_checksums
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -211,7 +212,7 @@ def test_seeds_differ_and_fit():
 
 def test_checkpoint_names_are_those_of_a_stored_model(tiny_model):
     policy = load_model(str(tiny_model), dtype=torch.float32)
-    names = {checkpoint_name(name) for name, _ in policy.named_parameters()}
+    names = {Qwen2Audio.checkpoint_name(name) for name, _ in policy.named_parameters()}
     assert names == set(load_file(tiny_model / "model.safetensors"))
     assert {checkpoint_name(name) for name in names} == names  # a checkpoint's own name stays
 
@@ -260,7 +261,7 @@ def test_frozen_layers_are_sent_once(tiny_model):
     for _ in range(3):
         strategy.update_engine_weights(actor)
     first, *later = strategy.inference_engine.sent
-    everything = {checkpoint_name(name) for name, _ in actor.model.named_parameters()}
+    everything = {Qwen2Audio.checkpoint_name(name) for name, _ in actor.model.named_parameters()}
     assert set(first) == everything and len(first) == len(everything)
     # vLLM keeps q, k and v of a block in one layer, so that a frozen q goes with its k and v
     assert all(
@@ -298,7 +299,7 @@ def test_a_written_folder_loads_whole_under_the_models_own_name(tiny_model, tmp_
     with torch.no_grad():  # not the weights it came with
         for parameter in policy.parameters():
             parameter.add_(0.125)
-    weights = ((checkpoint_name(name), parameter.data) for name, parameter in policy.named_parameters())
+    weights = ((Qwen2Audio.checkpoint_name(name), parameter.data) for name, parameter in policy.named_parameters())
     policy.config.use_cache = False  # as the actor sets it
     write_hf_folder(policy, weights, AutoTokenizer.from_pretrained(tiny_model), str(tmp_path / "out"))
 
@@ -326,7 +327,7 @@ def test_a_written_folder_loads_whole_under_the_models_own_name(tiny_model, tmp_
 def test_a_large_model_is_written_in_parts_of_which_one_is_in_memory(tiny_model, tmp_path, monkeypatch):
     """And a folder holds one model only, however many files the one before had."""
     policy = load_model(str(tiny_model), dtype=torch.float32)
-    expected = {checkpoint_name(name): parameter.data for name, parameter in policy.named_parameters()}
+    expected = {Qwen2Audio.checkpoint_name(name): parameter.data for name, parameter in policy.named_parameters()}
     largest, tokenizer = max(w.nbytes for w in expected.values()), AutoTokenizer.from_pretrained(tiny_model)
     for limit in (largest // 2, 3 * largest, 10**9, largest // 2):
         monkeypatch.setattr(checkpoint, "SHARD", limit)
@@ -346,7 +347,7 @@ def test_a_large_model_is_written_in_parts_of_which_one_is_in_memory(tiny_model,
             assert sum(weight.nbytes for weight in stored.values()) <= limit or len(stored) == 1
         model, info = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
-        loaded = {checkpoint_name(name): parameter for name, parameter in model.named_parameters()}
+        loaded = {Qwen2Audio.checkpoint_name(name): parameter for name, parameter in model.named_parameters()}
         assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 

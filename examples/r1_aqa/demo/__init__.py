@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-FAMILIES = {"qwen2_audio": "Qwen2-Audio", "qwen2_5_omni": "Qwen2.5-Omni"}  # value of --family: name of the model
+from aqa.families import BY_TYPE
+
+FAMILIES = {family.model_types[0]: family.name for family in BY_TYPE.values()}  # value of --family: name of the model
 TINY = 50_000_000  # bytes; the demo's own files are smaller
 
 

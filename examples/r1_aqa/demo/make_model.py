@@ -1,6 +1,6 @@
 """Make the demo's model: a Qwen2-Audio of under a million parameters that knows the answer's format, but no sound.
 
-With ``--family qwen2_5_omni`` it is a Qwen2.5-Omni instead (its thinker; see ``omni.py``), of the same sizes.
+With ``--family`` it is of another family instead, of the same sizes; of Qwen2.5-Omni it is the thinker (``omni.py``).
 
 The architecture, file layout, checkpoint names, special tokens and chat template behaviour are Qwen2-Audio's, so that
 transformers and vLLM load it as they load the real one. Three things stand in for pretraining:

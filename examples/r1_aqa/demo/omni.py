@@ -1,21 +1,16 @@
-"""The demo's model as a Qwen2.5-Omni: the same tokenizer and sizes; only its thinker, whose vision tower is unused.
-
-Needs this repository's runtime, which knows what Qwen2.5-Omni's checkpoints look like.
-"""
+"""The demo's model as a Qwen2.5-Omni: the same tokenizer and sizes; only its thinker, whose vision tower is unused."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5OmniThinkerConfig,
-    Qwen2_5OmniThinkerForConditionalGeneration,
     WhisperFeatureExtractor,
 )
 
-from lightrft.utils.model_specs import OmniAudioProcessor, Qwen2_5Omni
+from aqa.families.omni_processor import OmniAudioProcessor
 
 TOKENS = {  # attributes of Qwen2.5-Omni's tokenizer
     "image_token": "<|IMAGE|>",
@@ -77,15 +72,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast, audio: dict[str, Any], text
     )
 
 
-def write(model: Qwen2_5OmniThinkerForConditionalGeneration, processor: OmniAudioProcessor, folder: Path) -> None:
-    """Write a folder as Qwen2.5-Omni's, without the parts that talk; the folder is made here."""
-    folder.mkdir()
-    weights = {Qwen2_5Omni.checkpoint_name(name): tensor for name, tensor in model.named_parameters()}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = Qwen2_5Omni.checkpoint_config(model.config.to_dict() | {"dtype": "float32"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    model.generation_config.save_pretrained(folder)
+def write_processor(processor: OmniAudioProcessor, folder: Path) -> None:
+    """Write the files of the whole processor."""
     processor.tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
     parts = {

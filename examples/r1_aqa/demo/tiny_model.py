@@ -14,13 +14,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CONFIG_MAPPING,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
     WhisperFeatureExtractor,
 )
@@ -30,19 +28,12 @@ from aqa.audio.decode import AudioError, load_audio
 from aqa.common.constants import SAMPLING_RATE
 from aqa.common.model_folder import complete
 from aqa.data.prompts import ANSWER_SENTENCE, OPTIONS_SENTENCE
-from aqa.hosts.locate import find_host
+from aqa.families import BY_TYPE, write_checkpoint
 from aqa.policy.forward import parts_of
 from demo.warm_start import draw_warm_start_example, embed_sounds, warm_start
 from demo.whisper import SIZES, read_wheel
 
-PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS = SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|AUDIO|>",
-    "<|audio_bos|>",
-    "<|audio_eos|>",
-)
+PAD, START, END, *BRACKETS = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|audio_eos|>"
 CLIP_SECONDS = 30  # what Qwen2-Audio's tower always works on; vLLM insists on its 3,000 frames
 N_MELS = 128
 TOWER_WIDTH = 64
@@ -61,7 +52,7 @@ CHAT_TEMPLATE = """\
 {%- for part in turn.content -%}
 {%- if 'audio' in part or 'audio_url' in part or part.type == 'audio' -%}
 {%- set clips.seen = clips.seen + 1 -%}
-{{- 'Audio ' ~ clips.seen ~ ': <|audio_bos|><|AUDIO|><|audio_eos|>\\n' -}}
+{{- CLIP -}}
 {%- elif 'text' in part -%}
 {{- part.text -}}
 {%- endif -%}
@@ -80,7 +71,7 @@ def build_processor(
 ) -> Qwen2AudioProcessor:
     """Build tokenizer, feature extractor and chat template.
 
-    :param family: One of :data:`demo.FAMILIES`.
+    :param family: Its ``model_type``.
     :param rows: Questions and options; each option becomes one token. Without rows: the demo's own.
     :param n_mels: Mel bins that the tower takes.
     :return: The processor. Its vocabulary holds every byte, so it can read any text, though not in few tokens.
@@ -96,12 +87,12 @@ def build_processor(
         text = f"{question} {OPTIONS_SENTENCE.format(choices=options)} {ANSWER_SENTENCE}"
         corpus.append(f"{text}\n<answer>{answer}</answer>")
         corpus.append(question.replace("video", "audio"))
+    kind = BY_TYPE[family]
+    special = [PAD, START, END, kind.audio_token, *BRACKETS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         corpus,
-        trainers.BpeTrainer(
-            vocab_size=512, initial_alphabet=alphabet, special_tokens=list(SPECIAL_TOKENS), show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
     )
     more = {}
     if family == "qwen2_5_omni":
@@ -112,7 +103,7 @@ def build_processor(
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=PAD,
-        additional_special_tokens=[START, AUDIO, AUDIO_BOS, AUDIO_EOS],
+        additional_special_tokens=[START, *special[3:]],
         model_max_length=2048,
         padding_side="left",
         **more,
@@ -123,12 +114,11 @@ def build_processor(
     for word in words:  # added ones are not spelled in bytes, which the decoder takes some letters for
         if len(fast(word)["input_ids"]) != 1 or fast.decode(fast(word)["input_ids"]) != word:
             raise SystemExit(f"--rows: this tiny model cannot write the option {word!r}; spell it with ASCII letters")
+    template = CHAT_TEMPLATE.replace("CLIP", kind.clip_text)
     if family == "qwen2_5_omni":
-        # where Qwen2-Audio's template numbers the clips, and gives each a line, Qwen2.5-Omni's does not
-        template = CHAT_TEMPLATE.replace("'Audio ' ~ clips.seen ~ ': <|", "'<|").replace("eos|>\\n'", "eos|>'")
         return omni.build_processor(fast, template, n_mels, SAMPLING_RATE)
     extractor = WhisperFeatureExtractor(feature_size=n_mels, sampling_rate=SAMPLING_RATE, chunk_length=CLIP_SECONDS)
-    return Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=fast, chat_template=CHAT_TEMPLATE)
+    return kind.processor_class()(feature_extractor=extractor, tokenizer=fast, chat_template=template)
 
 
 def build_model(
@@ -140,9 +130,9 @@ def build_model(
     :param whisper: The package that holds Whisper's encoder.
     :return: The model, float32.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, kind = processor.tokenizer, BY_TYPE[family]
     audio = {
-        "model_type": "qwen2_audio_encoder",
+        "model_type": kind.tower_type,
         "num_mel_bins": N_MELS,
         "encoder_layers": 1,
         "encoder_attention_heads": 2,
@@ -169,17 +159,15 @@ def build_model(
     if family == "qwen2_5_omni":
         from demo import omni
 
-        model = omni.Qwen2_5OmniThinkerForConditionalGeneration(omni.build_config(tokenizer, audio, text))
+        config = omni.build_config(tokenizer, audio, text)
     else:
-        audio_token = tokenizer.convert_tokens_to_ids(AUDIO)
-        model = Qwen2AudioForConditionalGeneration(
-            Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=audio_token)
-        )
+        audio_token = tokenizer.convert_tokens_to_ids(kind.audio_token)
+        config = CONFIG_MAPPING[family](audio_config=audio, text_config=text, audio_token_id=audio_token)
+    model = kind.model_class()(config)
     if whisper:
         weights = {name: torch.from_numpy(value) for name, value in read_wheel(whisper).items()}
         parts_of(model).tower.load_state_dict(weights)
-        torch.nn.init.normal_(parts_of(model).projector.linear.weight, std=SIZES["d_model"] ** -0.5)
-        torch.nn.init.zeros_(parts_of(model).projector.linear.bias)
+        initialise_projector(model)
     else:
         initialise_tower(model)
     initialise_copying(model)
@@ -209,8 +197,7 @@ def initialise_tower(model: PreTrainedModel) -> None:
     With default weights all clips look alike at the tower's end. As a filter bank, channel ``i`` of the tower holds
     the energy around mel bin ``2 i``, smoothed over some 60 ms, and the last layer norm takes the level out.
     """
-    tower, projector, _, _ = parts_of(model)
-    linear = getattr(projector, "linear", None) or tower.proj  # Qwen2.5-Omni's tower holds its projector
+    tower = parts_of(model).tower
     distance = torch.arange(N_MELS)[None, :] - (torch.arange(TOWER_WIDTH)[:, None] * N_MELS / TOWER_WIDTH + 0.5)
     triangles = (1 - distance.abs() / 4).clamp(min=0)
     triangles = triangles / triangles.sum(1, keepdim=True)
@@ -219,8 +206,21 @@ def initialise_tower(model: PreTrainedModel) -> None:
     tower.conv1.bias.fill_(1.0)
     tower.conv2.weight.copy_(torch.eye(TOWER_WIDTH)[:, :, None] * torch.tensor([0.25, 0.5, 0.25]))
     tower.conv2.bias.zero_()
-    linear.weight.normal_(std=TOWER_WIDTH**-0.5)
-    linear.bias.zero_()
+    initialise_projector(model)
+
+
+@torch.no_grad()
+def initialise_projector(model: PreTrainedModel) -> None:
+    """Let the projector's outputs have about the size of its inputs."""
+    for linear in projections(model):
+        linear.weight.normal_(std=linear.in_features**-0.5)
+        linear.bias.zero_()
+
+
+def projections(model: PreTrainedModel) -> list[torch.nn.Linear]:
+    """The linear layers between tower and decoder, in order; Qwen2.5-Omni's tower holds its only one."""
+    tower, projector, _, _ = parts_of(model)
+    return [layer for layer in projector.modules() if isinstance(layer, torch.nn.Linear)] or [tower.proj]
 
 
 @torch.no_grad()
@@ -237,9 +237,7 @@ def centre_projector(model: PreTrainedModel, processor: Qwen2AudioProcessor, fol
             clips.append(load_audio(path))
     if not clips:
         raise SystemExit(f"--sounds {folder}: no recording that can be read")
-    projector = parts_of(model).projector
-    linear = getattr(projector, "linear", None) or parts_of(model).tower.proj
-    linear.bias -= torch.cat(embed_sounds(model, processor, clips)).mean(0)
+    projections(model)[-1].bias -= torch.cat(embed_sounds(model, processor, clips)).mean(0)
 
 
 def save(model: PreTrainedModel, processor: Qwen2AudioProcessor, out_dir: Path) -> None:
@@ -250,32 +248,17 @@ def save(model: PreTrainedModel, processor: Qwen2AudioProcessor, out_dir: Path) 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as temporary:
         folder = Path(temporary) / "model"
-        if model.config.model_type == "qwen2_audio":
-            write(model, processor, folder)
-        else:
+        write_checkpoint(model, folder)
+        if model.config.model_type == "qwen2_5_omni_thinker":
             from demo import omni
 
-            omni.write(model, processor, folder)
+            omni.write_processor(processor, folder)
+        else:
+            processor.save_pretrained(folder)
         complete(folder)
         if out_dir.exists():
             shutil.rmtree(out_dir)
         folder.rename(out_dir)
-
-
-def write(model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, folder: Path) -> None:
-    """Write a folder as Qwen2-Audio's.
-
-    transformers, given a model that was not loaded from a checkpoint, writes ``language_model.model.model.*`` where
-    Qwen2-Audio's checkpoints have ``language_model.model.*``; vLLM cannot load the former.
-    """
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    renamed = {
-        name.replace("language_model.model.model.", "language_model.model."): tensor.clone()
-        for name, tensor in load_file(weights).items()
-    }
-    save_file(renamed, weights, metadata={"format": "pt"})
 
 
 def make_model(args: argparse.Namespace, rows: Sequence[tuple[str, list[str]]]) -> None:
@@ -285,8 +268,6 @@ def make_model(args: argparse.Namespace, rows: Sequence[tuple[str, list[str]]]) 
     """
     start = time.perf_counter()
     disable_progress_bar()
-    if args.family == "qwen2_5_omni":
-        find_host()
     processor = build_processor(args.family, rows, SIZES["num_mel_bins"] if args.whisper else N_MELS)
     model = build_model(processor, args.seed, args.family, args.whisper)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lightrft.engines.base import RolloutOutput, Sampling, plain_linear
-from lightrft.utils.model_specs import family_of
+from lightrft.utils.families import family_of
 
 
 class HFEngine:
@@ -38,19 +38,25 @@ class HFEngine:
     def generate(self, prompts: list[Any], sampling: Sequence[Sampling]) -> list[RolloutOutput]:
         """See :class:`~lightrft.engines.base.RolloutEngine`."""
         rows = [(prompt, s, i) for prompt, s in enumerate(sampling) for i in range(s.n)]
-        outputs = []
+        # Audio Flamingo's processor wants a clip for each text, so that batches are of one kind
+        heard = [bool(_clips(prompts[prompt])) for prompt, _, _ in rows]
+        alike = [[i for i, has in enumerate(heard) if has is kind] for kind in (True, False)]
+        outputs: dict[int, RolloutOutput] = {}
         with self.policy() as model, plain_linear():
             training, stored = model.training, model.generation_config
             model.eval()
             # generate fills in what a configuration leaves open from the model's: repetition_penalty, min_length, ...
             model.generation_config = GenerationConfig()
             try:
-                for start in range(0, len(rows), self.batch_size):
-                    outputs += self._batch(model, prompts, rows[start : start + self.batch_size])
+                for some in alike:
+                    for start in range(0, len(some), self.batch_size):
+                        batch = some[start : start + self.batch_size]
+                        made = self._batch(model, prompts, [rows[i] for i in batch])
+                        outputs |= zip(batch, made, strict=True)
             finally:
                 model.generation_config = stored  # it is saved with the model
                 model.train(training)
-        return outputs
+        return [outputs[i] for i in range(len(rows))]
 
     def _batch(
         self, model: torch.nn.Module, prompts: list[Any], rows: list[tuple[int, Sampling, int]]
@@ -102,10 +108,10 @@ class HFEngine:
         if not isinstance(prompts[0], dict):
             return self.processor.tokenizer.pad({"input_ids": [list(ids) for ids in prompts]}, return_tensors="pt")
         texts = [prompt["prompt"] for prompt in prompts]
-        clips = [wave for prompt in prompts for wave, _ in prompt.get("multi_modal_data", {}).get("audio", [])]
+        clips = [wave for prompt in prompts for wave, _ in _clips(prompt)]
         rate = self.processor.feature_extractor.sampling_rate
         audio = {"audio": clips, "sampling_rate": rate} if clips else {}
-        return self.processor(text=texts, return_tensors="pt", padding=True, **audio)
+        return self.processor(text=texts, return_tensors="pt", text_kwargs={"padding": True}, **audio)
 
     complete = True  # its weights are the trainer's own
 
@@ -117,6 +123,11 @@ class HFEngine:
 
     def wake_up(self) -> None:
         """Nothing to allocate."""
+
+
+def _clips(prompt: Any) -> list[Any]:
+    """The clips of a prompt, ``(waveform, rate)`` each; none of one that is token ids."""
+    return prompt.get("multi_modal_data", {}).get("audio", []) if isinstance(prompt, dict) else []
 
 
 class _Sampler(LogitsProcessor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import gelu
-from transformers.modeling_outputs import BaseModelOutput
 
 from lightrft.engines.base import RolloutOutput, Sampling, plain_linear
-from lightrft.utils.model_specs import Qwen2_5Omni, Qwen2Audio, family_of
+from lightrft.utils.families import Family, family_of
 from lightrft.utils.weight_names import checksum, read_checksums
-
-LANGUAGE = ("language_model.", "thinker.model.", "thinker.lm_head.")  # the encoder's outputs do not depend on these
 
 
 class VLLMEngine:
@@ -31,6 +26,7 @@ class VLLMEngine:
     :param keep_weights: Sleep frees the KV cache only. Otherwise the weights are dropped, too, and not copied to the
         machine's memory: the next sync sends them all, which is faster than to copy them there and back.
     :param seed: Seed of requests that carry none.
+    :param audio_seconds: Longest clip.
     """
 
     def __init__(
@@ -45,6 +41,7 @@ class VLLMEngine:
         enable_sleep: bool = True,
         keep_weights: bool = False,
         seed: int = 0,
+        audio_seconds: float = 30.0,
     ) -> None:
         on_gpu = torch.cuda.is_available()
         if (
@@ -61,6 +58,7 @@ class VLLMEngine:
         if tensor_parallel_size > 1 and not on_gpu:
             _name_shared_memory()
         self._vllm = vllm
+        self.family = family_of(model)
         self._can_sleep, self._keep_weights = enable_sleep and on_gpu, keep_weights
         self._asleep = self._dropped = False  # dropped: what its parameters hold is no weights
         self.complete = False
@@ -87,9 +85,9 @@ class VLLMEngine:
             seed=seed,
             # the responses of a group share whole blocks of their prompt: of 32 tokens on the CPU, not 128
             **({"gpu_memory_utilization": memory_utilization} if on_gpu else {"block_size": 32}),
-            **vllm_options(family_of(model)),
+            **self.family.vllm_options(audio_seconds),
         )
-        self.llm.collective_rpc(_skip_padding)
+        self.llm.collective_rpc(_tune, args=(self.family,))
 
     def generate(self, prompts: list[Any], sampling: Sequence[Sampling]) -> list[RolloutOutput]:
         """See :class:`~lightrft.engines.base.RolloutEngine`.
@@ -140,7 +138,7 @@ class VLLMEngine:
         sent, self._checksums = self.llm.collective_rpc(_load, args=(weights, self._checksums, self.complete))[0]
         self.complete, self._dropped = True, False
         self.llm.reset_prefix_cache()
-        if not all(name.startswith(LANGUAGE) for name in sent):
+        if not all(name.startswith(self.family.deaf) for name in sent):
             self.llm.llm_engine.engine_core.reset_encoder_cache()  # outputs of tower and projector
         # does not depend on weights, but clips are seldom repeated and it would grow to 4 GiB
         self.llm.reset_mm_cache()
@@ -232,32 +230,9 @@ def _name_shared_memory() -> None:
     Shared._init_cpu_shm = init
 
 
-def _skip_padding(worker: Any) -> None:
-    """Let vLLM's Qwen2-Audio encode the valid frames of its clips, inside the worker; others are left as they are."""
-    model = worker.get_model()
-    if type(model).__name__ == "Qwen2AudioForConditionalGeneration":
-        model.audio_tower.forward = functools.partial(encode_valid_frames, model.audio_tower)
-
-
-def encode_valid_frames(tower: Any, input_features: torch.Tensor, attention_mask: torch.Tensor) -> BaseModelOutput:
-    """Qwen2-Audio's tower without the padding behind the longest clip: 2 s cost a fifteenth of 30 s, or less.
-
-    Masked keys weigh exactly 0, so that leaving them out changes no value. transformers' own forward insists on 30 s.
-
-    :param input_features: Mel spectrograms ``(clips, n_mels, 3000)``.
-    :param attention_mask: 0 at valid states and -inf at padding, ``(clips, 1, 1500, 1500)``.
-    :return: States of the longest clip's audio tokens, ``(clips, tokens, d_model)``, or one more.
-    """
-    states = int((attention_mask[:, 0, 0] == 0).sum(-1).max())
-    states += states % 2  # the pooling takes pairs
-    # two frames a state, and one of context behind the last: the second convolution leaves one out
-    hidden = input_features[..., : 2 * states + 1].to(tower.conv1.weight.dtype)
-    hidden = gelu(tower.conv2(gelu(tower.conv1(hidden))))[..., :states].transpose(1, 2)
-    hidden = hidden + tower.embed_positions.weight[:states]
-    for layer in tower.layers:
-        hidden = layer(hidden, attention_mask[..., :states, :states])
-    hidden = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
-    return BaseModelOutput(last_hidden_state=tower.layer_norm(hidden))
+def _tune(worker: Any, family: Family) -> None:
+    """Let the family change vLLM's model, inside the worker."""
+    family.tune_vllm(worker.get_model())
 
 
 def _load(
@@ -325,13 +300,3 @@ def _load(
         if name in before and now[name] != before[name]:
             raise RuntimeError(f"weight sync failed: {name} was not sent and has changed in vLLM")
     return sent, now
-
-
-def vllm_options(family: type[Qwen2Audio]) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM`` that a model family needs."""
-    if family is not Qwen2_5Omni:
-        return {}
-    from lightrft.engines.vllm_omni import ARCHITECTURE, register  # imports vLLM, which takes seconds
-
-    register()
-    return {"hf_overrides": {"architectures": [ARCHITECTURE]}}

@@ -15,7 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from lightrft.models.actor_modality import ActorModality
 from lightrft.models.four_bit import four_bit_config, prepare
-from lightrft.utils.model_specs import family_of
+from lightrft.utils.families import family_of
 
 
 def load_model(pretrain: str, **kwargs: Any) -> PreTrainedModel:
@@ -25,7 +25,7 @@ def load_model(pretrain: str, **kwargs: Any) -> PreTrainedModel:
         model has not: such a model would train, from random weights.
     """
     family = family_of(pretrain)
-    model, info = family.model_class.from_pretrained(pretrain, output_loading_info=True, **kwargs)
+    model, info = family.model_class().from_pretrained(pretrain, output_loading_info=True, **kwargs)
     wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
     wrong["unexpected"] = [name for name in wrong["unexpected"] if not name.startswith(family.foreign)]
     if any(wrong.values()):
@@ -65,8 +65,6 @@ class ActorAL(nn.Module):
         if load_in_4bit and (lora_rank == 0 or zero3):
             raise ValueError("load_in_4bit needs adapters (lora_rank) and ZeRO 0 or 2")
         if isinstance(pretrain_or_model, str):
-            if load_in_4bit and not (family := family_of(pretrain_or_model)).four_bit:
-                raise ValueError(f"load_in_4bit: {family.name} is not packed here; leave it out")
             if zero3:
                 self._ds_config = HfDeepSpeedConfig(
                     ds_config
@@ -74,7 +72,7 @@ class ActorAL(nn.Module):
             dtype = torch.bfloat16 if bf16 else torch.float32
             kwargs: dict[str, Any] = {}
             if load_in_4bit:
-                kwargs["quantization_config"] = four_bit_config(dtype)
+                kwargs["quantization_config"] = four_bit_config(dtype, family_of(pretrain_or_model).unpacked)
             self.model = load_model(
                 pretrain_or_model,
                 dtype=dtype,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-WHOLE = ["lm_head", "model.audio_tower", "model.multi_modal_projector"]  # live names of modules that are not packed
 
-
-def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+def four_bit_config(dtype: torch.dtype, whole: Sequence[str]) -> BitsAndBytesConfig:
     """QLoRA's quantisation, of the language model's linear layers alone.
 
-    The head stays whole because log-probs are computed from its weight, tower and projector because they are small.
-
+    :param whole: Live names of modules that are not packed.
     :raises ImportError: if bitsandbytes is not installed.
 
     Source: Dettmers et al., QLoRA (2023), section 3: NF4 and double quantisation.
@@ -29,7 +27,7 @@ def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=WHOLE,
+        llm_int8_skip_modules=list(whole),
     )
 
 

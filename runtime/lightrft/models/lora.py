@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightrft.models.four_bit import unpacked
-from lightrft.utils.model_specs import family_of
+from lightrft.utils.families import family_of
 
 ADAPTER = "default"  # the name that peft gives to a model's only adapter
 

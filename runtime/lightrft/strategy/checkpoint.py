@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lightrft.utils.families import family_of
 from lightrft.utils.files import PART, write_atomically
-from lightrft.utils.model_specs import family_of
 
 ABOUT = "about_weights"  # in a checkpoint's state: dtype, lora_alpha, and further files of the run's model folders
 OLD = f".old{PART}"  # suffix of a folder while another takes its place

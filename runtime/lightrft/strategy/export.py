@@ -16,7 +16,7 @@ import torch
 
 from lightrft.models.actor_al import load_model
 from lightrft.strategy.checkpoint import ABOUT, read_state, write_hf_folder
-from lightrft.utils.model_specs import family_of
+from lightrft.utils.families import family_of
 from lightrft.utils.processor import get_tokenizer_processor_vl
 from lightrft.utils.weight_names import is_adapter, plain_name
 

@@ -28,8 +28,10 @@ from lightrft.strategy import checkpoint, weights
 from lightrft.strategy.checkpoint import ABOUT, SaveError
 from lightrft.utils.console import console
 from lightrft.utils.distributed import ResumableSampler, engine_groups, gather_objects, init_process_group, pick_device
-from lightrft.utils.model_specs import MAX_AUDIO_TOKENS, family_of
+from lightrft.utils.families import family_of
 from lightrft.utils.weight_names import is_adapter
+
+MAX_AUDIO_TOKENS = 750  # of one clip: 30 s at 25 tokens a second
 
 
 class StrategyBase(ABC):
@@ -202,7 +204,7 @@ class StrategyBase(ABC):
                 seed=args.seed,
             )
         elif engine_type == "hf":
-            processor = family_of(args.pretrain).processor_class.from_pretrained(args.pretrain)
+            processor = family_of(args.pretrain).processor_class().from_pretrained(args.pretrain)
             rows = {} if self.device.type == "cpu" else {"batch_size": self.rows_at_once(actor.model.module.config)}
             self.inference_engine = HFEngine(processor, lambda: self.gathered(actor.model), **rows)
         else:

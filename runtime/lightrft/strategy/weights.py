@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightrft.utils.model_specs import family_of
+from lightrft.utils.families import family_of
 from lightrft.utils.weight_names import is_adapter, layer_of, plain_name
 
 Whole = Callable[[Sequence[nn.Parameter]], AbstractContextManager[list[torch.Tensor]]]

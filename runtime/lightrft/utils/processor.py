@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from lightrft.utils.model_specs import family_of
+from lightrft.utils.families import family_of
 
 
 def get_tokenizer_processor_vl(
@@ -16,7 +16,7 @@ def get_tokenizer_processor_vl(
 
     :param model: Model whose configuration learns the padding token, if the tokenizer had none.
     """
-    processor = family_of(pretrain).processor_class.from_pretrained(pretrain, use_fast=use_fast)
+    processor = family_of(pretrain).processor_class().from_pretrained(pretrain, use_fast=use_fast)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = padding_side
     if tokenizer.pad_token is None:

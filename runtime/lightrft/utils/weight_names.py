@@ -9,21 +9,6 @@ import torch
 _ADAPTED = re.compile(r"\.(?:base_layer|lora_[AB]\.default)(?=\.)")  # the parts that peft inserts into names
 
 
-def checkpoint_name(name: str) -> str:
-    """Name of a Qwen2-Audio parameter in a checkpoint, which is also what vLLM loads.
-
-    :param name: Name in the live module. transformers 5 has ``model.language_model.*``, ``lm_head.*``,
-        ``model.audio_tower.*`` and ``model.multi_modal_projector.*``; a name that is a checkpoint name already stays.
-    :return: ``language_model.model.*``, ``language_model.lm_head.*``, ``audio_tower.*`` or
-        ``multi_modal_projector.*``.
-    """
-    if name.startswith("model.language_model."):
-        return "language_model.model." + name.removeprefix("model.language_model.")
-    if name.startswith("lm_head."):
-        return "language_model." + name
-    return name.removeprefix("model.")
-
-
 def plain_name(name: str) -> str:
     """Live name without what peft inserts: of an adapted layer's parameters, the name the layer had before."""
     return _ADAPTED.sub("", name)

@@ -36,6 +36,7 @@ from aqa.data.rows import (
     split_by_clip,
 )
 from aqa.data.tables import records_of
+from aqa.families import family_named
 
 TRAIN_FILE, VALIDATION_FILE, REPORT_FILE = "train.parquet", "validation.parquet", "report.json"
 QUESTIONS_FILE = "validation.json"
@@ -157,9 +158,7 @@ def too_long(rows: list[Row], pretrain: str, limit: int) -> list[Problem]:
     :raises AvqaError: if the model's processor cannot be loaded.
     """
     try:
-        from transformers import Qwen2AudioProcessor  # Qwen2.5-Omni's prompts are rendered by this class, too
-
-        processor = Qwen2AudioProcessor.from_pretrained(pretrain)
+        processor = family_named(pretrain).processor_class().from_pretrained(pretrain)
         audio = {"type": "audio", "audio_url": "audio"}
         chats = [[{"role": "user", "content": [audio, {"type": "text", "text": row.prompt}]}] for row in rows]
         lengths = prompt_lengths(processor.tokenizer, [render_chat(processor, chat) for chat in chats])

@@ -26,8 +26,7 @@ from aqa.common.constants import HOP_LENGTH, SAMPLING_RATE
 from aqa.data.prompts import end_tokens, render_chat
 from aqa.evaluation.checkpoints import Model
 from aqa.evaluation.items import EvalError
-from aqa.hosts.current import current_host, describe_host
-from aqa.hosts.locate import find_host
+from aqa.families import Family, family_named, write_checkpoint
 
 if TYPE_CHECKING:
     from aqa.audio.reader import AudioReader
@@ -88,32 +87,21 @@ def load_processor(model: Model) -> Any:
 
     :raises EvalError: if it is of no family that this example knows, or cannot be found.
     """
-    from transformers import AutoProcessor
-
     try:
-        family = family_of(model)
-        return (family.processor_class if family else AutoProcessor).from_pretrained(model.processor)
+        return family_of(model).processor_class().from_pretrained(model.processor)
     except (OSError, KeyError) as error:
         raise EvalError(f"{model.path}: cannot be loaded: {error}") from error
 
 
-def family_of(model: Model) -> Any:
-    """What the runtime knows of a model's family; None for Qwen2-Audio, which needs nothing of it.
+def family_of(model: Model) -> Family:
+    """The family of a model.
 
-    :raises EvalError: if this example does not know the family, or runs without the runtime.
+    :raises EvalError: if this example does not know it.
     """
-    from transformers import AutoConfig
-
-    kind = AutoConfig.from_pretrained(model.path).model_type
-    if kind == "qwen2_audio":
-        return None
-    if kind != "qwen2_5_omni":
-        raise EvalError(f"{model.path}: is a {kind} model; this example knows qwen2_audio and qwen2_5_omni")
-    find_host()
-    spec = current_host().model_spec(kind)
-    if spec is None:
-        raise EvalError(f"{model.path}: qwen2_5_omni needs this repository's runtime, not {describe_host()}")
-    return spec
+    try:
+        return family_named(model.path)
+    except ValueError as error:
+        raise EvalError(str(error)) from error
 
 
 def render(processor: Any, prompt: str, clips: int = 1) -> str:
@@ -302,19 +290,16 @@ def load_model(model: Model, settings: Settings, device: str | None = None) -> A
     :raises EvalError: as :class:`HFEngine`.
     """
     import torch
-    import transformers
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, choose_dtype(settings.dtype))
     family = family_of(model)
-    cls = family.model_class if family else transformers.Qwen2AudioForConditionalGeneration
-    loaded, info = cls.from_pretrained(model.path, dtype=dtype, output_loading_info=True)
+    loaded, info = family.model_class().from_pretrained(model.path, dtype=dtype, output_loading_info=True)
     wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
-    foreign = family.foreign if family else ()
-    wrong["unexpected"] = [name for name in wrong["unexpected"] if not name.startswith(foreign)]
+    wrong["unexpected"] = [name for name in wrong["unexpected"] if not name.startswith(family.foreign)]
     if any(wrong.values()):
         shown = {kind: names[:5] for kind, names in wrong.items()}
-        raise EvalError(f"{model.path}: is not a whole {family.name if family else 'Qwen2-Audio'} checkpoint: {shown}")
+        raise EvalError(f"{model.path}: is not a whole {family.name} checkpoint: {shown}")
     if model.adapter is not None:
         loaded = _with_adapter(loaded, model.adapter, model.lora_scale)
     return loaded.to(device).eval()
@@ -335,17 +320,12 @@ def _with_adapter(model: Any, adapter: str, scale: float) -> Any:
 
 @contextlib.contextmanager
 def merged(model: Model, processor: Any, settings: Settings) -> Iterator[Model]:
-    """A model that vLLM can load: the same, or for an adapter a temporary folder (``TMPDIR``) with it merged.
-
-    :raises EvalError: for an adapter on a model that is no Qwen2-Audio.
-    """
+    """A model that vLLM can load: the same, or for an adapter a temporary folder (``TMPDIR``) with it merged."""
     if model.adapter is None:
         yield model
         return
-    if family_of(model) is not None:
-        raise EvalError(f"{model.adapter}: an adapter on {model.path} is evaluated with --engine hf")
     with tempfile.TemporaryDirectory(prefix="merged-adapter-") as folder:
-        load_model(model, settings, "cpu").save_pretrained(folder)
+        write_checkpoint(load_model(model, settings, "cpu"), Path(folder))
         processor.save_pretrained(folder)
         yield Model(folder, folder)
 
@@ -382,13 +362,8 @@ class VLLMEngine:
             )
         _set_vllm_environment(settings, cache_gib=_cache_gib(text, dtype, max_model_len))
         vllm = _import_vllm()
-        if family and settings.tensor_parallel_size > 1:
+        if family.ours_in_vllm and settings.tensor_parallel_size > 1:
             raise EvalError(f"{family.name}: our class of it is known to this process alone; --tensor_parallel_size 1")
-        options = {}
-        if family is not None:
-            from lightrft.engines.vllm_engine import vllm_options
-
-            options = vllm_options(family)
         self.llm = vllm.LLM(
             model=model.path,
             tokenizer=model.processor,
@@ -403,7 +378,7 @@ class VLLMEngine:
             generation_config="vllm",
             enforce_eager=not on_gpu,
             disable_log_stats=True,
-            **options,
+            **family.vllm_options(30),
         )
         self.params = vllm.SamplingParams(
             n=settings.samples,

@@ -41,10 +41,6 @@ class Host:
         :raises SystemExit: if it cannot be loaded.
         """
 
-    def model_spec(self, model_type: str) -> Any:
-        """The class that describes models of a type (``lightrft.utils.model_specs``); None if the host has none."""
-        return None
-
     def eval_batch_size(self, prompts: int, samples: int) -> int:
         """Prompts of a rank in one evaluation batch.
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from aqa.common.patch import Patch
+from aqa.families import FAMILIES
 from aqa.hosts.base import Host
 
 CANNOT_SAVE = 5  # exit status
@@ -23,6 +24,12 @@ class RuntimeHost(Host):
 
     name = "this repository's runtime"
     row_tags = True
+
+    def prepare_import(self) -> None:
+        """Tell the runtime which models there are."""
+        from lightrft.utils.families import register
+
+        register(FAMILIES)
 
     def find_problems(self, args: argparse.Namespace) -> list[str]:
         rules = (
@@ -59,11 +66,6 @@ class RuntimeHost(Host):
         # no such model, of another kind, not whole, not fit for a flag, or what a flag needs cannot be imported
         except (OSError, ValueError, ImportError) as error:
             raise SystemExit(f"--pretrain {args.pretrain}: {error}") from error
-
-    def model_spec(self, model_type: str) -> Any:
-        from lightrft.utils.model_specs import FAMILIES
-
-        return FAMILIES.get(model_type)
 
     def eval_batch_size(self, prompts: int, samples: int) -> int:
         """Evaluation samples one response a prompt, so its batches can hold ``samples`` times as many prompts."""

@@ -29,8 +29,8 @@ def read_clips(patch: Patch, actor: Any) -> None:
 def patch_policy(patch: Patch, model: Any) -> None:
     """Let a transformers model return the log-probs of responses.
 
-    :param model: A model that ``policy.model_parts`` knows.
-    :raises ValueError: if it does not know the model.
+    :param model: Of a known family.
+    :raises ValueError: if it is of none.
     """
     head = parts_of(model).head
     patch.override(model, "forward", policy_forward(type(model)))

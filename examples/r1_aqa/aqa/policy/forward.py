@@ -4,7 +4,7 @@
 on either host, with transformers 4.57 and 5. It differs from transformers' own forward as follows, in no value:
 
 - a clip is encoded once, however many sequences of the micro-batch share it;
-- the tower works on the valid frames and not on 30 s of padding (``policy.model_parts``);
+- the tower works on the valid frames and not on 30 s of padding (``aqa.families``);
 - a prompt that several responses share goes through the language model once (``policy.packing``);
 - audio goes to the placeholders of the *prompt*, so that a placeholder which the model samples cannot shift it;
 - logits are computed for response positions only, and a chunk at a time (``policy.token_log_probs``).
@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 
 from aqa.common.constants import MAX_FRAMES
-from aqa.policy.model_parts import Parts, family_of
+from aqa.families import Parts, family_of
 from aqa.policy.packing import Packing, divide_groups, pack
 from aqa.policy.token_log_probs import token_log_probs
 
 
 def parts_of(model: Any) -> Parts:
-    """The parts of a model that ``policy.model_parts`` knows."""
+    """The parts of a model of a known family."""
     return family_of(model).parts(model)
 
 

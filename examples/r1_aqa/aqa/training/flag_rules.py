@@ -10,10 +10,11 @@ from pathlib import Path
 
 from aqa.common.model_type import cut_weights, has_weights, missing_tokenizer, model_type_of
 from aqa.evaluation.checkpoints import NOTES_FILE
+from aqa.families import BY_TYPE, KNOWN
 from aqa.hosts.locate import lacks, not_installed
 from aqa.training.flags import (
     GROUP_METHODS,
-    MODEL_TYPES,
+    MODELS,
     PROCESSOR_FILES,
     REFUSED_ESTIMATORS,
     REWARD_PARTS,
@@ -391,9 +392,7 @@ def _up(value: int, step: int) -> int:
 def _path_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     if not args.pretrain:
-        problems.append(
-            "--pretrain is missing: the folder of a Qwen2-Audio or Qwen2.5-Omni (demo/run_demo.py builds a tiny one)"
-        )
+        problems.append(f"--pretrain is missing: the folder of a {MODELS} (demo/run_demo.py builds a tiny one)")
     elif Path(args.pretrain).is_dir():
         if not (Path(args.pretrain) / "config.json").is_file():
             problems.append(f"--pretrain {args.pretrain}: holds no config.json; is it a model folder?")
@@ -404,14 +403,12 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
         elif not has_weights(Path(args.pretrain)):
             problems.append(f"--pretrain {args.pretrain}: holds no weights (*.safetensors)")
         kind = model_type_of(args.pretrain)
-        if kind is not None and kind not in MODEL_TYPES:
-            problems.append(f"--pretrain {args.pretrain}: is a {kind} model; known are {' and '.join(MODEL_TYPES)}")
+        if kind is not None and kind not in BY_TYPE:
+            problems.append(f"--pretrain {args.pretrain}: is a {kind} model; known are {KNOWN}")
         problems += [
             f"--pretrain {args.pretrain}: the end of {name} is missing; copy it again"
             for name in cut_weights(Path(args.pretrain))
         ]
-        if kind == "qwen2_5_omni" and args.load_in_4bit:
-            problems.append("--load_in_4bit: a qwen2_5_omni model is not packed here; drop it")
     elif args.pretrain.startswith((".", "/", "~")) or args.pretrain.count("/") != 1:
         problems.append(f"--pretrain {args.pretrain}: no such folder")
     if not args.prompt_data:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aqa.common.arguments import Parser
+from aqa.families import FAMILIES
 
 ESTIMATORS = ("group_norm", "gdpo", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
 REFUSED_ESTIMATORS = {"gae": "needs a critic, and none is trained here", "cpgd": "needs a loss that is not in here"}
@@ -39,7 +40,7 @@ examples:
   several GPUs:
     torchrun --nproc-per-node 8 examples/r1_aqa/train_colocate.py --bf16 --zero_stage 3 ...\
 """
-MODEL_TYPES = ("qwen2_audio", "qwen2_5_omni")
+MODELS = ", ".join(family.name for family in FAMILIES[:-1]) + f" or {FAMILIES[-1].name}"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -74,7 +75,7 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
 
 
 def _add_model_flags(g: Any) -> None:
-    g.add_argument("--pretrain", help="folder (or hub name) of the Qwen2-Audio or Qwen2.5-Omni to start from")
+    g.add_argument("--pretrain", help=f"folder (or hub name) of the {MODELS} to start from")
     g.add_argument("--bf16", action=BOOL, default=False, help="weights and rollouts in bfloat16, else float32")
     g.add_argument(
         "--flash_attn",

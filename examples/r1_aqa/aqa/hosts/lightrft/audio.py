@@ -7,7 +7,6 @@ Written for commit 49e62cb; ``contract.py`` lists what the patches rely on.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import re
@@ -22,6 +21,7 @@ from torch import nn
 
 from aqa.common.constants import MAX_AUDIO_TOKENS
 from aqa.common.patch import Patch, is_patched
+from aqa.families import family_of, write_configuration
 from aqa.hosts.lightrft.fixes import at_least
 from aqa.patches.actor import patch_policy
 from aqa.patches.slots import unpack_clips
@@ -228,10 +228,11 @@ def _patch_weight_sync(patch: Patch, strategy: Any) -> None:
     @functools.wraps(original)
     def update_engine_weights(actor: Any) -> None:
         if strategy.broadcast_manager is None:
+            checkpoint_name = family_of(getattr(actor.model, "module", actor.model)).checkpoint_name
             broadcast = importlib.import_module("lightrft.strategy.utils.broadcast_utils")
             engine = strategy.inference_engine
             if strategy.inference_engine_type == "vllm":
-                engine = _renaming(engine)
+                engine = _renaming(engine, checkpoint_name)
             strategy.broadcast_manager = broadcast.BroadcastManager(actor, strategy, engine)
             if strategy.inference_engine_type == "sglang":  # LightRFT's own mapping is that of Qwen2.5-VL
                 strategy.broadcast_manager._map_weight_name_for_sglang = checkpoint_name
@@ -270,19 +271,7 @@ def _patch_sleep(patch: Patch, strategy: Any) -> None:
     patch.replace(strategy, "maybe_sleep_inference_engine", maybe_sleep_inference_engine)
 
 
-def checkpoint_name(name: str) -> str:
-    """Convert a parameter's name in the transformers model to that in Qwen2-Audio's checkpoints, which engines load.
-
-    In transformers 5 the tower and the language model moved below ``model``.
-    """
-    if name.startswith("model.language_model."):
-        return "language_model.model." + name.removeprefix("model.language_model.")
-    if name.startswith("lm_head."):
-        return "language_model." + name
-    return name.removeprefix("model.")
-
-
-def _renaming(engine: Any) -> Any:
+def _renaming(engine: Any, checkpoint_name: Callable[[str], str]) -> Any:
     """A view of a vLLM engine for LightRFT's ``BroadcastManager`` that renames the weights it passes on."""
     executor = engine.llm_engine.model_executor
 
@@ -350,7 +339,7 @@ def _gather_deepspeed(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
 
 
 def write_model(model: nn.Module, weights: dict[str, torch.Tensor], output_dir: str) -> None:
-    """Write the weights (safetensors, under the names of Qwen2-Audio's checkpoints) and the configuration.
+    """Write the weights (safetensors, under the names of the family's checkpoints) and the configuration.
 
     ``save_pretrained()`` would not do: it renames weights by the model's class, which FSDP2 changes.
 
@@ -360,14 +349,10 @@ def write_model(model: nn.Module, weights: dict[str, torch.Tensor], output_dir: 
     from huggingface_hub import save_torch_state_dict
 
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    dtype = model.config.dtype
-    save_torch_state_dict(
-        {checkpoint_name(name): weight.to(dtype) for name, weight in weights.items()}, output_dir, max_shard_size="5GB"
-    )
-    config = copy.deepcopy(model.config)
-    config.use_cache = True  # it is off for training, but whoever loads the model generates with it
-    config.save_pretrained(output_dir)
-    model.generation_config.save_pretrained(output_dir)
+    family = family_of(model)
+    named = {family.checkpoint_name(name): weight.to(model.config.dtype) for name, weight in weights.items()}
+    save_torch_state_dict(named, output_dir, max_shard_size="5GB")
+    write_configuration(model, Path(output_dir))
 
 
 # ----------------------------------------------------------------------------------------------------- experience maker

@@ -29,7 +29,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from lightrft.utils.model_specs import OmniAudioProcessor
+from aqa.families.omni_processor import OmniAudioProcessor
 
 ARCHITECTURE = "Qwen2_5OmniAudioThinker"
 NOT_HERE = WeightsMapper(orig_to_new_prefix={"thinker.visual.": None, "talker.": None, "token2wav.": None})

@@ -1,0 +1,31 @@
+"""Audio Flamingo 3: Qwen2-Audio's tower and names, a projector of two layers, and windows of 30 s up to 10 minutes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from aqa.families.qwen2_audio import Qwen2Audio, encode_valid_frames
+
+
+class AudioFlamingo3(Qwen2Audio):
+    """Audio Flamingo 3; see :class:`Qwen2Audio` for what each member means."""
+
+    name = "Audio Flamingo 3"
+    model_types = ("audioflamingo3",)
+    tower_type = "audioflamingo3_encoder"
+    model_class_name = "AudioFlamingo3ForConditionalGeneration"
+    processor_class_name = "AudioFlamingo3Processor"
+    audio_token = "<sound>"
+    clip_text = "'<sound>'"
+    longest_seconds = 600
+
+    @staticmethod
+    def vllm_options(seconds: float) -> dict[str, Any]:
+        """vLLM reserves room for the longest clip that the processor takes, 15,000 tokens: let it take no more."""
+        return {"mm_processor_kwargs": {"max_audio_len": seconds}}
+
+    @classmethod
+    def tune_vllm(cls, model: Any) -> None:
+        """As Qwen2-Audio, but that vLLM's tower returns the states themselves."""
+        model.audio_tower.forward = functools.partial(encode_valid_frames, model.audio_tower)

@@ -1,0 +1,60 @@
+"""The audio language models that can be trained; whoever uses the runtime says what they are like (``register``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Family(Protocol):
+    """What the runtime asks of a model family; the example's ``aqa.families`` says what each member means."""
+
+    name: str
+    model_types: tuple[str, ...]
+    foreign: tuple[str, ...]
+    unheard: tuple[str, ...]
+    fixed: tuple[str, ...]
+    language_model: str
+    unpacked: tuple[str, ...]
+    deaf: tuple[str, ...]
+
+    def model_class(self) -> Any: ...
+    def processor_class(self) -> Any: ...
+    def checkpoint_name(self, name: str) -> str: ...
+    def checkpoint_config(self, config: dict[str, Any]) -> dict[str, Any]: ...
+    def vllm_options(self, seconds: float) -> dict[str, Any]: ...
+    def tune_vllm(self, model: Any) -> None: ...
+    def prefill(self, model: Any, inputs: dict[str, Any], positions: Any, cache: Any) -> None: ...
+
+
+FAMILIES: dict[str, Family] = {}  # by config.model_type
+
+
+def register(families: Iterable[Family]) -> None:
+    """Make families known."""
+    FAMILIES.update({kind: family for family in families for kind in family.model_types})
+
+
+def family_of(model: Any) -> Family:
+    """The family of a model, by ``model_type``.
+
+    :param model: Folder, hub name, or a live transformers model.
+    :raises ValueError: if it is of none.
+    """
+    if isinstance(model, str):
+        config = Path(model) / "config.json"
+        if config.is_file():
+            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        else:
+            from transformers import AutoConfig
+
+            kind = AutoConfig.from_pretrained(model).model_type
+    else:
+        kind = model.config.model_type
+    if kind not in FAMILIES:
+        shown = model if isinstance(model, str) else type(model).__name__
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{shown}: model_type {kind!r} is none of {known}; see CONTRIBUTING.md")
+    return FAMILIES[kind]
