@@ -36,6 +36,7 @@ from aqa.evaluation.asking import (
     check_device,
     describe_run,
     find_engine_problems,
+    make_reader,
     run_command,
 )
 from aqa.evaluation.benchmarks import BENCHMARKS, Benchmark
@@ -222,9 +223,7 @@ def ask_and_score(
     if args.overwrite:
         partial.remove()
     done = partial.load()
-    from aqa.audio.reader import AudioReader
-
-    reader = AudioReader(args.sandbox_audio)
+    reader = make_reader(args, model)
     if len(done) < len(items) + len(again):
         check_device(args)
     lengths, bad, silent = check_audio(items, reader, benchmark.is_whole)
@@ -238,7 +237,8 @@ def ask_and_score(
     if len(done) < len(lengths):
         from aqa.evaluation.engines import Job, Settings, render
 
-        settings = Settings(args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size, args.seed)
+        sizes = args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size
+        settings = Settings(*sizes, args.seed, audio_seconds=args.audio_seconds)
         mute, asked = args.silent_audio == "only", [item for item in (*items, *again) if item.index in lengths]
 
         def make_jobs(processor: Any) -> list[Job]:
@@ -353,6 +353,7 @@ def identity(args: argparse.Namespace, benchmark: Benchmark, model: Model) -> di
         "max_new_tokens": args.max_new_tokens,
         "think": args.think,
         "silent_audio": args.silent_audio == "only",
+        **({} if args.audio_seconds == 30 else {"audio_seconds": args.audio_seconds}),  # older files lack it
     }
 
 

@@ -38,6 +38,7 @@ from aqa.evaluation.asking import (
     check_device,
     describe_run,
     find_engine_problems,
+    make_reader,
     run_command,
 )
 from aqa.evaluation.checkpoints import Model, resolve_model
@@ -127,9 +128,7 @@ def select(args: argparse.Namespace) -> None:
         wanted = [*range(len(items)), *(range(-1, -1 - len(items), -1) if args.silent_audio else ())]
         if any(index not in done for index in wanted):
             check_device(args)
-            from aqa.audio.reader import AudioReader
-
-            reader = AudioReader(args.sandbox_audio)
+            reader = make_reader(args, model)
             lengths, bad, silent = check_audio(items, reader)
             pass_rates.refuse_audio(bad, silent, items)
             if done:
@@ -159,6 +158,7 @@ def ask_rows(
         args.seed,
         args.samples,
         args.temperature,
+        args.audio_seconds,
     )
     jobs = partial(pass_rates.make_jobs, items=items, lengths=lengths, in_silence=args.silent_audio, reader=reader)
     ask(args.engine, model, settings, jobs, done, partial_file, args.out_dir / "select.log")
@@ -191,7 +191,7 @@ def as_list(said: str | list[str]) -> list[str]:
 
 def identity(args: argparse.Namespace, model: Model) -> dict[str, Any]:
     """Everything a response depends on."""
-    names = ("engine", "dtype", "max_new_tokens", "samples", "temperature")
+    names = ("engine", "dtype", "max_new_tokens", "samples", "temperature", "audio_seconds")
     return {"data_sha256": digest(args.data_file), "model": model.identity()} | {n: getattr(args, n) for n in names}
 
 

@@ -312,7 +312,8 @@ def make_trainer(
         logit_bias={audio_token_id: BANNED},
         **HOST.trainer_arguments(args, data.processor),
     )
-    patch_experience_maker_for_audio(trainer.experience_maker, data.processor, data.tokenizer, args.prompt_max_len)
+    lengths = args.prompt_max_len, args.audio_seconds
+    patch_experience_maker_for_audio(trainer.experience_maker, data.processor, data.tokenizer, *lengths)
     return trainer
 
 
@@ -472,7 +473,7 @@ def load_prompts(
         processor,
         args.prompt_max_len,
         strategy,
-        reader=AudioReader(args.sandbox_audio, args.confine_audio),
+        reader=AudioReader(args.sandbox_audio, args.confine_audio, args.audio_seconds),
         decode_all=args.decode_audio,
         cache_bytes=args.audio_cache_mib * 2**20,
         tagged=HOST.row_tags,

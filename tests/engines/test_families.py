@@ -13,11 +13,12 @@ import torch
 from audio_dataset import AudioMultimodalProcessor
 from safetensors.torch import load_file, save_file
 from support.policies import AUDIO, DECODER, PAD, TOWER, as_actor, make_item, make_mel, mixed_cases, with_large_weights
-from support.rollouts import gaps, perturbed, prompt_of, rollout
+from support.rollouts import SECONDS, gaps, make_noises, perturbed, prompt_of, rollout
 from support.training import answers_of, metrics_of, moved, train
 from transformers import AudioFlamingo3Config, Qwen2_5OmniThinkerConfig
 
 from aqa.audio.decode import SAMPLING_RATE
+from aqa.data.prompts import render_chat
 from aqa.families import AudioFlamingo3, Qwen2_5Omni, Qwen2Audio
 from aqa.families import family_of as forward_family_of
 from aqa.families.omni_processor import OmniAudioProcessor
@@ -65,17 +66,18 @@ class Case(NamedTuple):
     layers: str  # the decoder's
     projector: tuple[str, str]  # one of its layers, and the name that --target_modules gives it
     files: tuple[str, ...]  # of the processor
+    seconds: int  # longest clip of the tests
 
 
+FILES = ("processor_config.json", "chat_template.jinja")
 CASES = {
     "omni": Case(
         *(Qwen2_5Omni, OMNI, "feature_attention_mask", ("visual.", "audio_tower.audio_bos_eos_token")),
-        *("model.layers.", ("audio_tower.proj", "proj"), ("processor_config.json", "chat_template.jinja")),
+        *("model.layers.", ("audio_tower.proj", "proj"), FILES, 30),
     ),
     "flamingo": Case(
         *(AudioFlamingo3, FLAMINGO, "input_features_mask", ("model.audio_tower.embed_positions",)),
-        *("model.language_model.layers.", ("model.multi_modal_projector.linear_2", "linear_2")),
-        ("processor_config.json", "chat_template.jinja"),
+        *("model.language_model.layers.", ("model.multi_modal_projector.linear_2", "linear_2"), FILES, 90),
     ),
 }
 
@@ -103,6 +105,12 @@ def plain(case) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def policy(plain) -> torch.nn.Module:
     return copy.deepcopy(plain)
+
+
+@pytest.fixture(scope="module")
+def noises() -> list:
+    """As for Qwen2-Audio, and further windows: one of no token behind 30 s, two full ones and a rest."""
+    return make_noises((*SECONDS, 30.02, 65.0))
 
 
 def audio_inputs(model, mel, frames: int) -> dict[str, torch.Tensor]:
@@ -163,7 +171,7 @@ def test_the_extractor_of_300_seconds_gives_what_that_of_30_gives(tiny_omni):
     wave = (0.3 * np.random.default_rng(0).standard_normal(40_123)).astype(np.float32)
     full = long(wave, sampling_rate=SAMPLING_RATE, padding="max_length", return_attention_mask=True)
     assert full["input_features"].shape[-1] == 30_000
-    rows, _ = AudioMultimodalProcessor(tokenizer, processor, 512).extract((wave, SAMPLING_RATE))
+    (rows,), _ = AudioMultimodalProcessor(tokenizer, processor, 512).extract((wave, SAMPLING_RATE))
     frames = int(np.asarray(full["attention_mask"]).sum())
     assert len(rows) == frames + GUARD_ROWS
     np.testing.assert_array_equal(rows[:frames].T.numpy(), np.asarray(full["input_features"])[0, :, :frames])
@@ -281,12 +289,12 @@ def parts(tiny):
 
 def test_vllm_agrees_with_the_trainer_and_follows_its_weights(tiny, case, parts, noises):
     """For all lengths of audio, before and after a sync; prompts token for token (in ``rollout``)."""
-    engine = VLLMEngine(str(tiny), torch.float32, max_model_len=1400, seed=0)
+    engine = VLLMEngine(str(tiny), torch.float32, max_model_len=2040, seed=0, audio_seconds=case.seconds)
     actor = parts[0]
     before = {name: p.detach().clone() for name, p in actor.model.named_parameters()}
     prompts = [prompt_of(parts[2])] * len(noises)
     try:
-        items, bias = rollout(engine, parts, noises, prompts)
+        items, bias = rollout(engine, parts, noises, prompts, case.seconds)
         assert max(gaps(parts, items, bias)) < 1e-3
         items[0].clips, items[0].prompt_ids = items[6].clips, items[6].prompt_ids
         assert gaps(parts, items, bias)[0] > 1e-3  # the comparison means something: it hears
@@ -294,7 +302,7 @@ def test_vllm_agrees_with_the_trainer_and_follows_its_weights(tiny, case, parts,
         tower = next(f"{name}." for name, module in actor.model.named_modules() if module is tower)
         for trained in ("", case.layers, tower):  # all, and parts alone
             perturbed(actor, 0.02)
-            stale, bias = rollout(engine, parts, noises, prompts)
+            stale, bias = rollout(engine, parts, noises, prompts, case.seconds)
             assert max(gaps(parts, stale, bias)) > 1e-2
             with torch.no_grad():
                 for name, p in actor.model.named_parameters():
@@ -302,7 +310,7 @@ def test_vllm_agrees_with_the_trainer_and_follows_its_weights(tiny, case, parts,
                         p.copy_(before[name])
             named = [(n, p) for n, p in actor.model.named_parameters() if n.startswith(trained)]
             engine.load_weights((case.family.checkpoint_name(n), p.data) for n, p in named)
-            fresh, bias = rollout(engine, parts, noises, prompts)
+            fresh, bias = rollout(engine, parts, noises, prompts, case.seconds)
             assert max(gaps(parts, fresh, bias)) < 1e-3
             with torch.no_grad():
                 for name, p in actor.model.named_parameters():
@@ -315,7 +323,7 @@ def test_vllm_agrees_with_the_trainer_and_follows_its_weights(tiny, case, parts,
                 p.copy_(before[name])
 
 
-def test_the_hf_engines_log_probs_are_the_trainers(parts, noises):
+def test_the_hf_engines_log_probs_are_the_trainers(parts, case, noises):
     class Whole:
         def __enter__(self):
             return parts[0].model
@@ -324,8 +332,10 @@ def test_the_hf_engines_log_probs_are_the_trainers(parts, noises):
             pass
 
     engine = HFEngine(parts[2], Whole, batch_size=3)
-    prompts = [prompt_of(parts[2]), prompt_of(parts[2], "Short?"), *[prompt_of(parts[2])] * 2]
-    items, bias = rollout(engine, parts, noises[:4], prompts, n=2, seed=5)
+    text = render_chat(parts[2], [{"role": "user", "content": "What do you hear?"}])
+    prompts = [prompt_of(parts[2]), prompt_of(parts[2], "Short?"), text, prompt_of(parts[2])]
+    clips = [*noises[:2], None, noises[-1]]
+    items, bias = rollout(engine, parts, clips, prompts, case.seconds, n=2, seed=5)
     assert max(gaps(parts, items, bias)) < 1e-4
 
 

@@ -12,8 +12,8 @@ import pytest
 from aqa.families import Qwen2Audio
 from aqa.hosts.lightrft import audio, contract
 from aqa.hosts.lightrft.contract import CONTRACT, find_violations, read_table
-from aqa.patches.experience_maker import check_audio, count_audio
-from aqa.patches.multimodal_processor import AudioMultimodalProcessor
+from aqa.patches.experience_maker import check_audio
+from aqa.patches.multimodal_processor import AudioMultimodalProcessor, count_audio
 from aqa.patches.strategy import build_audio_inputs
 from aqa.rewards.r1_aqa import reward_fn
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from audio_dataset import AudioMultimodalProcessor
@@ -22,7 +24,7 @@ def prompt_of(processor, question=QUESTION):
     return render_chat(processor, [{"role": "user", "content": content}])
 
 
-def rollout(engine, parts, clips, prompts, **sampling):
+def rollout(engine, parts, clips, prompts, audio_seconds=30.0, **sampling):
     """Experiences as the experience maker would make them."""
     _, tokenizer, processor = parts
     audio = processor.audio_token
@@ -34,8 +36,10 @@ def rollout(engine, parts, clips, prompts, **sampling):
         "logit_bias": bias,
         "seed": 3,
     } | sampling
-    data = AudioMultimodalProcessor(tokenizer, processor, 512).process_multimodal_batch(prompts, clips, None, None, 1)
-    rows = data["all_images_pixel_values"].split(data["all_images_grid_thw"].prod(-1).tolist())
+    inputs = AudioMultimodalProcessor(tokenizer, processor, 512, audio_seconds)
+    data = inputs.process_multimodal_batch(prompts, clips, None, None, 1)
+    windows = iter(data["all_images_pixel_values"].split(data["all_images_grid_thw"].prod(-1).tolist()))
+    rows = [list(itertools.islice(windows, count)) for count in data["all_images_num"]]
     outputs = engine.generate(build_audio_inputs(prompts, clips), [Sampling(**settings)] * len(prompts))
     items = []
     for i, output in enumerate(outputs):
@@ -43,7 +47,7 @@ def rollout(engine, parts, clips, prompts, **sampling):
         assert output.prompt_token_ids == data["all_prompt_token_ids"][prompt]  # token for token
         ids = torch.tensor(output.prompt_token_ids)
         response = torch.tensor(output.output_token_ids)
-        items.append(Experience("", ids, response, output.output_log_probs, output.truncated, [rows[prompt]], "", ""))
+        items.append(Experience("", ids, response, output.output_log_probs, output.truncated, rows[prompt], "", ""))
     return items, bias
 
 
@@ -66,7 +70,7 @@ def perturbed(actor, scale):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def make_noises() -> list[tuple[np.ndarray, int]]:
-    """A clip of noise of each length in SECONDS."""
+def make_noises(seconds: tuple[float, ...] = SECONDS) -> list[tuple[np.ndarray, int]]:
+    """A clip of noise of each length."""
     rng = np.random.default_rng(0)
-    return [(0.3 * rng.standard_normal(int(s * SAMPLING_RATE)).astype(np.float32), SAMPLING_RATE) for s in SECONDS]
+    return [(0.3 * rng.standard_normal(int(s * SAMPLING_RATE)).astype(np.float32), SAMPLING_RATE) for s in seconds]

@@ -230,7 +230,7 @@ def test_extraction_equals_the_extractor_padded_to_30_s(audio_processor, process
     wave = make_wave(kind, samples)
     full = processor.feature_extractor(wave, sampling_rate=RATE, return_attention_mask=True, return_tensors="pt")
     mel, frames = full["input_features"][0], int(full["attention_mask"].sum())
-    rows, tokens = audio_processor.extract((wave, RATE))
+    (rows,), tokens = audio_processor.extract((wave, RATE))
     assert rows.shape == (frames + 2, 128)
     assert tokens == audio_token_count(frames)
     kept = min(frames + 2, 3000)
@@ -291,7 +291,7 @@ def test_a_mixed_batch_repeats_everything_n_times_next_to_each_other(audio_proce
     assert out["all_images_num"] == [1, 1, 0, 0, 1, 1]
     assert out["all_references"] == ["a", "a", "b", "b", "c", "c"]
     assert out["all_images_grid_thw"].tolist() == [[1, 1, 52]] * 2 + [[1, 1, 102]] * 2
-    short, long = (audio_processor.extract(clip)[0] for clip in (audio[0], audio[2]))
+    (short,), (long,) = (audio_processor.extract(clip)[0] for clip in (audio[0], audio[2]))
     assert torch.equal(out["all_images_pixel_values"], torch.cat([short, short, long, long]))
     assert out["all_videos"] == [None] * 6
     assert out["all_videos_num"] == [0] * 6

@@ -13,6 +13,7 @@ import lightrft
 from aqa.common.patch import Patch, PatchError
 from aqa.hosts.targets import patch_actor_for_audio, patch_experience_maker_for_audio, patch_strategy_for_audio
 from aqa.patches.experience_maker import check_audio
+from aqa.patches.multimodal_processor import count_audio
 from aqa.patches.strategy import build_audio_inputs
 from lightrft.engines.base import RolloutOutput, Sampling, stable_seed
 from lightrft.models.actor_al import ActorAL, load_model
@@ -274,9 +275,9 @@ def test_the_strategy_is_called_as_gather_and_generate_calls_it(strategy):
     ("prompts", "images", "counts", "message"),
     [
         (["a", "b"], [CLIP], None, "2 prompts but 1 audio entries"),
-        (["a", "b"], [CLIP, None], [1, 1], "prompt 1 should have 1 clips and has 0: 'b'"),
-        (["a"], [CLIP], [2], "prompt 0 should have 2 clips and has 1"),
-        (["a"], [CLIP], [0], "prompt 0 should have 0 clips and has 1"),
+        (["a", "b"], [CLIP, None], [1, 1], "prompt 1 should have 1 windows of audio and has 0: 'b'"),
+        (["a"], [CLIP], [2], "prompt 0 should have 2 windows of audio and has 1"),
+        (["a"], [CLIP], [0], "prompt 0 should have 0 windows of audio and has 1"),
     ],
 )
 def test_counts_that_do_not_fit_are_refused(prompts, images, counts, message):
@@ -291,6 +292,15 @@ def test_counts_that_do_not_fit_are_refused(prompts, images, counts, message):
 def test_check_audio_names_what_is_no_clip(bad, name):
     with pytest.raises(TypeError, match=rf"prompt 1: expected \(waveform, sampling rate\) or None, got {name}"):
         check_audio([CLIP, bad])
+
+
+def test_count_audio():
+    assert count_audio([CLIP, None, CLIP]) == [1, 0, 1]
+    assert count_audio(None) is None
+    # 30.02 s are two frames more than a window, which make no audio token; the next sample is a third frame
+    lengths = [480_000, 480_320, 480_321, 960_321]
+    assert count_audio([(np.zeros(n), 16_000) for n in lengths], 600) == [1, 1, 2, 3]
+    assert count_audio([(np.zeros(n), 16_000) for n in lengths]) == [1, 1, 1, 1]  # cut
 
 
 def test_saved_models_come_with_their_processor_or_the_save_fails(
@@ -374,7 +384,7 @@ def test_a_rollout_keeps_prompts_clips_and_samples_together(processor):
     with patch_experience_maker_for_audio(maker, processor, processor.tokenizer, 512):
         assert isinstance(maker.multimodal_processor, AudioMultimodalProcessor)
         items = maker.rollout(prompts, audio, ["a", "b", "c"], ["x", "y", "z"], maker.sampling, step=3)
-        expected = [maker.multimodal_processor.extract(clip)[0] for clip in (audio[0], audio[2])]
+        expected = [maker.multimodal_processor.extract(clip)[0][0] for clip in (audio[0], audio[2])]
     # one request a prompt, n samples each, seeded by run, step and position among all ranks' prompts
     assert [p.seed for p in asked["sampling_params"]] == [stable_seed(5, 3, i * 4 + 1) for i in range(3)]
     assert [p.n for p in asked["sampling_params"]] == [2, 2, 2]

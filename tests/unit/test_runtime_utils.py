@@ -214,7 +214,7 @@ def test_checkpoint_names_are_those_of_a_stored_model(tiny_model):
     policy = load_model(str(tiny_model), dtype=torch.float32)
     names = {Qwen2Audio.checkpoint_name(name) for name, _ in policy.named_parameters()}
     assert names == set(load_file(tiny_model / "model.safetensors"))
-    assert {checkpoint_name(name) for name in names} == names  # a checkpoint's own name stays
+    assert {Qwen2Audio.checkpoint_name(name) for name in names} == names  # a checkpoint's own name stays
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -31,7 +31,7 @@ from lightrft.utils.distributed import ResumableSampler, engine_groups, gather_o
 from lightrft.utils.families import family_of
 from lightrft.utils.weight_names import is_adapter
 
-MAX_AUDIO_TOKENS = 750  # of one clip: 30 s at 25 tokens a second
+AUDIO_TOKENS_A_SECOND = 25
 
 
 class StrategyBase(ABC):
@@ -202,6 +202,7 @@ class StrategyBase(ABC):
                 enable_sleep=args.enable_engine_sleep,
                 keep_weights=self.keep_engine_weights,
                 seed=args.seed,
+                audio_seconds=args.audio_seconds,
             )
         elif engine_type == "hf":
             processor = family_of(args.pretrain).processor_class().from_pretrained(args.pretrain)
@@ -216,7 +217,7 @@ class StrategyBase(ABC):
     @property
     def longest_sequence(self) -> int:
         """Tokens of a prompt with all its audio, and the response."""
-        audio = MAX_AUDIO_TOKENS * self.args.limit_mm_image_per_prompt
+        audio = math.ceil(AUDIO_TOKENS_A_SECOND * self.args.audio_seconds) * self.args.limit_mm_image_per_prompt
         return self.args.prompt_max_len + audio + self.args.generate_max_len
 
     @property

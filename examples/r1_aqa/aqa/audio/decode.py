@@ -1,4 +1,4 @@
-"""Decode audio files the way Qwen2-Audio wants them: mono float32 at 16 kHz, 30 s at most.
+"""Decode audio files the way the models want them: mono float32 at 16 kHz, by default 30 s at most.
 
 Every file ends in its waveform or in an :class:`AudioError` that names it.
 """
@@ -51,14 +51,15 @@ def show(path: str | Path) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def load_audio(path: str | Path, silence_ok: bool = False) -> np.ndarray:
+def load_audio(path: str | Path, silence_ok: bool = False, seconds: float = MAX_SECONDS) -> np.ndarray:
     """Decode a file.
 
-    Reads no more than the 30 s that the model hears, whatever the length of the file.
+    Reads no more than the model hears, whatever the length of the file.
 
     :param path: A file in one of :data:`FORMATS`, of any rate and number of channels.
     :param silence_ok: Accept a clip whose samples are all zero. An evaluation asks all of its questions, so it does;
         in training the model would learn to answer without listening.
+    :param seconds: What is longer is cut.
     :return: Waveform ``(samples,)`` float32, 16 kHz mono.
     :raises AudioError: if the file is missing, is not readable as audio, is cut short, is shorter than 20 ms, is
         digital silence, or has samples that are no sound (NaN, infinite, or far above full scale).
@@ -67,10 +68,10 @@ def load_audio(path: str | Path, silence_ok: bool = False) -> np.ndarray:
     try:
         _refuse_special(path)
         with soundfile.SoundFile(str(path)) as file:
-            _check_header(path, file)
+            _check_header(path, file, seconds)
             rate = file.samplerate
             # a few samples more, for the resampler's filter; cut below
-            left = min(file.frames, int((MAX_SECONDS + 0.1) * rate))
+            left = min(file.frames, int((seconds + 0.1) * rate))
             slack = _MP3_SLACK if file.format == "MP3" else 0
             blocks = [np.empty(0, dtype=np.float32)]
             while left > 0:
@@ -101,13 +102,13 @@ def load_audio(path: str | Path, silence_ok: bool = False) -> np.ndarray:
         wave = soxr.resample(wave, rate, SAMPLING_RATE, quality="HQ")
     if len(wave) < MIN_SAMPLES:
         raise AudioError(f"{name}: {_too_short(len(wave) / SAMPLING_RATE)}")
-    wave = np.ascontiguousarray(wave[: int(MAX_SECONDS * SAMPLING_RATE)], dtype=np.float32)
+    wave = np.ascontiguousarray(wave[: int(seconds * SAMPLING_RATE)], dtype=np.float32)
     if not silence_ok and not wave.any():
         raise AudioError(f"{name}: is digital silence: every sample that the model would hear is zero")
     return wave
 
 
-def read_header(path: str | Path) -> tuple[int, int]:
+def read_header(path: str | Path, seconds: float = MAX_SECONDS) -> tuple[int, int]:
     """Check a file's header without decoding it.
 
     :return: Frames and rate (Hz).
@@ -116,7 +117,7 @@ def read_header(path: str | Path) -> tuple[int, int]:
     try:
         _refuse_special(path)
         info = soundfile.info(str(path))
-        _check_header(path, info)
+        _check_header(path, info, seconds)
     except AudioError:
         raise
     except (OSError, soundfile.SoundFileError, TypeError, ValueError) as error:
@@ -137,7 +138,7 @@ def _refuse_special(path: str | Path) -> None:
         raise AudioError(f"{show(path)}: is not a regular file, but a pipe, socket or device")
 
 
-def _check_header(path: str | Path, header: Any) -> None:
+def _check_header(path: str | Path, header: Any, seconds: float) -> None:
     name, frames, rate = show(path), header.frames, header.samplerate
     if header.format not in FORMATS:
         raise AudioError(f"{name}: is {header.format}; convert it to one of {', '.join(FORMATS)}")
@@ -150,8 +151,8 @@ def _check_header(path: str | Path, header: Any) -> None:
     if header.format == "MP3" and not _has_length_tag(path):
         # libsndfile guesses the length from the first frame then, and reads half of a file of variable bit rate
         raise AudioError(f"{name}: is MP3 without a Xing or Info tag, so its length is not known; convert it to WAV")
-    if frames >= MAX_SECONDS * rate:
-        return  # the model hears 30 s at most, and these are there even if the file is cut short
+    if frames >= seconds * rate:
+        return  # the model hears no more, and these are there even if the file is cut short
     for match in _CUT.finditer(header.extra_info):
         promised, there = map(int, match.groups())
         if there + _SLACK < promised < _UNKNOWN_SIZE:

@@ -21,38 +21,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from aqa.common.constants import HOP_LENGTH, MAX_FRAMES
+from aqa.common.constants import SAMPLING_RATE
 
 if TYPE_CHECKING:
     import numpy as np
 
 PACKAGES = str(Path(__file__).resolve().parents[2])
 SECONDS = 30.0  # a clip decodes in milliseconds; the rest is for a slow network file system
-MEBIBYTES = 512  # 30 s of 192 kHz in 8 channels need less than a tenth of it
+MEBIBYTES = 512  # 30 s at 192 kHz need less than a tenth of it, 10 minutes at 48 kHz half
 START_SECONDS = 120.0  # to import numpy and soundfile from a cold disk
 REQUEST, REPLY = struct.Struct("<cI"), struct.Struct("<cI")  # kind, bytes that follow
 HEADER = struct.Struct("<qi")  # frames, rate
 LOAD, LOAD_SILENCE, READ_HEADER = b"L", b"S", b"H"
 READY, DONE, FAILED = b"R", b"D", b"F"
-LARGEST_REPLY = 4 * MAX_FRAMES * HOP_LENGTH  # bytes of 30 s of float32
 
 
 class Sandbox:
     """Decodes in a worker process, one file at a time. Any thread may call it; a forked process starts its own worker.
 
     :param mebibytes: Most memory that the worker may allocate after its start.
-    :param command: Program of the worker, to which the two limits are appended; None: this module.
+    :param command: Program of the worker, to which the limits are appended; None: this module.
+    :param audio_seconds: Longest clip; what is longer is cut.
     """
 
-    def __init__(self, seconds: float = SECONDS, mebibytes: int = MEBIBYTES, command: list[str] | None = None) -> None:
-        self.seconds, self.mebibytes = seconds, mebibytes
+    def __init__(
+        self,
+        seconds: float = SECONDS,
+        mebibytes: int = MEBIBYTES,
+        command: list[str] | None = None,
+        audio_seconds: float = 30.0,
+    ) -> None:
+        self.seconds, self.mebibytes, self.audio_seconds = seconds, mebibytes, audio_seconds
         self.command = command or [sys.executable, "-m", "aqa.audio.sandbox"]
         self._worker: subprocess.Popen | None = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.seconds, self.mebibytes, self.command)  # a pickled copy starts its own worker
+        # a pickled copy starts its own worker
+        return type(self), (self.seconds, self.mebibytes, self.command, self.audio_seconds)
 
     def load(self, path: str | Path, silence_ok: bool = False) -> np.ndarray:
         """As :func:`aqa.audio.decode.load_audio`; also raises AudioError if the decoder crashes or passes a limit."""
@@ -124,7 +131,7 @@ class Sandbox:
         # with these the worker finds this package, and imports nothing from the folder that the run was started in
         modules = os.pathsep.join(filter(None, (PACKAGES, os.environ.get("PYTHONPATH"))))
         self._worker = subprocess.Popen(
-            [*self.command, str(self.seconds), str(self.mebibytes)],
+            [*self.command, str(self.seconds), str(self.mebibytes), str(self.audio_seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -143,7 +150,7 @@ class Sandbox:
     def _read_reply(self, seconds: float) -> tuple[bytes, bytes]:
         deadline = time.monotonic() + seconds
         status, length = REPLY.unpack(self._read(REPLY.size, deadline))
-        if length > LARGEST_REPLY:
+        if length > 4 * SAMPLING_RATE * self.audio_seconds:  # float32
             raise EOFError(f"a reply of {length} bytes")
         return status, self._read(length, deadline)
 
@@ -162,17 +169,17 @@ class Sandbox:
         return bytes(data)
 
 
-def serve(load: Callable[..., Any], read_header: Callable[[str], tuple[int, int]]) -> None:
+def serve(load: Callable[..., Any], read_header: Callable[..., tuple[int, int]]) -> None:
     """The worker's main function: answer requests on stdin until the owner has ended.
 
-    The limits are the last two arguments of the command line.
+    The limits are the last three arguments of the command line.
 
     :param load: Decodes a file as :func:`aqa.audio.decode.load_audio` does.
     :param read_header: Reads a header as :func:`aqa.audio.decode.read_header` does.
     """
     import resource
 
-    seconds, mebibytes = float(sys.argv[-2]), int(sys.argv[-1])
+    seconds, mebibytes, audio_seconds = float(sys.argv[-3]), int(sys.argv[-2]), float(sys.argv[-1])
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # decoders print to stderr, which is the owner's
@@ -189,9 +196,9 @@ def serve(load: Callable[..., Any], read_header: Callable[[str], tuple[int, int]
         signal.alarm(math.ceil(seconds) + 5)  # ends the worker even if its owner, which watches the time, was killed
         try:
             if kind == READ_HEADER:
-                answer = DONE, HEADER.pack(*read_header(path))
+                answer = DONE, HEADER.pack(*read_header(path, seconds=audio_seconds))
             else:
-                answer = DONE, load(path, silence_ok=kind == LOAD_SILENCE).tobytes()
+                answer = DONE, load(path, silence_ok=kind == LOAD_SILENCE, seconds=audio_seconds).tobytes()
         except MemoryError:
             answer = FAILED, f"decoding needs more than {mebibytes} MiB".encode()
         except Exception as error:

@@ -38,7 +38,7 @@ def add_model_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--model_path",
         required=True,
-        help="Hugging Face folder, or hub name, of a Qwen2-Audio or Qwen2.5-Omni; a training run's folder means its "
+        help="Hugging Face folder, or hub name, of a model; a training run's folder means its "
         "final model, or its newest hf_step_NNNNNN where it has not ended",
     )
     g.add_argument(
@@ -48,6 +48,13 @@ def add_model_flags(g: argparse._ArgumentGroup) -> None:
         help="for a LoRA adapter: multiply what it adds to the weights; 0 is the base model (default: 1)",
     )
     g.add_argument("--base_model", help="for a LoRA adapter: the model it was trained on (default: the one it names)")
+    g.add_argument(
+        "--audio_seconds",
+        type=float,
+        default=30.0,
+        help="longest clip that is heard, what is longer is cut; beyond 30 in windows of 30 s, which Audio Flamingo 3 "
+        "takes up to 600 (default: 30)",
+    )
 
 
 def add_generation_flags(g: argparse._ArgumentGroup, seed_help: str) -> None:
@@ -93,6 +100,8 @@ def find_engine_problems(args: argparse.Namespace, *further: str) -> list[str]:
         args.batch_size = DEFAULT_BATCH[args.engine]
     problems = not_installed("torch", "transformers", "soundfile")
     problems += lacks("vllm", "--engine vllm") if args.engine == "vllm" else []
+    if not 0.02 < args.audio_seconds < float("inf"):
+        problems.append(f"--audio_seconds {args.audio_seconds:g}: must be above 0.02")
     for name in ("batch_size", "max_new_tokens", "tensor_parallel_size", *further):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -124,6 +133,19 @@ def check_adapter(model: Model) -> None:
         raise EvalError(*problems)
 
 
+def make_reader(args: argparse.Namespace, model: Model) -> AudioReader:
+    """What decodes the recordings.
+
+    :raises EvalError: for clips that are longer than the model's family takes.
+    """
+    from aqa.audio.reader import AudioReader
+    from aqa.evaluation.engines import family_of
+
+    if args.audio_seconds > 30 and args.audio_seconds > (most := (family := family_of(model)).longest_seconds):
+        raise EvalError(f"--audio_seconds {args.audio_seconds:g}: {family.name} takes {most} s at most")
+    return AudioReader(args.sandbox_audio, seconds=args.audio_seconds)
+
+
 def check_audio(
     items: Sequence[Item], reader: AudioReader, is_whole: bool = False
 ) -> tuple[dict[int, list[int]], dict[int, str], list[int]]:
@@ -133,15 +155,15 @@ def check_audio(
     :return: Three results: samples at 16 kHz of the recordings of each usable item, and the error message of each other
         one, by item index; and the indices of usable items one of whose recordings is digital silence.
     """
-    from aqa.audio.decode import MAX_SECONDS, AudioError
+    from aqa.audio.decode import AudioError
 
     def check(item: Item) -> tuple[list[int], bool] | str:
         waves = []
         for path in (item.audio, *item.further):
             try:
                 frames, rate = reader.read_header(path) if is_whole else (0, 1)
-                if frames > MAX_SECONDS * rate:
-                    return f"{item.label}: {frames / rate:.1f} s of sound, of which models hear {MAX_SECONDS:g}"
+                if frames > (heard := reader.seconds) * rate:
+                    return f"{item.label}: {frames / rate:.1f} s of sound, {heard:g} are heard (--audio_seconds)"
                 waves.append(reader.load(path, silence_ok=True))
             except AudioError as error:
                 return f"{item.label}: {error}"

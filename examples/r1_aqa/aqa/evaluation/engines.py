@@ -76,6 +76,7 @@ class Settings:
     seed: int = 0  # of the libraries' generators; greedy decoding draws nothing from them
     samples: int = 1  # responses a question
     temperature: float = 0.0  # 0: greedy
+    audio_seconds: float = 30.0  # longest clip
 
 
 Answers = Iterator[list[tuple[int, list[str]]]]  # item index and its responses, some items at a time
@@ -194,7 +195,8 @@ class HFEngine:
         self.processor = processor
         self.settings = settings
         self.batch_size = max(1, settings.batch_size // settings.samples)
-        self.inputs = AudioMultimodalProcessor(processor.tokenizer, processor, prompt_max_len=sys.maxsize)
+        lengths = sys.maxsize, settings.audio_seconds
+        self.inputs = AudioMultimodalProcessor(processor.tokenizer, processor, *lengths)
         ends = end_tokens(processor.tokenizer, model.path)
         pad = processor.tokenizer.pad_token_id
         self.pad_token_id = ends[0] if pad is None else pad
@@ -378,7 +380,7 @@ class VLLMEngine:
             generation_config="vllm",
             enforce_eager=not on_gpu,
             disable_log_stats=True,
-            **family.vllm_options(30),
+            **family.vllm_options(settings.audio_seconds),
         )
         self.params = vllm.SamplingParams(
             n=settings.samples,

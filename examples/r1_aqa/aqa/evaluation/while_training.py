@@ -67,7 +67,7 @@ class BenchmarkEvaluator:
         self.processor = processor
         self.strategy = strategy
         self.folder = Path(args.save_path) / "eval"
-        self.reader = AudioReader(args.sandbox_audio)
+        self.reader = AudioReader(args.sandbox_audio, seconds=args.audio_seconds)
         self.batch_size = args.rollout_batch_size * args.n_samples_per_prompt // strategy.world_size
         try:
             self.benchmark, rows = read_rows(path)

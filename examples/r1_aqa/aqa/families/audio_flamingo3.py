@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from aqa.families.qwen2_audio import Qwen2Audio, encode_valid_frames
@@ -23,7 +24,7 @@ class AudioFlamingo3(Qwen2Audio):
     @staticmethod
     def vllm_options(seconds: float) -> dict[str, Any]:
         """vLLM reserves room for the longest clip that the processor takes, 15,000 tokens: let it take no more."""
-        return {"mm_processor_kwargs": {"max_audio_len": seconds}}
+        return {"mm_processor_kwargs": {"max_audio_len": 30 * math.ceil(seconds / 30)}}
 
     @classmethod
     def tune_vllm(cls, model: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from aqa.audio.decode import MAX_SECONDS
 from aqa.common.patch import Patch, all_or_nothing
 from aqa.hosts.current import current_host
 from aqa.patches.experience_maker import take_audio
@@ -29,14 +30,17 @@ def patch_strategy_for_audio(strategy: Any, processor: Any = None, files: dict[s
     return patch
 
 
-def patch_experience_maker_for_audio(exp_maker: Any, processor: Any, tokenizer: Any, prompt_max_len: int) -> Patch:
+def patch_experience_maker_for_audio(
+    exp_maker: Any, processor: Any, tokenizer: Any, prompt_max_len: int, audio_seconds: float = MAX_SECONDS
+) -> Patch:
     """Make an experience maker take ``(waveform, rate)`` where it expects images.
 
     :param prompt_max_len: Longest prompt in tokens, a clip's placeholder counted as one.
+    :param audio_seconds: Longest clip; what is longer is cut.
     :raises PatchError: if a symbol is not as expected.
     """
     with all_or_nothing() as patch:
-        take_audio(patch, exp_maker, processor, tokenizer, prompt_max_len)
+        take_audio(patch, exp_maker, processor, tokenizer, prompt_max_len, audio_seconds)
         audio_token_id = tokenizer.convert_tokens_to_ids(processor.audio_token)
         current_host().patch_experience_maker(patch, exp_maker, audio_token_id)
     return patch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from aqa.common.patch import Patch, require
-from aqa.patches.multimodal_processor import AudioMultimodalProcessor
+from aqa.patches.multimodal_processor import AudioMultimodalProcessor, count_audio
 
 BANNED = -100.0  # bias on the logit of <|AUDIO|>: if it were sampled, it would stand for audio that is not there
 
 
-def take_audio(patch: Patch, exp_maker: Any, processor: Any, tokenizer: Any, prompt_max_len: int) -> None:
+def take_audio(
+    patch: Patch, exp_maker: Any, processor: Any, tokenizer: Any, prompt_max_len: int, audio_seconds: float
+) -> None:
     """Replace the multimodal processor, and the two functions that look at images.
 
     The functions are replaced in the namespace of the experience maker's own module: that is where it looks them up,
@@ -23,9 +26,9 @@ def take_audio(patch: Patch, exp_maker: Any, processor: Any, tokenizer: Any, pro
     require(exp_maker, "multimodal_processor")
     module = sys.modules[type(exp_maker).__module__]
     patch.put(module, "normalize_images", check_audio)
-    patch.put(module, "get_images_num", count_audio)
+    patch.put(module, "get_images_num", functools.partial(count_audio, seconds=audio_seconds))
     if not isinstance(exp_maker.multimodal_processor, AudioMultimodalProcessor):
-        audio_processor = AudioMultimodalProcessor(tokenizer, processor, prompt_max_len)
+        audio_processor = AudioMultimodalProcessor(tokenizer, processor, prompt_max_len, audio_seconds)
         patch.replace(exp_maker, "multimodal_processor", audio_processor)
 
 
@@ -54,15 +57,6 @@ def check_audio(raw_images: Sequence[Any]) -> list[Any]:
         if not fits:
             raise TypeError(f"prompt {i}: expected (waveform, sampling rate) or None, got {type(clip).__name__}")
     return list(raw_images)
-
-
-def count_audio(all_images: Sequence[Any] | None) -> list[int] | None:
-    """What takes the place of ``get_images_num``.
-
-    :param all_images: One ``(waveform, rate)`` or None a prompt.
-    :return: 1 or 0 a prompt.
-    """
-    return None if all_images is None else [int(clip is not None) for clip in all_images]
 
 
 def describe_audio(clip: Any) -> dict[str, Any]:

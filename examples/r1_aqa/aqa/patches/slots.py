@@ -18,21 +18,33 @@ from dataclasses import dataclass
 
 import torch
 
-from aqa.common.constants import MAX_FRAMES, MIN_FRAMES
+from aqa.common.constants import HOP_LENGTH, MAX_FRAMES, MIN_FRAMES
 
 GUARD_ROWS = 2  # rows after the valid frames that the two convolutions still see
 
 
 def audio_token_count(frames: int) -> int:
-    """Number of audio tokens that the tower makes of a clip.
+    """Number of audio tokens that the tower makes of a clip; of several windows it is the sum of theirs.
 
-    :param frames: Valid mel frames, 0 to 3,000.
+    :param frames: Valid mel frames.
     :return: Tokens, 25 per second; 0 below :data:`MIN_FRAMES` frames.
 
     Source: the stride-2 convolution followed by the stride-2 average pooling of the Qwen2-Audio encoder.
     """
     after_conv = (frames - 1) // 2 + 1
     return max(0, (after_conv - 2) // 2 + 1)
+
+
+def windows_of(samples: int) -> list[tuple[int, int]]:
+    """Where the windows of 30 s begin and end that the tower takes a clip in: one, of a clip that is not longer.
+
+    A rest that is too short for an audio token is left out.
+
+    :param samples: Length of the clip.
+    """
+    size = MAX_FRAMES * HOP_LENGTH
+    starts = range(0, max(samples - (MIN_FRAMES - 1) * HOP_LENGTH, 1), size)
+    return [(start, min(start + size, samples)) for start in starts]
 
 
 def pack_clip(mel: torch.Tensor, frames: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from aqa.common.files import write_atomically
 from aqa.common.model_folder import complete
 from aqa.common.patch import Patch
+from aqa.patches.slots import windows_of
 
 
 def send_audio(patch: Patch, strategy: Any) -> None:
@@ -35,7 +36,7 @@ def build_audio_inputs(
 
     :param all_prompts: Prompt texts, one unexpanded placeholder a clip.
     :param all_images: One ``(waveform, rate)`` or None a prompt.
-    :param images_num: Clips a prompt; checked against ``all_images``.
+    :param images_num: Windows of 30 s a prompt; checked against ``all_images``.
     :param further: What later versions of LightRFT pass, such as ``all_audios`` in its pull request 58; None, because
         the clips are in the image slot.
     :return: ``{"prompt": text}``, with ``"multi_modal_data": {"audio": [(waveform, rate)]}`` where there is a clip.
@@ -48,10 +49,9 @@ def build_audio_inputs(
         raise ValueError(f"{len(all_prompts)} prompts but {len(audio)} audio entries")
     requests = []
     for i, (prompt, clip) in enumerate(zip(all_prompts, audio, strict=True)):
-        if images_num is not None and images_num[i] != int(clip is not None):
-            raise ValueError(
-                f"prompt {i} should have {images_num[i]} clips and has {int(clip is not None)}: {prompt!r}"
-            )
+        windows = 0 if clip is None else len(windows_of(len(clip[0])))
+        if images_num is not None and not min(windows, 1) <= images_num[i] <= windows:  # less, of a clip that is cut
+            raise ValueError(f"prompt {i} should have {images_num[i]} windows of audio and has {windows}: {prompt!r}")
         request: dict[str, Any] = {"prompt": prompt}
         if clip is not None:
             request["multi_modal_data"] = {"audio": [clip]}

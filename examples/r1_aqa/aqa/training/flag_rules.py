@@ -145,6 +145,7 @@ def _range_problems(args: argparse.Namespace) -> list[str]:
             ("audio_cache_mib", args.audio_cache_mib >= 0, "0 or more"),
             ("plan_gpus", args.plan_gpus is None or args.plan_gpus >= 1, "1 or more"),
             ("plan_gpu_gib", args.plan_gpu_gib is None or 0 < args.plan_gpu_gib < math.inf, "above 0"),
+            ("audio_seconds", 0.02 < args.audio_seconds < math.inf, "above 0.02"),
             ("plan_clip_seconds", 0 < args.plan_clip_seconds < math.inf, "above 0"),
             ("num_trajectories_to_save", args.num_trajectories_to_save >= 1, "1 or more"),
             ("wandb_table_steps", args.wandb_table_steps >= 0, "0 (never) or more"),
@@ -405,6 +406,8 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
         kind = model_type_of(args.pretrain)
         if kind is not None and kind not in BY_TYPE:
             problems.append(f"--pretrain {args.pretrain}: is a {kind} model; known are {KNOWN}")
+        elif kind is not None and args.audio_seconds > (most := BY_TYPE[kind].longest_seconds):
+            problems.append(f"--audio_seconds {args.audio_seconds:g}: {BY_TYPE[kind].name} takes {most} s at most")
         problems += [
             f"--pretrain {args.pretrain}: the end of {name} is missing; copy it again"
             for name in cut_weights(Path(args.pretrain))

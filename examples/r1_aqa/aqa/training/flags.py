@@ -165,6 +165,13 @@ def _add_data_flags(g: Any) -> None:
     g.add_argument("--reference_key", default="reference", help="column with the gold answer")
     g.add_argument("--label_key", default="label", help="column with the reward rule")
     g.add_argument("--prompt_max_len", type=int, default=512, help="longest prompt in tokens, a clip counted as one")
+    g.add_argument(
+        "--audio_seconds",
+        type=float,
+        default=30.0,
+        help="longest clip that is heard, what is longer is cut; beyond 30 in windows of 30 s, which Audio Flamingo 3 "
+        "takes up to 600",
+    )
     g.add_argument("--limit_mm_image_per_prompt", type=int, default=1, help="most clips a prompt")
     g.add_argument(
         "--decode_audio",
