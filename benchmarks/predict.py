@@ -23,8 +23,9 @@ from typing import NamedTuple
 
 from harness import make_parser
 
+from aqa.families import Qwen2Audio
 from aqa.training.flags import build_parser, finish
-from aqa.training.planner import PROJECTOR, TEXT, TOWER, Plan, count, parameters, read_sizes
+from aqa.training.planner import Plan, count, parameters, read_sizes
 
 
 class Gpu(NamedTuple):
@@ -60,6 +61,7 @@ MFU_TRAIN, MFU_FORWARD, OF_MEMORY, OF_LINK = 0.4, 0.5, 0.7, 0.7  # assumed
 MODEL, WORLD, PROMPTS, SAMPLES, CUT = "Qwen/Qwen2-Audio-7B-Instruct", 8, 16, 8, 4
 CLIP_SECONDS, PROMPT, RESPONSE = 10, 340, 24  # 250 of the prompt's tokens are audio
 SIZES = read_sizes(MODEL)
+TOWER, TEXT, (PROJECTOR,) = Qwen2Audio.tower, Qwen2Audio.decoder, Qwen2Audio.projectors
 # bytes a value: weight, both moments, gradient and bf16 copy once; or each of foreach's eight operations by itself
 FUSED, FOREACH = 3 * 8 + 4 + 2, 80 + 4 + 2
 BEFORE = Way(shared=False, copied=True, fused=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.training import metrics_of, train
 
-from aqa.families import Qwen2Audio
+from aqa.families import family_of
 from aqa.training.flag_rules import find_problems
 from aqa.training.flags import build_parser, finish
 from lightrft.models.actor_al import ActorAL, load_model
@@ -24,11 +24,17 @@ INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
 real = pytest.mark.skipif(not INSTALLED, reason="bitsandbytes is not installed")
 
 
+@pytest.fixture(params=["tiny_model", "tiny_omni", "tiny_flamingo"])
+def tiny(request):
+    """A model of each family."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
-def actor(tiny_model):
+def actor(tiny):
     """With adapters beside q and v, whose B is not zero as after some steps."""
     actor = ActorAL(
-        str(tiny_model), bf16=False, lora_rank=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], load_in_4bit=True
+        str(tiny), bf16=False, lora_rank=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], load_in_4bit=True
     )
     generator = torch.Generator().manual_seed(0)
     for name, parameter in actor.model.named_parameters():
@@ -41,12 +47,16 @@ def logits(model):
     return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
 
 
-def sent(actor, tiny_model):
+def decoder(model):
+    return family_of(model).parts(model).decoder
+
+
+def sent(actor, tiny):
     """A plain model with the weights that an engine gets."""
     strategy = object.__new__(DeepspeedStrategy)  # without a process group
     strategy.args = SimpleNamespace(zero_stage=0, lora_rank=2, bf16=False, sync_bucket_mb=512)
-    plain = load_model(str(tiny_model), dtype=torch.float32).eval()
-    own = {Qwen2Audio.checkpoint_name(name): parameter for name, parameter in plain.named_parameters()}
+    plain = load_model(str(tiny), dtype=torch.float32).eval()
+    own = {family_of(plain).checkpoint_name(name): parameter for name, parameter in plain.named_parameters()}
     for name, tensor in strategy.named_weights(actor.model):
         own.pop(name).data.copy_(tensor)
     assert not own
@@ -58,38 +68,39 @@ def test_the_language_models_linear_layers_are_packed_and_no_others(actor):
     packed = {name for name, p in actor.model.named_parameters() if p.dtype == torch.uint8}
     linear = {
         name + ".weight"
-        for name, module in actor.model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "language_model" in name and "lora_" not in name
+        for name, module in decoder(actor.model).named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name
     }
-    assert packed == linear
+    assert all(any(name.endswith(f".{one}") for one in linear) for name in packed)
+    assert not [name for name in packed if "audio" in name or "visual" in name or "lm_head" in name]
     assert len(packed) == 2 * 7
 
 
 @real
-def test_an_engine_gets_what_the_trainer_computes_with(actor, tiny_model):
+def test_an_engine_gets_what_the_trainer_computes_with(actor, tiny):
     actor.eval()
     with torch.no_grad():
-        plain = sent(actor, tiny_model)
+        plain = sent(actor, tiny)
         torch.testing.assert_close(logits(plain), logits(actor.model), rtol=1e-4, atol=1e-4)
-        whole = load_model(str(tiny_model), dtype=torch.float32).eval()
+        whole = load_model(str(tiny), dtype=torch.float32).eval()
         assert (logits(plain) - logits(whole)).abs().max() > 1e-2  # 4 bits and adapters are not nothing
 
 
 @real
-def test_adapters_train_after_the_model_was_evaluated(actor, tiny_model):
+def test_adapters_train_after_the_model_was_evaluated(actor, tiny):
     with torch.no_grad():
         logits(actor.model.eval())
     logits(actor.model.train()).square().mean().backward()
-    layer = actor.model.model.language_model.layers[0].self_attn.q_proj
-    plain = sent(actor, tiny_model)
+    layer = decoder(actor.model).layers[0].self_attn.q_proj
+    plain = sent(actor, tiny)
     logits(plain).square().mean().backward()
-    grad = plain.model.language_model.layers[0].self_attn.q_proj.weight.grad
+    grad = decoder(plain).layers[0].self_attn.q_proj.weight.grad
     b = layer.lora_B["default"].weight
     torch.testing.assert_close(layer.lora_A["default"].weight.grad, 3.0 * b.T @ grad, rtol=1e-3, atol=1e-6)
 
 
 @real
-def test_a_checkpoint_is_loaded_again_and_another_base_refused(actor, tiny_model):
+def test_a_checkpoint_is_loaded_again_and_another_base_refused(actor):
     state = {name: value.clone() for name, value in actor.model.state_dict().items()}
     before = logits(actor.model).detach()
     for name, parameter in actor.model.named_parameters():

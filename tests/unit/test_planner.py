@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import torch
 from conftest import EXAMPLE, child_environment
 from harness import allocated
 from support.training import FLAGS
-from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+from transformers import CONFIG_MAPPING
 
 from aqa.common.patch import Patch
+from aqa.families import BY_TYPE
 from aqa.patches.actor import patch_policy
 from aqa.policy import token_log_probs
 from aqa.training import planner
@@ -58,8 +60,12 @@ def build(config, args=None, device="cpu"):
     """A model of this configuration, with what the flags freeze and the adapters that they ask for."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(**{**config, "model_type": "qwen2_audio"}))
+        family = BY_TYPE[config.get("model_type", "qwen2_audio")]
+        parts = {name: part for name, part in copy.deepcopy(config).items() if name != "model_type"}
+        model = family.model_class()(CONFIG_MAPPING[family.model_types[-1]](**parts))  # the live model's type
     model = model.to(torch.bfloat16 if args and args.bf16 else torch.float32)
+    for part in (*family.unheard, *family.fixed):
+        model.get_submodule(part).requires_grad_(False)
     if args and args.freeze_prefix:
         freeze(model, args.freeze_prefix)
     if args and args.lora_rank:
@@ -67,13 +73,15 @@ def build(config, args=None, device="cpu"):
     return model
 
 
-@pytest.mark.parametrize("config", [planner.KNOWN[SEVEN_B], GROUPED], ids=["7b", "grouped queries"])
-def test_every_parameter(config):
+@pytest.mark.parametrize("name", [*planner.KNOWN, "grouped queries"])
+def test_every_parameter(name):
+    """Of the published models of all families, by transformers' classes."""
+    config = planner.KNOWN.get(name, GROUPED)
     model, known = build(config, device="meta"), parameters(sizes_of(config))
-    assert {p.name: p.shape for p in known} == {name: tuple(p.shape) for name, p in model.named_parameters()}
-    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {p.name: p.shape for p in known} == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    linear = {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {p.name.removesuffix(".weight") for p in known if p.is_linear} == linear
-    assert config is GROUPED or count(known) == 8_397_094_912
+    assert name != SEVEN_B or count(known) == 8_397_094_912
 
 
 @pytest.mark.parametrize(
@@ -86,9 +94,13 @@ def test_every_parameter(config):
         "--lora_rank 8 --target_modules q_proj fc1",
     ],
 )
-def test_what_trains(given):
-    planned = plan(given, sizes=sizes_of(GROUPED))
-    model = build(GROUPED, planned.args, "meta")
+@pytest.mark.parametrize("name", ["grouped queries", "Qwen/Qwen2.5-Omni-7B", "nvidia/audio-flamingo-3-hf"])
+def test_what_trains(given, name):
+    if "multi_modal_projector" in given and "Omni" in name:
+        given = given.replace("multi_modal_projector", "audio_tower.proj")
+    config = planner.KNOWN.get(name, GROUPED)
+    planned = plan(given, sizes=sizes_of(config))
+    model = build(config, planned.args, "meta")
     real = {n.replace(".default", ""): tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
     assert {p.name: p.shape for p in planned.trained} == real
 

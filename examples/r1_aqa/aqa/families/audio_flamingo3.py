@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
-from aqa.families.qwen2_audio import Qwen2Audio, encode_valid_frames
+from aqa.families.qwen2_audio import QWEN2_5_7B, Qwen2Audio, encode_valid_frames
 
 
 class AudioFlamingo3(Qwen2Audio):
@@ -20,6 +20,8 @@ class AudioFlamingo3(Qwen2Audio):
     audio_token = "<sound>"
     clip_text = "'<sound>'"
     longest_seconds = 600
+    projectors = ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2")
+    published: ClassVar = {"nvidia/audio-flamingo-3-hf": {"text_config": QWEN2_5_7B | {"vocab_size": 151_672}}}
 
     @staticmethod
     def vllm_options(seconds: float) -> dict[str, Any]:

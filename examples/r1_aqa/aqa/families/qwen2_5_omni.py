@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from aqa.families.qwen2_audio import Parts, Qwen2Audio
+from aqa.families.qwen2_audio import QWEN2_5_7B, Parts, Qwen2Audio
 
 
 class Qwen2_5Omni(Qwen2Audio):
@@ -24,6 +24,13 @@ class Qwen2_5Omni(Qwen2Audio):
     fixed = ()
     unheard = ("visual", "audio_tower.audio_bos_eos_token")
     language_model = "model"
+    tower, decoder, projectors, tower_norm = "audio_tower", "model", ("audio_tower.proj",), "ln_post"
+    published: ClassVar = {
+        "Qwen/Qwen2.5-Omni-7B": {
+            "text_config": QWEN2_5_7B | {"vocab_size": 152_064},
+            "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584},
+        }
+    }
     unpacked = ("lm_head", "audio_tower", "visual")
     ours_in_vllm = True
     deaf = ("thinker.model.", "thinker.lm_head.")

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+QWEN2_5_7B = {  # the language model of several families
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
 
 
 class Parts(NamedTuple):
@@ -38,6 +46,15 @@ class Qwen2Audio:
     # sinusoids, which do not train; transformers 5 forgets that while it loads, except under ZeRO-3
     fixed: tuple[str, ...] = ("model.audio_tower.embed_positions",)
     language_model = "language_model"  # the module that --target_modules calls so
+    # live names of the tower, of the decoder, and of the linear layers between them, in order; the tower's last norm
+    tower, decoder = "model.audio_tower", "model.language_model"
+    projectors: tuple[str, ...] = ("model.multi_modal_projector.linear",)
+    tower_norm = "layer_norm"
+    # published models, and what their configuration has beside the defaults of Qwen2AudioEncoderConfig and Qwen2Config
+    published: ClassVar[dict[str, dict[str, Any]]] = {
+        name: {"text_config": {"vocab_size": 156_032, "intermediate_size": 11_008}}
+        for name in ("Qwen/Qwen2-Audio-7B-Instruct", "Qwen/Qwen2-Audio-7B")
+    }
     # modules that stay whole with --load_in_4bit: log-probs are computed from the head's weight, the others are small
     unpacked: tuple[str, ...] = ("lm_head", "model.audio_tower", "model.multi_modal_projector")
     deaf: tuple[str, ...] = ("language_model.",)  # prefixes of checkpoint weights that no clip's embedding depends on

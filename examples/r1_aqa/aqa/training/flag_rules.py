@@ -146,7 +146,7 @@ def _range_problems(args: argparse.Namespace) -> list[str]:
             ("plan_gpus", args.plan_gpus is None or args.plan_gpus >= 1, "1 or more"),
             ("plan_gpu_gib", args.plan_gpu_gib is None or 0 < args.plan_gpu_gib < math.inf, "above 0"),
             ("audio_seconds", 0.02 < args.audio_seconds < math.inf, "above 0.02"),
-            ("plan_clip_seconds", 0 < args.plan_clip_seconds < math.inf, "above 0"),
+            ("plan_clip_seconds", args.plan_clip_seconds is None or 0 < args.plan_clip_seconds < math.inf, "above 0"),
             ("num_trajectories_to_save", args.num_trajectories_to_save >= 1, "1 or more"),
             ("wandb_table_steps", args.wandb_table_steps >= 0, "0 (never) or more"),
             ("max_ckpt_num", args.max_ckpt_num >= 1, "1 or more"),

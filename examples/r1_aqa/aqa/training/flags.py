@@ -439,7 +439,7 @@ def _add_planning_flags(g: Any) -> None:
     )
     g.add_argument("--plan_gpus", type=int, help="GPUs to plan for; default: WORLD_SIZE or those here, else 8")
     g.add_argument("--plan_gpu_gib", type=float, help="memory of each in GiB; default: what those here have, else 80")
-    g.add_argument("--plan_clip_seconds", type=float, default=30.0, help="longest clip to plan for, in seconds")
+    g.add_argument("--plan_clip_seconds", type=float, help="longest clip to plan for (default: --audio_seconds)")
 
 
 def reward_parts(reward: str, weights: list[float] | None) -> dict[str, float]:

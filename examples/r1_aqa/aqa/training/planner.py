@@ -19,22 +19,24 @@ import os
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aqa.common.gpu import listed_gpus
+from aqa.families import BY_TYPE, FAMILIES, Family
 from aqa.training.flag_rules import find_problems
 from aqa.training.freezing import is_below
 
 DOES_NOT_FIT = 3  # exit status
 GIB = 2**30
 PHASES = ("rollout", "log-probs", "backward", "optimizer", "sync")
-# The configuration of two models, as far as it differs from transformers' defaults.
-SEVEN_B = {"model_type": "qwen2_audio", "text_config": {"vocab_size": 156_032, "intermediate_size": 11_008}}
-KNOWN = {"Qwen/Qwen2-Audio-7B-Instruct": SEVEN_B, "Qwen/Qwen2-Audio-7B": SEVEN_B}
-TOWER, PROJECTOR, TEXT = "model.audio_tower", "model.multi_modal_projector.linear", "model.language_model"
-TOKENS_A_SECOND, MOST_SECONDS = 25, 30  # of audio; the tower takes 30 s at most
+KNOWN = {  # configurations of published models
+    name: {"model_type": family.model_types[0]} | config
+    for family in FAMILIES
+    for name, config in family.published.items()
+}
+TOKENS_A_SECOND, WINDOW = 25, 30  # of audio; seconds that the tower takes at a time
 LOGITS = 2**25  # token_log_probs.LOGITS_AT_ONCE, repeated because that module loads torch
 BUCKET, LIVE, SUB_GROUP, PERSISTENT = 5e8, 1e9, 1e9, 1e5  # DeepSpeed's defaults, in values
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a value: blocks of 64 share an 8-bit scale, 256 scales share a float32
@@ -49,7 +51,7 @@ class SizeError(Exception):
 
 
 class Sizes(NamedTuple):
-    """Dimensions of a Qwen2-Audio, named as in its ``config.json``, with the defaults of transformers'
+    """Dimensions of a model, named as in Qwen2-Audio's ``config.json``, with the defaults of transformers'
     Qwen2AudioEncoderConfig (down to ``encoder_ffn_dim``) and Qwen2Config."""
 
     num_mel_bins: int = 128
@@ -65,6 +67,22 @@ class Sizes(NamedTuple):
     hidden_size: int = 4096
     intermediate_size: int = 22_016
     vocab_size: int = 151_936
+    family: str = "qwen2_audio"  # its model_type
+    vision: tuple[int, ...] = ()  # depth, hidden_size, intermediate_size, out_hidden_size, patch_size of a vision tower
+
+    @property
+    def names(self) -> Family:
+        """The family, which says what the parts are called."""
+        return BY_TYPE[self.family]
+
+
+ALIASES = {  # what the other families' audio_config calls these
+    "d_model": "hidden_size",
+    "encoder_layers": "num_hidden_layers",
+    "encoder_attention_heads": "num_attention_heads",
+    "encoder_ffn_dim": "intermediate_size",
+}
+VISION = {"depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "out_hidden_size": 3584, "patch_size": 14}
 
 
 class Parameter(NamedTuple):
@@ -77,13 +95,13 @@ class Parameter(NamedTuple):
     @property
     def is_linear(self) -> bool:
         """Whether it is the weight of a linear layer."""
-        return len(self.shape) == 2 and ".embed_" not in self.name
+        return len(self.shape) == 2 and ".embed_" not in self.name and ".audio_bos_eos_token" not in self.name
 
 
 def read_sizes(pretrain: str) -> Sizes:
     """Sizes of a model folder, or of a model in :data:`KNOWN`.
 
-    :raises SizeError: if there is no configuration, or it is not a Qwen2-Audio's.
+    :raises SizeError: if there is no configuration, or it is of no known family.
     """
     path = Path(pretrain) / "config.json"
     if not path.is_file() and pretrain in KNOWN:
@@ -93,17 +111,24 @@ def read_sizes(pretrain: str) -> Sizes:
     except (OSError, ValueError) as error:
         known = " or ".join(KNOWN)
         raise SizeError(f"--pretrain {pretrain}: no config.json ({error}); name a folder, or {known}") from None
-    if config.get("model_type") != "qwen2_audio":
-        raise SizeError(f"{path}: model_type {config.get('model_type')!r}; only qwen2_audio can be planned")
+    if config.get("model_type") not in BY_TYPE:
+        raise SizeError(f"{path}: model_type {config.get('model_type')!r} is of no family that is known here")
     return sizes_of(config)
 
 
 def sizes_of(config: dict[str, Any]) -> Sizes:
     """Sizes from the contents of a ``config.json``."""
+    family = config.get("model_type", Sizes().family)
+    config = config.get("thinker_config", config)
     audio, text = config.get("audio_config") or {}, config.get("text_config") or {}
-    last = Sizes._fields.index("encoder_ffn_dim") + 1
-    named = [(audio, name) for name in Sizes._fields[:last]] + [(text, name) for name in Sizes._fields[last:]]
-    s = Sizes(**{name: part[name] for part, name in named if name in part})
+    last, end = Sizes._fields.index("encoder_ffn_dim") + 1, Sizes._fields.index("family")
+    named = [(audio, name) for name in Sizes._fields[:last]] + [(text, name) for name in Sizes._fields[last:end]]
+    if family == "audioflamingo3":
+        audio = {name: audio[alias] for name, alias in ALIASES.items() if alias in audio} | audio
+        named = [(audio, name) if part is not text else (part, name) for part, name in named]
+    s = Sizes(**{name: part[name] for part, name in named if name in part}, family=family)
+    if "vision_config" in config:
+        s = s._replace(vision=tuple((VISION | config["vision_config"])[name] for name in VISION))
     heads = s.num_attention_heads
     return s._replace(num_key_value_heads=s.num_key_value_heads or heads, head_dim=s.head_dim or s.hidden_size // heads)
 
@@ -122,30 +147,54 @@ def parameters(s: Sizes) -> tuple[Parameter, ...]:
 
     d, f, h, inner = s.d_model, s.encoder_ffn_dim, s.hidden_size, s.intermediate_size
     query, keys = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
-    add(TOWER, "conv1", d, s.num_mel_bins, 3, bias=True)
-    add(TOWER, "conv2", d, d, 3, bias=True)
-    add(TOWER, "embed_positions", s.max_source_positions, d)
+    names = s.names
+    tower, decoder = names.tower, names.decoder
+    add(tower, "conv1", d, s.num_mel_bins, 3, bias=True)
+    add(tower, "conv2", d, d, 3, bias=True)
+    if names.fixed:
+        add(tower, "embed_positions", s.max_source_positions, d)
+    if s.vision:
+        add(tower, "audio_bos_eos_token", 2, h)
+        _add_vision(add, *s.vision)
     for i in range(s.encoder_layers):
-        layer = f"{TOWER}.layers.{i}"
+        layer = f"{tower}.layers.{i}"
         add(layer, "self_attn.k_proj", d, d)
         add(layer, "self_attn.q_proj self_attn.v_proj self_attn.out_proj", d, d, bias=True)
         add(layer, "fc1", f, d, bias=True)
         add(layer, "fc2", d, f, bias=True)
         add(layer, "self_attn_layer_norm final_layer_norm", d, bias=True)
-    add(TOWER, "layer_norm", d, bias=True)
-    add("", PROJECTOR, h, d, bias=True)
-    add(TEXT, "embed_tokens", s.vocab_size, h)
+    add(tower, names.tower_norm, d, bias=True)
+    for i, projector in enumerate(names.projectors):
+        add("", projector, h, h if i else d, bias=True)
+    add(decoder, "embed_tokens", s.vocab_size, h)
     for i in range(s.num_hidden_layers):
-        layer = f"{TEXT}.layers.{i}"
+        layer = f"{decoder}.layers.{i}"
         add(layer, "self_attn.q_proj", query, h, bias=True)
         add(layer, "self_attn.k_proj self_attn.v_proj", keys, h, bias=True)
         add(layer, "self_attn.o_proj", h, query)
         add(layer, "mlp.gate_proj mlp.up_proj", inner, h)
         add(layer, "mlp.down_proj", h, inner)
         add(layer, "input_layernorm post_attention_layernorm", h)
-    add(TEXT, "norm", h)
+    add(decoder, "norm", h)
     add("", "lm_head", s.vocab_size, h)
     return tuple(out)
+
+
+def _add_vision(add: Callable[..., None], depth: int, d: int, inner: int, out: int, patch: int) -> None:
+    """Parameters of Qwen2.5-Omni's vision tower, which no sound passes.
+
+    :param out: Width of the decoder.
+    """
+    add("visual", "patch_embed.proj", d, 3, 2, patch, patch)
+    for i in range(depth):
+        block = f"visual.blocks.{i}"
+        add(block, "norm1 norm2", d)
+        add(block, "attn.q attn.k attn.v attn.proj", d, d, bias=True)
+        add(block, "mlp.gate_proj mlp.up_proj", inner, d, bias=True)
+        add(block, "mlp.down_proj", d, inner, bias=True)
+    add("visual.merger", "ln_q", d)
+    add("visual.merger", "mlp.0", 4 * d, 4 * d, bias=True)
+    add("visual.merger", "mlp.2", out, 4 * d, bias=True)
 
 
 def trained(s: Sizes, args: argparse.Namespace) -> list[Parameter]:
@@ -153,21 +202,23 @@ def trained(s: Sizes, args: argparse.Namespace) -> list[Parameter]:
 
     :raises SizeError: if ``--freeze_prefix`` or ``--target_modules`` names what is not in the model.
     """
-    frozen, targets, rank, every = args.freeze_prefix or (), args.target_modules, args.lora_rank, parameters(s)
+    frozen, rank, names = args.freeze_prefix or (), args.lora_rank, s.names
+    targets = {names.language_model if target == "language_model" else target for target in args.target_modules}
+    every = [p for p in parameters(s) if not p.name.startswith(names.unheard)]
     if rank == 0:
         for part in frozen:
-            if not any(is_below(p.name, part) for p in every):
+            if not any(is_below(p.name, part) for p in parameters(s)):
                 raise SizeError(f"--freeze_prefix {part}: the model has no parameter below a module of that name")
         learned = [p for p in every if not p.name.endswith("embed_positions.weight")]  # those are sinusoids
         return [p for p in learned if not any(is_below(p.name, part) for part in frozen)]
     linear = [p for p in every if p.is_linear and p.block != "lm_head"]
-    for target in targets:
+    for target in sorted(targets):
         if not any(target in p.name.split(".") for p in linear):
             raise SizeError(f"--target_modules {target}: no linear layer of the model has that name or is below it")
     return [
         Parameter(f"{p.name.removesuffix('weight')}lora_{side}.weight", shape, p.block)
         for p in linear
-        if set(targets) & set(p.name.split("."))
+        if targets & set(p.name.split("."))
         for side, shape in (("A", (rank, p.shape[1])), ("B", (p.shape[0], rank)))
     ]
 
@@ -206,7 +257,8 @@ class Plan:
         self.responses = args.rollout_batch_size * args.n_samples_per_prompt  # of a rollout
 
         # the longest sequence; the audio's tokens count as one in --prompt_max_len
-        self.clips, self.seconds = args.limit_mm_image_per_prompt, min(args.plan_clip_seconds, MOST_SECONDS)
+        self.clips = args.limit_mm_image_per_prompt
+        self.seconds = min(args.plan_clip_seconds or args.audio_seconds, args.audio_seconds)
         self.prompt = args.prompt_max_len + self.clips * (int(TOKENS_A_SECOND * self.seconds) - 1)
         self.response = args.generate_max_len
         self.token = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim * self.b  # keys, values
@@ -328,7 +380,7 @@ class Plan:
                 others = (b * math.prod(p.shape) / gpus for p in {*self.parameters} - {*self.trained})
                 kept, moved = moved, [pinned([*shares, *others]), pinned(shares), kept[2]]
             return kept, moved, frozen + b * values
-        linear = count(p for p in self.parameters if p.is_linear and p.block.startswith(TEXT))
+        linear = count(p for p in self.parameters if p.is_linear and p.block.startswith(f"{self.sizes.names.decoder}."))
         packed = linear * (b - NF4) * args.load_in_4bit  # bytes that 4 bits a value save
         whole = self.model - packed + (b * values if args.lora_rank else 0)
         stage, share = args.zero_stage, values / (gpus if args.zero_stage else 1)
@@ -388,7 +440,8 @@ class Plan:
                 saved += kept
         # gradients of a layer's inner values, and of one of its matrices (or the matrix, unpacked)
         layer += rows * width * b * 2 * s.intermediate_size
-        trains = self.args.lora_rank == 0 and any(block.startswith(f"{TEXT}.layers") for block in self.training)
+        layers = f"{s.names.decoder}.layers"
+        trains = self.args.lora_rank == 0 and any(block.startswith(layers) for block in self.training)
         layer += s.intermediate_size * s.hidden_size * b * (trains or self.args.load_in_4bit)
         return saved, max(layer, self._head(scored))
 
@@ -410,19 +463,23 @@ class Plan:
         """
         s, b, rank, d = self.sizes, self.b, self.args.lora_rank, self.sizes.d_model
         # the tower computes the clip's frames and two more, rounded up to 4, not the padding up to 30 s
-        states = min((int(100 * self.seconds) + 2 + 3) // 4 * 4, 100 * MOST_SECONDS) // 2
+        clips *= math.ceil(self.seconds / WINDOW)
+        states = min((int(100 * min(self.seconds, WINDOW)) + 2 + 3) // 4 * 4, 100 * WINDOW) // 2
+        names, heard = s.names, clips * b * states // 2 * s.hidden_size
         audio, text = clips * b * states * d, rows * width * b * s.hidden_size
         tower = clips * states * (b * (6 * d + s.encoder_ffn_dim + states) + 4 * s.encoder_attention_heads + 16)
         inputs = clips * states * b * (3 * d + s.encoder_ffn_dim + 6 * rank)  # of linear layers
         decoder, norm = self._decoder_layer(rows * width), 4 * text / b
         return [
-            (f"{TOWER}.conv1", 0, 2 * audio + clips * b * states * 2 * s.num_mel_bins, 0),  # frames, activation
-            (f"{TOWER}.conv2", 3 * audio, 3 * audio, 0),  # input, activation
-            *[(f"{TOWER}.layers.{i}", tower, tower + inputs, audio) for i in range(s.encoder_layers)],
-            (f"{TOWER}.layer_norm", 1.5 * audio, 1.5 * audio, 0),  # pooling and norm
-            *[(PROJECTOR, 0, audio / 2, 0), (f"{TEXT}.embed_tokens", 0, 0, 0)],
-            *[(f"{TEXT}.layers.{i}", *decoder, text) for i in range(s.num_hidden_layers)],
-            (f"{TEXT}.norm", norm, norm + text, 0),
+            (f"{names.tower}.conv1", 0, 2 * audio + clips * b * states * 2 * s.num_mel_bins, 0),  # frames, activation
+            (f"{names.tower}.conv2", 3 * audio, 3 * audio, 0),  # input, activation
+            *[(f"{names.tower}.layers.{i}", tower, tower + inputs, audio) for i in range(s.encoder_layers)],
+            (f"{names.tower}.{names.tower_norm}", 1.5 * audio, 1.5 * audio, 0),  # pooling and norm
+            (names.projectors[0], 0, audio / 2, 0),
+            *[(name, heard, 2 * heard, 0) for name in names.projectors[1:]],  # the activation between them
+            (f"{names.decoder}.embed_tokens", 0, 0, 0),
+            *[(f"{names.decoder}.layers.{i}", *decoder, text) for i in range(s.num_hidden_layers)],
+            (f"{names.decoder}.norm", norm, norm + text, 0),
         ]
 
     def _decoder_layer(self, tokens: int) -> tuple[float, float]:
