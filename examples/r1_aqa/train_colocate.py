@@ -372,9 +372,7 @@ def load_data(args: argparse.Namespace, strategy: Any, actor: Any) -> Data:
     """
     from reward_models_utils import THINK_LABEL, label_doubts
 
-    from lightrft.utils import get_tokenizer_processor_vl
-
-    tokenizer, processor = get_tokenizer_processor_vl(args.pretrain, actor.model, "left")
+    tokenizer, processor = HOST.load_processor(args, actor.model)
     source = (args.prompt_data, args.prompt_split, args.max_samples)
     dataset = load_prompts(args, strategy, tokenizer, processor, *source, training=True)
     if len(dataset) < args.rollout_batch_size:

@@ -274,6 +274,10 @@ def test_flags_that_the_family_does_not_know(problems, tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"model_type": "ultravox"}')
     (found,) = problems()
     assert "ultravox" in found and "qwen2_5_omni" in found
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2_5_omni"}')
+    assert problems(audio_seconds=60) == ["--audio_seconds 60: Qwen2.5-Omni takes 30 s at most"]
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "audioflamingo3"}')
+    assert problems(audio_seconds=600) == []
 
 
 # -------------------------------------------------------------------------------------------------------------- engines

@@ -41,6 +41,12 @@ class Host:
         :raises SystemExit: if it cannot be loaded.
         """
 
+    def load_processor(self, args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
+        """Tokenizer and processor of ``--pretrain``.
+
+        :param model: Its configuration learns the padding token, if the tokenizer has none.
+        """
+
     def eval_batch_size(self, prompts: int, samples: int) -> int:
         """Prompts of a rank in one evaluation batch.
 

@@ -67,6 +67,12 @@ class RuntimeHost(Host):
         except (OSError, ValueError, ImportError) as error:
             raise SystemExit(f"--pretrain {args.pretrain}: {error}") from error
 
+    def load_processor(self, args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
+        """See :class:`~aqa.hosts.base.Host`."""
+        from lightrft.utils import get_tokenizer_processor_vl
+
+        return get_tokenizer_processor_vl(args.pretrain, model, "left")
+
     def eval_batch_size(self, prompts: int, samples: int) -> int:
         """Evaluation samples one response a prompt, so its batches can hold ``samples`` times as many prompts."""
         return prompts * samples

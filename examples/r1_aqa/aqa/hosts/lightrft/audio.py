@@ -21,7 +21,7 @@ from torch import nn
 
 from aqa.common.constants import MAX_AUDIO_TOKENS
 from aqa.common.patch import Patch, is_patched
-from aqa.families import family_of, write_configuration
+from aqa.families import family_named, family_of, write_configuration
 from aqa.hosts.lightrft.fixes import at_least
 from aqa.patches.actor import patch_policy
 from aqa.patches.slots import unpack_clips
@@ -127,7 +127,7 @@ def patch_strategy(patch: Patch, strategy: Any, processor: Any, files: dict[str,
         kwargs["logprobs_mode"] = "processed_logprobs"  # log-probs of the distribution sampled from
         if not args.bf16:
             kwargs["dtype"] = "float32"  # LightRFT would roll out in float16
-        return make_engine(*positional, **kwargs)
+        return make_engine(*positional, **kwargs, **family_named(args.pretrain).vllm_options(30))
 
     patch.replace(vllm_utils, "get_vllm_engine", get_vllm_engine)
     patch.put(strategy, "engine_generate_local", functools.partial(generate_with_audio, strategy))

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from aqa.common.model_type import model_type_of
 from aqa.common.patch import Patch
 from aqa.data.prompts import end_tokens
+from aqa.families import family_named
 from aqa.hosts.base import Host
 from aqa.hosts.lightrft import fixes
 from aqa.hosts.lightrft.contract import check_contract
@@ -139,8 +140,11 @@ class LightRFTHost(Host):
             problems.append("--zero_stage 0 with --bf16: LightRFT would add up micro-batches in bfloat16; use stage 2")
         if args.fsdp and args.max_norm == 0:
             problems.append("--fsdp with --max_norm 0: LightRFT would clip every gradient to zero; use --max_norm 1")
-        if args.pretrain and model_type_of(args.pretrain) not in (None, "qwen2_audio"):
-            problems.append(f"--pretrain {args.pretrain}: inside LightRFT qwen2_audio alone; unset LIGHTRFT_HOME")
+        kind = model_type_of(args.pretrain) if args.pretrain else None
+        if kind not in (None, "qwen2_audio") and args.engine_type == "sglang":
+            problems.append(f"--pretrain {args.pretrain}: of a {kind} SGLang does not roll out here; use vllm")
+        if args.audio_seconds > 30:
+            problems.append(f"--audio_seconds {args.audio_seconds:g}: inside LightRFT a clip has one window; use 30")
         return problems
 
     def prepare(self, args: argparse.Namespace) -> None:
@@ -154,9 +158,13 @@ class LightRFTHost(Host):
         """LightRFT's ``ActorAL``; a checkpoint of another dtype than asked for is refused, too."""
         import torch
 
-        from lightrft.models.actor_al import ActorAL
+        from lightrft.models import actor_al
 
-        actor = ActorAL(args.pretrain, use_flash_attention_2=args.flash_attn, bf16=args.bf16, ds_config=ds_config)
+        family = family_named(args.pretrain)
+        with Patch() as patch:  # it names one class
+            patch.replace(actor_al, "Qwen2AudioForConditionalGeneration", family.model_class())
+            flags = {"use_flash_attention_2": args.flash_attn, "bf16": args.bf16, "ds_config": ds_config}
+            actor = actor_al.ActorAL(args.pretrain, **flags)
         wanted = torch.bfloat16 if args.bf16 else torch.float32
         wrong = {p.dtype for p in actor.model.parameters()} - {wanted}
         if wrong:
@@ -165,9 +173,18 @@ class LightRFTHost(Host):
                 "a checkpoint in float32"
             )
         for name, parameter in actor.model.named_parameters():
-            if "embed_positions" in name.split("."):  # sinusoids do not train; transformers 5 forgets that on loading
+            # sinusoids do not train, which transformers 5 forgets on loading
+            if name.startswith(family.unheard) or "embed_positions" in name.split("."):
                 parameter.requires_grad_(False)
         return actor
+
+    def load_processor(self, args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
+        """By LightRFT's function, but with the family's own class: that of Qwen2.5-Omni needs no torchvision."""
+        from lightrft.utils import utils
+
+        with Patch() as patch:
+            patch.replace(utils, "AutoProcessor", family_named(args.pretrain).processor_class())
+            return utils.get_tokenizer_processor_vl(args.pretrain, model, "left")
 
     def trainer_arguments(self, args: argparse.Namespace, processor: Any) -> dict[str, Any]:
         return {
