@@ -5,30 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-
-class Family(Protocol):
-    """What the runtime asks of a model family; the example's ``aqa.families`` says what each member means."""
-
-    name: str
-    model_types: tuple[str, ...]
-    foreign: tuple[str, ...]
-    unheard: tuple[str, ...]
-    fixed: tuple[str, ...]
-    language_model: str
-    unpacked: tuple[str, ...]
-    deaf: tuple[str, ...]
-
-    def model_class(self) -> Any: ...
-    def processor_class(self) -> Any: ...
-    def checkpoint_name(self, name: str) -> str: ...
-    def checkpoint_config(self, config: dict[str, Any]) -> dict[str, Any]: ...
-    def vllm_options(self, seconds: float) -> dict[str, Any]: ...
-    def tune_vllm(self, model: Any) -> None: ...
-    def prefill(self, model: Any, inputs: dict[str, Any], positions: Any, cache: Any) -> None: ...
-
-
+# a class as those of the example's ``aqa.families``; ``Qwen2Audio`` there says what each member means
+Family = Any
 FAMILIES: dict[str, Family] = {}  # by config.model_type
 
 

@@ -11,18 +11,7 @@ from typing import Any
 
 from aqa.families.audio_flamingo3 import AudioFlamingo3
 from aqa.families.qwen2_5_omni import Qwen2_5Omni
-from aqa.families.qwen2_audio import Parts, Qwen2Audio
-
-__all__ = [
-    "FAMILIES",
-    "KNOWN",
-    "Family",
-    "Parts",
-    "family_named",
-    "family_of",
-    "write_checkpoint",
-    "write_configuration",
-]
+from aqa.families.qwen2_audio import Qwen2Audio
 
 Family = type[Qwen2Audio]
 FAMILIES: tuple[Family, ...] = (Qwen2Audio, Qwen2_5Omni, AudioFlamingo3)

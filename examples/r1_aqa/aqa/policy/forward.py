@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from aqa.common.constants import MAX_FRAMES
-from aqa.families import Parts, family_of
+from aqa.families import family_of
+from aqa.families.qwen2_audio import Parts
 from aqa.policy.packing import Packing, divide_groups, pack
 from aqa.policy.token_log_probs import token_log_probs
 
