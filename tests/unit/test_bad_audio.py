@@ -419,6 +419,23 @@ def test_probing_many_files_keeps_their_order_and_opens_each_once(tmp_path, monk
     assert sorted(opened) == sorted([good, *missing])
 
 
+@pytest.mark.parametrize("sandboxed", [False, True])
+def test_as_much_is_heard_as_was_asked_for(tmp_path, sandboxed):
+    """--audio_seconds, also in the worker; the last 4 s of a file of 64 s are missing."""
+    clip = put(sound(tone(50)), tmp_path / "clip.wav")
+    short = put(riff(pcm(tone(60)), size=128 * RATE), tmp_path / "short.wav")
+    for seconds, heard in ((20, 20), (45, 45), (70, 50)):
+        reader = AudioReader(sandboxed, seconds=seconds)
+        assert len(reader.load(clip)) == heard * RATE
+        if seconds < 60:
+            assert len(reader.load(short)) == heard * RATE
+        else:
+            for read in (reader.load, reader.read_header):
+                with pytest.raises(AudioError, match="cut short"):
+                    read(short)
+        reader.close()
+
+
 def test_limits_are_those_of_the_slots():
     assert (decode.MAX_FRAMES, decode.MIN_FRAMES) == (slots.MAX_FRAMES, slots.MIN_FRAMES)
 
