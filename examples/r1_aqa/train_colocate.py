@@ -259,7 +259,7 @@ def has_room_for_engine_weights(args: argparse.Namespace, strategy: Any) -> bool
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     try:
         return Plan(args, read_sizes(args.pretrain), strategy.world_size, memory / GIB).engine_weights_stay
-    except SizeError:  # another family, of which the plan knows nothing
+    except SizeError:  # a name on the hub, whose sizes are not known here
         return False
 
 

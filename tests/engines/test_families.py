@@ -19,6 +19,9 @@ from transformers import AudioFlamingo3Config, Qwen2_5OmniThinkerConfig
 
 from aqa.audio.decode import SAMPLING_RATE
 from aqa.data.prompts import render_chat
+from aqa.evaluation.asking import make_reader
+from aqa.evaluation.checkpoints import Model
+from aqa.evaluation.items import EvalError
 from aqa.families import AudioFlamingo3, Qwen2_5Omni, Qwen2Audio
 from aqa.families import family_of as forward_family_of
 from aqa.families.omni_processor import OmniAudioProcessor
@@ -276,6 +279,8 @@ def test_flags_that_the_family_does_not_know(problems, tmp_path):
     assert "ultravox" in found and "qwen2_5_omni" in found
     (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2_5_omni"}')
     assert problems(audio_seconds=60) == ["--audio_seconds 60: Qwen2.5-Omni takes 30 s at most"]
+    with pytest.raises(EvalError, match=r"--audio_seconds 60: Qwen2\.5-Omni takes 30 s at most"):
+        make_reader(SimpleNamespace(audio_seconds=60, sandbox_audio=False), Model(*[str(tmp_path / "model")] * 2))
     (tmp_path / "model" / "config.json").write_text('{"model_type": "audioflamingo3"}')
     assert problems(audio_seconds=600) == []
 
@@ -343,17 +348,17 @@ def test_the_hf_engines_log_probs_are_the_trainers(parts, case, noises):
     assert max(gaps(parts, items, bias)) < 1e-4
 
 
-def test_evaluation_answers_as_plain_generate(tiny, noises):
-    """Two questions in a batch, against transformers' generate, alone."""
+def test_evaluation_answers_as_plain_generate(tiny, case, noises):
+    """Two questions in a batch, one about a clip of several windows, against transformers' generate, alone."""
     from aqa.evaluation import engines
-    from aqa.evaluation.checkpoints import Model
 
     model = Model(str(tiny), str(tiny))
     processor = engines.load_processor(model)
-    engine = engines.HFEngine(model, processor, engines.Settings(max_new_tokens=8, batch_size=4, dtype="float32"))
+    settings = engines.Settings(max_new_tokens=8, batch_size=4, dtype="float32", audio_seconds=case.seconds)
+    engine, clips = engines.HFEngine(model, processor, settings), [noises[1], noises[-1]]
     perturbed(engine, 0.1)  # answers that hang on every detail of what is heard and read
     texts = [engines.render(processor, question) for question in ("What sound?", "Is it a bell or rain?")]
-    slot = engine.inputs.process_multimodal_batch(texts, noises[1:3], None, None, 1)
+    slot = engine.inputs.process_multimodal_batch(texts, clips, None, None, 1)
     ids = [torch.tensor(row) for row in slot["all_prompt_token_ids"]]
     width = max(map(len, ids))
     pad = engine.pad_token_id
@@ -365,7 +370,7 @@ def test_evaluation_answers_as_plain_generate(tiny, noises):
         "clips": unpack_clips(slot["all_images_pixel_values"], slot["all_images_grid_thw"]),
     }
     ours = engine.generate(batch)
-    for text, (wave, rate), answer in zip(texts, noises[1:3], ours, strict=True):
+    for text, (wave, rate), answer in zip(texts, clips, ours, strict=True):
         one = processor(text=[text], audio=[wave], sampling_rate=rate, return_tensors="pt")
         tokens = engine.model.generate(**one)[0, one["input_ids"].shape[1] :]
         assert [engines.decode(processor, tokens.tolist())] == answer
