@@ -121,11 +121,9 @@ def sizes_of(config: dict[str, Any]) -> Sizes:
     family = config.get("model_type", Sizes().family)
     config = config.get("thinker_config", config)
     audio, text = config.get("audio_config") or {}, config.get("text_config") or {}
+    audio = {name: audio[alias] for name, alias in ALIASES.items() if alias in audio} | audio
     last, end = Sizes._fields.index("encoder_ffn_dim") + 1, Sizes._fields.index("family")
     named = [(audio, name) for name in Sizes._fields[:last]] + [(text, name) for name in Sizes._fields[last:end]]
-    if family == "audioflamingo3":
-        audio = {name: audio[alias] for name, alias in ALIASES.items() if alias in audio} | audio
-        named = [(audio, name) if part is not text else (part, name) for part, name in named]
     s = Sizes(**{name: part[name] for part, name in named if name in part}, family=family)
     if "vision_config" in config:
         s = s._replace(vision=tuple((VISION | config["vision_config"])[name] for name in VISION))
