@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from aqa.common.model_type import model_type_of
 from aqa.common.patch import Patch
 from aqa.data.prompts import end_tokens
-from aqa.families import family_named
+from aqa.families import BY_TYPE, family_named
 from aqa.hosts.base import Host
 from aqa.hosts.lightrft import fixes
 from aqa.hosts.lightrft.contract import check_contract
@@ -143,6 +143,8 @@ class LightRFTHost(Host):
         kind = model_type_of(args.pretrain) if args.pretrain else None
         if kind not in (None, "qwen2_audio") and args.engine_type == "sglang":
             problems.append(f"--pretrain {args.pretrain}: of a {kind} SGLang does not roll out here; use vllm")
+        if kind in BY_TYPE and not BY_TYPE[kind].inside_lightrft:
+            problems.append(f"--pretrain {args.pretrain}: a {kind} does not train inside LightRFT; unset LIGHTRFT_HOME")
         if args.audio_seconds > 30:
             problems.append(f"--audio_seconds {args.audio_seconds:g}: inside LightRFT a clip has one window; use 30")
         return problems
