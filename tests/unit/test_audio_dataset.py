@@ -333,7 +333,7 @@ def test_the_mel_of_a_clip_is_computed_once(audio_processor, processor, monkeypa
     ("audio", "images_num", "prompt_max_len", "message"),
     [
         ([None], None, 512, "prompt 0 holds 1 audio placeholders for 0 clips"),
-        ([(noise(RATE), RATE)], [0], 512, r"images_num says \[0\] clips per prompt, but there are \[1\]"),
+        ([(noise(RATE), RATE)], [0], 512, r"images_num says \[0\] windows per prompt, but there are \[1\]"),
         ([(noise(RATE), RATE)], None, 10, r"prompt 0 has \d+ tokens, more than 10"),
     ],
     ids=["no_clip", "images_num", "long"],

@@ -171,7 +171,7 @@ def test_a_batch_is_decoded_in_parallel_in_order_and_each_file_once(tmp_path, mo
     together = threading.Barrier(DECODE_THREADS)
     load = Counting()
 
-    def load_together(path: str, silence_ok: bool) -> np.ndarray:
+    def load_together(path: str, silence_ok: bool, seconds: float) -> np.ndarray:
         together.wait(SECONDS)  # breaks unless so many decode at the same time
         return load(path)
 

@@ -251,7 +251,7 @@ class HFEngine:
             counts = iter([tokens for _, tokens in extracted])
             ids = self.processor.tokenizer(job.text, add_special_tokens=False)["input_ids"]
             rows.append([each for token in ids for each in [token] * (next(counts) if token == placeholder else 1)])
-            mels += [mel for mel, _ in extracted]
+            mels += [mel for windows, _ in extracted for mel in windows]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.pad_token_id)
         mask = torch.zeros(len(rows), width, dtype=torch.long)

@@ -73,7 +73,7 @@ class AudioMultimodalProcessor:
         :return: A view of a single row, of the same shape.
         """
         if self._silent_row is None:
-            self._silent_row = self.extract((np.zeros(SAMPLING_RATE, np.float32), SAMPLING_RATE))[0][:1]
+            self._silent_row = self._extract_window(np.zeros(SAMPLING_RATE, np.float32))[:1]
         return self._silent_row.expand_as(clip)
 
     def process_multimodal_batch(
