@@ -411,7 +411,12 @@ def test_a_sum_of_rewards_by_hand(own):
     sums = [sum(w * v[i] for w, v in zip(weights, expected.values(), strict=True)) for i in range(6)]
     assert total.tolist() == sums == metrics["rule_reward"].tolist()
     right = f"{prompt}<think>a</think><answer>dog</answer><|im_end|>"
-    for alone, weight, paid in (("accuracy", None, 1.0), ("format", [2.0], 2.0), ("exact", [3.0], 6.0)):
+    for alone, weight, paid in (
+        ("accuracy", None, 1.0),
+        ("format", [2.0], 2.0),
+        ("exact", [3.0], 6.0),
+        ("r1_aqa+audio_gain", None, 2.0),
+    ):
         assert find_reward(alone, weight)([], ["avqa_think_rule"], [right], ["dog"], {})[0].tolist() == [paid]
 
 

@@ -102,18 +102,16 @@ def find_reward(
     :return: A function with the signature of :func:`aqa.rewards.r1_aqa.reward_fn`.
     :raises SystemExit: if there is no such function.
     """
-    if AUDIO_GAIN in (names := name.split("+")):
-        paid = zip(names, weights or [1.0] * len(names), strict=True)
-        names, weights = zip(*((part, weight) for part, weight in paid if part != AUDIO_GAIN), strict=True)
-        name = "+".join(names)
     if name == "r1_aqa" and weights is None:
         return reward_fn
     names = ["accuracy", "format"] if name == "r1_aqa" else name.split("+")
     if names == [name] and weights is None and name not in (*PARTS, *R1_AQA_PARTS):
         return score_named(NAMED[name]) if name in NAMED else score_batch_with(_import(name), name)
+    weighed = zip(names, weights or [1.0] * len(names), strict=True)
+    names, weights = zip(*(pair for pair in weighed if pair[0] != AUDIO_GAIN), strict=True)
     further = {part: partial(PARTS[part], words=words, group=group) for part in names if part in PARTS}
     whole = {part: find_reward(part) for part in names if part not in (*PARTS, *R1_AQA_PARTS)}
-    return add_up(names, weights or [1.0] * len(names), further, whole)
+    return add_up(names, weights, further, whole)
 
 
 def add_up(
