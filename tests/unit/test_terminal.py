@@ -14,7 +14,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqa.training.summary import lesson, read_metrics, summary, summary_table
+from aqa.training.summary import lesson, next_command, read_metrics, summary, summary_table
 from lightrft.utils import progress
 from lightrft.utils.console import Console, paint
 from lightrft.utils.progress import step_lines
@@ -176,6 +176,13 @@ def test_short_empty_and_cut_runs(tmp_path):
     file.write_text("".join(json.dumps(record) + "\n" for record in records(3)) + '{"step": 4, "roll')
     assert [record["step"] for record in read_metrics(file)] == [1, 2, 3]
     assert "step 3" in summary(args)
+
+
+def test_the_next_command_writes_over_no_result(tmp_path):
+    args = Namespace(save_path=f"{tmp_path}/run/", prompt_data=str(tmp_path), generate_max_len=16)
+    for name in ("run_result.json", "run_result_2.json", "run_result_3.json"):
+        assert f"--out_file {tmp_path / name} " in next_command(args)
+        (tmp_path / name).touch()
 
 
 @pytest.mark.parametrize(
