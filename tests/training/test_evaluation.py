@@ -152,7 +152,7 @@ def test_two_ranks_count_each_row_once(tmp_path):
         for i in range(3)
     ]
     (tmp_path / "questions.json").write_text(json.dumps(rows))
-    context = mp.get_context("spawn")
+    context = mp.get_context("fork")  # a spawned process would import everything again
     failures = context.SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -19,7 +19,7 @@ import literal_rule
 import pytest
 import torch
 from conftest import EXAMPLE, ROOT, wait_until_gone
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aqa.data.prompts import choices_in, render_prompt
@@ -112,6 +112,12 @@ def test_accuracy_table(content, gold, expected, why):
 
 
 @given(text=TAGGED)
+@example("<answer>dog</answer>\n")
+@example("So: <answer>dog</answer>")
+@example("<think>hm</think>\n<answer>dog</answer>")
+@example("So: <think>hm</think><answer>dog</answer>")
+@example("<think>hm</think> so <answer>dog</answer>")
+@example("<think>hm</think> so</think><answer>a\nb</answer>")
 def test_linear_rules_equal_the_patterns_they_restate(text):
     match = re.search(r"<answer>(.*?)</answer>", text)
     assert first_answer(text) == (match.group(1) if match else None)
