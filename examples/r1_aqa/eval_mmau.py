@@ -193,7 +193,7 @@ def evaluate(args: argparse.Namespace) -> None:
         args.think = trained_to_think == 1
     items = make_items(rows, benchmark, Path(args.audio_dir), args.think, args.confine_audio, args.limit)
     again = ask_again(items, args.option_orders, args.silent_audio == "also", args.think, len(rows))
-    announce(args, benchmark, items, model, trained_to_think)
+    announce(args, items, model, trained_to_think)
     announce_answers(rows, items)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -269,14 +269,12 @@ def ask_and_score(
     show_result(out, benchmark, scores)
 
 
-def announce(
-    args: argparse.Namespace, benchmark: Benchmark, items: Sequence[Item], model: Model, trained_to_think: float | None
-) -> None:
+def announce(args: argparse.Namespace, items: Sequence[Item], model: Model, trained_to_think: float | None) -> None:
     """Print the questions and the model, with a warning if the model was trained to answer in another form.
 
     :param trained_to_think: Share of the model's training rows that asked for the thinking process; None: unknown.
     """
-    print(f"{len(items)} questions of {args.data_file}, to be scored by {benchmark.title}'s rule")
+    print(f"{len(items)} questions of {args.data_file}")
     print(f"model  {args.model_path}" + (f"\n       {model.note}" if model.note else ""))
     if args.think:
         print("the prompts ask for the thinking process before the answer")
@@ -326,7 +324,7 @@ def show_result(out: Path, benchmark: Benchmark, scores: dict[str, Any] | None) 
     """Print the table of scores (None if the data file holds no answers) and where the files are."""
     print()
     if scores is None:
-        print("the data file holds no answers, so there is no score; the result file can be submitted")
+        print("the data file holds no answers, so there is no score; what was answered is in the result file")
         print(f"results  {out}")
         return
     bad, asked = len(scores["bad_audio"]), scores.get("of_asked")
