@@ -23,6 +23,7 @@ import numpy as np
 import select_rows
 import soundfile
 from harness import make_parser
+from scipy.stats import t as student
 
 from aqa.common.files import write_atomically
 from demo import run_demo
@@ -163,7 +164,7 @@ def describe(values: list[float]) -> str:
 
 
 def recommend(cells: Cells) -> str:
-    """Two sentences: what was better or worse than the recipe, seed by seed, by more than twice the standard error."""
+    """Two sentences: what was better or worse than the recipe, seed by seed, at the 5 % level of Student's t test."""
     base = [cell["accuracy"] for cell in cells.get("recipe", ())]
     if len(base) < 2:
         return "No recommendation: it takes the recipe, and two seeds."
@@ -171,7 +172,7 @@ def recommend(cells: Cells) -> str:
     for method, row in cells.items():
         gains = [cell["accuracy"] - ours for cell, ours in zip(row, base, strict=False)]
         mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 1.0
-        if abs(mean) > max(2 * error, 0.01):
+        if abs(mean) > max(student.ppf(0.975, max(1, len(gains) - 1)) * error, 0.01):  # 4.3 errors with 3 seeds
             (better if mean > 0 else worse).append(f"{method} ({mean:+.3f} ± {error:.3f})")
     first = f"Switch on {' or '.join(better)}" if better else "Keep R1-AQA's recipe"
     first += f": the recipe answered {statistics.mean(base):.3f} of the held-out questions rightly"

@@ -165,9 +165,14 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--out_file {out}: {', '.join(folders)} beside it would be written and is a folder")
     elif out.exists() and Path(args.data_file).exists() and out.samefile(args.data_file):
         problems.append(f"--out_file {out}: is the --data_file")
-    elif out.exists() and not args.overwrite:
+    elif is_finished(out) and not args.overwrite:
         problems.append(f"--out_file {out}: exists; --overwrite replaces it")
     return problems
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a result is there that no unfinished run, begun with ``--overwrite``, is to replace."""
+    return out.exists() and not out.with_suffix(".partial.jsonl").exists()
 
 
 def files_of(out: Path) -> list[Path]:
@@ -217,7 +222,7 @@ def ask_and_score(
     :raises EvalError: for what the user can correct.
     """
     out = Path(args.out_file)
-    if out.exists() and not args.overwrite:
+    if is_finished(out) and not args.overwrite:
         raise EvalError(f"--out_file {out}: another evaluation has just written it; --overwrite replaces it")
     partial = PartialFile(out.with_suffix(".partial.jsonl"), identity(args, benchmark, model))
     if args.overwrite:

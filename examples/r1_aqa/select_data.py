@@ -14,8 +14,6 @@ training ignores unless its flags ask for them. The same command continues after
 from __future__ import annotations
 
 import argparse
-import io
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from aqa.common.arguments import Parser
-from aqa.common.files import write_atomically
+from aqa.common.files import write_files
 from aqa.common.lock import lock
 from aqa.data.selection import PASS_RATE, SILENT_PASS_RATE
 from aqa.evaluation import pass_rates
@@ -69,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         required=True,
         help=f"folder for {TRAIN} with the rates; a folder's validation part is copied into it",
     )
-    g.add_argument("--overwrite", action=flag, default=False, help="replace rates, finished or not, of an earlier run")
+    g.add_argument("--overwrite", action=flag, default=False, help="replace an earlier run's files, finished or not")
     add_untrusted_flag(g)
     g = parser.add_argument_group("rates")
     g.add_argument("--samples", type=int, default=8, help="responses a row and kind of sound (default: 8)")
@@ -92,7 +90,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def find_problems(args: argparse.Namespace) -> list[str]:
     """Check the flags; return one message per problem."""
     problems = find_engine_problems(args, "samples")
-    out = args.out_dir / TRAIN
+    unfinished = (args.out_dir / "select.partial.jsonl").exists()  # perhaps begun with --overwrite
+    held = ", ".join(name for name in (TRAIN, *BESIDE) if (args.out_dir / name).exists() and not unfinished)
     if not 0 < args.temperature <= 2:
         problems.append(f"--temperature {args.temperature}: must be above 0 and at most 2 (vLLM's limit)")
     if not args.data_file.is_file():
@@ -101,8 +100,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--out_dir {args.out_dir}: is the folder of --data_file; name another")
     elif args.out_dir.exists() and not args.out_dir.is_dir():
         problems.append(f"--out_dir {args.out_dir}: is no folder")
-    elif out.exists() and not args.overwrite:
-        problems.append(f"--out_dir {args.out_dir}: holds {TRAIN}; --overwrite replaces it")
+    elif held and not args.overwrite:
+        problems.append(f"--out_dir {args.out_dir}: holds {held}; --overwrite replaces all of that")
     return problems
 
 
@@ -170,23 +169,17 @@ def write(args: argparse.Namespace, model: Model, table: Any, items: Sequence[An
 
     print("scoring ...")
     kinds = {PASS_RATE: lambda i: i} | ({SILENT_PASS_RATE: lambda i: -1 - i} if args.silent_audio else {})
-    said = {name: [as_list(done[number(item.index)]) for item in items] for name, number in kinds.items()}
+    said = {name: [done[number(item.index)] for item in items] for name, number in kinds.items()}
     rates = {name: pass_rates.score(items, responses, args.reward) for name, responses in said.items()}
-    content = io.BytesIO()
-    pq.write_table(pass_rates.with_rates(table, rates, describe_run(args, model)), content)
-    for name in BESIDE:
-        source = args.data_file.with_name(name)
-        if args.data_file.name == TRAIN and source.is_file():
-            shutil.copyfile(source, args.out_dir / name)
-    write_atomically(args.out_dir / TRAIN, content.getvalue())
+    rated = pass_rates.with_rates(table, rates, describe_run(args, model))
+    writers = {TRAIN: partial(pq.write_table, rated)}
+    for name in BESIDE if args.data_file.name == TRAIN else ():
+        if (source := args.data_file.with_name(name)).is_file():
+            writers[name] = lambda file, source=source: file.write(source.read_bytes())
+    write_files(args.out_dir, f"--out_dir {args.out_dir}", writers, obsolete=(TRAIN, *BESIDE))
     print(f"\n{pass_rates.describe(rates, args.samples)}\n\nrates    {args.out_dir / TRAIN}")
     silent = "--max_silent_pass_rate 0.5 " if args.silent_audio else ""
     print(f"next     train_colocate.py --prompt_data {args.out_dir} {silent}--pass_rate 0.1 0.9 ...")
-
-
-def as_list(said: str | list[str]) -> list[str]:
-    """The responses of a row, of which --samples 1 gives one."""
-    return [said] if isinstance(said, str) else said
 
 
 def identity(args: argparse.Namespace, model: Model) -> dict[str, Any]:

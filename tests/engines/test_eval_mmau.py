@@ -460,15 +460,16 @@ def test_mmar(tmp_path, flags, questions, capsys):
 
 
 def test_a_killed_run_continues_to_the_same_file(tmp_path, tiny_model, demo_data, capsys):
-    """SIGKILL somewhere among the answers, a line torn in two on top of it, then the same command again."""
+    """SIGKILL somewhere among the answers, a line torn in two, then the same command again, without --overwrite."""
     flags = ("--model_path", tiny_model, "--data_file", demo_data / "demo-test.json", "--audio_dir", demo_data, *TOKENS)
     flags = (*flags, "--batch_size", 2)
     evaluate(capsys, *flags, "--out_file", tmp_path / "whole.json")
 
     out = tmp_path / "killed.json"
+    out.write_text("of an earlier run")
     partial = tmp_path / "killed.partial.jsonl"
     wanted = 1 + 2 * int(np.random.default_rng().integers(1, 6))  # the head, and one to five batches
-    command = [sys.executable, EXAMPLE / "eval_mmau.py", *flags, "--out_file", out]
+    command = [sys.executable, EXAMPLE / "eval_mmau.py", *flags, "--out_file", out, "--overwrite"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (partial.exists() and partial.read_bytes().count(b"\n") >= wanted):
@@ -477,7 +478,7 @@ def test_a_killed_run_continues_to_the_same_file(tmp_path, tiny_model, demo_data
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not out.exists()
+    assert out.read_text() == "of an earlier run"
     kept = partial.read_bytes().count(b"\n") - 1
     with partial.open("ab") as file:
         file.write(b'{"index": 23, "raw_out')

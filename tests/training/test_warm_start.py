@@ -133,6 +133,10 @@ def test_responses_by_hand(tiny_model, demo_parquet):
         f"<think>{references[0]}</think><answer>{references[1]}</answer><|im_end|>",
     ]
     assert given_responses(wrapped, labels, thoughts, tokenizer, 40) == expected
+    thoughts[1] = f"<think>{references[0]} </think>\n"  # as many data sets have it
+    assert given_responses(wrapped, labels, thoughts, tokenizer, 40) == expected
+    with pytest.raises(DataError, match="row 1: its thinking holds <answer>"):
+        given_responses(wrapped, labels, [None, "or <answer>a</answer>?"], tokenizer, 90)
     short = len(tokenizer(expected[0])["input_ids"]) - 1
     wrong = [references[0], references[0], "<|im_end|>"]
     with pytest.raises(DataError) as told:

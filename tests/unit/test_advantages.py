@@ -151,6 +151,7 @@ def test_audio_gain_by_hand(monkeypatch):
         ([0.8, 0.6], [0.8, 0.4], [0.1, 0.9], [0.1]), ([0.4, 0.3], [0.2, 0.1], [0.9, 0.1], [0.4])))  # fmt: skip
     gains = [0.5, 0.75, 0.0, 0.0]  # the last one is likelier in silence
     assert [audio_gain(*pair) for pair in zip(heard, silent, strict=True)] == pytest.approx(gains, abs=1e-6)
+    assert audio_gain(torch.tensor([-900.0]), torch.tensor([0.0])) == 0  # exp(900) is no number
     weights = {"accuracy_reward": 1.0, "audio_gain_reward": 0.2}
     more = {"reward_parts": weights, "audio_token_weights": 0.0, "dynamic_sampling_rounds": 0}
     maker = make_maker(monkeypatch, "gdpo", **more)

@@ -293,8 +293,8 @@ def test_the_engines_share_and_the_batch():
 
 
 def test_where_vllms_weights_are_while_the_policy_trains():
-    """On the GPU, if a tenth of it is free then; else nowhere, because the next sync sends them. LightRFT copies them
-    to pinned memory."""
+    """On the GPU, if a tenth of it is free then; else nowhere, because the next sync sends them. LightRFT always drops
+    them."""
     roomy = plan(RECIPE)
     dropped = max(roomy.totals[1:4]) - 2 * ALL
     least = (dropped + 2 * ALL) / 0.9 / GIB
@@ -306,7 +306,7 @@ def test_where_vllms_weights_are_while_the_policy_trains():
         assert cell(planned, "machine", "engine") == 0
     del roomy.args.sync_bucket_mb  # LightRFT has no such flag
     theirs = roomy.changed({})
-    assert (theirs.engine_weights_stay, cell(theirs, "machine", "engine")) == (False, PINNED)
+    assert (theirs.engine_weights_stay, cell(theirs, "machine", "engine")) == (False, 0)
     awake = plan(f"{RECIPE} --no-enable_engine_sleep")
     assert not awake.engine_weights_stay and cell(awake, "backward", "engine") == awake.engine
 

@@ -25,6 +25,7 @@ PARSER = build_parser(add_arguments)
 # by which files a run is told from another: a file for each thing that a run writes
 FILES = ["model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "best/best.json", "report.html"]
 FILES += ["metrics.jsonl", "trajectories/step_000001.jsonl", "hf_step_000002/config.json", "eval/a.json", "metrics.csv"]
+FILES += ["warm_start/config.json", "warm_start.part/config.json"]
 FILES += ["logs/rank0.20260101-000000.log", "wandb_run_id.txt", "adapter/adapter_config.json", "chat_template.jinja"]
 CHECKPOINT = ["_actor/latest", "_actor/step_000002/weights"]
 

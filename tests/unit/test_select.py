@@ -6,6 +6,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import select_data
@@ -23,7 +24,8 @@ RATES = {"pass_rate": [0.0, 1.0, 0.5, 0.5, 0.1, 0.9], "pass_rate_silent": [0.0, 
 
 
 def flags(pass_rate=None, silent=None, easy=False):
-    return SimpleNamespace(pass_rate=pass_rate, max_silent_pass_rate=silent, easy_first=easy)
+    args = {"pass_rate": pass_rate, "max_silent_pass_rate": silent, "easy_first": easy}
+    return SimpleNamespace(**args, pretrain="model", prompt_split="train")
 
 
 @pytest.mark.parametrize(
@@ -98,9 +100,25 @@ def test_rates_are_written_beside_the_same_rows(run):
     assert (run.out / "validation.parquet").is_file()
     assert {path.name for path in run.out.iterdir()} == {"train.parquet", "validation.parquet", "select.log"}
     status, text = run()
-    assert status == 2 and "holds train.parquet; --overwrite replaces it" in text
+    assert status == 2 and "holds train.parquet, validation.parquet; --overwrite replaces" in text
+    (run.source / "validation.parquet").unlink()
     assert run("--overwrite", "--no-silent_audio")[0] == 0
     assert "pass_rate_silent" not in pq.read_schema(run.out / "train.parquet").names
+    assert not (run.out / "validation.parquet").exists()  # it was that of other rows
+
+
+def test_rates_of_another_model_are_told_from_the_start_models(tmp_path):
+    rows, lines = Dataset.from_dict(RATES), []
+    table = pass_rates.with_rates(pa.table({"x": range(6)}), RATES, {"model_path": str(tmp_path / "old")})
+    pq.write_table(table, tmp_path / "train.parquet")
+    for name, count in (("old", 0), ("new", 1)):
+        args = flags(easy=True)
+        args.pretrain = str(tmp_path / name)
+        select_rows(rows, str(tmp_path), args, lines.append)
+        assert len(lines) == count
+    assert (
+        f"{tmp_path}: its pass rates are those of {tmp_path / 'old'}, not of --pretrain {tmp_path / 'new'}" in lines[0]
+    )
 
 
 def test_an_interrupted_measurement_goes_on(run, monkeypatch):
@@ -113,7 +131,9 @@ def test_an_interrupted_measurement_goes_on(run, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(engines.HFEngine, "answer", interrupted)
-    status, text = run("--batch_size", 6)  # two rows at a time
+    run.out.mkdir()
+    (run.out / "train.parquet").write_text("of an earlier run")
+    status, text = run("--batch_size", 6, "--overwrite")  # two rows at a time
     assert status == 130 and "the same command, without --overwrite, continues" in text
     monkeypatch.setattr(engines.HFEngine, "answer", first)
     status, text = run("--temperature", 0.5)
@@ -129,6 +149,7 @@ def test_right_is_what_training_pays_for():
     item = Item(0, "row 0", {"label": "avqa_rule"}, messages, None, "(B) dog")
     said = [["<answer>(B) dog</answer>", "<answer>B</answer>", "<answer>(A) cat</answer>"]]
     assert pass_rates.score([item], said, "r1_aqa") == [pytest.approx(1 / 3)]
+    assert pass_rates.score([item], said[0][:1], "r1_aqa") == [1]
     assert pass_rates.score([item], said, "exact") == [pytest.approx(2 / 3)]
 
 

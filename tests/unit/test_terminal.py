@@ -168,7 +168,7 @@ def test_the_summary_compares_first_last_and_recent_steps():
 def test_short_empty_and_cut_runs(tmp_path):
     assert summary_table(records(1))[0].split() == ["step", "1", "step", "1", "mean", "of", "1"]
     assert summary_table([]) == []
-    args = Namespace(save_path=str(tmp_path), eval_benchmark=None, eval_data=None, report=True)
+    args = Namespace(save_path=str(tmp_path), eval_benchmark=None, eval_data=None, report=True, sft_steps=0)
     learned, _, *places = summary(args).strip().splitlines()
     assert learned.startswith("learned   not measured on held-out data: add --eval_steps")
     assert places == [f"model     {tmp_path}", f"metrics   {tmp_path}/metrics.jsonl"]
@@ -213,7 +213,9 @@ def test_what_was_learned(tmp_path, steps, says):
         ]  # fmt: skip
         (folder / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "metrics.jsonl").write_text('{"step": 9, "eval/accuracy_reward": 0.5}\n')
-    args = Namespace(eval_benchmark=None, eval_data=None)
+    args = Namespace(eval_benchmark=None, eval_data=None, sft_steps=0)
     assert lesson(tmp_path, args) == f"held-out accuracy {says}"
+    args.sft_steps = 5
+    assert lesson(tmp_path, args) == f"held-out accuracy {says}".replace(" before, ", " after the warm start, ")
     shutil.rmtree(folder)  # as where LightRFT evaluates, which keeps no answers
     assert lesson(tmp_path, args).startswith("see the evaluation's accuracies above")

@@ -161,7 +161,7 @@ class StrategyBase(ABC):
 
     @property
     def warm_start_prompts(self) -> int:
-        """Prompts of a rank in a supervised step: as many as an optimizer step of GRPO has, one response each."""
+        """Prompts of a rank in a supervised step: as many as an optimizer step of GRPO has, and one a micro-batch."""
         return self.accumulation * max(1, self.args.micro_train_batch_size // self.args.n_samples_per_prompt)
 
     def setup_dataloader(

@@ -83,7 +83,7 @@ def audio_gain(log_probs: torch.Tensor, silent_log_probs: torch.Tensor) -> float
     the KL divergence between the policy with an image and with a masked one, estimated on sampled responses by this
     ratio. It has no upper bound and is hacked without a regulariser; as a reward it is bounded, and paid by group.
     """
-    return max(0.0, -math.expm1(-float((log_probs - silent_log_probs).mean())))
+    return -math.expm1(-max(0.0, float((log_probs - silent_log_probs).mean())))
 
 
 def discounted_returns(token_rewards: torch.Tensor, gamma: float) -> torch.Tensor:

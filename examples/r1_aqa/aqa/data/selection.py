@@ -8,13 +8,16 @@ its reinforcement learning. Easy rows first is the curriculum of SARI (Wen et al
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 PASS_RATE = "pass_rate"  # share of a row's sampled responses that are right, 0 to 1
 SILENT_PASS_RATE = "pass_rate_silent"  # the same with silence in place of the sound
+NOTE = b"r1_aqa_pass_rates"  # key of the file's metadata: whose rates these are
 
 
 def rate_columns(args: argparse.Namespace) -> list[str]:
@@ -32,6 +35,9 @@ def select_rows(rows: Any, source: str, args: argparse.Namespace, say: Callable[
     :raises SystemExit: if rows have no rate, or none is left.
     """
     rates = {name: _read(rows, name, source) for name in rate_columns(args)}
+    asked = _asked_model(source, args.prompt_split) if rates else None
+    if asked and Path(asked).resolve() != Path(args.pretrain).resolve():
+        say(f"WARNING: {source}: its pass rates are those of {asked}, not of --pretrain {args.pretrain}")
     least, most = args.pass_rate or (0.0, 1.0)
     silent = args.max_silent_pass_rate
     left, reasons = np.ones(len(rows), bool), []
@@ -59,6 +65,18 @@ def easy_first(rows: Any, source: str) -> Any:
     :param rows: A ``datasets.Dataset``.
     """
     return rows.select(np.argsort(-_read(rows, PASS_RATE, source), kind="stable"))
+
+
+def _asked_model(source: str, split: str) -> str | None:
+    """The model whose rates a source has, where its file tells."""
+    import pyarrow.parquet as pq
+
+    path = Path(source.strip())
+    path = path if path.is_file() else path / f"{split}.parquet"
+    if path.suffix != ".parquet" or not path.is_file():
+        return None
+    note = (pq.read_schema(path).metadata or {}).get(NOTE)
+    return json.loads(note)["model_path"] if note else None
 
 
 def _read(rows: Any, name: str, source: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqa.data.selection import PASS_RATE, SILENT_PASS_RATE
+from aqa.data.selection import NOTE, PASS_RATE, SILENT_PASS_RATE
 from aqa.evaluation.items import EvalError, Item, several
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from aqa.evaluation.engines import Job
 
 COLUMNS = ("prompt", "audio_path", "reference", "label")  # that training reads
-NOTE = b"r1_aqa_pass_rates"  # key of the file's metadata: whose rates these are
 
 
 def read_table(path: Path) -> pa.Table:
@@ -89,9 +88,10 @@ def make_jobs(
     return jobs
 
 
-def score(items: Sequence[Item], responses: Sequence[Sequence[str]], reward: str) -> list[float]:
+def score(items: Sequence[Item], responses: Sequence[str | Sequence[str]], reward: str) -> list[float]:
     """The share of each row's responses that are right, by the accuracy that training pays for.
 
+    :param responses: Of each row, a text or several.
     :param reward: As for ``--reward``.
     """
     from aqa.common.constants import ASSISTANT_HEADER
@@ -102,7 +102,7 @@ def score(items: Sequence[Item], responses: Sequence[Sequence[str]], reward: str
         # the rewards read the options from the prompt, and the response behind the prompt's end
         content = item.prompt[-1]["content"]
         asked = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-        queries = [f"{asked}{ASSISTANT_HEADER}{text}" for text in said]
+        queries = [f"{asked}{ASSISTANT_HEADER}{text}" for text in ([said] if isinstance(said, str) else said)]
         count = len(queries)
         _, metrics = measure([], [item.row["label"]] * count, queries, [item.gold] * count, None)
         rates.append(sum(metrics["accuracy_reward"].tolist()) / count)

@@ -265,8 +265,8 @@ def _add_warm_start_flags(g: Any) -> None:
         type=int,
         default=0,
         help="supervised steps on the training rows' answers before GRPO, with the thinking in a column thinking where "
-        "it is asked for, each of --train_batch_size / "
-        "--n_samples_per_prompt rows; the model after them is the reference, and is kept in <save_path>/warm_start",
+        "it is asked for, each of --train_batch_size / --n_samples_per_prompt rows, or one for each micro-batch if "
+        "these are more; the model after them is the reference, and is kept in <save_path>/warm_start",
     )
     g.add_argument("--sft_learning_rate", type=float, help="its peak; default: --actor_learning_rate")
 

@@ -275,7 +275,7 @@ class Plan:
         self.sleeps = self.vllm and args.enable_engine_sleep
         self.rows = self._rows(ENGINE_ASLEEP)
         busy = max(sum(column) for column in [*zip(*self.rows.values(), strict=True)][1:4])
-        # this runtime drops vLLM's weights while it sleeps, or leaves them where they are; LightRFT copies them away
+        # vLLM's weights are dropped while it sleeps; this runtime leaves them where they are if there is room
         self.engine_weights_stay = self.sleeps and self.ours and busy + self.engine_weights <= ROOM * self.limit
         if self.engine_weights_stay:
             self.rows = self._rows(ENGINE_ASLEEP + self.engine_weights)
@@ -350,7 +350,6 @@ class Plan:
         matrix = b * max(math.prod(p.shape) for p in self.parameters)
         sync = max(matrix, min(bucket, self.model)) if self.vllm and (sharded or args.lora_rank) else 0
         asleep = asleep if self.sleeps else self.engine * self.vllm
-        copied = pinned(b * math.prod(p.shape) / args.engine_tp_size for p in self.parameters)
         return {
             "weights": (*[weights] * 5, moved[0]),
             "gradients": (stays, stays, gradients, step, stays, moved[1]),
@@ -359,7 +358,7 @@ class Plan:
             "activations": (0, log_probs, saved, 0, 0, 0),
             "work space": (0, 0, work, 0, sync, 0),
             "buffers": (*buffers, 0),
-            "engine": (self.engine, *[asleep] * 3, self.engine * self.vllm, copied * (self.sleeps and not self.ours)),
+            "engine": (self.engine, *[asleep] * 3, self.engine * self.vllm, 0),
             "reserve, assumed": (*[RESERVE] * 5, 0),
         }
 

@@ -11,6 +11,8 @@ from aqa.data.prompts import END_TOKENS
 from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN
 from aqa.rewards.r1_aqa import special_tokens
 
+TAGS = ("<think>", "</think>", ANSWER_OPEN, ANSWER_CLOSE)
+
 
 def given_responses(
     references: Sequence[str],
@@ -23,8 +25,8 @@ def given_responses(
 
     :param thinking: The rows' column of that name; None where the data have none.
     :param longest: ``--generate_max_len``.
-    :raises DataError: naming rows that ask for thinking and have none, hold control tokens, or are too long to be
-        sampled.
+    :raises DataError: naming rows that ask for thinking and have none, hold control tokens or further tags, or are too
+        long to be sampled.
     """
     end = END_TOKENS[0] if END_TOKENS[0] in tokenizer.get_vocab() else tokenizer.eos_token
     special = special_tokens(tokenizer)
@@ -33,9 +35,12 @@ def given_responses(
         text = f"{ANSWER_OPEN}{reference.replace(ANSWER_OPEN, '').replace(ANSWER_CLOSE, '')}{ANSWER_CLOSE}"
         if label == THINK_LABEL:
             thought = ((thinking[i] if thinking is not None else None) or "").strip()
+            thought = thought.removeprefix(TAGS[0]).removesuffix(TAGS[1]).strip()  # data sets often have them
             if not thought:
                 problems.append(f"row {i}: asks for thinking, and has none in a column {THINKING_COLUMN!r}")
-            text = f"<think>{thought}</think>{text}"
+            if held := [tag for tag in TAGS if tag in thought]:
+                problems.append(f"row {i}: its thinking holds {held[0]}, which the rewards would read")
+            text = f"{TAGS[0]}{thought}{TAGS[1]}{text}"
         if held := [token for token in special if token in text]:
             problems.append(f"row {i}: its response holds the control token {held[0]}")
         responses.append(text + end)

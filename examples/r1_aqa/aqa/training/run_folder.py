@@ -40,7 +40,7 @@ MODEL_FILES = (
 )
 # the file that marks a folder as a run's is moved last: after a kill the next start still knows it, and moves the rest
 RUN_FILES = (
-    *(CHECKPOINTS, "global_step*_hf", "hf_step_*", "warm_start", "best", "best.*"),
+    *(CHECKPOINTS, "global_step*_hf", "hf_step_*", "warm_start", "warm_start.*", "best", "best.*"),
     *("trajectories", "trajectories.old", "eval"),
     *("report.html", "metrics.csv", "wandb", "wandb_run_id.txt", "metrics.jsonl*", CONFIG),
 )

@@ -84,7 +84,7 @@ def lesson(run: Path, args: argparse.Namespace) -> str:
     if not first[False].keys() & last[False].keys():
         return f"the first and the last evaluation, {files[0]} and {files[-1]}, asked different questions"
     heard = last[False]
-    when = "before" if steps[0] == 0 else f"at step {steps[0]}"
+    when = ("after the warm start" if args.sft_steps else "before") if steps[0] == 0 else f"at step {steps[0]}"
     change, told = against(first[False], heard)
     verdict = "too little for a difference"
     if told["mcnemar_p"] < SURE:
