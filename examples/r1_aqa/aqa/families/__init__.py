@@ -27,7 +27,7 @@ def family_of(model: Any) -> Family:
     kind = model.config.model_type
     found = BY_TYPE.get(kind) or next((family for family in FAMILIES if family.tower_type == kind), None)
     if found is None:
-        raise ValueError(f"a {type(model).__name__}: model_type {kind!r} is none of {KNOWN}; see CONTRIBUTING.md")
+        raise ValueError(f"a {type(model).__name__}: model_type {kind!r} is none of {KNOWN}; aqa/families adds others")
     return found
 
 
@@ -45,7 +45,7 @@ def family_named(pretrain: str) -> Family:
 
         kind = AutoConfig.from_pretrained(pretrain).model_type
     if kind not in BY_TYPE:
-        raise ValueError(f"{pretrain}: model_type {kind!r} is none of {KNOWN}; see CONTRIBUTING.md")
+        raise ValueError(f"{pretrain}: model_type {kind!r} is none of {KNOWN}; aqa/families adds others")
     return BY_TYPE[kind]
 
 
