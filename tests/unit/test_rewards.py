@@ -262,6 +262,16 @@ def test_an_absent_reference_is_an_error_that_names_the_sample(empty):
         rewards.reward_fn([], ["avqa_rule", "avqa_think_rule"], [PROMPT, PROMPT], ["dog", empty], {})
 
 
+def test_a_check_ends_with_its_share_of_cpu_time():
+    """math_verify's own limit is 5 s a step, and does not end one step in C."""
+    brief = MathChecker(cpu_limit_s=0.5)
+    brief.agree("$1$", "$2$")  # starting it is not on the clock
+    begin = time.monotonic()
+    assert not brief.agree("it is 9**9**9**9", "<answer>$3$</answer>")
+    assert time.monotonic() - begin < 4.5
+    brief.close()
+
+
 def test_the_worker_survives_hang_and_interruption(checker, monkeypatch):
     assert checker.agree("$1/2$", "$0.5$") and not checker.agree("$1/3$", "$0.5$")
     with monkeypatch.context() as patch:
