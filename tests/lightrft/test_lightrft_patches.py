@@ -235,7 +235,7 @@ def test_weights_reach_vllm_by_the_checkpoints_names(tiny_model):
     sent = []
     executor = SimpleNamespace(collective_rpc=lambda method, kwargs: sent.append((method, kwargs)))
     engine = SimpleNamespace(llm_engine=SimpleNamespace(model_executor=executor))
-    view = audio._renaming(engine)
+    view = audio._renaming(engine, Qwen2Audio.checkpoint_name)
     view.llm_engine.model_executor.collective_rpc("update_weight", kwargs={"name": "lm_head.weight", "shape": (1,)})
     assert sent == [("update_weight", {"name": "language_model.lm_head.weight", "shape": (1,)})]
 
