@@ -329,18 +329,18 @@ def warm_start(args: argparse.Namespace, strategy: Any, data: Data, trainer: Any
     HOST.status("")
     data.warm_start.remaining = args.sft_steps - trainer.restored_sft
     folder = supervise(trainer, data.warm_start)
-    if args.init_kl_coef == 0:
-        return
-    HOST.status("loading the reference model ...")
-    source = {"pretrain": str(folder), "lora_rank": 0, "load_in_4bit": False}
-    with strategy.init_model_context():
-        ds_config = None if args.fsdp else strategy.get_ds_eval_config(offload=False)
-        reference = strategy.prepare_model(HOST.load_actor(argparse.Namespace(**vars(args) | source), ds_config))
-    if args.fsdp:
-        strategy.offload_model(reference)
-    patch_actor_for_audio(reference)
-    HOST.share_tower(args, strategy, [trainer.actor, reference])
-    trainer.take_reference(reference)
+    if args.init_kl_coef > 0:
+        HOST.status("loading the reference model ...")
+        source = {"pretrain": str(folder), "lora_rank": 0, "load_in_4bit": False}
+        with strategy.init_model_context():
+            ds_config = None if args.fsdp else strategy.get_ds_eval_config(offload=False)
+            reference = strategy.prepare_model(HOST.load_actor(argparse.Namespace(**vars(args) | source), ds_config))
+        if args.fsdp:
+            strategy.offload_model(reference)
+        patch_actor_for_audio(reference)
+        HOST.share_tower(args, strategy, [trainer.actor, reference])
+        trainer.take_reference(reference)
+    strategy.update_engine_weights(trainer.actor)  # wakes the engine up, whose memory loading may have taken
 
 
 # ----------------------------------------------------------------------------------------------------------------- data

@@ -31,7 +31,7 @@ FOLDER = "warm_start"  # in the run's folder: the model after the warm start
 
 
 def warm_start(trainer: SPMDPPOTrainerVL, loader: Any) -> Path:
-    """Make the supervised steps that are left, write the model to :data:`FOLDER`, and give it to the rollout engine.
+    """Make the supervised steps that are left, and write the model to :data:`FOLDER`. The rollout engine sleeps.
 
     Steps count up to -1 in ``metrics.jsonl``: GRPO's begin at 1. Collective.
 
@@ -42,11 +42,11 @@ def warm_start(trainer: SPMDPPOTrainerVL, loader: Any) -> Path:
     args, strategy, saver = trainer.args, trainer.strategy, trainer.saver
     steps, done = args.sft_steps, trainer.restored_sft
     run = Path(args.save_path)
+    strategy.inference_engine.sleep()
     if trainer.restored_step > 0:  # GRPO has begun
         return run / FOLDER
     saver.point = replace(saver.point, sft=done)
     stop_request.install()
-    strategy.inference_engine.sleep()
     writers: list[MetricsWriter] = []  # of metrics.jsonl alone: wandb takes no step below 0
     quiet = Namespace(**vars(args) | {"use_wandb": False, "use_tensorboard": None})
     strategy.together(lambda: writers.append(MetricsWriter(run, quiet, done - steps - 1)), strategy.is_rank_0())
@@ -73,7 +73,6 @@ def warm_start(trainer: SPMDPPOTrainerVL, loader: Any) -> Path:
         trainer.actor.temperature, trainer.actor.logit_bias = temperature, bias
     forget_moments(trainer.actor.model)
     saver.save_folder(run / FOLDER)
-    strategy.update_engine_weights(trainer.actor)
     return run / FOLDER
 
 
