@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each method is worth on sound: the same model, data, steps and seeds for all, one table and one picture.
 
-    python benchmarks/methods.py                        # synthetic sounds made harder, 9 methods x 3 seeds
+    python benchmarks/methods.py                        # synthetic sounds made harder, 10 methods x 3 seeds
     python benchmarks/methods.py --data real            # real recordings and Whisper's tower
     python benchmarks/methods.py --methods recipe gdpo --seeds 0 --steps 2    # to try it
 
@@ -44,6 +44,7 @@ METHODS = {
     "token_weights": ("--audio_token_weights", "0.7"),
     "warm_start": ("--sft_steps", "{n}", "--max_steps", "{rest}"),
     "dynamic_sampling": ("--dynamic_sampling",),
+    "two_steps": ("--train_batch_size", "{half}"),  # a rollout; beside it cispo is to be judged
     "cispo": ("--use_cispo", "--eps_clip_high", "4", "--train_batch_size", "{half}"),
 }
 GOOD, TRAILING = 0.8, 5  # "steps to 0.8": of the rollouts' accuracy, averaged over the last steps
