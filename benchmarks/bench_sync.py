@@ -34,13 +34,13 @@ LIMIT = 2.0  # times a copy, on a GPU
 BUCKETS = (0, 8, 32, 128, 512)  # MiB a bucket; 0: one by one, the last: all at once
 
 
-def strategy_flags(zero_stage: int) -> argparse.Namespace:
-    """The flags' defaults, with small batches in float32."""
+def strategy_flags(zero_stage: int, bf16: bool = False) -> argparse.Namespace:
+    """The flags' defaults, with small batches."""
     from aqa.training.flags import build_parser, finish
     from lightrft.utils import add_arguments
 
-    small = f"--no-bf16 --zero_stage {zero_stage} --train_batch_size 2 --micro_train_batch_size 1"
-    args = build_parser(add_arguments).parse_args(small.split())
+    small = f"--zero_stage {zero_stage} --train_batch_size 2 --micro_train_batch_size 1"
+    args = build_parser(add_arguments).parse_args([*small.split(), "--bf16" if bf16 else "--no-bf16"])
     finish(args)
     return args
 

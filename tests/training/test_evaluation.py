@@ -192,6 +192,7 @@ def test_what_cannot_be_asked_is_named_before_training(
     vars(args).update(
         sandbox_audio=False, confine_audio=None, audio_cache_mib=0, pretrain=str(tiny_model), eval_silent=False
     )
+    args.audio_seconds = 30.0
     strategy = SimpleNamespace(rank=0, world_size=1)
     processor = AutoProcessor.from_pretrained(tiny_model)
 

@@ -9,6 +9,7 @@ import eval_mmau
 import pytest
 from conftest import run_script
 from support.training import metrics_of, train
+from transformers import AutoProcessor
 
 from aqa.rewards.r1_aqa import PLAIN_LABEL, THINK_LABEL, avqa_combined_reward_fn
 
@@ -95,9 +96,10 @@ def test_the_evaluation_asks_as_the_training_did(
         (model / "r1_aqa.json").write_text(json.dumps({"asked_to_think": trained}))
     prompts = []
 
-    def ask(args, model, items, lengths, done, *_):
-        prompts.extend(item.prompt for item in items)
-        done.update({item.index: "<think>one or two</think><answer>bell</answer>" for item in items})
+    def ask(engine, model, settings, make_jobs, done, *_):
+        jobs = make_jobs(AutoProcessor.from_pretrained(model.processor))
+        prompts.extend(job.text for job in jobs)
+        done.update({job.index: "<think>one or two</think><answer>bell</answer>" for job in jobs})
         return {}
 
     monkeypatch.setattr(eval_mmau, "ask", ask)
