@@ -107,7 +107,8 @@ def test_engine_and_trainer_agree_in_every_step(checkout, run):
         assert 0.5 < m["rollout/format_reward"] <= 1 and 0 < m["rollout/accuracy_reward"] < 1
     assert metrics[0]["train/kl"] == pytest.approx(0, abs=1e-4)  # the reference model hears the same
     assert "eval/accuracy_reward" in metrics[1] and "eval/accuracy_reward" not in metrics[0]
-    assert f"host      LightRFT 0.1.1, {checkout}" in done.stdout and "step 3/3  reward" in done.stdout
+    assert "host      LightRFT 0.1.1 at commit" in done.stdout and f"(tested: 0.1.1 at commit 49e62cb), {checkout}" in done.stdout
+    assert "step 3/3  reward" in done.stdout
 
 
 def test_every_parameter_moves_and_the_folder_is_whole(run, tiny_model):
