@@ -107,7 +107,10 @@ def test_engine_and_trainer_agree_in_every_step(checkout, run):
         assert 0.5 < m["rollout/format_reward"] <= 1 and 0 < m["rollout/accuracy_reward"] < 1
     assert metrics[0]["train/kl"] == pytest.approx(0, abs=1e-4)  # the reference model hears the same
     assert "eval/accuracy_reward" in metrics[1] and "eval/accuracy_reward" not in metrics[0]
-    assert "host      LightRFT 0.1.1 at commit" in done.stdout and f"(tested: 0.1.1 at commit 49e62cb), {checkout}" in done.stdout
+    assert (
+        "host      LightRFT 0.1.1 at commit" in done.stdout
+        and f"(tested: 0.1.1 at commit 49e62cb), {checkout}" in done.stdout
+    )
     assert "step 3/3  reward" in done.stdout
 
 
@@ -331,10 +334,7 @@ def test_lightrfts_own_functions_come_back(checkout, tiny_model, tmp_path):
 
 CHANGES = (
     ("def update_engine_weights(", "def push_weights("),
-    (
-        "all_videos=all_videos,\n                videos_num",
-        "all_audios=None,\n                videos_num",
-    ),  # pull request 58
+    ("multi_modal_inputs=inputs if is_multimodal", "clips=inputs if is_multimodal"),
 )
 
 
@@ -350,7 +350,7 @@ def test_a_changed_checkout_is_refused_at_the_start(checkout, tiny_model, demo_p
     done = train(checkout, tiny_model, demo_parquet, tmp_path / "run", *DEEPSPEED, home=tmp_path, check=False)
     assert done.returncode == 2
     owner = "lightrft.strategy.strategy_base.StrategyBase"
-    for line in (f"{owner}.update_engine_weights: expected (actor, /); found nothing", "the keyword all_audios, which"):
+    for line in (f"{owner}.update_engine_weights: expected (actor, /); found nothing", "the keyword clips, which"):
         assert line in done.stderr
     assert "in 2 places" in done.stderr and "Traceback" not in done.stderr
 
