@@ -159,7 +159,7 @@ def compare_processes(ways: tuple[str, str], rounds: int) -> dict[str, Any]:
     :param ways: Baseline and ours.
     """
     results: dict[str, list[list[float]]] = {way: [] for way in ways}
-    # what is freed goes back to the system at once: else the peak depends on which holes malloc has kept
+    # malloc then returns freed tensors to the system at once; the freed memory it keeps would change the measured peak
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     for _ in range(rounds):
         for way, found in results.items():

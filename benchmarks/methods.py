@@ -34,7 +34,8 @@ import matplotlib.pyplot as plt
 
 Cells = dict[str, list[dict[str, float]]]  # by method, one a seed
 GAIN = ("--reward", "accuracy+format+audio_gain", "--reward_weights", "1", "1", "0.5")
-# flags of train_colocate.py; {n}: a quarter of the steps, {rest}: the others, {half}: half of a rollout's responses
+# flags of train_colocate.py; {n} stands for a quarter of the steps, {rest} for three quarters of them, {half} for half
+# of a rollout's responses
 METHODS = {
     "recipe": (),
     "gdpo": ("--advantage_estimator", "gdpo"),
@@ -44,7 +45,7 @@ METHODS = {
     "token_weights": ("--audio_token_weights", "0.7"),
     "warm_start": ("--sft_steps", "{n}", "--max_steps", "{rest}"),
     "dynamic_sampling": ("--dynamic_sampling",),
-    "two_steps": ("--train_batch_size", "{half}"),  # a rollout; beside it cispo is to be judged
+    "two_steps": ("--train_batch_size", "{half}"),  # the control for cispo, which takes two steps a rollout, too
     "cispo": ("--use_cispo", "--eps_clip_high", "4", "--train_batch_size", "{half}"),
 }
 GOOD, TRAILING = 0.8, 5  # "steps to 0.8": of the rollouts' accuracy, averaged over the last steps

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PACKAGES = str(Path(__file__).resolve().parents[2])
 SECONDS = 30.0  # a clip decodes in milliseconds; the rest is for a slow network file system
-MEBIBYTES = 512  # 30 s at 192 kHz need less than a tenth of it, 10 minutes at 48 kHz half
+MEBIBYTES = 512  # a clip of 30 s at 192 kHz needs less than a tenth of this, one of 10 minutes at 48 kHz half
 START_SECONDS = 120.0  # to import numpy and soundfile from a cold disk
 REQUEST, REPLY = struct.Struct("<cI"), struct.Struct("<cI")  # kind, bytes that follow
 HEADER = struct.Struct("<qi")  # frames, rate

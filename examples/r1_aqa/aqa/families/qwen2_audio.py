@@ -40,7 +40,7 @@ class Qwen2Audio:
     processor_class_name = "Qwen2AudioProcessor"
     audio_token = "<|AUDIO|>"  # stands for a clip in a rendered prompt
     clip_text = "'Audio ' ~ clips.seen ~ ': <|audio_bos|><|AUDIO|><|audio_eos|>\\n'"  # Jinja, in the demo's template
-    longest_seconds = 30  # of a clip; what is longer is cut
+    longest_seconds = 30  # the most that --audio_seconds may be
     foreign: tuple[str, ...] = ()  # prefixes of checkpoint weights that the model does not have
     unheard: tuple[str, ...] = ()  # modules that neither audio nor text uses; frozen
     # sinusoids, which do not train; transformers 5 forgets that while it loads, except under ZeRO-3
@@ -55,7 +55,7 @@ class Qwen2Audio:
         name: {"text_config": {"vocab_size": 156_032, "intermediate_size": 11_008}}
         for name in ("Qwen/Qwen2-Audio-7B-Instruct", "Qwen/Qwen2-Audio-7B")
     }
-    # modules that stay whole with --load_in_4bit: log-probs are computed from the head's weight, the others are small
+    # --load_in_4bit does not pack these: the log-probs read the head's weight, and tower and projector are small
     unpacked: tuple[str, ...] = ("lm_head", "model.audio_tower", "model.multi_modal_projector")
     deaf: tuple[str, ...] = ("language_model.",)  # prefixes of checkpoint weights that no clip's embedding depends on
 

@@ -76,7 +76,7 @@ class Sizes(NamedTuple):
         return BY_TYPE[self.family]
 
 
-ALIASES = {  # what the other families' audio_config calls these
+ALIASES = {  # other families' names for the fields of Qwen2-Audio's audio_config
     "d_model": "hidden_size",
     "encoder_layers": "num_hidden_layers",
     "encoder_attention_heads": "num_attention_heads",
