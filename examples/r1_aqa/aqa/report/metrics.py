@@ -55,8 +55,8 @@ METRICS = {
         "Groups without spread",
         "share",
         "groups whose responses all earned the same; they teach nothing",
-        "Near 1 from the start: questions too hard or too easy, or temperature too low; --dynamic_sampling replaces "
-        "such groups.",
+        "Near 1 from the start: questions too hard or too easy, or temperature too low. More responses a prompt find a "
+        "right one (--n_samples_per_prompt); --dynamic_sampling replaces such groups.",
     ),
     "rollout/response_length": Metric(
         "Response length",
