@@ -135,10 +135,11 @@ tuxpaint-stamps-default/tuxpaint/stamps/symbols/math/3_ru.ogg | digit | three | 
 tuxpaint-stamps-default/tuxpaint/stamps/symbols/math/6.ogg | digit | six | + | en
 hydrogen-drumkits/hydrogen/data/drumkits/ColomboAcousticDrumkit/SnareOff-1.wav
 hydrogen-drumkits/hydrogen/data/drumkits/BJA_Pacific/SN3_01.aiff
-hydrogen-drumkits/hydrogen/data/drumkits/ColomboAcousticDrumkit/TomLow-1.wav | drum | tom | + ColomboAcousticDrumkit
-hydrogen-drumkits/hydrogen/data/drumkits/Millo_MultiLayered2/bd_03.flac | drum | kick | + Millo
-hydrogen-drumkits/hydrogen/data/drumkits/BJA_Pacific/SN4_01.aiff | drum | snare | + BJA_Pacific
-lmms-common/lmms/samples/drums/kick01.ogg | drum | kick | + lmms
+hydrogen-drumkits/hydrogen/data/drumkits/ColomboAcousticDrumkit/TomLow-1.wav | drum | tom | + ColomboAcousticDrumkit TomLow
+hydrogen-drumkits/hydrogen/data/drumkits/Millo_MultiLayered2/bd_03.flac | drum | kick | + Millo bd
+hydrogen-drumkits/hydrogen/data/drumkits/BJA_Pacific/SN4_01.aiff | drum | snare | + BJA_Pacific SN4
+lmms-common/lmms/samples/drums/kick01.ogg | drum | kick | + kick01.ogg
+sonic-pi-samples/sonic-pi/samples/drum_tom_hi_hard.flac | drum | tom | + drum_tom_hi_hard.flac
 tuxpaint-stamps-default/tuxpaint/stamps/animals/birds/owl.ogg | source | animal | + birds/owl
 tuxpaint-stamps-default/tuxpaint/stamps/animals/birds/owl_desc_fr.ogg
 asterisk-core-sounds-it-wav/asterisk/sounds/it_IT_m_Carlo/phonetic/a_p.wav
@@ -181,13 +182,15 @@ def test_the_test_set_is_drawn_and_holds_no_language_that_training_lacks():
     clips += [Clip(Path(g), "p", "digit", "1", g, "it") for g in "fg"]
     clips += [Clip(Path(f"{g}{n}"), "p", "drum", "kick", g, "") for g in "wxyz" for n in range(4)]
     clips += [Clip(Path(f"big{n}"), "p", "drum", "kick", "big", "") for n in range(40)]
+    clips += [Clip(Path(g), "p", "drum", "snare", g, "") for g in "stuv"]
     drawn = {seed: hold_out(clips, seed) for seed in range(20)}
     for held in drawn.values():
-        # of 26 digits at most 6, so one of the voices with four; Spanish and French have one voice each, Italian two
+        # of 6 clips of a digit at most one, so one of the voices; Spanish and French have one voice each, Italian two
         assert len(held & set("abc")) == 1
         assert len(held & set("fg")) == 1
         assert not held & {"d", "e", "big"}
-        assert len(held & set("wxyz")) == 3  # 12 of 56 drums; a fourth would make it 16, more than a quarter
+        assert len(held & set("wxyz")) == 3  # 12 of 56 kicks; a fourth would make it 16, more than a quarter
+        assert len(held & set("stuv")) == 1  # a quarter of the snares, though all drums are 60
     assert len({frozenset(held) for held in drawn.values()}) > 5
 
 

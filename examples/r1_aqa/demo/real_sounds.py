@@ -6,8 +6,8 @@ which package each clip is, and under which licence.
 
     python examples/r1_aqa/demo/real_sounds.py --out_dir data/real --downloads data/downloads
 
-Five kinds of question ask what is said or played, a sixth which kind of sound it is. A group is one voice, one drum
-kit, or one recording of anything else. A group is in the training or in the test set as a whole, so that the model is
+Five kinds of question ask what is said or played, a sixth which kind of sound it is. A group is a voice, a drum with
+all its strokes, or a single recording. A group is in the training or in the test set as a whole, so that the model is
 tested on voices and drums that it has never heard; which ones they are, the seed decides (``hold_out``). No two clips
 have the same bytes.
 """
@@ -75,10 +75,10 @@ PATTERNS = (
     ("digit", rf"symbols/math/(?P<label>[1-6])_?(?P<group>|(?P<language>{LANGUAGES})(_GB)?)\.ogg"),
     ("month", VOICE + r"(digits/)?mon-(?P<label>[0-5])\.\w+"),
     ("code word", VOICE + r"phonetic/(ICAO/)?(?P<label>[a-f])_p\.\w+"),
-    # Millo's three kits are of one drummer
-    ("drum", r"hydrogen/data/drumkits/(?P<group>Millo|[^/]+)[^/]*/(?P<label>[^/]+)"),
-    ("drum", r"(?P<group>sonic-pi)/samples/(?P<label>(bd|drum|sn)_[^/]+)"),
-    ("drum", r"(?P<group>lmms)/samples/drums/(?P<label>[^/]+)"),
+    # a drum's name, then strength or number of the stroke; Millo's three kits are of one drummer, who has one of each
+    ("drum", r"hydrogen/data/drumkits/(?P<group>Millo|[^/]+)[^/]*/(?P<label>(?P<drum>[^-_ .]+)[^/]*)"),
+    ("drum", r"sonic-pi/samples/(?P<group>(?P<label>(bd|drum|sn)_[^/]+))"),
+    ("drum", r"lmms/samples/drums/(?P<group>(?P<label>[^/]+))"),
     ("source", r"stamps/(?P<label>animals)/(?P<group>(?!.*_desc).*)\.ogg"),
     # music without beats and loops, which are drums as well
     ("source", r"sonic-pi/samples/(?P<group>(?P<label>bass|ambi|guit)_.*)"),
@@ -185,7 +185,8 @@ def find_clips(unpacked: Path) -> Iterator[Clip]:
                 continue
             package = name.split("/")[0]
             # one of Asterisk's voices speaks in two packages, in others no voice has a name
-            group = match["group"] if package.startswith("asterisk-core") else f"{package} {match['group']}".strip()
+            group = " ".join(filter(None, (match["group"], match.groupdict().get("drum"))))
+            group = group if package.startswith("asterisk-core") else f"{package} {group}".strip()
             # numbers without a language are English, and code words are the same in all
             language = match.groupdict("en").get("language", "") if kind in ("letter", "digit", "month") else ""
             content = hashlib.sha256(path.read_bytes()).digest()
@@ -209,19 +210,23 @@ def read_clip(path: Path) -> tuple[np.ndarray, int] | None:
 
 
 def hold_out(clips: list[Clip], seed: int) -> set[str]:
-    """The groups of the test set: of each kind, up to a quarter of the clips, whole groups in the order of a hash.
+    """The groups of the test set: of each answer, up to a quarter of the clips, whole groups in the order of a hash.
 
     A voice is held out only if another one speaks its language in the training set: nobody understands the numbers of
     a language that he has never heard.
     """
     held: set[str] = set()
     for kind in dict.fromkeys(clip.kind for clip in clips):
-        groups = [clip.group for clip in clips if clip.kind == kind]
-        for group in sorted(set(groups), key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest()):
+        members = [clip for clip in clips if clip.kind == kind]
+        limits = Counter(clip.label for clip in members)
+        for group in sorted(
+            {clip.group for clip in members}, key=lambda g: hashlib.sha256(f"{seed} {g}".encode()).digest()
+        ):
             test = held | {group}
             own = {(clip.kind, clip.language) for clip in clips if clip.group == group and clip.language}
             others = {(clip.kind, clip.language) for clip in clips if clip.group not in test}
-            if own <= others and sum(name in test for name in groups) <= len(groups) / 4:
+            counts = Counter(clip.label for clip in members if clip.group in test)
+            if own <= others and all(counts[label] <= limit / 4 for label, limit in limits.items()):
                 held = test
     return held
 
