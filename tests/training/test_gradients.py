@@ -41,7 +41,7 @@ GSPO = "--use_gspo --eps_clip 0.3 --eps_clip_high 0.4"
 TIS = "--rollout_correction tis --rollout_correction_limit 1.2"
 MIS = "--rollout_correction mis --rollout_correction_limit 1.2"
 GEO = "--rollout_correction geo --rollout_correction_floor 0.98 --rollout_correction_limit 1.02"
-AUDIO = "--audio_token_weights 0.7 --reward gradient_capture:vowels+audio_gain --reward_weights 1 0.5"
+AUDIO = "--audio_token_weights 0.7 --reward gradient_capture:vowels+accuracy+audio_gain --reward_weights 1 1 0.5"
 OVERLONG = "--overlong_buffer --overlong_buffer_len 10"
 DR_GRPO = "--advantage_estimator dr_grpo --loss_agg_mode seq-mean-token-sum-norm"
 GDPO = "--advantage_estimator gdpo --reward accuracy+format+gradient_capture:vowels --reward_weights 1 1 0.5"
@@ -171,6 +171,7 @@ class Oracle:
             reward -= min(beyond / buffer, 1) * self.args["overlong_buffer_penalty_factor"]
         if "audio_gain_reward" in self.args["reward_parts"]:  # what silence costs, in the geometric mean over tokens
             gain = max(0.0, 1 - (item["silent"] - item["old"]).mean().exp().item())
+            gain *= item["reward_metrics"]["accuracy_reward"]
             assert item["reward_metrics"]["audio_gain_reward"] == pytest.approx(gain, abs=1e-5)
             reward += self.args["reward_parts"]["audio_gain_reward"] * gain
         assert item["reward"] == pytest.approx(reward, abs=1e-5)

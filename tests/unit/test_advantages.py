@@ -157,16 +157,19 @@ def test_audio_gain_by_hand(monkeypatch):
     maker = make_maker(monkeypatch, "gdpo", **more)
     maker.needs_old_log_probs = True
     maker.log_probs = lambda model, items, silent_too=silent, silent=False: silent_too if silent else heard
-    items = make_items([1.0, 0.0, 0.0, 0.0], [2, 2, 2, 1])
+    items = make_items([1.0, 0.0, 1.0, 0.0], [2, 2, 2, 1])
     for item in items:
         item.reward_metrics["accuracy_reward"] = item.reward
     maker.replace_groups(items, step=1)  # judges by what the rules pay
     maker.add_log_probs(items)
-    assert [item.reward for item in items] == pytest.approx([1.1, 0.15, 0.0, 0.0], abs=1e-6)
-    assert [item.reward_metrics["audio_gain_reward"] for item in items] == pytest.approx(gains, abs=1e-6)
+    assert [item.reward for item in items] == pytest.approx([1.1, 0.0, 1.0, 0.0], abs=1e-6)
+    paid = [0.5, 0.0, 0.0, 0.0]  # the second is wrong, the third likelier in silence
+    assert [item.reward_metrics["audio_gain_reward"] for item in items] == pytest.approx(paid, abs=1e-6)
     assert maker.timings["silence"] >= 0
-    maker.add_advantages(items)  # both parts are +-0.7070 in the first group: 0.8 of it, and whitened
-    assert [item.advantages[0].item() for item in items] == pytest.approx([2**0.5, -(2**0.5), 0, 0], abs=1e-3)
+    # accuracy is +-0.7070 in both groups, the gain in the first alone: +-1.2 and +-1.0 times it, and whitened
+    maker.add_advantages(items)
+    expected = [share / 1.22**0.5 for share in (1.2, -1.2, 1.0, -1.0)]
+    assert [item.advantages[0].item() for item in items] == pytest.approx(expected, abs=1e-3)
 
 
 def test_groups_without_spread_are_replaced(monkeypatch):

@@ -135,7 +135,7 @@ tuxpaint-stamps-default/tuxpaint/stamps/symbols/math/3_ru.ogg | digit | three | 
 tuxpaint-stamps-default/tuxpaint/stamps/symbols/math/6.ogg | digit | six | + | en
 hydrogen-drumkits/hydrogen/data/drumkits/ColomboAcousticDrumkit/SnareOff-1.wav
 hydrogen-drumkits/hydrogen/data/drumkits/BJA_Pacific/SN3_01.aiff
-hydrogen-drumkits/hydrogen/data/drumkits/ColomboAcousticDrumkit/TomLow-1.wav | drum | tom | + ColomboAcousticDrumkit TomLow
+hydrogen-drumkits/hydrogen/data/drumkits/ForzeeStereo/TomLow-1.wav | drum | tom | + ForzeeStereo TomLow
 hydrogen-drumkits/hydrogen/data/drumkits/Millo_MultiLayered2/bd_03.flac | drum | kick | + Millo bd
 hydrogen-drumkits/hydrogen/data/drumkits/BJA_Pacific/SN4_01.aiff | drum | snare | + BJA_Pacific SN4
 lmms-common/lmms/samples/drums/kick01.ogg | drum | kick | + kick01.ogg

@@ -248,7 +248,7 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
         ({"use_cispo": True}, "at most 1 \\+ --eps_clip_high, which is not given", {"eps_clip_high": 4.0}),
         ({"use_cispo": True, "eps_clip_high": 4.0, "use_gspo": True}, "two losses; drop one", {"use_gspo": None}),
         ({"use_gspo": True, "audio_token_weights": 0.5, "eps_clip": 1e-3}, "change nothing", {"use_gspo": None}),
-        ({"reward": "audio_gain"}, "wrong answers like right ones", {"reward": "accuracy+audio_gain"}),
+        ({"reward": "format+audio_gain"}, "to right answers only", {"reward": "accuracy+audio_gain"}),
         ({"reward": "accuracy+fromat"}, "must be one of .* or a sum", {"reward": "accuracy+format"}),
         ({"reward": "m:f+n:f"}, "two parts have the same name", {"reward": "m:f+n:g"}),
         ({"reward": "m:accuracy+format"}, "measured anyway; rename it", {"reward": "m:accuracy"}),

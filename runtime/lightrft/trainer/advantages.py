@@ -81,7 +81,8 @@ def audio_gain(log_probs: torch.Tensor, silent_log_probs: torch.Tensor) -> float
 
     Source: Wang et al., Perception-Aware Policy Optimization for Multimodal Reasoning (2025), whose objective maximises
     the KL divergence between the policy with an image and with a masked one, estimated on sampled responses by this
-    ratio. It has no upper bound and is hacked without a regulariser; as a reward it is bounded, and paid by group.
+    ratio. It has no upper bound and is hacked without a regulariser; as a reward it is bounded, and only right answers
+    earn it.
     """
     return -math.expm1(-max(0.0, float((log_probs - silent_log_probs).mean())))
 

@@ -329,7 +329,8 @@ class FastExperienceMaker:
             self.timings["silence"] = time.perf_counter() - started
         if AUDIO_GAIN in args.reward_parts:
             for item in items:
-                gain = audio_gain(item.old_log_probs, item.silent_log_probs)
+                # paid to all, it teaches to answer whatever silence would not
+                gain = audio_gain(item.old_log_probs, item.silent_log_probs) * item.reward_metrics["accuracy_reward"]
                 item.reward += args.reward_parts[AUDIO_GAIN] * gain
                 item.reward_metrics[AUDIO_GAIN] = gain
 

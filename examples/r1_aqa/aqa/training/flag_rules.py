@@ -196,8 +196,9 @@ def _method_problems(args: argparse.Namespace) -> list[str]:
             "give a sum, such as accuracy+format",
         ),
         (
-            parts == ["audio_gain"],
-            "--reward audio_gain: pays wrong answers like right ones; give a sum, such as accuracy+format+audio_gain",
+            "audio_gain" in parts and not {"accuracy", "r1_aqa", "exact", "graded_format", "length_aware"} & set(parts),
+            f"--reward {args.reward}: audio_gain is paid to right answers only, and no part of the sum pays for these; "
+            "add accuracy, such as accuracy+format+audio_gain",
         ),
         (
             args.use_gspo and args.audio_token_weights > 0,

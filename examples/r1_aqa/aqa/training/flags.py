@@ -243,8 +243,9 @@ def _add_reward_flags(g: Any) -> None:
         help="what is paid for: r1_aqa (accuracy + format), exact (no math_verify), graded_format, length_aware, or a "
         "function of your own, module:function, of (response, reference, think); or a sum of these and of accuracy, "
         "format, consistency (the thinking ends at the choice that is answered), length (see --reward_words), majority "
-        "(the group's most frequent answer; needs no right one) and audio_gain (the share of the response's "
-        "probability that silence in place of the sound would cost), such as accuracy+format+consistency",
+        "(the group's most frequent answer; needs no right one) and audio_gain (of right responses, the "
+        "share of their probability that silence in place of the sound would cost), such as "
+        "accuracy+format+consistency",
     )
     g.add_argument(
         "--reward_weights", type=float, nargs="+", metavar="W", help="weight of each part of --reward; default: 1"
