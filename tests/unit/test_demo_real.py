@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from demo.real_sounds import Clip, fetch, find_clips, hold_out, write_clips
+from demo.real_sounds import Clip, fetch, find_clips, hold_out, unpack, write_clips
 from demo.whisper import SIZES, ModelFileError, read_variables, tower_weights
 
 
@@ -135,11 +137,12 @@ tuxpaint-stamps-default/tuxpaint/stamps/symbols/math/3_ru.ogg | digit | three | 
 tuxpaint-stamps-default/tuxpaint/stamps/symbols/math/6.ogg | digit | six | + | en
 hydrogen-drumkits/hydrogen/data/drumkits/ColomboAcousticDrumkit/SnareOff-1.wav
 hydrogen-drumkits/hydrogen/data/drumkits/BJA_Pacific/SN3_01.aiff
-hydrogen-drumkits/hydrogen/data/drumkits/ForzeeStereo/TomLow-1.wav | drum | tom | + ForzeeStereo TomLow
+hydrogen-drumkits/hydrogen/data/drumkits/ForzeeStereo/TomLow-1.wav
+hydrogen-drumkits/hydrogen/data/drumkits/ForzeeStereo/RideBow-2.wav | drum | cymbal | + ForzeeStereo RideBow
 hydrogen-drumkits/hydrogen/data/drumkits/Millo_MultiLayered2/bd_03.flac | drum | kick | + Millo bd
 hydrogen-drumkits/hydrogen/data/drumkits/BJA_Pacific/SN4_01.aiff | drum | snare | + BJA_Pacific SN4
 lmms-common/lmms/samples/drums/kick01.ogg | drum | kick | + kick01.ogg
-sonic-pi-samples/sonic-pi/samples/drum_tom_hi_hard.flac | drum | tom | + drum_tom_hi_hard.flac
+sonic-pi-samples/sonic-pi/samples/drum_snare_hard.flac | drum | snare | + drum_snare_hard.flac
 tuxpaint-stamps-default/tuxpaint/stamps/animals/birds/owl.ogg | source | animal | + birds/owl
 tuxpaint-stamps-default/tuxpaint/stamps/animals/birds/owl_desc_fr.ogg
 asterisk-core-sounds-it-wav/asterisk/sounds/it_IT_m_Carlo/phonetic/a_p.wav
@@ -215,6 +218,26 @@ def test_what_cannot_be_downloaded_is_said_and_leaves_no_half_a_file(tmp_path, m
     with pytest.raises(SystemExit if message else KeyboardInterrupt, match=message):
         fetch(downloads)
     assert list(downloads.iterdir()) == []
+
+
+def test_two_demos_may_unpack_into_one_folder(tmp_path, monkeypatch):
+    wanted = ("share/klettres/en/alpha/r.ogg", "share/doc/klettres-data/copyright")
+    for name in (*wanted, "share/klettres/en/alpha/z.ogg"):  # Z is not asked about
+        (tmp_path / "usr" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "usr" / name).write_text("x")
+    with tarfile.open(tmp_path / "files.tar", "w") as archive:
+        archive.add(tmp_path / "usr", "./usr")
+    (tmp_path / "dpkg-deb").write_text(f"#!/bin/sh\nmkdir $OTHER; touch $OTHER/theirs; cat {tmp_path}/files.tar\n")
+    (tmp_path / "dpkg-deb").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    target = tmp_path / "downloads" / "unpacked" / "klettres-data"
+    target.parent.mkdir(parents=True)
+    for other, expected in ((tmp_path / "elsewhere", set(wanted)), (target, {"theirs"})):
+        monkeypatch.setenv("OTHER", str(other))
+        unpack(tmp_path / "klettres.deb", target)
+        assert {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()} == expected
+        shutil.rmtree(target)
+    assert list(target.parent.parent.iterdir()) == [target.parent]
 
 
 def test_the_projector_starts_centred_on_the_recordings(tmp_path):

@@ -58,10 +58,11 @@ LETTERS = "fklmqr"
 DIGITS = ["one", "two", "three", "four", "five", "six"]
 MONTHS = ["january", "february", "march", "april", "may", "june"]
 CODE_WORDS = ["alfa", "bravo", "charlie", "delta", "echo", "foxtrot"]
-DRUMS = {  # patterns of file names; rim shots, side sticks and rolls (SN3 in BJA_Pacific) are left out
+# Patterns of file names. Rim shots, side sticks and rolls (SN3 in BJA_Pacific) are left out, and toms, which sound like
+# kicks or snares from one kit to the next.
+DRUMS = {
     "kick": r"kick|bassdrum|(^|_)bd",
     "snare": r"snare(?!off|rim|stick)|(^|_)s[dn]4?_",
-    "tom": r"tom|^tm?\d?_|^ft",
     "cymbal": r"crash|ride|splash|china|^cc|^r[cd]",
 }
 LANGUAGES = "en|de|nl|sv|nb|nn|fr|es|ca|it|pt|ro|ru|bg|be|sl|lt"  # of Europe, whose words for numbers are related
@@ -148,7 +149,11 @@ def unpack(package: Path, target: Path) -> None:
                 path = Path(temporary, member.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(archive.extractfile(member).read())  # Debian 12's Python has no safe extract() yet
-        (Path(temporary) / "usr").rename(target)
+        try:
+            (Path(temporary) / "usr").rename(target)
+        except OSError:
+            if not target.exists():  # else another demo was faster
+                raise
 
 
 def label_of(kind: str, text: str) -> str | None:
