@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--downloads", type=Path, default=Path("results/downloads"), help="as run_demo.py's")
     args = parser.parse_args()
     out = args.out_dir.resolve() / f"{args.data}-{args.steps}"
-    harder = run_demo.SYNTHETIC._replace(sounds="synthetic sounds, two at once, half of the answers given away in training")
+    harder = run_demo.SYNTHETIC._replace(sounds="synthetic sounds, two at once, half the training answers given away")
     setting = (run_demo.REAL if args.data == "real" else harder)._replace(steps=args.steps)
     cells: Cells = {}
     for seed in args.seeds:
