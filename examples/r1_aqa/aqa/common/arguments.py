@@ -9,6 +9,23 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+Flags = dict[str, tuple]  # of add_flags
+
+
+def add_flags(parser: Any, table: Flags) -> None:
+    """Add the flags of a table to a parser or to a group of its flags.
+
+    :param table: Name to ``(default, help)``, or ``(default, help, further keywords of add_argument)``. A type in place
+        of the default: the flag has none, and is None where it is not given. Booleans make a switch: --x and --no-x.
+    """
+    for name, (default, text, *further) in table.items():
+        first = default[0] if isinstance(default, (list, tuple)) else default
+        kind = first if isinstance(first, type) else type(first)
+        value = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if not isinstance(default, type):
+            value["default"] = default
+        parser.add_argument(name, help=text, **value, **(further[0] if further else {}))
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser. It replaces ``~`` at the start of any value, which a shell leaves in ``--flag=~/x``, behind a

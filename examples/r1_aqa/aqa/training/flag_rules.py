@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from aqa.common.model_type import cut_weights, has_weights, missing_tokenizer, model_type_of
 from aqa.evaluation.checkpoints import NOTES_FILE
@@ -22,6 +23,8 @@ from aqa.training.flags import (
     has_split,
     split_reward,
 )
+
+MEASURED = (*REWARDS, *REWARD_PARTS)
 
 
 def rank_problems(environment: Mapping[str, str]) -> list[str]:
@@ -74,8 +77,6 @@ def find_problems(
     if paths:
         problems += _package_problems(args)
     problems += _range_problems(args) + _method_problems(args)
-    if args.load_in_4bit:
-        problems += _four_bit_problems(args)
     return problems + (_path_problems(args) if paths else [])
 
 
@@ -95,190 +96,198 @@ def _package_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags that are not given fit
+    (
+        "1 or more",
+        lambda value: value >= 1,
+        "max_samples lora_alpha max_eval_samples dynamic_sampling_rounds generate_max_len prompt_max_len plan_gpus "
+        "num_trajectories_to_save max_ckpt_num num_episodes max_steps max_epochs limit_mm_image_per_prompt",
+    ),
+    (
+        "above 0",
+        lambda value: 0 < value < math.inf,
+        "eps_clip eps_clip_high sft_learning_rate kl_target actor_learning_rate plan_gpu_gib plan_clip_seconds",
+    ),
+    (
+        "0 or more",
+        lambda value: 0 <= value < math.inf,
+        "rollout_correction_floor overlong_buffer_penalty_factor init_kl_coef l2 audio_cache_mib",
+    ),
+    ("0 (none) or more", lambda value: value >= 0, "lora_rank sft_steps"),
+    ("0 (no clipping) or more", lambda value: 0 <= value < math.inf, "max_norm"),
+    ("0 (never) or more", lambda value: value >= 0, "wandb_table_steps"),
+    ("0 to 1", lambda value: 0 <= value <= 1, "audio_token_weights"),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, "max_silent_pass_rate"),
+    ("in (0, 1]", lambda value: 0 < value <= 1, "top_p gamma"),
+    ("in [0, 1)", lambda value: 0 <= value < 1, "lr_warmup_ratio"),
+    ("between 0 and 1", lambda value: 0 < value < 1, "engine_mem_util"),
+    ("above 0 and at most 2 (vLLM's limit)", lambda value: 0 < value <= 2, "temperature"),
+    ("-1 (all tokens) or 1 and more", lambda value: value == -1 or value >= 1, "top_k"),
+    ("above 0.02", lambda value: 0.02 < value < math.inf, "audio_seconds"),
+    ("finite", lambda values: all(map(math.isfinite, values)), "reward_weights"),
+    ("two numbers in [0, 1)", lambda values: all(0 <= beta < 1 for beta in values), "adam_betas"),
+    ("two numbers, the first one smaller", lambda values: 0 <= values[0] < values[1], "reward_words"),
+    (
+        "two numbers from 0 to 1, the first one not larger, such as 0.1 0.9",
+        lambda values: 0 <= values[0] <= values[1] <= 1,
+        "pass_rate",
+    ),
+)
+
+
 def _range_problems(args: argparse.Namespace) -> list[str]:
-    return [
+    problems = [
         f"--{name} {getattr(args, name)}: must be {rule}"
-        for name, fits, rule in (
-            ("max_samples", args.max_samples >= 1, "1 or more"),
-            (
-                "pass_rate",
-                args.pass_rate is None or 0 <= args.pass_rate[0] <= args.pass_rate[1] <= 1,
-                "two numbers from 0 to 1, the first one not larger, such as 0.1 0.9",
-            ),
-            (
-                "max_silent_pass_rate",
-                args.max_silent_pass_rate is None or 0 <= args.max_silent_pass_rate <= 1,
-                "from 0 to 1",
-            ),
-            ("lora_rank", args.lora_rank >= 0, "0 (none) or more"),
-            ("lora_alpha", args.lora_alpha >= 1, "1 or more"),
-            ("max_eval_samples", args.max_eval_samples >= 1, "1 or more"),
-            ("temperature", 0 < args.temperature <= 2, "above 0 and at most 2 (vLLM's limit)"),
-            ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
-            ("top_k", args.top_k == -1 or args.top_k >= 1, "-1 (all tokens) or 1 and more"),
-            ("eps_clip", 0 < args.eps_clip < math.inf, "above 0"),
-            ("eps_clip_high", args.eps_clip_high is None or 0 < args.eps_clip_high < math.inf, "above 0"),
-            ("sft_steps", args.sft_steps >= 0, "0 (none) or more"),
-            ("sft_learning_rate", args.sft_learning_rate is None or 0 < args.sft_learning_rate < math.inf, "above 0"),
-            ("audio_token_weights", 0 <= args.audio_token_weights <= 1, "0 to 1"),
-            ("rollout_correction_floor", args.rollout_correction_floor >= 0, "0 or more"),
-            (
-                "rollout_correction_limit",
-                args.rollout_correction_floor < args.rollout_correction_limit < math.inf,
-                "above --rollout_correction_floor",
-            ),
-            ("reward_words", 0 <= args.reward_words[0] < args.reward_words[1], "two numbers, the first one smaller"),
-            ("reward_weights", all(map(math.isfinite, args.reward_weights or ())), "finite"),
-            ("dynamic_sampling_rounds", args.dynamic_sampling_rounds >= 1, "1 or more"),
-            ("overlong_buffer_penalty_factor", 0 <= args.overlong_buffer_penalty_factor < math.inf, "0 or more"),
-            ("gamma", 0 < args.gamma <= 1, "in (0, 1]"),
-            ("init_kl_coef", 0 <= args.init_kl_coef < math.inf, "0 or more"),
-            ("kl_target", args.kl_target is None or 0 < args.kl_target < math.inf, "above 0"),
-            ("l2", 0 <= args.l2 < math.inf, "0 or more"),
-            ("adam_betas", all(0 <= beta < 1 for beta in args.adam_betas), "two numbers in [0, 1)"),
-            ("actor_learning_rate", 0 < args.actor_learning_rate < math.inf, "above 0"),
-            ("lr_warmup_ratio", 0 <= args.lr_warmup_ratio < 1, "in [0, 1)"),
-            ("max_norm", 0 <= args.max_norm < math.inf, "0 (no clipping) or more"),
-            ("engine_mem_util", 0 < args.engine_mem_util < 1, "between 0 and 1"),
-            ("generate_max_len", args.generate_max_len >= 1, "1 or more"),
-            ("prompt_max_len", args.prompt_max_len >= 1, "1 or more"),
-            ("audio_cache_mib", args.audio_cache_mib >= 0, "0 or more"),
-            ("plan_gpus", args.plan_gpus is None or args.plan_gpus >= 1, "1 or more"),
-            ("plan_gpu_gib", args.plan_gpu_gib is None or 0 < args.plan_gpu_gib < math.inf, "above 0"),
-            ("audio_seconds", 0.02 < args.audio_seconds < math.inf, "above 0.02"),
-            ("plan_clip_seconds", args.plan_clip_seconds is None or 0 < args.plan_clip_seconds < math.inf, "above 0"),
-            ("num_trajectories_to_save", args.num_trajectories_to_save >= 1, "1 or more"),
-            ("wandb_table_steps", args.wandb_table_steps >= 0, "0 (never) or more"),
-            ("max_ckpt_num", args.max_ckpt_num >= 1, "1 or more"),
-            ("num_episodes", args.num_episodes >= 1, "1 or more"),
-            ("max_steps", args.max_steps is None or args.max_steps >= 1, "1 or more"),
-            ("max_epochs", args.max_epochs >= 1, "1 or more"),
-            ("limit_mm_image_per_prompt", args.limit_mm_image_per_prompt >= 1, "1 or more"),
-        )
-        if not fits
+        for rule, fits, names in RANGES
+        for name in names.split()
+        if getattr(args, name) is not None and not fits(getattr(args, name))
     ]
+    if not args.rollout_correction_floor < args.rollout_correction_limit < math.inf:
+        problems.append(
+            f"--rollout_correction_limit {args.rollout_correction_limit}: must be above --rollout_correction_floor"
+        )
+    return problems
+
+
+# What contradicts what: the condition, and its message, which is formatted with the flags' values.
+METHOD_RULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (
+        lambda a: a.advantage_estimator in REFUSED_ESTIMATORS,
+        "--advantage_estimator {advantage_estimator} {refused}; "
+        "use group_norm (GRPO), dr_grpo, rloo, reinforce_baseline, reinforce or reinforce++",
+    ),
+    (
+        lambda a: a.advantage_estimator in GROUP_METHODS and a.n_samples_per_prompt < 2,
+        "--advantage_estimator {advantage_estimator} compares the responses of a group: "
+        "--n_samples_per_prompt {n_samples_per_prompt} must be 2 or more",
+    ),
+    (
+        lambda a: any(part not in MEASURED and not all(part.partition(":")) for part in a.parts),
+        f"--reward {{reward}}: must be one of {', '.join(REWARDS)}, or module:function, or a sum (a+b) of these "
+        f"and of {', '.join(REWARD_PARTS)}",
+    ),
+    (lambda a: len(a.reward_parts) < len(a.parts), "--reward {reward}: two parts have the same name"),
+    (
+        lambda a: (
+            (len(a.parts) > 1 or a.reward_weights is not None)
+            and any(":" in part and part.rpartition(":")[2] in (*MEASURED, "rule") for part in a.parts)
+        ),
+        "--reward {reward}: a function has the name of a part that is measured anyway; rename it",
+    ),
+    (
+        lambda a: a.reward_weights is not None and len(a.reward_weights) != len(a.parts),
+        "--reward_weights: {weight_count} weights for the {part_count} parts of --reward {reward} ({part_names})",
+    ),
+    (
+        lambda a: a.advantage_estimator == "gdpo" and len(a.parts) < 2,
+        "--advantage_estimator gdpo with --reward {reward}: it normalises each of several rewards by itself; "
+        "give a sum, such as accuracy+format",
+    ),
+    (
+        lambda a: "audio_gain" in a.parts and not {"accuracy", *REWARDS} & set(a.parts),
+        "--reward {reward}: audio_gain is paid to right answers only, and no part of the sum pays for these; "
+        "add accuracy, such as accuracy+format+audio_gain",
+    ),
+    (
+        lambda a: a.use_gspo and a.audio_token_weights > 0,
+        "--audio_token_weights {audio_token_weights} with --use_gspo: all tokens of a response have one "
+        "ratio there, so weights with the mean 1 change nothing; drop one",
+    ),
+    (
+        lambda a: "majority" in a.parts and a.n_samples_per_prompt < 2,
+        "--reward majority: a group of one response has no majority; --n_samples_per_prompt 2 or more",
+    ),
+    (
+        lambda a: a.lora_rank > 0 and a.freeze_prefix,
+        "--freeze_prefix with --lora_rank: adapters freeze all else anyway; choose --target_modules",
+    ),
+    (lambda a: a.flash_attn and not a.bf16, "--flash_attn: its kernels do not take float32; add --bf16"),
+    (
+        lambda a: a.overlong_buffer and not 1 <= a.overlong_buffer_len <= a.generate_max_len,
+        "--overlong_buffer_len {overlong_buffer_len}: must be 1 to --generate_max_len {generate_max_len}",
+    ),
+    (
+        lambda a: a.dynamic_sampling and a.n_samples_per_prompt < 2,
+        "--dynamic_sampling: a group of one response is always alike; --n_samples_per_prompt 2 or more",
+    ),
+    (
+        lambda a: a.dynamic_sampling and (a.easy_first or a.prompt_data_probs_end is not None),
+        "--dynamic_sampling with --easy_first or --prompt_data_probs_end: replacements are drawn from all rows, "
+        "also those whose turn has not come yet; use one of the two",
+    ),
+    (
+        lambda a: (a.top_p < 1 or a.top_k > 0) and (a.on_anomaly != "warn" or a.rollout_correction != "none"),
+        "--top_p or --top_k with --on_anomaly stop or skip, or with --rollout_correction: the engine's log-probs "
+        "are those of the cut distribution, whose distance to the trainer's would count as an error; drop one",
+    ),
+    (
+        lambda a: a.use_gspo and a.loss_agg_mode != "seq-mean-token-mean",
+        "--use_gspo with --loss_agg_mode {loss_agg_mode}: GSPO weighs all responses alike, this by their "
+        "length; use seq-mean-token-mean",
+    ),
+    (
+        lambda a: a.use_cispo and a.eps_clip_high is None,
+        "--use_cispo: its weight is at most 1 + --eps_clip_high, which is not given; 4 to 8 were good choices in "
+        "Khatri et al., ScaleRL (2025)",
+    ),
+    (lambda a: a.use_cispo and a.use_gspo, "--use_cispo with --use_gspo: two losses; drop one"),
+    (
+        lambda a: getattr(a, "quiet", False) and a.verbose,  # --quiet is a flag of the runtime only
+        "--quiet with --verbose: drop one of the two",
+    ),
+    (
+        lambda a: a.kl_target is not None and a.init_kl_coef == 0,
+        "--kl_target {kl_target} needs a start value: set --init_kl_coef above 0",
+    ),
+    (
+        lambda a: a.init_kl_coef > 0 and a.use_kl_loss and a.kl_estimator == "k1",
+        "--kl_estimator k1 as a loss: its gradient does not depend on the reference model; use k3 or k2, or put "
+        "the KL into the reward with --no-use_kl_loss",
+    ),
+    (
+        lambda a: a.init_kl_coef > 0 and not a.use_kl_loss and a.kl_estimator != "k1",
+        "--no-use_kl_loss with --kl_estimator {kl_estimator}: in the reward its gradient cancels to first "
+        "order, so it would hardly hold the model back; use --kl_estimator k1, or --use_kl_loss",
+    ),
+    (
+        lambda a: a.advantage_estimator == "reinforce_baseline" and a.gamma != 1,
+        "--gamma {gamma} with --advantage_estimator reinforce_baseline: REINFORCE++-baseline does not "
+        "discount (LightRFT ignores the flag); drop it",
+    ),
+    (
+        lambda a: a.wandb_table_steps > 0 and not a.use_wandb,
+        "--wandb_table_steps {wandb_table_steps} without --use_wandb: add it, or drop this",
+    ),
+    (
+        lambda a: a.engine_type == "hf" and a.engine_tp_size > 1,
+        "--engine_type hf has no tensor parallelism: --engine_tp_size {engine_tp_size} must be 1",
+    ),
+    (
+        lambda a: a.adam_offload and a.zero_stage == 0 and not a.fsdp,
+        "--adam_offload with --zero_stage 0: DeepSpeed would ignore it; use --zero_stage 2 or 3",
+    ),
+    (
+        lambda a: a.load_in_4bit and a.lora_rank == 0,
+        "--load_in_4bit: weights at 4 bits cannot train; add adapters with --lora_rank 16",
+    ),
+    (
+        lambda a: a.load_in_4bit and a.fsdp,
+        "--load_in_4bit with --fsdp: FSDP2 cannot split packed weights; drop --fsdp",
+    ),
+    (
+        lambda a: a.load_in_4bit and a.zero_stage == 3,
+        "--load_in_4bit with --zero_stage 3: ZeRO-3 cannot split packed weights; use --zero_stage 2",
+    ),
+)
 
 
 def _method_problems(args: argparse.Namespace) -> list[str]:
     """Flags that contradict each other."""
-    estimator, samples = args.advantage_estimator, args.n_samples_per_prompt
-    parts = split_reward(args.reward)
-    rules = (
-        (
-            estimator in REFUSED_ESTIMATORS,
-            f"--advantage_estimator {estimator} {REFUSED_ESTIMATORS.get(estimator)}; "
-            "use group_norm (GRPO), dr_grpo, rloo, reinforce_baseline, reinforce or reinforce++",
-        ),
-        (
-            estimator in GROUP_METHODS and samples < 2,
-            f"--advantage_estimator {estimator} compares the responses of a group: "
-            f"--n_samples_per_prompt {samples} must be 2 or more",
-        ),
-        (
-            any(part not in (*REWARDS, *REWARD_PARTS) and not all(part.partition(":")) for part in parts),
-            f"--reward {args.reward}: must be one of {', '.join(REWARDS)}, or module:function, or a sum (a+b) of these "
-            f"and of {', '.join(REWARD_PARTS)}",
-        ),
-        (len(args.reward_parts) < len(parts), f"--reward {args.reward}: two parts have the same name"),
-        (
-            (len(parts) > 1 or args.reward_weights is not None)
-            and any(":" in part and part.rpartition(":")[2] in (*REWARDS, *REWARD_PARTS, "rule") for part in parts),
-            f"--reward {args.reward}: a function has the name of a part that is measured anyway; rename it",
-        ),
-        (
-            args.reward_weights is not None and len(args.reward_weights) != len(parts),
-            f"--reward_weights: {len(args.reward_weights or ())} weights for the {len(parts)} parts of --reward "
-            f"{args.reward} ({', '.join(parts)})",
-        ),
-        (
-            estimator == "gdpo" and len(parts) < 2,
-            f"--advantage_estimator gdpo with --reward {args.reward}: it normalises each of several rewards by itself; "
-            "give a sum, such as accuracy+format",
-        ),
-        (
-            "audio_gain" in parts and not {"accuracy", "r1_aqa", "exact", "graded_format", "length_aware"} & set(parts),
-            f"--reward {args.reward}: audio_gain is paid to right answers only, and no part of the sum pays for these; "
-            "add accuracy, such as accuracy+format+audio_gain",
-        ),
-        (
-            args.use_gspo and args.audio_token_weights > 0,
-            f"--audio_token_weights {args.audio_token_weights} with --use_gspo: all tokens of a response have one "
-            "ratio there, so weights with the mean 1 change nothing; drop one",
-        ),
-        (
-            "majority" in parts and samples < 2,
-            "--reward majority: a group of one response has no majority; --n_samples_per_prompt 2 or more",
-        ),
-        (
-            args.lora_rank > 0 and args.freeze_prefix,
-            "--freeze_prefix with --lora_rank: adapters freeze all else anyway; choose --target_modules",
-        ),
-        (args.flash_attn and not args.bf16, "--flash_attn: its kernels do not take float32; add --bf16"),
-        (
-            args.overlong_buffer and not 1 <= args.overlong_buffer_len <= args.generate_max_len,
-            f"--overlong_buffer_len {args.overlong_buffer_len}: must be 1 to --generate_max_len "
-            f"{args.generate_max_len}",
-        ),
-        (
-            args.dynamic_sampling and samples < 2,
-            "--dynamic_sampling: a group of one response is always alike; --n_samples_per_prompt 2 or more",
-        ),
-        (
-            args.dynamic_sampling and (args.easy_first or args.prompt_data_probs_end is not None),
-            "--dynamic_sampling with --easy_first or --prompt_data_probs_end: replacements are drawn from all rows, "
-            "also those whose turn has not come yet; use one of the two",
-        ),
-        (
-            (args.top_p < 1 or args.top_k > 0) and (args.on_anomaly != "warn" or args.rollout_correction != "none"),
-            "--top_p or --top_k with --on_anomaly stop or skip, or with --rollout_correction: the engine's log-probs "
-            "are those of the cut distribution, whose distance to the trainer's would count as an error; drop one",
-        ),
-        (
-            args.use_gspo and args.loss_agg_mode != "seq-mean-token-mean",
-            f"--use_gspo with --loss_agg_mode {args.loss_agg_mode}: GSPO weighs all responses alike, this by their "
-            "length; use seq-mean-token-mean",
-        ),
-        (
-            args.use_cispo and args.eps_clip_high is None,
-            "--use_cispo: its weight is at most 1 + --eps_clip_high, which is not given; 4 to 8 were good choices in "
-            "Khatri et al., ScaleRL (2025)",
-        ),
-        (args.use_cispo and args.use_gspo, "--use_cispo with --use_gspo: two losses; drop one"),
-        # --quiet is a flag of the runtime only
-        (getattr(args, "quiet", False) and args.verbose, "--quiet with --verbose: drop one of the two"),
-        (
-            args.kl_target is not None and args.init_kl_coef == 0,
-            f"--kl_target {args.kl_target} needs a start value: set --init_kl_coef above 0",
-        ),
-        (
-            args.init_kl_coef > 0 and args.use_kl_loss and args.kl_estimator == "k1",
-            "--kl_estimator k1 as a loss: its gradient does not depend on the reference model; use k3 or k2, or put "
-            "the KL into the reward with --no-use_kl_loss",
-        ),
-        (
-            args.init_kl_coef > 0 and not args.use_kl_loss and args.kl_estimator != "k1",
-            f"--no-use_kl_loss with --kl_estimator {args.kl_estimator}: in the reward its gradient cancels to first "
-            "order, so it would hardly hold the model back; use --kl_estimator k1, or --use_kl_loss",
-        ),
-        (
-            estimator == "reinforce_baseline" and args.gamma != 1,
-            f"--gamma {args.gamma} with --advantage_estimator reinforce_baseline: REINFORCE++-baseline does not "
-            "discount (LightRFT ignores the flag); drop it",
-        ),
-        (
-            args.wandb_table_steps > 0 and not args.use_wandb,
-            f"--wandb_table_steps {args.wandb_table_steps} without --use_wandb: add it, or drop this",
-        ),
-        (
-            args.engine_type == "hf" and args.engine_tp_size > 1,
-            f"--engine_type hf has no tensor parallelism: --engine_tp_size {args.engine_tp_size} must be 1",
-        ),
-        (
-            args.adam_offload and args.zero_stage == 0 and not args.fsdp,
-            "--adam_offload with --zero_stage 0: DeepSpeed would ignore it; use --zero_stage 2 or 3",
-        ),
-    )
-    return [problem for wrong, problem in rules if wrong]
+    parts, weights = split_reward(args.reward), args.reward_weights or ()
+    values = argparse.Namespace(**vars(args), parts=parts)
+    more = {"part_names": ", ".join(parts), "part_count": len(parts), "weight_count": len(weights)}
+    more["refused"] = REFUSED_ESTIMATORS.get(args.advantage_estimator)
+    return [message.format(**vars(args), **more) for is_wrong, message in METHOD_RULES if is_wrong(values)]
 
 
 def find_warnings(args: argparse.Namespace) -> list[str]:
@@ -313,17 +322,6 @@ def find_warnings(args: argparse.Namespace) -> list[str]:
             "without the flag a group computes it once, which is faster and smaller"
         )
     return warnings
-
-
-def _four_bit_problems(args: argparse.Namespace) -> list[str]:
-    problems = []
-    if args.lora_rank == 0:
-        problems.append("--load_in_4bit: weights at 4 bits cannot train; add adapters with --lora_rank 16")
-    if args.fsdp:
-        problems.append("--load_in_4bit with --fsdp: FSDP2 cannot split packed weights; drop --fsdp")
-    if args.zero_stage == 3:
-        problems.append("--load_in_4bit with --zero_stage 3: ZeRO-3 cannot split packed weights; use --zero_stage 2")
-    return problems
 
 
 def _batch_problems(args: argparse.Namespace, world: int, local: int) -> list[str]:
