@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,12 +36,10 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
     :return: The engine, and for each way a function that samples and returns the responses' tokens.
     """
     import torch
-    import vllm
     from audio_dataset import patch_experience_maker_for_audio, patch_strategy_for_audio
 
     from aqa.data.prompts import end_tokens
     from aqa.patches.experience_maker import BANNED
-    from aqa.patches.strategy import build_audio_inputs
     from aqa.rewards.r1_aqa import reward_fn
     from lightrft.engines.base import Sampling, stable_seed
     from lightrft.engines.vllm_engine import VLLMEngine
@@ -62,28 +60,8 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
     maker = FastExperienceMaker(None, None, tokenizer, strategy, KLController(0), reward_fn, {}, sampling, False)
     patch_experience_maker_for_audio(maker, processor, tokenizer, 512)
     prompts, clips, references, labels = zip(*rows, strict=True)
-    requests = build_audio_inputs(prompts, clips)
     seeds = [stable_seed(args.seed, 1, i) for i in range(PROMPTS)]
-
-    def params(n: int, seed: int) -> Any:
-        return vllm.SamplingParams(
-            n=n,
-            max_tokens=MAX_NEW_TOKENS,
-            logit_bias=bias,
-            seed=seed,
-            logprobs=0,
-            detokenize=False,
-            stop_token_ids=ends,
-        )
-
-    def alone() -> list[list[int]]:
-        outputs = engine.llm.generate(requests, [params(SAMPLES, seed) for seed in seeds], use_tqdm=False)
-        return [list(c.token_ids) for o in outputs for c in sorted(o.outputs, key=lambda c: c.index)]
-
-    def alone_by_sample() -> list[list[int]]:
-        repeated = [request for request in requests for _ in range(SAMPLES)]
-        each = [params(1, seed + i) for seed in seeds for i in range(SAMPLES)]
-        return [list(o.outputs[0].token_ids) for o in engine.llm.generate(repeated, each, use_tqdm=False)]
+    alone, alone_by_sample = ways_alone(engine, prompts, clips, seeds, {"logit_bias": bias, "stop_token_ids": ends})
 
     def generation() -> list[list[int]]:
         outputs = strategy.gather_and_generate(
@@ -105,6 +83,35 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
         "a request a sample": alone_by_sample,
     }
     return engine, ways
+
+
+def ways_alone(
+    engine: Any, prompts: Sequence[str], clips: Sequence[Any], seeds: list[int], settings: dict[str, Any]
+) -> tuple[Callable[[], list[list[int]]], Callable[[], list[list[int]]]]:
+    """Calls of vLLM alone, with a request a prompt and with a request a sample.
+
+    :param settings: Of its sampling.
+    """
+    import vllm
+
+    from aqa.patches.strategy import build_audio_inputs
+
+    requests = build_audio_inputs(prompts, clips)
+
+    def params(n: int, seed: int) -> Any:
+        fixed = {"max_tokens": MAX_NEW_TOKENS, "logprobs": 0, "detokenize": False}
+        return vllm.SamplingParams(n=n, seed=seed, **fixed, **settings)
+
+    def by_prompt() -> list[list[int]]:
+        outputs = engine.llm.generate(requests, [params(SAMPLES, seed) for seed in seeds], use_tqdm=False)
+        return [list(c.token_ids) for o in outputs for c in sorted(o.outputs, key=lambda c: c.index)]
+
+    def by_sample() -> list[list[int]]:
+        repeated = [request for request in requests for _ in range(SAMPLES)]
+        each = [params(1, seed + i) for seed in seeds for i in range(SAMPLES)]
+        return [list(o.outputs[0].token_ids) for o in engine.llm.generate(repeated, each, use_tqdm=False)]
+
+    return by_prompt, by_sample
 
 
 def measure(engine: Any, ways: dict[str, Callable], rounds: int) -> dict[str, dict[str, float]]:

@@ -45,32 +45,18 @@ def strategy_flags(zero_stage: int, bf16: bool = False) -> argparse.Namespace:
     return args
 
 
-def random_config(tokenizer: Any) -> Any:
-    """A Qwen2-Audio of 99 M parameters, 27 M of them in the tower, with the demo's tokenizer."""
-    from transformers import Qwen2AudioConfig
-
-    from demo.tiny_model import CLIP_SECONDS, N_MELS
-
-    audio = {"encoder_layers": 8, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048, "d_model": 512}
-    audio |= {"model_type": "qwen2_audio_encoder", "num_mel_bins": N_MELS, "max_source_positions": CLIP_SECONDS * 50}
-    text = {"model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": 768, "intermediate_size": 2048}
-    text |= {"num_hidden_layers": 10, "num_attention_heads": 12, "num_key_value_heads": 12, "bos_token_id": None}
-    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text |= {"tie_word_embeddings": False}
-    index = tokenizer.convert_tokens_to_ids("<|AUDIO|>")
-    return Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=index)
-
-
 def write_random_model(folder: Path) -> None:
-    """Write a model of that size with random weights."""
-    import torch
-    from transformers import Qwen2AudioForConditionalGeneration
+    """Write a random Qwen2-Audio of 99 M parameters, 27 M of them in the tower, with the demo's tokenizer."""
+    from random_model import build_model, make_config
 
     from demo.tiny_model import build_processor, save
 
     processor = build_processor()
-    torch.manual_seed(0)
-    save(Qwen2AudioForConditionalGeneration(random_config(processor.tokenizer)), processor, folder)
+    tokenizer = processor.tokenizer
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = (10, 12, 768, 2048, len(tokenizer))
+    config = make_config((8, 8, 512), text, tokenizer.convert_tokens_to_ids("<|AUDIO|>"), **ends)
+    save(build_model(config), processor, folder)
 
 
 def copying(weights: list[Any]) -> Callable[[], None]:

@@ -26,58 +26,21 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from harness import Report, forget_peak, make_parser, parse, peak_bytes, ratio, take_turns, timed
+from random_model import CLIP_FRAMES, SAMPLES, build_model, make_batch, make_config, make_policy
 
-AUDIO, CLIP_FRAMES, AUDIO_TOKENS = 7, 1000, 250
-VOCABULARY, BATCH = 156_032, 8
+AUDIO, VOCABULARY = 7, 156_032
 KEPT = "frozen tower kept"
 WAYS = ("plain", "ours"), ("apart", "shared")
 
 
-def build_model(layers: int, width: int, vocabulary: int) -> Any:
-    """A random Qwen2-Audio.
-
-    :param layers: Of tower and language model.
-    """
-    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
-
-    audio = {"encoder_layers": layers, "encoder_attention_heads": 4, "encoder_ffn_dim": 4 * width, "d_model": width}
-    audio |= {"model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "max_source_positions": 1500}
-    text = {"model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 4 * width}
-    text |= {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 4}
-    torch.manual_seed(0)
-    model = Qwen2AudioForConditionalGeneration(
-        Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=AUDIO)
-    )
-    model.config.use_cache = False
-    return model
-
-
-def make_batch(vocabulary: int, text: int, response: int) -> dict[str, torch.Tensor]:
-    """8 responses to one prompt with a clip of 10 s.
-
-    :param text: Text tokens of the prompt.
-    :param response: Tokens a response.
-    :return: Arguments of ``response_log_probs``.
-    """
-    generator = torch.Generator().manual_seed(1)
-    prompt = torch.randint(8, vocabulary, (text,), generator=generator)
-    prompt = torch.cat([prompt[:4], torch.full((AUDIO_TOKENS,), AUDIO), prompt[4:]])
-    sampled = torch.randint(8, vocabulary, (BATCH, response), generator=generator)
-    sequences = torch.cat([prompt.expand(BATCH, -1), sampled], 1)
-    features = torch.randn(1, 128, 3000, generator=generator)
-    features[:, :, CLIP_FRAMES + 2 :] = 0
-    return {
-        "sequences": sequences,
-        "attention_mask": torch.ones_like(sequences),
-        "response_mask": torch.ones_like(sampled),
-        "features": features,
-        "frames": torch.tensor([CLIP_FRAMES]),
-        "clip_index": torch.zeros(BATCH, dtype=torch.long),
-    }
+def random_model(layers: int, width: int, vocabulary: int) -> Any:
+    """A random Qwen2-Audio whose tower and language model have as many layers, of the same width."""
+    return build_model(make_config((layers, 4, width), (layers, 4, width, 4 * width, vocabulary), AUDIO))
 
 
 def plain_log_probs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -86,24 +49,20 @@ def plain_log_probs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     :param batch: From :func:`make_batch`.
     """
     width = batch["response_mask"].shape[1]
-    mask = (torch.arange(3000) < CLIP_FRAMES).long()[None].expand(BATCH, -1)
+    mask = (torch.arange(3000) < CLIP_FRAMES).long()[None].expand(SAMPLES, -1)
     logits = model(
         input_ids=batch["sequences"],
         attention_mask=batch["attention_mask"],
-        input_features=batch["features"].expand(BATCH, -1, -1),
+        input_features=batch["features"].expand(SAMPLES, -1, -1),
         feature_attention_mask=mask,
     ).logits
     log_probs = logits[:, :-1].float().log_softmax(-1)
     return log_probs.gather(-1, batch["sequences"][:, 1:, None])[:, -width:, 0]
 
 
-def make_policy(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+def call(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Our forward."""
-    from aqa.common.patch import Patch
-    from aqa.patches.actor import patch_policy
-
-    patch_policy(Patch(), model)
-    return lambda batch: model(**batch)
+    return model(**batch)
 
 
 def forward_and_backward(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -122,11 +81,11 @@ def run_once(way: str) -> None:
     :param way: A name in :data:`WAYS`.
     """
     if way in WAYS[0]:
-        model, batch = build_model(2, 128, VOCABULARY).train(), make_batch(VOCABULARY, 94, 256)
+        model, batch = random_model(2, 128, VOCABULARY), make_batch(VOCABULARY, 94, 256, AUDIO)
     else:
-        model, batch = build_model(4, 512, 8192).train(), make_batch(8192, 90, 24)
+        model, batch = random_model(4, 512, 8192), make_batch(8192, 90, 24, AUDIO)
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = (lambda batch: plain_log_probs(model, batch)) if way == "plain" else make_policy(model)
+    policy = (lambda batch: plain_log_probs(model, batch)) if way == "plain" else partial(call, make_policy(model))
     if way == "apart":
         policy = apart(policy)
     forward_and_backward(lambda: policy(batch))  # as in a step of many micro-batches, the gradients are there already
@@ -192,16 +151,15 @@ def compare_measures(rounds: int) -> dict[str, dict[str, float]]:
     from aqa.policy import forward
     from aqa.policy.tower_cache import share_tower_outputs
 
-    batch, long = make_batch(8192, 40, 64), make_batch(8192, 40, 1024)
-    model, frozen = build_model(4, 256, 8192).train(), build_model(4, 256, 8192).train()
-    plain = build_model(4, 256, 8192).train()
-    ours, cached = make_policy(model), make_policy(frozen)
+    batch, long = make_batch(8192, 40, 64, AUDIO), make_batch(8192, 40, 1024, AUDIO)
+    model, frozen, plain = (random_model(4, 256, 8192) for _ in range(3))
+    ours, cached = (partial(call, make_policy(each)) for each in (model, frozen))
     forward.parts_of(frozen).tower.requires_grad_(False)
     cache = share_tower_outputs(frozen)
     clip_a_sample = batch | {
-        "features": batch["features"].expand(BATCH, -1, -1),
-        "frames": batch["frames"].expand(BATCH),
-        "clip_index": torch.arange(BATCH),
+        "features": batch["features"].expand(SAMPLES, -1, -1),
+        "frames": batch["frames"].expand(SAMPLES),
+        "clip_index": torch.arange(SAMPLES),
     }
 
     def without_cache(batch: dict[str, torch.Tensor]) -> torch.Tensor:

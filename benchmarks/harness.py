@@ -56,6 +56,21 @@ def make_parser(description: str, rounds: int | None = None, demo: bool = True) 
     return parser
 
 
+def make_step_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that ``bench_step.py`` gives to another trainer; they mean what they mean for
+    ``train_colocate.py``."""
+    parser = make_parser(description, demo=False)
+    parser.add_argument("--pretrain", required=True, help="Qwen2-Audio folder")
+    parser.add_argument("--prompt_data", type=Path, required=True, help="folder that avqa.py wrote")
+    parser.add_argument("--save_path", type=Path, required=True, help="folder for metrics.jsonl")
+    parser.add_argument("--rollout_batch_size", type=int, required=True, help="prompts a step")
+    parser.add_argument("--n_samples_per_prompt", type=int, required=True, help="responses a prompt")
+    parser.add_argument("--micro_train_batch_size", type=int, required=True, help="responses a forward and backward")
+    parser.add_argument("--generate_max_len", type=int, required=True, help="longest response, tokens")
+    parser.add_argument("--actor_learning_rate", type=float, required=True, help="constant")
+    return parser
+
+
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line, and refuse a demo folder that has no model.
 

@@ -14,11 +14,10 @@ import argparse
 import copy
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import make_parser
+from harness import make_step_parser
 
 MAX_NORM, BETAS = 1.0, (0.9, 0.95)
 
@@ -156,84 +155,81 @@ def compare(model: Any, ref: Any, batch: dict[str, Any], kl_coef: float, n: int)
     }
 
 
-def main() -> None:
-    """Train some steps, write their metrics, compare."""
-    parser = make_parser(__doc__, demo=False)
-    parser.add_argument("--pretrain", required=True, help="Qwen2-Audio folder")
-    parser.add_argument("--prompt_data", required=True, help="folder that avqa.py wrote")
-    parser.add_argument("--save_path", required=True, type=Path, help="folder for metrics.jsonl and check.json")
-    parser.add_argument("--rollout_batch_size", type=int, required=True, help="prompts a step")
-    parser.add_argument("--n_samples_per_prompt", type=int, required=True, help="responses a prompt")
-    parser.add_argument("--micro_train_batch_size", type=int, required=True, help="responses a forward and backward")
-    parser.add_argument("--generate_max_len", type=int, required=True, help="longest response, tokens")
-    parser.add_argument("--actor_learning_rate", type=float, required=True, help="constant")
-    parser.add_argument("--init_kl_coef", type=float, default=0.04, help="weight of the KL to the start model")
-    parser.add_argument("--seed", type=int, default=42, help="order of the rows, sampling")
-    args = parser.parse_args()
-
+def load(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """Model, processor, optimizer, and the rows in batches, as ``train_colocate.py`` would load them."""
     from audio_dataset import AudioPromptDataset
     from torch.utils.data import DataLoader, DistributedSampler
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-    from aqa.rewards.r1_aqa import reward_fn
     from lightrft.utils import blending_datasets
 
-    torch.manual_seed(args.seed)
     processor = AutoProcessor.from_pretrained(args.pretrain)
-    tokenizer = processor.tokenizer
-    tokenizer.padding_side = "left"
+    processor.tokenizer.padding_side = "left"
     model = Qwen2AudioForConditionalGeneration.from_pretrained(args.pretrain, dtype=torch.float32)
-    ref = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.actor_learning_rate, betas=BETAS, weight_decay=0.0)
+    keys = {"input_key": "prompt", "images_key": "audio_path", "reference_key": "reference", "label_key": "label"}
+    rows = blending_datasets(str(args.prompt_data), "1.0", return_eval=False)
+    columns = argparse.Namespace(args=argparse.Namespace(**keys))
+    dataset = AudioPromptDataset(rows, processor.tokenizer, processor, 512, columns)
+    sampler = DistributedSampler(dataset, 1, 0, shuffle=True, seed=args.seed)
+    loader = DataLoader(dataset, args.rollout_batch_size, sampler=sampler, collate_fn=list, drop_last=True)
+    return model, processor, optimizer, loader
 
-    columns = argparse.Namespace(
-        input_key="prompt", images_key="audio_path", reference_key="reference", label_key="label"
+
+def advantages_of(rows: list[Any], batch: dict[str, Any], n: int, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards of the responses, and each one's distance to its group's mean, by the group's deviation.
+
+    :param rows: Prompts, with ``n`` responses each in ``batch``.
+    """
+    from aqa.rewards.r1_aqa import reward_fn
+
+    rewards, _ = reward_fn(
+        model_reward_list=[],
+        labels=[row[3] for row in rows for _ in range(n)],
+        queries=tokenizer.batch_decode(batch["sequences"]),
+        refs=[row[2] for row in rows for _ in range(n)],
+        label_map={},
     )
-    rows = blending_datasets(args.prompt_data, "1.0", return_eval=False)
-    dataset = AudioPromptDataset(rows, tokenizer, processor, 512, argparse.Namespace(args=columns))
-    loader = DataLoader(
-        dataset,
-        args.rollout_batch_size,
-        sampler=DistributedSampler(dataset, 1, 0, shuffle=True, seed=args.seed),
-        collate_fn=list,
-        drop_last=True,
-    )
+    groups = rewards.reshape(-1, n)
+    return rewards, ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def main() -> None:
+    """Train some steps, write their metrics, compare with the runtime (``check.json``)."""
+    parser = make_step_parser(__doc__)
+    parser.add_argument("--init_kl_coef", type=float, default=0.04, help="weight of the KL to the start model")
+    parser.add_argument("--seed", type=int, default=42, help="order of the rows, sampling")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    model, processor, optimizer, loader = load(args)
+    ref = copy.deepcopy(model).eval().requires_grad_(False)
     n, prompts = args.n_samples_per_prompt, args.micro_train_batch_size // args.n_samples_per_prompt
     micro_batches = args.rollout_batch_size // prompts
     args.save_path.mkdir(parents=True, exist_ok=True)
     with (args.save_path / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for step, batch_rows in enumerate(loader, 1):
+        for step, rows in enumerate(loader, 1):
             times = dict.fromkeys(("rollout", "logprobs", "train", "sync"), 0.0)
             sums = dict.fromkeys(("rollout/reward", "rollout/response_length", "train/loss", "train/kl"), 0.0)
             started = time.perf_counter()
             for i in range(micro_batches):
-                part = batch_rows[i * prompts : (i + 1) * prompts]
+                part = rows[i * prompts : (i + 1) * prompts]
                 clock = time.perf_counter()
                 model.eval()
                 batch = sample(model, processor, part, n, args.generate_max_len)
-                mask = batch["mask"]
-                rewards, _ = reward_fn(
-                    model_reward_list=[],
-                    labels=[row[3] for row in part for _ in range(n)],
-                    queries=tokenizer.batch_decode(batch["sequences"]),
-                    refs=[row[2] for row in part for _ in range(n)],
-                    label_map={},
-                )
-                groups = rewards.reshape(-1, n)
-                advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+                rewards, advantages = advantages_of(part, batch, n, processor.tokenizer)
                 clock = _lap(times, "rollout", clock)
                 with torch.no_grad():
                     reference = log_probs(ref, batch)
                 clock = _lap(times, "logprobs", clock)
                 model.train()
-                loss, kl = grpo_loss(log_probs(model, batch), reference, advantages, mask, args.init_kl_coef)
+                loss, kl = grpo_loss(log_probs(model, batch), reference, advantages, batch["mask"], args.init_kl_coef)
                 (loss / micro_batches).backward()
                 if i == micro_batches - 1:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
                     optimizer.step()
                     optimizer.zero_grad()
                 _lap(times, "train", clock)
-                values = (rewards.mean(), mask.sum(1).float().mean(), loss.detach(), kl)
+                values = (rewards.mean(), batch["mask"].sum(1).float().mean(), loss.detach(), kl)
                 for name, value in zip(sums, values, strict=True):
                     sums[name] += float(value) / micro_batches
             times["step"] = time.perf_counter() - started

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import make_parser
+from harness import make_step_parser
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -59,12 +59,19 @@ def prepare(out: Path) -> None:
 
     :param out: Folder of ``metrics.jsonl``.
     """
+    seconds = {"rollout": 0.0}
+    register(out, seconds)
+    replace(seconds)
+
+
+def register(out: Path, seconds: dict[str, float]) -> None:
+    """Give ms-swift R1-AQA's reward, and a callback that writes metrics.
+
+    :param seconds: Of the last rollout; those of the last step are added.
+    """
     from swift.callbacks import TrainerCallback, callbacks_map
     from swift.rewards import ORM, orms
-    from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
-    from swift.template.templates.qwen import Qwen2AudioTemplate
 
-    from aqa.patches.slots import audio_token_count
     from aqa.rewards.r1_aqa import avqa_combined_reward_fn
 
     class Reward(ORM):
@@ -73,8 +80,6 @@ def prepare(out: Path) -> None:
         def __call__(self, completions: list[str], reference: list[str], **kwargs: Any) -> list[float]:
             pairs = zip(completions, reference, strict=True)
             return [avqa_combined_reward_fn(completion, gold)[0] for completion, gold in pairs]
-
-    seconds = {"rollout": 0.0}
 
     class Clock(TrainerCallback):
         """Seconds from the end of a step to the end of the next."""
@@ -97,6 +102,18 @@ def prepare(out: Path) -> None:
                 file.write(json.dumps(record) + "\n")
 
     orms["avqa"], callbacks_map["clock"] = Reward, Clock
+
+
+def replace(seconds: dict[str, float]) -> None:
+    """Replace two functions that do not run here, and time a third; see the head of this file.
+
+    :param seconds: Those of each rollout are put in.
+    """
+    from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
+    from swift.template.templates.qwen import Qwen2AudioTemplate
+
+    from aqa.patches.slots import audio_token_count
+
     encode, generate = Qwen2AudioTemplate._encode, GRPOTrainer._generate_completions
 
     def expanded(self: Any, inputs: Any) -> dict[str, Any]:
@@ -128,15 +145,7 @@ def prepare(out: Path) -> None:
 
 def main() -> None:
     """Train some steps and write their metrics."""
-    parser = make_parser(__doc__, demo=False)
-    parser.add_argument("--pretrain", required=True, help="Qwen2-Audio folder")
-    parser.add_argument("--prompt_data", required=True, type=Path, help="folder that avqa.py wrote")
-    parser.add_argument("--save_path", required=True, type=Path, help="folder for metrics.jsonl")
-    parser.add_argument("--rollout_batch_size", type=int, required=True, help="prompts a step")
-    parser.add_argument("--n_samples_per_prompt", type=int, required=True, help="responses a prompt")
-    parser.add_argument("--micro_train_batch_size", type=int, required=True, help="responses a forward and backward")
-    parser.add_argument("--generate_max_len", type=int, required=True, help="longest response, tokens")
-    parser.add_argument("--actor_learning_rate", required=True, help="constant")
+    parser = make_step_parser(__doc__)
     parser.add_argument("--vllm", action="store_true", help="rollouts on vLLM in the same process, else transformers")
     args = parser.parse_args()
 

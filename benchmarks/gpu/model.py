@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import random_model
 import torch
 from harness import allocated
+from random_model import make_config, make_policy
 
-SAMPLES, AUDIO, CLIP_FRAMES, AUDIO_TOKENS, TEXT = 8, 3, 1000, 250, 94  # AUDIO: placeholder of the demo's tokenizer
+AUDIO, TEXT = 3, 94  # id of the placeholder in the demo's tokenizer; text tokens of a prompt
 SIZES = {  # audio: layers, heads, width; text: layers, heads, width, intermediate, vocabulary
     "7B": ((32, 20, 1280), (32, 32, 4096, 11_008, 156_032)),
     "2 layers of 7B": ((2, 20, 1280), (2, 32, 4096, 11_008, 156_032)),
@@ -27,52 +29,14 @@ def build_model(size: str, dtype: torch.dtype = DTYPE, patched: bool = True) -> 
     :param size: Of :data:`SIZES`.
     :param patched: Its forward is the project's, which returns log-probs.
     """
-    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
-
-    from aqa.common.patch import Patch
-    from aqa.patches.actor import patch_policy
-
-    (layers, heads, width), (text_layers, text_heads, text_width, intermediate, vocabulary) = SIZES[size]
-    audio = {"model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "max_source_positions": 1500}
-    audio |= {"encoder_layers": layers, "encoder_attention_heads": heads}
-    audio |= {"encoder_ffn_dim": 4 * width, "d_model": width}
-    text = {"model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": text_width}
-    text |= {"num_hidden_layers": text_layers, "num_attention_heads": text_heads, "num_key_value_heads": text_heads}
-    text |= {"intermediate_size": intermediate, "tie_word_embeddings": False}
-    config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=AUDIO)
-    config.use_cache = False
-    torch.manual_seed(0)
     with DEVICE:
-        model = Qwen2AudioForConditionalGeneration._from_config(config, dtype=dtype)
-    if patched:
-        patch_policy(Patch(), model)
-    return model.train()
+        model = random_model.build_model(make_config(*SIZES[size], AUDIO), dtype)
+    return make_policy(model) if patched else model
 
 
 def make_batch(response: int, prompts: int = 1, clips_a_prompt: int = 1) -> dict[str, torch.Tensor]:
-    """8 responses to each of some prompts with a clip of 10 s.
-
-    :param response: Tokens a response.
-    :param clips_a_prompt: 1, or 8 for one encoding a response.
-    :return: Arguments of ``response_log_probs``.
-    """
-    generator = torch.Generator().manual_seed(1)
-    text = torch.randint(8, 500, (prompts, TEXT), generator=generator)
-    prompt = torch.cat([text[:, :4], torch.full((prompts, AUDIO_TOKENS), AUDIO), text[:, 4:]], 1)
-    rows = prompts * SAMPLES
-    sampled = torch.randint(8, 500, (rows, response), generator=generator)
-    sequences = torch.cat([prompt.repeat_interleave(SAMPLES, 0), sampled], 1)
-    features = torch.randn(prompts, 128, 3000, generator=generator)
-    features[:, :, CLIP_FRAMES + 2 :] = 0
-    clips = prompts * clips_a_prompt
-    batch = {
-        "sequences": sequences,
-        "attention_mask": torch.ones_like(sequences),
-        "response_mask": torch.ones_like(sampled),
-        "features": features.repeat_interleave(clips_a_prompt, 0),
-        "frames": torch.full((clips,), CLIP_FRAMES),
-        "clip_index": torch.arange(clips).repeat_interleave(rows // clips),
-    }
+    """See :func:`random_model.make_batch`; on the device, with tokens of the smallest vocabulary."""
+    batch = random_model.make_batch(500, TEXT, response, AUDIO, prompts, clips_a_prompt)
     return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from random_model import SAMPLES
 
-from gpu.model import AUDIO, DEVICE, DTYPE, SAMPLES, TEXT, build_model, make_batch, most_allocated
+from gpu.model import AUDIO, DEVICE, DTYPE, TEXT, build_model, make_batch, most_allocated
 from gpu.record import Figures, Section, judge
 
 TOLERANCE = 0.15

@@ -16,13 +16,13 @@ from unittest import mock
 
 import torch
 from harness import ratio
+from random_model import SAMPLES
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpu.model import (
     AUDIO,
     DEVICE,
     ROUNDS,
-    SAMPLES,
     build_model,
     make_batch,
     matrix_peak,

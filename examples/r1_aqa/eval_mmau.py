@@ -24,21 +24,8 @@ from aqa.common.arguments import Parser
 from aqa.common.files import write_atomically
 from aqa.common.lock import lock
 from aqa.data.rows import show_value
+from aqa.evaluation import asking
 from aqa.evaluation.answers import Answer, extract_answer
-from aqa.evaluation.asking import (
-    EXIT_STATUS,
-    add_generation_flags,
-    add_model_flags,
-    add_untrusted_flag,
-    ask,
-    check_adapter,
-    check_audio,
-    check_device,
-    describe_run,
-    find_engine_problems,
-    make_reader,
-    run_command,
-)
 from aqa.evaluation.benchmarks import BENCHMARKS, Benchmark
 from aqa.evaluation.checkpoints import Model, asked_to_think, resolve_model
 from aqa.evaluation.items import (
@@ -65,12 +52,10 @@ ESSENTIAL = (
 # ---------------------------------------------------------------------------------------------------------------- flags
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags of ``run``; the EvalError names every setting that cannot be used."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog="eval_mmau.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter, essential=ESSENTIAL
-    )
+    kind = {"epilog": asking.EXIT_STATUS, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser(prog="eval_mmau.py", description=__doc__, essential=ESSENTIAL, **kind)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
-    add_model_flags(parser.add_argument_group("model"))
+    asking.add_model_flags(parser.add_argument_group("model"))
     add_question_flags(parser)
     add_answer_flags(parser)
     args = parser.parse_args(argv)
@@ -133,7 +118,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="refuse recordings outside --audio_dir, whether by an absolute path, by .. or by a link",
     )
-    add_untrusted_flag(g)
+    asking.add_untrusted_flag(g)
 
 
 def add_answer_flags(parser: argparse.ArgumentParser) -> None:
@@ -145,12 +130,12 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action=flag, default=False, help="replace results, finished or not, of an earlier run"
     )
     g = parser.add_argument_group("generation (greedy)")
-    add_generation_flags(g, "seed of the libraries; greedy decoding draws nothing")
+    asking.add_generation_flags(g, "seed of the libraries; greedy decoding draws nothing")
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     """Check the flags; return one message per problem."""
-    problems = find_engine_problems(args, "limit", "option_orders")
+    problems = asking.find_engine_problems(args, "limit", "option_orders")
     if not Path(args.audio_dir).is_dir():
         problems.append(f"--audio_dir {args.audio_dir}: is no folder")
     out = Path(args.out_file)
@@ -192,7 +177,7 @@ def evaluate(args: argparse.Namespace) -> None:
         ends = " or ".join(benchmark.suffixes)
         raise EvalError(f"--out_file {out}: must end in {ends}, the only format that {benchmark.title}'s script reads")
     model = resolve_model(args.model_path, args.base_model, args.lora_scale)
-    check_adapter(model)
+    asking.check_adapter(model)
     trained_to_think = asked_to_think(model)
     if args.think is None:
         args.think = trained_to_think == 1
@@ -228,10 +213,10 @@ def ask_and_score(
     if args.overwrite:
         partial.remove()
     done = partial.load()
-    reader = make_reader(args, model)
+    reader = asking.make_reader(args, model)
     if len(done) < len(items) + len(again):
-        check_device(args)
-    lengths, bad, silent = check_audio(items, reader, benchmark.is_whole)
+        asking.check_device(args)
+    lengths, bad, silent = asking.check_audio(items, reader, benchmark.is_whole)
     report_audio(items, bad, silent, skip_bad=args.skip_bad_audio)
     lengths |= {item.index: lengths[own] for item in again if (own := own_index(item.index, stride)) in lengths}
     done = {index: raw for index, raw in done.items() if index in lengths}
@@ -240,24 +225,12 @@ def ask_and_score(
 
     timing: dict[str, Any] = {"seconds": 0.0, "asked": 0}
     if len(done) < len(lengths):
-        from aqa.evaluation.engines import Job, Settings, render
-
-        sizes = args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size
-        settings = Settings(*sizes, args.seed, audio_seconds=args.audio_seconds)
-        mute, asked = args.silent_audio == "only", [item for item in (*items, *again) if item.index in lengths]
-
-        def make_jobs(processor: Any) -> list[Job]:
-            texts = [render(processor, item.prompt, 1 + len(item.further)) for item in asked]
-            return [
-                Job(item.index, text, [item.audio, *item.further], lengths[item.index], item.silent or mute, reader)
-                for item, text in zip(asked, texts, strict=True)
-            ]
-
-        timing = ask(args.engine, model, settings, make_jobs, done, partial, out.with_suffix(".log"))
+        asked = [item for item in (*items, *again) if item.index in lengths]
+        timing = ask_items(args, model, asked, lengths, reader, done, partial)
     responses = [done.get(item.index, "") for item in items]
     answers = [extract_answer(raw, item.row["choices"]) for item, raw in zip(items, responses, strict=True)]
-    predictions = [answer.text for answer in answers]
-    results = result_rows(items, zip(predictions, responses, strict=True), benchmark, args.silent_audio == "only")
+    pairs = ((answer.text, raw) for answer, raw in zip(answers, responses, strict=True))
+    results = result_rows(items, pairs, benchmark, args.silent_audio == "only")
     ways = (args.option_orders, args.silent_audio == "also", stride)
     results = [row | further_answers(item, done, *ways) for row, item in zip(results, items, strict=True)]
     scores = None
@@ -267,11 +240,42 @@ def ask_and_score(
         if heard := len(items) - len(bad):
             scores["of_asked"] = {"accuracy": scores["correct"] / heard, "correct": scores["correct"], "total": heard}
         scores["digital_silence"] = [items[i].row.get("id") for i in silent]
-        scores["run"] = describe_run(args, model) | timing | {"trained_to_think": trained_to_think}
+        scores["run"] = asking.describe_run(args, model) | timing | {"trained_to_think": trained_to_think}
         write_atomically(out.with_suffix(".score.json"), to_json(scores))
     write_rows(results, out)
     partial.remove()
     show_result(out, benchmark, scores)
+
+
+def ask_items(
+    args: argparse.Namespace,
+    model: Model,
+    items: Sequence[Item],
+    lengths: dict[int, list[int]],
+    reader: Any,
+    done: dict[int, str],
+    partial: PartialFile,
+) -> dict[str, Any]:
+    """Ask the items that have no response yet; responses are added to ``done`` and to ``partial``.
+
+    :param lengths: Samples of each item's clips, by its index.
+    :return: Seconds, and how many were asked.
+    """
+    from aqa.evaluation.engines import Job, Settings, render
+
+    sizes = args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size
+    settings = Settings(*sizes, args.seed, audio_seconds=args.audio_seconds)
+    mute = args.silent_audio == "only"
+
+    def make_jobs(processor: Any) -> list[Job]:
+        texts = [render(processor, item.prompt, 1 + len(item.further)) for item in items]
+        return [
+            Job(item.index, text, [item.audio, *item.further], lengths[item.index], item.silent or mute, reader)
+            for item, text in zip(items, texts, strict=True)
+        ]
+
+    log = Path(args.out_file).with_suffix(".log")
+    return asking.ask(args.engine, model, settings, make_jobs, done, partial, log)
 
 
 def announce(args: argparse.Namespace, items: Sequence[Item], model: Model, trained_to_think: float | None) -> None:
@@ -375,7 +379,7 @@ def describe_answers(answers: Sequence[Answer], responses: Sequence[str], think:
 def score_file(argv: Sequence[str]) -> None:
     """The ``score`` command: print the table of a result file, ours or another program's."""
     parser = Parser(
-        prog="eval_mmau.py score", description="Score a result file by the official rule.", epilog=EXIT_STATUS
+        prog="eval_mmau.py score", description="Score a result file by the official rule.", epilog=asking.EXIT_STATUS
     )
     parser.add_argument("file", type=Path, help="result file of a benchmark")
     parser.add_argument("--benchmark", choices=["auto", *BENCHMARKS], default="auto", help="auto: by the fields")
@@ -393,7 +397,7 @@ def compare_files(argv: Sequence[str]) -> None:
         prog="eval_mmau.py compare",
         description="Compare result files item by item, every other one with the first: accuracies by task, their "
         "difference with a 95 %% interval (in points), the items that only one got right, and McNemar's exact p-value.",
-        epilog=EXIT_STATUS,
+        epilog=asking.EXIT_STATUS,
     )
     parser.add_argument("first", type=Path, help="result file to compare with, such as that of the start model")
     parser.add_argument("others", type=Path, nargs="+", help="result files of the same benchmark")
@@ -439,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "score": lambda: score_file(rest),
         "compare": lambda: compare_files(rest),
     }
-    return run_command(actions[command], debug="--debug" in argv)
+    return asking.run_command(actions[command], debug="--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -24,21 +24,7 @@ from aqa.common.arguments import Parser
 from aqa.common.files import write_files
 from aqa.common.lock import lock
 from aqa.data.selection import PASS_RATE, SILENT_PASS_RATE
-from aqa.evaluation import pass_rates
-from aqa.evaluation.asking import (
-    EXIT_STATUS,
-    add_generation_flags,
-    add_model_flags,
-    add_untrusted_flag,
-    ask,
-    check_adapter,
-    check_audio,
-    check_device,
-    describe_run,
-    find_engine_problems,
-    make_reader,
-    run_command,
-)
+from aqa.evaluation import asking, pass_rates
 from aqa.evaluation.checkpoints import Model, resolve_model
 from aqa.evaluation.items import EvalError, PartialFile, digest, several
 from aqa.training.flags import REWARDS
@@ -50,13 +36,11 @@ ESSENTIAL = ("--model_path", "--data_file", "--out_dir", "--engine", "--samples"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags; the EvalError names every setting that cannot be used."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog="select_data.py", description=__doc__, epilog=EXIT_STATUS, formatter_class=formatter, essential=ESSENTIAL
-    )
+    kind = {"epilog": asking.EXIT_STATUS, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser(prog="select_data.py", description=__doc__, essential=ESSENTIAL, **kind)
     flag = argparse.BooleanOptionalAction
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
-    add_model_flags(parser.add_argument_group("model"))
+    asking.add_model_flags(parser.add_argument_group("model"))
     g = parser.add_argument_group("data")
     g.add_argument(
         "--data_file", type=Path, required=True, help=f"parquet file that avqa.py wrote, or its folder ({TRAIN})"
@@ -68,7 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"folder for {TRAIN} with the rates; a folder's validation part is copied into it",
     )
     g.add_argument("--overwrite", action=flag, default=False, help="replace an earlier run's files, finished or not")
-    add_untrusted_flag(g)
+    asking.add_untrusted_flag(g)
     g = parser.add_argument_group("rates")
     g.add_argument("--samples", type=int, default=8, help="responses a row and kind of sound (default: 8)")
     g.add_argument(
@@ -76,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     g.add_argument("--temperature", type=float, default=1.0, help="as for training (default: 1)")
     g.add_argument("--reward", choices=REWARDS, default="r1_aqa", help="whose accuracy counts (default: r1_aqa)")
-    add_generation_flags(
+    asking.add_generation_flags(
         parser.add_argument_group("generation"), "of what is drawn; after an interruption the rest is drawn anew"
     )
     args = parser.parse_args(argv)
@@ -89,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     """Check the flags; return one message per problem."""
-    problems = find_engine_problems(args, "samples")
+    problems = asking.find_engine_problems(args, "samples")
     unfinished = (args.out_dir / "select.partial.jsonl").exists()  # perhaps begun with --overwrite
     held = ", ".join(name for name in (TRAIN, *BESIDE) if (args.out_dir / name).exists() and not unfinished)
     if not 0 < args.temperature <= 2:
@@ -111,7 +95,7 @@ def select(args: argparse.Namespace) -> None:
     :raises EvalError: for anything that the user can correct; before the model is loaded, except for its own faults.
     """
     model = resolve_model(args.model_path, args.base_model, args.lora_scale)
-    check_adapter(model)
+    asking.check_adapter(model)
     table = pass_rates.read_table(args.data_file)
     items = pass_rates.make_items(table, args.data_file)
     ways = 2 if args.silent_audio else 1
@@ -126,9 +110,9 @@ def select(args: argparse.Namespace) -> None:
         done = partial_file.load()
         wanted = [*range(len(items)), *(range(-1, -1 - len(items), -1) if args.silent_audio else ())]
         if any(index not in done for index in wanted):
-            check_device(args)
-            reader = make_reader(args, model)
-            lengths, bad, silent = check_audio(items, reader)
+            asking.check_device(args)
+            reader = asking.make_reader(args, model)
+            lengths, bad, silent = asking.check_audio(items, reader)
             pass_rates.refuse_audio(bad, silent, items)
             if done:
                 print(f"continuing: {len(done):,} of {len(wanted):,} were finished before")
@@ -160,7 +144,7 @@ def ask_rows(
         args.audio_seconds,
     )
     jobs = partial(pass_rates.make_jobs, items=items, lengths=lengths, in_silence=args.silent_audio, reader=reader)
-    ask(args.engine, model, settings, jobs, done, partial_file, args.out_dir / "select.log")
+    asking.ask(args.engine, model, settings, jobs, done, partial_file, args.out_dir / "select.log")
 
 
 def write(args: argparse.Namespace, model: Model, table: Any, items: Sequence[Any], done: dict[int, Any]) -> None:
@@ -171,7 +155,7 @@ def write(args: argparse.Namespace, model: Model, table: Any, items: Sequence[An
     kinds = {PASS_RATE: lambda i: i} | ({SILENT_PASS_RATE: lambda i: -1 - i} if args.silent_audio else {})
     said = {name: [done[number(item.index)] for item in items] for name, number in kinds.items()}
     rates = {name: pass_rates.score(items, responses, args.reward) for name, responses in said.items()}
-    rated = pass_rates.with_rates(table, rates, describe_run(args, model))
+    rated = pass_rates.with_rates(table, rates, asking.describe_run(args, model))
     writers = {TRAIN: partial(pq.write_table, rated)}
     for name in BESIDE if args.data_file.name == TRAIN else ():
         if (source := args.data_file.with_name(name)).is_file():
@@ -191,7 +175,7 @@ def identity(args: argparse.Namespace, model: Model) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: select(parse_args(argv)), debug="--debug" in argv)
+    return asking.run_command(lambda: select(parse_args(argv)), debug="--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
 from aqa.training.flag_rules import find_problems, find_warnings, has_checkpoint, rank_problems
 from aqa.training.flags import build_parser, finish, has_split
-from aqa.training.length import describe_chance, describe_length, has_ended, plan_length
+from aqa.training.length import Length, describe_chance, describe_length, has_ended, plan_length
 from aqa.training.run_config import describe_program, write_report
 from aqa.training.run_folder import RunFolder, open_run
 from aqa.training.summary import next_command, summary
@@ -72,24 +72,16 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     for warning in find_warnings(args):
         strategy.print(f"WARNING: {warning}")
 
-    # ---- models
     HOST.status("loading the models ...")
     actor, initial_model = load_models(args, strategy)
-
-    # ---- data
     HOST.status("checking the data ...")
     data = load_data(args, strategy, actor)
-    length = plan_length(args, len(data.prompts))
-    strategy.print("\n".join(describe_length(args, length, len(data.prompts.dataset))))
-    strategy.print(
-        describe_chance(data.prompts.dataset.prompts, data.evaluation.dataset.prompts if data.evaluation else ())
-    )
+    length = describe_run(args, strategy, data)
     total = length.steps * args.rollout_batch_size  # prompts
     if args.load_checkpoint and has_ended(on_rank_0(lambda: folder.trained()), total):
         HOST.say(NOTHING_LEFT.format(args.save_path))
         return
 
-    # ---- optimizer
     (actor, optimizer, scheduler), _, _, initial_model = strategy.prepare_models_and_optimizers(
         actor, None, [], initial_model, args, length.updates
     )
@@ -98,14 +90,8 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     states = resume(args, strategy, actor, optimizer, scheduler) if args.load_checkpoint else None
     done = states["consumed_samples"] if states else 0  # prompts
     has_ended(done, total)
-    # LightRFT's checkpoints have no step: it counts prompts
-    step = states.get("step", done // args.rollout_batch_size) - states.get("sft_step", 0) if states else 0
-    for line in on_rank_0(
-        lambda: folder.begin(step, describe_program(args, parser, describe_host(), describe_devices(strategy)))
-    ):
-        strategy.print(line)
+    begin(args, parser, strategy, folder, states)
 
-    # ---- rollout engine, trainer
     notes = model_notes(folder, data.asked_to_think)
     initial_model = start_engine(args, strategy, data, notes, actor, initial_model)
     trainer = make_trainer(args, strategy, data, reward_fn, actor, initial_model, optimizer, scheduler)
@@ -113,7 +99,6 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     if args.sft_steps:
         warm_start(args, strategy, data, trainer)
 
-    # ---- train and save
     args.num_episodes = length.episodes  # --max_steps may need more, or fewer
     data.prompts.remaining = length.steps - done // args.rollout_batch_size
     trainer.fit(
@@ -128,12 +113,51 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     HOST.status("saving the model ...")
     strategy.save_model(actor, data.tokenizer, args.save_path)
     if folder is not None:
-        folder.end()  # before the report, which shows it
-        HOST.say(summary(args))
-        if args.report:
-            HOST.status("writing report.html ...")
-            HOST.say(write_report(Path(args.save_path)))
-            HOST.say(next_command(args))
+        conclude(args, folder)
+
+
+def describe_run(args: argparse.Namespace, strategy: Any, data: Data) -> Length:
+    """Print how long the run is and what guessing would earn.
+
+    :return: The length.
+    """
+    length = plan_length(args, len(data.prompts))
+    strategy.print("\n".join(describe_length(args, length, len(data.prompts.dataset))))
+    held_out = data.evaluation.dataset.prompts if data.evaluation else ()
+    strategy.print(describe_chance(data.prompts.dataset.prompts, held_out))
+    return length
+
+
+def begin(
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    strategy: Any,
+    folder: RunFolder | None,
+    states: dict[str, Any] | None,
+) -> None:
+    """Record in the run's folder that a session begins.
+
+    :param states: Of the checkpoint that is resumed, if there is one.
+    """
+    # LightRFT's checkpoints have no step: it counts prompts
+    prompts = states["consumed_samples"] if states else 0
+    step = states.get("step", prompts // args.rollout_batch_size) - states.get("sft_step", 0) if states else 0
+
+    def write() -> list[str]:
+        return folder.begin(step, describe_program(args, parser, describe_host(), describe_devices(strategy)))
+
+    for line in on_rank_0(write):
+        strategy.print(line)
+
+
+def conclude(args: argparse.Namespace, folder: RunFolder) -> None:
+    """End the run's session, and print and write what was learned."""
+    folder.end()  # before the report, which shows it
+    HOST.say(summary(args))
+    if args.report:
+        HOST.status("writing report.html ...")
+        HOST.say(write_report(Path(args.save_path)))
+        HOST.say(next_command(args))
 
 
 # ------------------------------------------------------------------------------------------------------ models, trainer

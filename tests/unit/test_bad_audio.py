@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import eval_mmau
 import numpy as np
 import pytest
 import soundfile
@@ -31,6 +30,7 @@ from aqa.audio.decode import AudioError, load_audio, probe_all, read_header
 from aqa.audio.probe import probe_clip
 from aqa.audio.reader import AudioReader
 from aqa.audio.sandbox import Sandbox, escape_of
+from aqa.evaluation import asking
 from aqa.evaluation.items import Item
 from aqa.patches import slots
 
@@ -306,7 +306,7 @@ def outcome(load: Callable[[str], np.ndarray], path: str) -> np.ndarray | str:
 
 def evaluated(path: str, reader: AudioReader) -> tuple:
     """(lengths, unusable, silent) as eval_mmau.py finds them for one item."""
-    return eval_mmau.check_audio([Item(0, "item 0", {}, "?", Path(path), None)], reader, False)
+    return asking.check_audio([Item(0, "item 0", {}, "?", Path(path), None)], reader, False)
 
 
 @pytest.mark.parametrize("title", GOOD)

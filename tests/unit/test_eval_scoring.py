@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import avqa
-import eval_mmau
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ import soundfile
 
 from aqa.audio.reader import AudioReader
 from aqa.data.prompts import choices_in
+from aqa.evaluation import asking
 from aqa.evaluation.answers import extract_answer
 from aqa.evaluation.benchmarks import ADQA, MMAR, MMAU, MMAU_PRO, MMSU
 from aqa.evaluation.items import EvalError, make_items, read_rows, result_rows, write_rows
@@ -219,7 +219,7 @@ def test_closed_questions_of_mmau_pro(tmp_path):
     benchmark, questions = read_rows(tmp_path / "test.parquet")
     assert (benchmark, [row["id"] for row in questions]) == (MMAU_PRO, ["0", "1", "2", "3"])
     items = make_items(questions, benchmark, tmp_path, False)
-    lengths, bad, _ = eval_mmau.check_audio(items, AudioReader(), benchmark.is_whole)
+    lengths, bad, _ = asking.check_audio(items, AudioReader(), benchmark.is_whole)
     assert lengths == {0: [16_000], 1: [16_000] * 2, 3: [16_000]} and "item 2 (id 2): 31.0 s of sound" in bad[2]
     said = [("a cat", "a cat"), ("", ""), ("", ""), ("A cat", "A cat")]  # the last is nobody's text
     rows = [row | {"kwargs": {}} for row in result_rows(items, said, benchmark, False)]

@@ -59,7 +59,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         essential=ESSENTIAL,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
-    files = parser.add_argument_group("files")
+    add_files(parser.add_argument_group("files"))
+    add_prompt(parser.add_argument_group("prompt"))
+    add_checks(parser.add_argument_group("checks"))
+    args = parser.parse_args(argv)
+    for name in ("input_jsonl", "audio_dir", "local_save_dir", *(["val_file"] if args.val_file else [])):
+        setattr(args, name, os.path.abspath(getattr(args, name)))
+    if args.pretrain and args.prompt_max_len is None:
+        args.prompt_max_len = 512
+    if problems := check_args(args):
+        raise AvqaError("\n  ".join(["these settings cannot be used:", *problems]))
+    return args
+
+
+def add_files(files: argparse._ArgumentGroup) -> None:
+    """Add the flags that say what is read, written and held out."""
     files.add_argument(
         "--input_jsonl",
         required=True,
@@ -102,7 +116,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the number of the first choice in the field answer (default: 0; a file that seems to count from 1 is "
         "refused until this says which it is)",
     )
-    prompt = parser.add_argument_group("prompt")
+
+
+def add_prompt(prompt: argparse._ArgumentGroup) -> None:
+    """Add the flags of what is asked, and of how long a prompt may be."""
     prompt.add_argument(
         "--thinking_field",
         metavar="FIELD",
@@ -122,15 +139,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help="longest prompt in tokens, a clip counted as one, as for train_colocate.py (default: 512 with --pretrain)",
     )
-    add_checks(parser.add_argument_group("checks"))
-    args = parser.parse_args(argv)
-    for name in ("input_jsonl", "audio_dir", "local_save_dir", *(["val_file"] if args.val_file else [])):
-        setattr(args, name, os.path.abspath(getattr(args, name)))
-    if args.pretrain and args.prompt_max_len is None:
-        args.prompt_max_len = 512
-    if problems := check_args(args):
-        raise AvqaError("\n  ".join(["these settings cannot be used:", *problems]))
-    return args
 
 
 def add_checks(checks: argparse._ArgumentGroup) -> None:

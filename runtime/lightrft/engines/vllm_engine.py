@@ -44,9 +44,8 @@ class VLLMEngine:
         audio_seconds: float = 30.0,
     ) -> None:
         on_gpu = torch.cuda.is_available()
-        if (
-            not on_gpu
-        ):  # vLLM compiles one comparison of log-probs, so that the first rollout would wait for a C++ compiler
+        if not on_gpu:
+            # vLLM compiles one comparison of log-probs, so that the first rollout would wait for a C++ compiler
             torch.compiler.set_stance("force_eager")
         try:
             import vllm
@@ -289,14 +288,21 @@ def _load(
     now = read_checksums({name: checksum(p) for name, p in model.named_parameters() if p.numel()})
     # parameters that tensor parallelism splits, or that vLLM pads, cannot be compared
     arrived = read_checksums({name: sums[name] for name, size in sizes.items() if size == parameters[name].numel()})
+    _check_arrival(now, arrived, now.keys() - sizes.keys(), before, complete)
+    return sent, now
+
+
+def _check_arrival(
+    now: dict[str, int], arrived: dict[str, int], not_sent: set[str], before: dict[str, int], complete: bool
+) -> None:
+    """Compare checksums of vLLM's parameters ``now`` with those of what ``arrived``; see :func:`_load`."""
     if not arrived:
         raise RuntimeError("weight sync cannot be checked: no parameter of vLLM's model has a name that was sent")
     for name, value in arrived.items():
         if now[name] != value:
             raise RuntimeError(f"weight sync failed: {name} in vLLM is not what the trainer sent")
-    for name in now.keys() - sizes.keys():
+    for name in not_sent:
         if not complete:
             raise RuntimeError(f"weight sync failed: {name} of vLLM was not sent, and it needs all weights now")
         if name in before and now[name] != before[name]:
             raise RuntimeError(f"weight sync failed: {name} was not sent and has changed in vLLM")
-    return sent, now

@@ -18,7 +18,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,65 +141,40 @@ class SPMDPPOTrainerVL:
         end_token_ids: Sequence[int],
         logit_bias: dict[int, float],
     ) -> None:
-        self.strategy, self.args = strategy, strategy.args
-        args = strategy.args
-        self.actor = actor
-        self.tokenizer = tokenizer
-        self.scheduler = actor_scheduler
-        self.max_epochs = max_epochs
-        self.micro_train_batch_size = micro_train_batch_size
+        args = self.args = strategy.args
+        self.strategy, self.actor, self.tokenizer, self.scheduler = strategy, actor, tokenizer, actor_scheduler
+        self.max_epochs, self.micro_train_batch_size = max_epochs, micro_train_batch_size
         self.kl_ctl = KLController(init_kl_coef, kl_target)
-        self.loss_settings = LossSettings(
-            eps_clip=eps_clip,
-            eps_clip_high=args.eps_clip_high,
-            use_gspo=args.use_gspo,
-            use_cispo=args.use_cispo,
-            loss_agg_mode=loss_agg_mode,
-            max_response_length=max_new_tokens,
-            use_kl_loss=args.use_kl_loss,
-            kl_estimator=args.kl_estimator,
-            rollout_correction=args.rollout_correction,
-            rollout_correction_limit=args.rollout_correction_limit,
-            rollout_correction_floor=args.rollout_correction_floor,
-            audio_token_weights=args.audio_token_weights,
-        )
+        given = {"eps_clip": eps_clip, "loss_agg_mode": loss_agg_mode, "max_response_length": max_new_tokens}
+        flags = {each.name: getattr(args, each.name) for each in fields(LossSettings) if each.name not in given}
+        self.loss_settings = LossSettings(**given, **flags)
         warn = console.warn if strategy.is_rank_0() else lambda _: None
         self.health = Health(torch.bfloat16 if args.bf16 else torch.float32, args.on_anomaly, warn)
         self.guard = strategy.step_guard(actor.model)
-        self.losses_not_finite = 0.0  # micro-batches of the present optimizer step, on this rank
-        self.suspicious = False  # an earlier rollout of the present optimizer step shows a sign (--on_anomaly skip)
         start = ResumePoint(0, 0, init_kl_coef, self.health.state())
         self.saver = RunSaver(strategy, actor, tokenizer, save_hf_ckpt, disable_ds_ckpt, warn, start)
+        self.progress = Progress()
+        for model in filter(None, (actor, initial_model)):
+            model.temperature, model.logit_bias = temperature, logit_bias
+        kl_in_reward = init_kl_coef > 0 and not args.use_kl_loss
+        several_steps = args.train_batch_size < args.rollout_batch_size * args.n_samples_per_prompt
+        needs_old_log_probs = max_epochs > 1 or several_steps or kl_in_reward or AUDIO_GAIN in args.reward_parts
+        ends = tuple(end_token_ids)
+        sampling = Sampling(args.n_samples_per_prompt, temperature, top_p, top_k, max_new_tokens, ends, logit_bias)
+        scoring = reward_fn, reward_fn_label_map, sampling, needs_old_log_probs
+        self.experience_maker = FastExperienceMaker(actor, initial_model, tokenizer, strategy, self.kl_ctl, *scoring)
+        self._start_state()
+
+    def _start_state(self) -> None:
+        """What changes in the course of a run."""
+        self.losses_not_finite = 0.0  # micro-batches of the present optimizer step, on this rank
+        self.suspicious = False  # an earlier rollout of the present optimizer step shows a sign (--on_anomaly skip)
         self.evaluators: list[Evaluator] = []  # what is measured every eval_steps beside the reward, see Evaluation
         self.find_collapsed: FindCollapsed | None = None
         self.restored_step = self.restored_sft = 0
         self.batches_ahead = 0  # batches of the data that are used, beyond the steps: see fit
         self.restored_best: dict[str, Any] | None = None  # record of the best model in the checkpoint that was loaded
-        self.progress = Progress()
         self.samples: list[dict[str, Any]] = []  # of the last step, on rank 0: see trajectories.records
-        for model in filter(None, (actor, initial_model)):
-            model.temperature, model.logit_bias = temperature, logit_bias
-        kl_in_reward = init_kl_coef > 0 and not args.use_kl_loss
-        several_steps = args.train_batch_size < args.rollout_batch_size * args.n_samples_per_prompt
-        self.experience_maker = FastExperienceMaker(
-            actor=actor,
-            initial_model=initial_model,
-            tokenizer=tokenizer,
-            strategy=strategy,
-            kl_ctl=self.kl_ctl,
-            reward_fn=reward_fn,
-            reward_fn_label_map=reward_fn_label_map,
-            sampling=Sampling(
-                n=args.n_samples_per_prompt,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                max_tokens=max_new_tokens,
-                end_ids=tuple(end_token_ids),
-                logit_bias=logit_bias,
-            ),
-            needs_old_log_probs=max_epochs > 1 or several_steps or kl_in_reward or AUDIO_GAIN in args.reward_parts,
-        )
 
     # ------------------------------------------------------------ loop
     def fit(

@@ -179,21 +179,8 @@ def generate_with_audio(
     if requests is None:
         requests = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
     if strategy.inference_engine_type == "sglang":
-        from aqa.hosts.lightrft.sglang import generate_with_audio as sglang_generate
-
         params = sampling_params | {"stop_token_ids": ends}
-        outputs = sglang_generate(strategy.inference_engine, params, requests, logit_bias)
-        limit = sampling_params["max_new_tokens"]
-        return [
-            EngineOutput(
-                prompt_token_ids=requests[i].get("prompt_token_ids"),  # if None, LightRFT fills in the expanded ones
-                output_token_ids=output.output_token_ids,
-                output_log_probs=output.output_log_probs,
-                truncated=len(output.output_token_ids) >= limit,
-                prompt_tokens=output.prompt_tokens,
-            )
-            for i, output in enumerate(outputs)
-        ]
+        return _ask_sglang(strategy.inference_engine, params, requests, logit_bias)
     if multi_modal_inputs is not None and not at_least("vllm", 0, 17):
         # vLLM up to 0.16 adds the clip's markers itself, so those of the prompt are removed
         requests = [{**request, "prompt": _MARKED.sub(r"\1", request["prompt"])} for request in requests]
@@ -201,7 +188,30 @@ def generate_with_audio(
     params.stop_token_ids = ends
     params.logprobs = 0  # the sampled token's log-prob and no others
     params.logit_bias = {**(params.logit_bias or {}), **logit_bias}
-    outputs = strategy.inference_engine.generate(requests, params, use_tqdm=False)
+    return _ask_vllm(strategy.inference_engine, params, requests)
+
+
+def _ask_sglang(
+    engine: Any, params: dict[str, Any], requests: Sequence[dict[str, Any]], logit_bias: dict[int, float]
+) -> list[EngineOutput]:
+    from aqa.hosts.lightrft.sglang import generate_with_audio as sglang_generate
+
+    outputs = sglang_generate(engine, params, requests, logit_bias)
+    limit = params["max_new_tokens"]
+    return [
+        EngineOutput(
+            prompt_token_ids=requests[i].get("prompt_token_ids"),  # if None, LightRFT fills in the expanded ones
+            output_token_ids=output.output_token_ids,
+            output_log_probs=output.output_log_probs,
+            truncated=len(output.output_token_ids) >= limit,
+            prompt_tokens=output.prompt_tokens,
+        )
+        for i, output in enumerate(outputs)
+    ]
+
+
+def _ask_vllm(engine: Any, params: Any, requests: Sequence[dict[str, Any]]) -> list[EngineOutput]:
+    outputs = engine.generate(requests, params, use_tqdm=False)
     if len(outputs) != len(requests):
         raise RuntimeError(f"vLLM answered {len(outputs)} of {len(requests)} requests")
     results = []

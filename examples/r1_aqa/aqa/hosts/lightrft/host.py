@@ -63,6 +63,19 @@ def complete_flags(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
+def _model_problems(args: argparse.Namespace) -> list[str]:
+    """What of this model family does not work inside LightRFT."""
+    problems = []
+    kind = model_type_of(args.pretrain) if args.pretrain else None
+    if kind not in (None, "qwen2_audio") and args.engine_type == "sglang":
+        problems.append(f"--pretrain {args.pretrain}: of a {kind} SGLang does not roll out here; use vllm")
+    if kind in BY_TYPE and not BY_TYPE[kind].inside_lightrft:
+        problems.append(f"--pretrain {args.pretrain}: a {kind} does not train inside LightRFT; unset LIGHTRFT_HOME")
+    if args.audio_seconds > 30:
+        problems.append(f"--audio_seconds {args.audio_seconds:g}: inside LightRFT a clip has one window; use 30")
+    return problems
+
+
 class LightRFTHost(Host):
     """See :class:`aqa.hosts.base.Host`.
 
@@ -140,14 +153,7 @@ class LightRFTHost(Host):
             problems.append("--zero_stage 0 with --bf16: LightRFT would add up micro-batches in bfloat16; use stage 2")
         if args.fsdp and args.max_norm == 0:
             problems.append("--fsdp with --max_norm 0: LightRFT would clip every gradient to zero; use --max_norm 1")
-        kind = model_type_of(args.pretrain) if args.pretrain else None
-        if kind not in (None, "qwen2_audio") and args.engine_type == "sglang":
-            problems.append(f"--pretrain {args.pretrain}: of a {kind} SGLang does not roll out here; use vllm")
-        if kind in BY_TYPE and not BY_TYPE[kind].inside_lightrft:
-            problems.append(f"--pretrain {args.pretrain}: a {kind} does not train inside LightRFT; unset LIGHTRFT_HOME")
-        if args.audio_seconds > 30:
-            problems.append(f"--audio_seconds {args.audio_seconds:g}: inside LightRFT a clip has one window; use 30")
-        return problems
+        return problems + _model_problems(args)
 
     def prepare(self, args: argparse.Namespace) -> None:
         if args.bf16 and not args.fsdp:
