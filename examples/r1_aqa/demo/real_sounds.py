@@ -356,7 +356,7 @@ def describe(pools: dict[str, Pools], packages: dict[str, dict[str, str]], folde
     for split, found in clips.items():
         kinds = Counter(clip.kind for clip in found.values())
         print(
-            f"real sounds, {split}: {len(found)} clips of {len(groups[split])} voices, kits and single recordings: "
+            f"real sounds, {split}: {len(found)} clips of {len(groups[split])} voices, drums and single recordings: "
             + ", ".join(f"{kind} {number}" for kind, number in kinds.items())
         )
 
