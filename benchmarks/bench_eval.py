@@ -45,7 +45,6 @@ def one_by_one(path: str, jobs: list[Any]) -> Callable[[], list[str]]:
 
 
 def main() -> None:
-    """Measure and print."""
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--questions", type=int, default=64, help="questions a round")
     args = parse(parser)

@@ -78,7 +78,6 @@ def memory_of(path: str, name: str) -> int:
 
 
 def main() -> None:
-    """Measure, judge, write."""
     args = parse(make_parser(__doc__, rounds=5))
     import torch
 

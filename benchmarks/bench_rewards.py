@@ -68,7 +68,6 @@ def make_samples(questions: int, rng: random.Random) -> list[tuple[str, str, str
 
 
 def respond(choices: list[str], gold: str, rng: random.Random) -> str:
-    """Draw a response."""
     said = rng.choice(choices)
     wrong = rng.choice([choice for choice in choices if choice != gold])
     (kind,) = rng.choices(("right", "wrong", "bare", "reasoned", "odd"), (45, 30, 10, 10, 5))
@@ -85,7 +84,6 @@ def respond(choices: list[str], gold: str, rng: random.Random) -> str:
 
 
 def main() -> None:
-    """Measure, compare, judge."""
     parser = make_parser(__doc__, rounds=7, demo=False)
     parser.add_argument("--questions", type=int, default=125, help="questions a round, of 8 responses each")
     parser.add_argument("--seed", type=int, default=0, help="seed of the texts")

@@ -144,7 +144,6 @@ def measure(engine: Any, ways: dict[str, Callable], rounds: int) -> dict[str, di
 
 
 def main() -> None:
-    """Measure and print."""
     args = parse(make_parser(__doc__, rounds=7))
 
     from audio_dataset import AudioPromptDataset

@@ -202,7 +202,6 @@ def run_rounds(args: argparse.Namespace, ways: dict[str, Way], names: list[str])
 
 
 def main() -> None:
-    """Measure and print."""
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--micro_batch", type=int, default=8, help="responses a forward and backward, a multiple of 8")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of each process")

@@ -213,7 +213,6 @@ def judge(report: Report, models: dict[str, Any], gathering: dict[str, Any]) -> 
 
 
 def main() -> None:
-    """Measure and print."""
     parser = make_parser(__doc__, rounds=7)
     parser.add_argument("--of_rank", nargs=2, type=Path, help=argparse.SUPPRESS)  # in the processes that gather
     if "--of_rank" in sys.argv:

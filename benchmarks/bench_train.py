@@ -190,7 +190,6 @@ def compare_measures(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Measure, print, write."""
     parser = make_parser(__doc__, rounds=5, demo=False)
     parser.add_argument("--way", choices=(*WAYS[0], *WAYS[1]), help=argparse.SUPPRESS)
     args = parse(parser)

@@ -155,7 +155,6 @@ def floor(gpu: Gpu) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table, and write it if asked."""
     parser = make_parser(__doc__, demo=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--gpu", choices=GPUS, default="A100", help="kind of the GPUs (default: %(default)s)")

@@ -22,7 +22,6 @@ WITHOUT_DEMO = {"rewards", "train"}
 
 
 def main() -> None:
-    """Run them, and name those that failed."""
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, help="rounds of each, in place of its own number (at least 5)")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help="run only these")

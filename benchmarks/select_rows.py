@@ -87,7 +87,6 @@ def make_start_model(demo: Path, start: Path) -> None:
 
 
 def evaluate(demo: Path, out: Path, model: Path, *extra: object) -> float:
-    """Accuracy on the held-out questions."""
     result = out / f"{model.name}{'_silent' if extra else ''}.json"
     questions = ("--data_file", demo / "data" / "demo-test.json", "--audio_dir", demo / "data")
     flags = ("--model_path", model, "--out_file", result, "--max_new_tokens", 16, *extra)
@@ -96,7 +95,6 @@ def evaluate(demo: Path, out: Path, model: Path, *extra: object) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
     parser = make_parser(__doc__)
     parser.add_argument("--out_dir", type=Path, default=Path("results/select"), help="everything goes here")
     parser.add_argument("--steps", type=int, default=200, help="of the run on all rows (default: %(default)s)")

@@ -75,7 +75,6 @@ class Run:
             raise SystemExit(f"the run ended with {self.process.poll()}:\n{self.log.read_text()[-3000:]}")
 
     def records(self) -> list[dict[str, float]]:
-        """Metrics of its steps."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
 
@@ -146,12 +145,10 @@ def train_both(flags: list[str], steps: int, folder: Path) -> tuple[Run, Run]:
 
 
 def by_hundreds(values: list[float]) -> list[float]:
-    """Median of each 100 steps."""
     return [round(statistics.median(values[i : i + HUNDRED]), 4) for i in range(0, len(values), HUNDRED)]
 
 
 def main() -> None:
-    """Run, judge, write."""
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=2000, help="steps (default: %(default)s; at least 600)")
     args = parse(parser)

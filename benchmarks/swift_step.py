@@ -144,7 +144,6 @@ def replace(seconds: dict[str, float]) -> None:
 
 
 def main() -> None:
-    """Train some steps and write their metrics."""
     parser = make_step_parser(__doc__)
     parser.add_argument("--vllm", action="store_true", help="rollouts on vLLM in the same process, else transformers")
     args = parser.parse_args()

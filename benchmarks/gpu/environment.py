@@ -17,7 +17,6 @@ COPIED = 2**32  # bytes; many times any cache
 
 
 def run(section: Section) -> None:
-    """Run the section."""
     section.case("versions", lambda: {"python": platform.python_version()} | dict(installed_versions(PACKAGES)))
     section.case("machine", machine)
     section.case("GPU", gpu)
@@ -27,7 +26,6 @@ def run(section: Section) -> None:
 
 
 def machine() -> Figures:
-    """Cores, memory and room."""
     gib = 2**30
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib
     room = {"temporary files, GiB": shutil.disk_usage(tempfile.gettempdir()).free / gib}
@@ -37,7 +35,6 @@ def machine() -> Figures:
 
 
 def gpu() -> Figures:
-    """Name, driver and memory."""
     import torch
 
     if not torch.cuda.is_available():
@@ -85,7 +82,6 @@ def attention(small: bool) -> Figures:
 
 
 def peak(small: bool) -> float:
-    """Floating-point operations a second."""
     from gpu.model import matrix_peak
 
     return matrix_peak(256 if small else 8192)

@@ -22,7 +22,6 @@ KINDS = {  # of kernels and operators, by parts of their names; the first that f
 
 
 def run(section: Section) -> None:
-    """Run the section."""
     section.case("profile", lambda: profile(section.small, section.out))
 
 

@@ -26,7 +26,6 @@ CASES = {
 
 
 def run(section: Section) -> None:
-    """Run the section."""
     size, response = ("small", 32) if section.small else ("7B", 256)
     for name, flags in CASES.items():
         section.case(name, lambda f=flags: compare(size, response, f))

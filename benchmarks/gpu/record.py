@@ -59,7 +59,6 @@ class Results:
         return self.all["sections"].setdefault(name, {"status": "not run", "seconds": 0.0, "cases": {}})
 
     def write(self) -> None:
-        """Write the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(self.all, indent=1) + "\n")
 

@@ -48,7 +48,6 @@ LEAST = 10.0  # seconds; with less left a section is not started
 
 
 def main() -> None:
-    """Run the sections that are not done, and print the table."""
     parser = make_parser(__doc__)
     default = Path(os.environ.get("OUT", "results/gpu"))
     parser.add_argument(

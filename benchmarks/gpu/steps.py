@@ -37,7 +37,6 @@ GIB = 2**30
 
 
 def run(section: Section) -> None:
-    """Run the section."""
     small = section.small
     model = functools.cache(lambda: build_model("small" if small else "7B"))
     peak = functools.cache(lambda: matrix_peak(256 if small else 8192))
@@ -77,7 +76,6 @@ def checkpointing(model: Any, on: bool) -> Iterator[None]:
 
 
 def forward_flops(model: Any, batch: dict[str, torch.Tensor]) -> int:
-    """Floating-point operations of a forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**batch)
     return counter.get_total_flops()

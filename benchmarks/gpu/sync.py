@@ -19,7 +19,6 @@ BUCKETS = (0, 128, 512)  # MiB; 0: weights are gathered one by one
 
 
 def run(section: Section) -> None:
-    """Run the section."""
     section.case("checksums", lambda: checksums("small" if section.small else "7B"))
     for kind in ("FSDP2", "ZeRO-3"):
         section.case(f"gathering, {kind}", lambda k=kind: gathering(k, "small" if section.small else "2 layers of 7B"))

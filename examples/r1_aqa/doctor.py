@@ -109,7 +109,6 @@ def find_all() -> Iterator[Finding]:
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
-    """Python's version, and the operating system."""
     text = f"{'.'.join(map(str, version))}, {platform.system()} {platform.machine()}"
     if version < (3, 11):
         return Finding("python", MISSING, f"{text}; 3.11 is needed", "make setup PYTHON=/path/to/python3.11")

@@ -66,7 +66,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def add_question_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the questions and their recordings."""
     flag = argparse.BooleanOptionalAction
     g = parser.add_argument_group("benchmark")
     g.add_argument(

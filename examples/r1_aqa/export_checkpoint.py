@@ -22,7 +22,6 @@ find_host()
 
 
 def main() -> None:
-    """Make the folder."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/_actor/step_N; of RUN the newest one")
     parser.add_argument("--pretrain", required=True, help="the model that the run began with")

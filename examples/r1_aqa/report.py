@@ -17,7 +17,6 @@ from aqa.common.arguments import Parser
 
 
 def main() -> None:
-    """Make the report."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run: holds metrics.jsonl")
     parser.add_argument(

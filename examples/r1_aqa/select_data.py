@@ -173,7 +173,6 @@ def identity(args: argparse.Namespace, model: Model) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     return asking.run_command(lambda: select(parse_args(argv)), debug="--debug" in argv)
 

@@ -609,7 +609,6 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
 
 
 def main() -> None:
-    """Parse, validate, train."""
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # torchrun ignores it, which its ranks inherit
     parser = build_parser(add_arguments)
     args = parser.parse_args()

@@ -73,7 +73,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_files(files: argparse._ArgumentGroup) -> None:
-    """Add the flags that say what is read, written and held out."""
     files.add_argument(
         "--input_jsonl",
         required=True,
@@ -119,7 +118,6 @@ def add_files(files: argparse._ArgumentGroup) -> None:
 
 
 def add_prompt(prompt: argparse._ArgumentGroup) -> None:
-    """Add the flags of what is asked, and of how long a prompt may be."""
     prompt.add_argument(
         "--thinking_field",
         metavar="FIELD",

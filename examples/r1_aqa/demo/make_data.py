@@ -183,7 +183,6 @@ def make_data(out_dir: Path, seed: int, train_questions: int, train_clips: int, 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line's flags."""
     parser = Parser(
         description="Write the demo's synthetic audio question answering set.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -197,7 +196,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
     args = build_parser().parse_args(argv)
     counts = {name: getattr(args, name) for name in ("train_questions", "train_clips", "test_questions")}
     if min(counts.values()) < 1:

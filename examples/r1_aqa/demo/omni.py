@@ -73,7 +73,6 @@ def build_config(tokenizer: PreTrainedTokenizerFast, audio: dict[str, Any], text
 
 
 def write_processor(processor: OmniAudioProcessor, folder: Path) -> None:
-    """Write the files of the whole processor."""
     processor.tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
     parts = {

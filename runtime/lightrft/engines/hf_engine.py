@@ -36,7 +36,6 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(self, prompts: list[Any], sampling: Sequence[Sampling]) -> list[RolloutOutput]:
-        """See :class:`~lightrft.engines.base.RolloutEngine`."""
         rows = [(prompt, s, i) for prompt, s in enumerate(sampling) for i in range(s.n)]
         # Audio Flamingo's processor wants a clip for each text, so that batches are of one kind
         heard = [bool(_clips(prompts[prompt])) for prompt, _, _ in rows]

@@ -143,7 +143,6 @@ class VLLMEngine:
         self.llm.reset_mm_cache()
 
     def sleep(self) -> None:
-        """See :class:`~lightrft.engines.base.RolloutEngine`."""
         if self._can_sleep and not self._asleep:
             self._asleep = True
             self._apart(self._free)
@@ -160,7 +159,6 @@ class VLLMEngine:
             self.llm.sleep(level=2)  # vLLM itself keeps the buffers, such as those of rotary embeddings
 
     def wake_up(self) -> None:
-        """See :class:`~lightrft.engines.base.RolloutEngine`."""
         if self._asleep:
             torch.cuda.empty_cache()  # torch caches what training has freed, and vLLM cannot use that cache
             self._apart(self.llm.wake_up, ["kv_cache"] if self._keep_weights else None)

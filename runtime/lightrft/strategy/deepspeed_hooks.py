@@ -83,11 +83,9 @@ class Storage(TorchCheckpointEngine):
             self.failure = str(error).splitlines()[0]
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """As the base class."""
         self._attempt(super().makedirs, path, exist_ok)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """As the base class."""
         self._attempt(lambda: self.hashes.update({Path(path): write_state(state_dict, path)}))
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:

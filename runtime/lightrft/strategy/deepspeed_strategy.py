@@ -75,7 +75,6 @@ class DeepspeedStrategy(StrategyBase):
         }
 
     def prepare_training(self, model: nn.Module, max_steps: int) -> tuple[Any, Any, Any]:
-        """See the base class."""
         import deepspeed
 
         from lightrft.strategy.deepspeed_hooks import Storage
@@ -107,7 +106,6 @@ class DeepspeedStrategy(StrategyBase):
         return model.eval()
 
     def step_guard(self, engine: Any) -> Any:
-        """See the base class."""
         from lightrft.strategy.deepspeed_hooks import StepGuard
 
         return StepGuard(engine)
@@ -118,20 +116,17 @@ class DeepspeedStrategy(StrategyBase):
             parameter.data = value
 
     def reload_model(self, model: nn.Module) -> None:
-        """See the base class."""
         for parameter, value in self._on_host.items():
             parameter.data = value.to(self.device, non_blocking=True)
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
-        """See the base class."""
         module = self.unwrap_model(model)
         with self.whole(list(module.parameters())):
             yield module
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
-        """See the base class."""
         import deepspeed
 
         sharded = self.args.zero_stage == 3
@@ -139,11 +134,9 @@ class DeepspeedStrategy(StrategyBase):
             yield [unpacked(parameter) for parameter in parameters]
 
     def bytes_of(self, parameter: nn.Parameter) -> int:
-        """See the base class."""
         return getattr(parameter, "ds_numel", parameter.numel()) * self.dtype.itemsize
 
     def write_ckpt(self, engine: Any, save_dir: str, tag: str, client_state: dict[str, Any]) -> dict[str, str]:
-        """See the base class."""
         storage = engine.checkpoint_engine
         storage.failure, storage.hashes = None, {}
         engine.save_checkpoint(save_dir, tag=tag, client_state=client_state, save_latest=False)
@@ -152,7 +145,6 @@ class DeepspeedStrategy(StrategyBase):
         return {str(path.relative_to(Path(save_dir) / tag)): digest for path, digest in storage.hashes.items()}
 
     def read_ckpt(self, engine: Any, load_dir: str, tag: str) -> dict[str, Any]:
-        """See the base class."""
         folder = Path(load_dir) / tag
         stage, ranks = layout_of(folder)
         problem = None

@@ -48,7 +48,6 @@ class FSDPEngine(nn.Module):
         self.applied = False  # whether the last optimizer step was made
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
         return self.module(*args, **kwargs)
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -152,19 +151,16 @@ class FSDPStrategy(StrategyBase):
         del model.run_nothing
 
     def prepare_training(self, model: nn.Module, max_steps: int) -> tuple[FSDPEngine, Any, Any]:
-        """See the base class."""
         self.shard(model)
         engine = FSDPEngine(model, self, max_steps)
         return engine, engine.optimizer, engine.scheduler
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """See the base class."""
         model.model.requires_grad_(False)
         self.shard(model.model)
         return model.eval()
 
     def step_guard(self, engine: FSDPEngine) -> FSDPEngine:
-        """See the base class."""
         return engine
 
     def offload_model(self, model: nn.Module) -> None:
@@ -175,7 +171,6 @@ class FSDPStrategy(StrategyBase):
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
-        """See the base class."""
         module = self.unwrap_model(model)
         units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
         module.set_reshard_after_forward(False)
@@ -190,7 +185,6 @@ class FSDPStrategy(StrategyBase):
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
-        """See the base class."""
         yield self._gather(parameters)
 
     def bytes_of(self, parameter: nn.Parameter) -> int:
@@ -217,12 +211,10 @@ class FSDPStrategy(StrategyBase):
         return whole
 
     def write_ckpt(self, engine: FSDPEngine, save_dir: str, tag: str, client_state: dict[str, Any]) -> dict[str, str]:
-        """See the base class."""
         path = Path(save_dir) / tag / f"rank{self.rank}.pt"
         return {path.name: checkpoint.write_state(engine.state() | {"client_state": client_state}, path)}
 
     def read_ckpt(self, engine: FSDPEngine, load_dir: str, tag: str) -> dict[str, Any]:
-        """See the base class."""
         path = Path(load_dir) / tag / f"rank{self.rank}.pt"
         if not path.is_file():
             raise SystemExit(

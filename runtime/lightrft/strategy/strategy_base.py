@@ -55,14 +55,12 @@ class StrategyBase(ABC):
     # ------------------------------------------------------------ small things
     @staticmethod
     def set_seed(seed: int) -> None:
-        """Seed Python, NumPy and torch."""
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
 
     @staticmethod
     def print(*parts: object) -> None:
-        """Print on rank 0."""
         console.print(*parts)
 
     def is_rank_0(self) -> bool:

@@ -31,7 +31,6 @@ class Piece(NamedTuple):
 
 
 def pieces_of(module: nn.Module, with_adapters: bool, trained_only: bool = False) -> Iterator[Piece]:
-    """The weights of a model."""
     parameters, adapted, family = dict(module.named_parameters()), {}, family_of(module)
     if with_adapters:
         from lightrft.models.lora import adapted_layers

@@ -6,7 +6,6 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the runtime's flags to a parser."""
     group = parser.add_argument_group("engine and runtime")
     group.add_argument("--engine_tp_size", type=int, default=1, help="ranks that run one vLLM engine together")
     group.add_argument(

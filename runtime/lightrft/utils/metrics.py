@@ -95,7 +95,6 @@ class MetricsWriter:
             data = data[self._file.write(data) :]
 
     def close(self) -> None:
-        """Flush and close everything."""
         if self._pending:
             self._flush()
         self._file.close()

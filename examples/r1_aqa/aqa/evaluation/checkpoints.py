@@ -23,8 +23,6 @@ _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 @dataclass(frozen=True)
 class Model:
-    """A model that can be loaded."""
-
     path: str  # folder or hub name of the weights; of an adapter, its base model
     processor: str  # folder or hub name of tokenizer and feature extractor
     adapter: str | None = None  # folder of a LoRA adapter on it

@@ -67,8 +67,6 @@ class Job:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate."""
-
     max_new_tokens: int
     batch_size: int  # questions at once
     dtype: str  # auto, float32, bfloat16 or float16

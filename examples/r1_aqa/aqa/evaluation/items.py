@@ -42,8 +42,6 @@ class EvalError(ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """One question."""
-
     index: int  # its place in the file, from 0; --option_orders and --silent_audio also add further numbers for repeats
     label: str  # its name in messages
     row: dict[str, Any]  # all its fields

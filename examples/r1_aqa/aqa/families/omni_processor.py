@@ -34,7 +34,6 @@ class OmniAudioProcessor(Qwen2AudioProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> OmniAudioProcessor:
-        """Load."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         processor.source = str(pretrained_model_name_or_path)
         return processor

@@ -43,7 +43,6 @@ class ProcessingInfo(Qwen2AudioProcessingInfo):
         return self.ctx.get_hf_config(Qwen2_5OmniConfig).thinker_config
 
     def get_hf_processor(self, **kwargs: object) -> OmniAudioProcessor:
-        """Tokenizer and feature extractor."""
         return self.ctx.get_hf_processor(OmniAudioProcessor, **kwargs)
 
 

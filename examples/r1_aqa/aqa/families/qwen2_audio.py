@@ -64,7 +64,6 @@ class Qwen2Audio:
 
     @classmethod
     def model_class(cls) -> Any:
-        """The class of the live model."""
         return getattr(importlib.import_module("transformers"), cls.model_class_name)
 
     @classmethod

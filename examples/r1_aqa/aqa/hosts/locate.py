@@ -85,7 +85,6 @@ def lacks(package: str, needed_by: str) -> list[str]:
 
 
 def host_folder() -> Path:
-    """The package's folder."""
     import lightrft
 
     return Path(lightrft.__file__).parent

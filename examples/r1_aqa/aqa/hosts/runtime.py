@@ -20,8 +20,6 @@ CANNOT_SAVE = 5  # exit status
 
 
 class RuntimeHost(Host):
-    """See :class:`aqa.hosts.base.Host`."""
-
     name = "this repository's runtime"
     row_tags = True
 
@@ -68,7 +66,6 @@ class RuntimeHost(Host):
             raise SystemExit(f"--pretrain {args.pretrain}: {error}") from error
 
     def load_processor(self, args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
-        """See :class:`~aqa.hosts.base.Host`."""
         from lightrft.utils import get_tokenizer_processor_vl
 
         return get_tokenizer_processor_vl(args.pretrain, model, "left")

@@ -133,7 +133,6 @@ def sizes_of(config: dict[str, Any]) -> Sizes:
 
 @functools.cache
 def parameters(s: Sizes) -> tuple[Parameter, ...]:
-    """All parameters of the model."""
     out: list[Parameter] = []
 
     def add(parent: str, modules: str, *shape: int, bias: bool = False) -> None:
@@ -222,7 +221,6 @@ def trained(s: Sizes, args: argparse.Namespace) -> list[Parameter]:
 
 
 def count(some: Iterable[Parameter]) -> int:
-    """Number of values in some parameters."""
     return sum(math.prod(p.shape) for p in some)
 
 

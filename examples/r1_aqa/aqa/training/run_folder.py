@@ -112,7 +112,6 @@ class RunFolder:
 
     @property
     def run(self) -> str:
-        """The run's id."""
         return self.record["run"]
 
     # ------------------------------------------------------------ before anything loads
