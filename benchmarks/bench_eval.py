@@ -8,8 +8,6 @@ as in R1-AQA's and LightRFT's scripts (30 s of padding through the tower each ti
 the baseline and gives the same answers.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from typing import Any

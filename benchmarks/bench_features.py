@@ -10,8 +10,6 @@ shared by its samples) and as LightRFT does: rows once a sample, because LightRF
 tensor. With clips of 10 s those rows alone are a third of what the baseline keeps, so the limits hold for the runtime.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import statistics
 from collections.abc import Callable

@@ -15,8 +15,6 @@ all choices. Each round draws new texts, and the reward's cache of comparisons i
 Limits: all values equal, and three times as many rewards a second.
 """
 
-from __future__ import annotations
-
 import functools
 import random
 import statistics

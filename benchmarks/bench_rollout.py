@@ -13,8 +13,6 @@ Work: the demo's model in float32, 16 prompts x 8 responses of up to 16 tokens, 
 The first three must sample the same tokens. The engine's caches are emptied before each, as a weight sync does.
 """
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence

@@ -20,8 +20,6 @@ its own and writes seconds to ``metrics.jsonl``; the first step is left out. The
 the ratio to ``runtime, vllm``, in seconds and, because other work on the machine lengthens those, in CPU seconds.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

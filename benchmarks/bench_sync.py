@@ -14,8 +14,6 @@
    and less memory than all at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

@@ -17,8 +17,6 @@ Float32, the same threads on both sides. Limits: a third of the memory, and fast
 and 3 times faster; tower and prompt faster than without, at 1,024 not slower.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

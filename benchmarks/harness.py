@@ -3,8 +3,6 @@
 Import it first: it puts the example, the runtime and the tests' literal reward rule on the import path.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import itertools

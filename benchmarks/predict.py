@@ -13,8 +13,6 @@ The floor is every token computed once, and every byte of weights and optimizer 
 still reads the language model's weights once a token, since a token depends on the one before.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

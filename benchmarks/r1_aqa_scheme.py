@@ -8,8 +8,6 @@ reference model and AdamW are those of ``train_colocate.py``; afterwards that is
 log-probs, loss and gradient of both computations (``check.json``).
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -1,7 +1,5 @@
 """A Qwen2-Audio with random weights, and micro-batches for it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ Each benchmark prints its figures; its ``--help`` states its work, its baseline 
 missed or a benchmark fails. Not among them: ``soak.py`` (make soak) and ``gpu/``.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

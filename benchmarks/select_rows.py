@@ -10,8 +10,6 @@ on the demo's held-out questions, which give nothing away. The same command goes
 precision and recall of at least 0.95; held-out accuracy of the selected rows' run at least that of the other one.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -13,8 +13,6 @@ long one, 20 steps each while the other is stopped, and both are slowed down ali
 minimum is judged, because freed pages go back to the system only once a step.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import sys

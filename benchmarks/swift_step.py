@@ -17,8 +17,6 @@ transformers below 4.49 and vLLM on GPUs; two of its functions are replaced here
 of a clip must be expanded, and on the CPU weights must go through vLLM's ``reload_weights``, because they are repacked.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -1,7 +1,5 @@
 """Shared fixtures: a tiny warm-started model, and the demo's data processed as a user would."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

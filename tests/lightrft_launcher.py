@@ -12,8 +12,6 @@ A hook is a file that is executed before the script. Tests use it to change one 
 registers functions with :func:`after_import`.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.abc
 import importlib.machinery

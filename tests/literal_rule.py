@@ -4,8 +4,6 @@ Nothing here is fast, bounded or total; that is the point. It reads like section
 ``math_verify``, compare the text, match the form, add. ``test_hostile_text.py`` compares the rewards with it.
 """
 
-from __future__ import annotations
-
 import re
 
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>")

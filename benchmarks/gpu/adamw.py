@@ -1,7 +1,5 @@
 """A step of AdamW, fused and not: seconds, memory, and the share of the copy bandwidth that it reaches."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,7 +1,5 @@
 """What the machine is: packages, GPU, and the two ceilings that the other figures are held against."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """A Qwen2-Audio of 7B's shape with random weights, micro-batches for it, and ways to measure."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Where the time of one step of 7B's shape goes: ``step.png`` and, for ui.perfetto.dev, ``trace.json.gz``."""
 
-from __future__ import annotations
-
 import gzip
 import tempfile
 from pathlib import Path

@@ -5,8 +5,6 @@ gradients, optimizer, activations and work space is compared with the most that 
 buffers nor an engine are here. Limit: 15 % off.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Needs psutil alone beside the standard library, so that a broken environment is reported like any other failure.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

@@ -12,8 +12,6 @@ end comes a table, also in summary.txt; all.log has what libraries print. Exit s
 limit.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib

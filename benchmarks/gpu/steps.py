@@ -5,8 +5,6 @@ the operations of the forward pass (``torch.utils.flop_counter``; what checkpoin
 second, as a share of what a matrix product reaches in the same process. Limit on a GPU: 45 % with 256 tokens.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import statistics

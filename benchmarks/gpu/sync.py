@@ -4,8 +4,6 @@ Without vLLM: each weight is copied into memory of its own, as vLLM's loader doe
 names, with the checksums before and after that ``VLLMEngine.load_weights`` compares.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch

@@ -5,8 +5,6 @@ that are not 0, and an engine whose log-probs are near the trainer's. A run that
 checkpoint must sample what the uninterrupted one sampled in the third.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

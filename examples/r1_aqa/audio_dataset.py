@@ -4,8 +4,6 @@ Also exported from here: the processor that fills the image slot, and the three 
 make LightRFT's image pipeline carry audio. They live in ``aqa/patches`` and ``aqa/hosts/targets.py``.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Sequence

@@ -11,8 +11,6 @@ It writes the result file, which the official scripts can read, the scores (OUT.
 OUT.partial.jsonl until the result file is complete.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -7,8 +7,6 @@ One process without a GPU does it, however the checkpoint is sharded, with memor
 file. Adapters are merged. Inside LightRFT there are other checkpoints: train with --save_hf_ckpt there.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import shutil

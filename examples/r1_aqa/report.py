@@ -7,8 +7,6 @@
 Writes report.html and metrics.csv into the run's folder. The page needs no network and no server.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

@@ -11,8 +11,6 @@ OUT_DIR/train.parquet has the same rows in the same order, and two more columns,
 training ignores unless its flags ask for them. The same command continues after Ctrl-C or a kill.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

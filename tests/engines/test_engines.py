@@ -1,7 +1,5 @@
 """Rollout engines against the trainer: the real vLLM, the real transformers, the real weight sync."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

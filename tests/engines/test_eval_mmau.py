@@ -1,7 +1,5 @@
 """The evaluation, from the questions' file to the scores: what is asked, what is kept, what is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """LoRA on a base of 4 bits, with the real bitsandbytes where it is installed (it runs on a CPU, too)."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import sys

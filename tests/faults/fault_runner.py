@@ -8,8 +8,6 @@ been, the last rank gets the signal DEED; or the result becomes NaN; or, with FU
 the next step.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import resource

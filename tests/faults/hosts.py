@@ -1,7 +1,5 @@
 """Two hosts on one machine: Linux namespaces for network, processes, mounts and name, joined by a virtual cable."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

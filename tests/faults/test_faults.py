@@ -3,8 +3,6 @@
 All points run with ``make test-faults``; the ordinary suite takes a sample.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import shlex

@@ -5,8 +5,6 @@ value and the remedy. Status 0 is a mistake that ends in the right result. Nothi
 data, a finished run with its checkpoints, a finished evaluation.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 The launch script is started on both, as a user would.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

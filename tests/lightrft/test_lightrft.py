@@ -1,7 +1,5 @@
 """The example inside LightRFT itself, on the CPU: ``make test-lightrft LIGHTRFT_HOME=...``."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

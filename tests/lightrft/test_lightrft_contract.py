@@ -1,7 +1,5 @@
 """The contract with LightRFT: each kind of difference is named, and the table holds on the real checkout."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import sys

@@ -3,8 +3,6 @@
 What stands in for LightRFT here has its attribute names and calls, no more; ``test_lightrft.py`` runs the real one.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import inspect

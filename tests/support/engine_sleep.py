@@ -5,8 +5,6 @@
 runs a script so, where vLLM drops or keeps its weights.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import runpy

@@ -1,7 +1,5 @@
 """Experiences for tests that care for a few of their fields."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Reads jobs as JSON lines (script, argv, cwd, env, output, most bytes a file) and writes the exit status of each.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -3,8 +3,6 @@
 python tests/support/gradient_capture.py RECORDS.pt examples/r1_aqa/train_colocate.py FLAGS ...
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path

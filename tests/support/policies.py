@@ -1,7 +1,5 @@
 """Tiny random models and samples for comparing the policy with plain transformers."""
 
-from __future__ import annotations
-
 import torch
 from support.experiences import make_experience
 from torch import nn

@@ -1,7 +1,5 @@
 """A dataset of training rows without a model's processor."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 from audio_dataset import AudioPromptDataset

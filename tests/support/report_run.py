@@ -1,7 +1,5 @@
 """A small run's folder for the tests of the report, with texts that try to break out of the page."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

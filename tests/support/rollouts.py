@@ -1,7 +1,5 @@
 """Rollouts of an engine, and how far their log-probs are from the trainer's."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Runs of train_colocate.py in processes of their own, and what they leave behind."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

@@ -3,8 +3,6 @@
 `make test-all` runs them (8 minutes).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A run whose engine loses its weights whenever it sleeps is the run of one that does not sleep."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

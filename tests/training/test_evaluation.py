@@ -1,7 +1,5 @@
 """Evaluation while training: each row counts once over the ranks, names that ranks lack, the best model's folder."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A model of a checkpoint that two ranks wrote, made by one process."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

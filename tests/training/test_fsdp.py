@@ -1,7 +1,5 @@
 """FSDP2 in the runtime: the engine's steps against plain PyTorch, checkpoints, what is refused."""
 
-from __future__ import annotations
-
 import copy
 import math
 import shutil

@@ -5,8 +5,6 @@ advantages and loss are computed again with nothing of the runtime's: transforme
 at a time, in float32, autograd through the formulas of the papers. The two steps must agree within 1e-5.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

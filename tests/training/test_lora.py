@@ -1,7 +1,5 @@
 """LoRA: what is computed, what is sent to the engine, what is written."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """The report's page in a browser, from a file, as its reader opens it. Skipped where there is no chromium."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

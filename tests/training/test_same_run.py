@@ -1,7 +1,5 @@
 """Ranks that differ: in data, folders, flags or fate. All of them end, and say the same."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """A Python that lacks the packages is told so in one line."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Weights of a sharded model, gathered in buckets: what is handed out, and how much memory is in use meanwhile."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Think mode from the data to the scores: rows that ask for it and rows that do not, each paid by its own rule."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

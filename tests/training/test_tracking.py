@@ -1,7 +1,5 @@
 """Metrics under the same names in wandb, TensorBoard and the run's folder."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The whole training, in processes of its own, as a user starts it."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import json

@@ -1,7 +1,5 @@
 """Two runs in one folder, and a finished run that is resumed: real trainings, and nothing good is written over."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Supervised steps before GRPO: their gradient, what GRPO starts from, resuming in either phase, their responses."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Bad audio: each file of a corpus is decoded to the right waveform, or refused with its name and the reason."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

@@ -3,8 +3,6 @@
 The fuzz tests make some hundred rows; ``make test-faults`` makes more than 10,000.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -1,7 +1,5 @@
 """Mistakes on a command line: one line that names what is meant, before anything slow is imported."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

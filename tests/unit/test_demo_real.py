@@ -1,7 +1,5 @@
 """The parts of ``make demo-real`` that need no download: Whisper's file, the split, what the files' names say."""
 
-from __future__ import annotations
-
 import shutil
 import struct
 import tarfile

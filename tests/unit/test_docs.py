@@ -3,8 +3,6 @@
 ``make test-docs`` also runs the commands that need ``make demo``'s folder.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import json

@@ -1,7 +1,5 @@
 """What counts as a response's answer: a table of shapes that models write, each with the reason for its reading."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The scorer gives the official scripts' numbers, and its statistics are those of the textbooks."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """GPUs that a run cannot use are refused at its start: a stand-in torch, and an nvidia-smi that lists what it shall."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -14,8 +14,6 @@ nothing that ``math_verify`` reads (AVQA's choices), this must hold for every re
 With other references R1-AQA's rule itself is more generous. :data:`GENEROSITIES` names these cases with their values.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import random
 import subprocess

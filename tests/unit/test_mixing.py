@@ -1,7 +1,5 @@
 """Several sources: columns that fit together, constant shares, shares that move, and what rows are counted under."""
 
-from __future__ import annotations
-
 from collections import Counter
 from types import SimpleNamespace
 

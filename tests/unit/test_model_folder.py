@@ -1,7 +1,5 @@
 """Folders that transformers 4.57 loads as 5 does, with modes as the umask says."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -1,7 +1,5 @@
 """``--plan``: parameters and memory against real models and measured bytes, states by hand, and its advice."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import subprocess

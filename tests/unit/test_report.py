@@ -1,7 +1,5 @@
 """What the report is made of: records, rollouts, clips, comparisons, settings. The page itself: test_report_page."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import csv

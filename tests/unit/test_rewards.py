@@ -4,8 +4,6 @@ The tables were checked once against R1-AQA's own functions (``src/utils/rewards
 the rule itself, which two of the functions under test restate in linear time.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

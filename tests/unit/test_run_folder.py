@@ -1,7 +1,5 @@
 """A run's folder belongs to one run: what a new one moves aside, what a resumed one may change, who may train there."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

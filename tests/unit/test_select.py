@@ -1,7 +1,5 @@
 """select_data.py and the flags that select by its rates: what is asked and refused, kept, written, and left out."""
 
-from __future__ import annotations
-
 import json
 import math
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The Slurm script, with stand-ins for Slurm's commands: what the launch script is told, and what a signal does."""
 
-from __future__ import annotations
-
 import os
 import signal
 import stat

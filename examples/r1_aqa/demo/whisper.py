@@ -5,8 +5,6 @@ of the model's specification, then its variables (name, shape, type, size in byt
 other variables. Qwen2-Audio's tower is Whisper's encoder with one layer more, an average of neighbours at its end.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 import subprocess

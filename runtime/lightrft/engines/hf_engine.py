@@ -1,7 +1,5 @@
 """Rollouts with transformers' generate, on the trained weights themselves: for machines without vLLM."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any

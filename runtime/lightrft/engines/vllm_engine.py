@@ -1,7 +1,5 @@
 """vLLM inside the training process. It is optional and slow to import, so it is imported where it is used."""
 
-from __future__ import annotations
-
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence

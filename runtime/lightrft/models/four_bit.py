@@ -1,7 +1,5 @@
 """Frozen weights at 4 bits, the base of LoRA adapters. bitsandbytes is optional, so it is imported in functions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 :func:`grpo_loss` is the loss of a micro-batch; the functions after it are its terms.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

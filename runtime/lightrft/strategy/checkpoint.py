@@ -1,7 +1,5 @@
 """Folders on disk: Hugging Face checkpoints, and the writing and rotation of those for resuming."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

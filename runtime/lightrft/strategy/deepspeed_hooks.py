@@ -1,7 +1,5 @@
 """What DeepSpeed does not handle: steps to be left out, full disks, and checkpoints from untrusted sources."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 from collections.abc import Callable

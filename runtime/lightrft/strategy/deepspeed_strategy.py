@@ -3,8 +3,6 @@
 DeepSpeed is imported inside functions, because it reads DS_ACCELERATOR, which is set just before the first import.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -3,8 +3,6 @@
 DeepSpeed and peft are imported inside functions, because not every checkpoint needs them.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Training on PyTorch's FSDP2: parameters, gradients and optimizer states are sharded over all ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 vLLM and peft are optional, and imported inside functions.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from abc import ABC, abstractmethod

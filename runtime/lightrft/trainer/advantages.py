@@ -1,7 +1,5 @@
 """Group-relative advantages and KL control as pure functions."""
 
-from __future__ import annotations
-
 import math
 
 import torch

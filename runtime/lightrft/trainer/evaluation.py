@@ -1,7 +1,5 @@
 """Evaluation while training: prompts scored by the reward, what the example adds, and the best model so far."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import operator

@@ -1,7 +1,5 @@
 """From prompts to experiences: rollout, rewards, log-probs, advantages."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

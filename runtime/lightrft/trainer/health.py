@@ -1,7 +1,5 @@
 """Warning signs that a run goes wrong although nothing has failed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

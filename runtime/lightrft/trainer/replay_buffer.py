@@ -1,7 +1,5 @@
 """Responses waiting to be trained on, and the micro-batches made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

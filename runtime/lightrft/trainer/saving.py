@@ -1,7 +1,5 @@
 """What a run writes while it trains: checkpoints for resuming, Hugging Face folders, the best model."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

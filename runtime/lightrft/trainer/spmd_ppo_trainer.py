@@ -9,8 +9,6 @@ every rollout, and the difference is a metric.
 The loss is :func:`lightrft.models.loss.grpo_loss`.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import random

@@ -1,7 +1,5 @@
 """From the responses and sums of a step to its metrics. Each rank makes sums, which are added up over all ranks."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

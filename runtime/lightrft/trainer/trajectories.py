@@ -1,7 +1,5 @@
 """Responses with their rewards, in the run's folder: a file for each step, a line for each response."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ this model would: with fresh moments, its own learning-rate schedule, and this m
 and DeepSeekMath do it (Ouyang et al., 2022, section 3.5; Shao et al., 2024, section 4.1).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from argparse import Namespace

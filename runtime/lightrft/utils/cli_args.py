@@ -1,7 +1,5 @@
 """Flags that belong to the runtime rather than to one example."""
 
-from __future__ import annotations
-
 import argparse
 
 

@@ -1,7 +1,5 @@
 """Our lines go to the terminal; the output of libraries is redirected to a log file."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """Reading prompt data."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

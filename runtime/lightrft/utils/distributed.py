@@ -1,7 +1,5 @@
 """Process groups, and the few collectives that the runtime needs."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import importlib.util

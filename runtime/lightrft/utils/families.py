@@ -1,7 +1,5 @@
 """The audio language models that can be trained; whoever uses the runtime says what they are like (``register``)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Writing files so that a kill at any moment leaves the old content or the whole new one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 PART = ".part"  # suffix of what is being written; the name without it appears only once all is there

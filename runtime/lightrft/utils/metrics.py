@@ -3,8 +3,6 @@
 wandb and TensorBoard are optional, and imported only where a flag asks for them.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """How a run ends early: a signal asks it to, or a rank has an error. All ranks stop together, so that they can save."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Tokenizer and processor of a checkpoint."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin

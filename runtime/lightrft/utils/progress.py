@@ -1,7 +1,5 @@
 """The terminal's view of a step: a bar that names the phase, and lines of at most 80 columns."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

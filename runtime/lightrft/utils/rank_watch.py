@@ -15,8 +15,6 @@ Messages are JSON lines. The first one of a connection is ``[secret, rank, host]
 reported]`` for each lost rank, and ``null`` as the goodbye of a rank that ends as planned.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json

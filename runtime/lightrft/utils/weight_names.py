@@ -1,7 +1,5 @@
 """Names of parameters: in the live model, in a checkpoint, in an engine; and a checksum to compare their values."""
 
-from __future__ import annotations
-
 import re
 
 import torch

@@ -3,8 +3,6 @@
 Every file ends in its waveform or in an :class:`AudioError` that names it.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

@@ -1,7 +1,5 @@
 """The columns of the training data: found by the flags that name them, checked, and turned into tags of metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Read prompts from several sources, and mix them by shares that are constant or change over a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 pyarrow and soundfile are imported when they are needed: ``--help`` and ``--no_check_audio`` do without.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """The prompt: R1-AQA's wording of a question, and the chat that the model reads. Change the wording here."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 from functools import lru_cache

@@ -5,8 +5,6 @@ al. 2025), and not to listen from one that is answered right in silence, which A
 its reinforcement learning. Easy rows first is the curriculum of SARI (Wen et al. 2025).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable

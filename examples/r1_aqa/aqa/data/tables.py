@@ -6,8 +6,6 @@ bytes and path) is written below ``--audio_dir``, under the hash of its bytes, a
 Nothing is unpickled, and no code of the table is run. pyarrow is imported when needed.
 """
 
-from __future__ import annotations
-
 import ast
 import csv
 import hashlib

@@ -1,7 +1,5 @@
 """What the example asks of the LightRFT that it runs on."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any, TextIO

@@ -1,7 +1,5 @@
 """The host in use, after :func:`aqa.hosts.locate.find_host` has put it on ``sys.path``."""
 
-from __future__ import annotations
-
 from aqa.common.versions import commit_of
 from aqa.hosts.base import Host
 from aqa.hosts.lightrft.contract import TESTED

@@ -4,8 +4,6 @@ Parts of ``lightrft``, and what imports torch, are imported inside the methods: 
 heavy is imported, and with LightRFT itself as host these parts do not exist.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

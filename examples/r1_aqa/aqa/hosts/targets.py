@@ -5,8 +5,6 @@ already, and returns a :class:`~aqa.common.patch.Patch` that undoes it, by ``und
 One that fails leaves nothing behind. The strategy must be patched before it starts the engine.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from aqa.audio.decode import MAX_SECONDS

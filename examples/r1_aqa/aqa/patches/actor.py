@@ -1,7 +1,5 @@
 """Patches of an actor or reference model: it reads the image slot as clips, and returns log-probs of responses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from aqa.common.patch import Patch

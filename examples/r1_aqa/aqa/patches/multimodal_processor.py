@@ -1,7 +1,5 @@
 """Fill LightRFT's image slot with audio features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

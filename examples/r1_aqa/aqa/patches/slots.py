@@ -11,8 +11,6 @@ of the original. There are always two, also after 3,000 frames, so that ``frames
 :data:`MAX_FRAMES` are dropped when clips are restored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

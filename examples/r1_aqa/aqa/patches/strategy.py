@@ -1,7 +1,5 @@
 """Patches of a strategy: the engine's requests carry audio, and a saved model's folder has its processor."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from pathlib import Path

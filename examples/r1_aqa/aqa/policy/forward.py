@@ -10,8 +10,6 @@ on either host, with transformers 4.57 and 5. It differs from transformers' own 
 - logits are computed for response positions only, and a chunk at a time (``policy.token_log_probs``).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ the prompt and to itself, so its values are those of ``prompt, response`` alone.
 all, which gradient checkpointing, ZeRO-3 and FSDP2 treat like any other.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Log-probabilities of given tokens, without the logits of all positions in memory at once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

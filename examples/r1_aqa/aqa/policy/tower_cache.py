@@ -1,7 +1,5 @@
 """Outputs of a frozen audio tower, computed once per clip for all passes of actor and reference model."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import OrderedDict
 from typing import Any

@@ -6,8 +6,6 @@ as it is, for the rule to judge; similarity is never used to guess.
 Tested by the tables in ``tests/unit/test_eval_answers.py``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

@@ -24,8 +24,6 @@ here but less than R1-AQA's 5 s a step; a text has a number of millions of digit
 tokens keeps responses shorter than that.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import logging

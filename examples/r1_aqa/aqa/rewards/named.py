@@ -8,8 +8,6 @@ choices by its label or text, such as "B" or "beep" for "(B) beep", is the gold 
 the one that they pay, so that the screen, reports and ``--keep_best`` show what is trained for.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import os

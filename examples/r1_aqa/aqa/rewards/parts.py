@@ -3,8 +3,6 @@
 Each scores a batch, 0 to 1 a response. None of them looks at the reference.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence

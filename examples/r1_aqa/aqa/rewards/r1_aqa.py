@@ -11,8 +11,6 @@ last token is ``<|im_end|>``, so the rules would give 0 for every sample. :func:
 and explains why nothing that a model writes can change where it begins.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence

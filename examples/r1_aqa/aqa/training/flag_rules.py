@@ -1,7 +1,5 @@
 """Rules between the flags of ``train_colocate.py``: all problems are reported at once, before anything loads."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import socket

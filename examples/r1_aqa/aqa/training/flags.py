@@ -1,7 +1,5 @@
 """The flags of ``train_colocate.py``. Imports nothing heavy: ``--help`` shall be quick."""
 
-from __future__ import annotations
-
 import argparse
 from datetime import datetime
 from pathlib import Path

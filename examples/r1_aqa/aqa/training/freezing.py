@@ -1,7 +1,5 @@
 """Which parts of the model train."""
 
-from __future__ import annotations
-
 from fnmatch import fnmatchcase
 from typing import Any
 

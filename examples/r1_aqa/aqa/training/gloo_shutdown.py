@@ -6,8 +6,6 @@ that aborts the process: "terminate called without an active exception", status 
 So the script's last exit handler waits for these threads, without holding the lock.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

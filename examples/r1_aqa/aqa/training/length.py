@@ -1,7 +1,5 @@
 """How long a run is: its steps, what they come from, and what guessing would earn on its questions."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Sequence

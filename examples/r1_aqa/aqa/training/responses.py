@@ -1,7 +1,5 @@
 """The responses that the warm start teaches: R1-AQA's form of a row's answer, with its thinking where that is asked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

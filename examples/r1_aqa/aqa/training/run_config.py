@@ -1,7 +1,5 @@
 """What ``run_config.json`` says of the program, and ``report.html``, written at the end of a run."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

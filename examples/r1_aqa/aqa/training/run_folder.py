@@ -6,8 +6,6 @@ into ``earlier/``; a resumed one must be the run of the folder and of the checkp
 (``run.lock``) keep a second training out. All of this is rank 0's work, and needs no torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """What a run ends with on the terminal: its metrics at the first and the last step, what it learned, what is next."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex
