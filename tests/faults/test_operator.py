@@ -100,122 +100,109 @@ def fingerprints(*places: Path) -> dict[str, str]:
     }
 
 
-Row = tuple[Callable[[Desk], tuple[str, list]], int, str]
-AT_START: dict[str, Row] = {
-    "the model is missing": (lambda d: d.train(pretrain=d.tmp / "no"), 2, "no: no such folder"),
-    "a file as model": (lambda d: d.train(pretrain=d.file), 2, "--pretrain {d.file}: "),
-    "the data as model": (lambda d: d.train(pretrain=d.parquet), 2, "holds no config.json; is it a model folder?"),
-    "no config": (lambda d: d.train(pretrain=d.spoiled("config.json")), 2, "copy: holds no config.json"),
-    "no weights": (lambda d: d.train(pretrain=d.spoiled("*.safetensors")), 2, "copy: holds no weights"),
-    "no tokenizer": (lambda d: d.train(pretrain=d.spoiled("tokenizer*")), 2, "copy the tokenizer's files from"),
-    "no processor": (lambda d: d.train(pretrain=d.spoiled("processor_*")), 2, "copy: holds no processor"),
+Make = Callable[[Desk], tuple[str, list]]
+Row = tuple[Make, int, str]
+AT_START: dict[str, tuple[Make, str]] = {  # all end with status 2
+    "the model is missing": (lambda d: d.train(pretrain=d.tmp / "no"), "no: no such folder"),
+    "a file as model": (lambda d: d.train(pretrain=d.file), "--pretrain {d.file}: "),
+    "the data as model": (lambda d: d.train(pretrain=d.parquet), "holds no config.json; is it a model folder?"),
+    "no config": (lambda d: d.train(pretrain=d.spoiled("config.json")), "copy: holds no config.json"),
+    "no weights": (lambda d: d.train(pretrain=d.spoiled("*.safetensors")), "copy: holds no weights"),
+    "no tokenizer": (lambda d: d.train(pretrain=d.spoiled("tokenizer*")), "copy the tokenizer's files from"),
+    "no processor": (lambda d: d.train(pretrain=d.spoiled("processor_*")), "copy: holds no processor"),
     "half the weights": (
         lambda d: d.train(pretrain=d.spoiled(cut="*.safetensors")),
-        2,
         "the end of model.safetensors is missing; copy it again",
     ),
     "a model of another kind": (
         lambda d: d.train(pretrain=d.spoiled(config__json='{"model_type": "llama"}')),
-        2,
         "copy: is a llama model; known are qwen2_audio",
     ),
-    "the data is missing": (lambda d: d.train(prompt_data=d.tmp / "no"), 2, "--prompt_data {d.tmp}/no: does not exist"),
-    "the recordings as data": (lambda d: d.train(prompt_data=d.data), 2, "holds no train.parquet (--prompt_split)"),
-    "evaluation data is missing": (lambda d: d.train(eval_data=d.tmp / "no"), 2, "--eval_data {d.tmp}/no: does not"),
+    "the data is missing": (lambda d: d.train(prompt_data=d.tmp / "no"), "--prompt_data {d.tmp}/no: does not exist"),
+    "the recordings as data": (lambda d: d.train(prompt_data=d.data), "holds no train.parquet (--prompt_split)"),
+    "evaluation data is missing": (lambda d: d.train(eval_data=d.tmp / "no"), "--eval_data {d.tmp}/no: does not"),
     "the benchmark is missing": (
         lambda d: d.benchmark(eval_benchmark=d.tmp / "no.json"),
-        2,
         "--eval_benchmark {d.tmp}/no.json: no such file",
     ),
     "its recordings are missing": (
         lambda d: d.benchmark(eval_audio_dir=d.tmp / "no"),
-        2,
         "--eval_audio_dir {d.tmp}/no: must be the folder of --eval_benchmark's recordings",
     ),
-    "--keep_best without an evaluation": (lambda d: d.train("--keep_best"), 2, "--keep_best without an evaluation"),
-    "a file as --save_path": (lambda d: d.train(save_path=d.file), 2, "--save_path {d.file}: cannot be written"),
-    "--save_path in a file": (lambda d: d.train(save_path=d.file / "x"), 2, "--save_path {d.file}/x: cannot be writ"),
-    "--save_path where nothing can be": (lambda d: d.train(save_path="/proc/no/x"), 2, "/proc/no/x: cannot be writ"),
-    "a file as --ckpt_path": (lambda d: d.train(ckpt_path=d.file), 2, "--ckpt_path {d.file}: cannot be written"),
-    "the model as --save_path": (lambda d: d.train(save_path=d.model), 2, "choose another"),
-    "the data as --save_path": (lambda d: d.train(save_path=d.parquet), 2, "choose another --save_path"),
-    "nothing to resume": (lambda d: d.resume(d.tmp / "new"), 2, "new holds no checkpoint (_actor/latest)"),
-    "an empty folder to resume": (lambda d: d.resume(d.folder("empty")), 2, "empty holds no checkpoint"),
-    "no such reward": (lambda d: d.train(reward="exct"), 2, "--reward exct: must be one of"),
+    "--keep_best without an evaluation": (lambda d: d.train("--keep_best"), "--keep_best without an evaluation"),
+    "a file as --save_path": (lambda d: d.train(save_path=d.file), "--save_path {d.file}: cannot be written"),
+    "--save_path in a file": (lambda d: d.train(save_path=d.file / "x"), "--save_path {d.file}/x: cannot be writ"),
+    "--save_path where nothing can be": (lambda d: d.train(save_path="/proc/no/x"), "/proc/no/x: cannot be writ"),
+    "a file as --ckpt_path": (lambda d: d.train(ckpt_path=d.file), "--ckpt_path {d.file}: cannot be written"),
+    "the model as --save_path": (lambda d: d.train(save_path=d.model), "choose another"),
+    "the data as --save_path": (lambda d: d.train(save_path=d.parquet), "choose another --save_path"),
+    "nothing to resume": (lambda d: d.resume(d.tmp / "new"), "new holds no checkpoint (_actor/latest)"),
+    "an empty folder to resume": (lambda d: d.resume(d.folder("empty")), "empty holds no checkpoint"),
+    "no such reward": (lambda d: d.train(reward="exct"), "--reward exct: must be one of"),
 }
-IN_AN_EVALUATION: dict[str, Row] = {
-    "the model is missing": (lambda d: d.evaluate(model_path=d.tmp / "no"), 2, "--model_path {d.tmp}/no: does not exi"),
-    "a file as model": (lambda d: d.evaluate(model_path=d.file), 2, "is a file; give the folder that holds it"),
-    "an empty folder": (lambda d: d.evaluate(model_path=d.folder("empty")), 2, "no model there: config.json, "),
-    "no config": (lambda d: d.evaluate(model_path=d.spoiled("config.json")), 2, "no model there: config.json missing"),
-    "no weights": (lambda d: d.evaluate(model_path=d.spoiled("*.safetensors")), 2, "*.safetensors missing"),
-    "half the weights": (lambda d: d.evaluate(model_path=d.spoiled(cut="*.safetensors")), 2, "copy it again"),
-    "no tokenizer": (lambda d: d.evaluate(model_path=d.spoiled("tokenizer.json")), 2, "copy the tokenizer's files"),
-    "an adapter of no model": (lambda d: d.evaluate(model_path=d.adapter()), 2, "names no base model; give --base_mod"),
+IN_AN_EVALUATION: dict[str, tuple[Make, str]] = {
+    "the model is missing": (lambda d: d.evaluate(model_path=d.tmp / "no"), "--model_path {d.tmp}/no: does not exi"),
+    "a file as model": (lambda d: d.evaluate(model_path=d.file), "is a file; give the folder that holds it"),
+    "an empty folder": (lambda d: d.evaluate(model_path=d.folder("empty")), "no model there: config.json, "),
+    "no config": (lambda d: d.evaluate(model_path=d.spoiled("config.json")), "no model there: config.json missing"),
+    "no weights": (lambda d: d.evaluate(model_path=d.spoiled("*.safetensors")), "*.safetensors missing"),
+    "half the weights": (lambda d: d.evaluate(model_path=d.spoiled(cut="*.safetensors")), "copy it again"),
+    "no tokenizer": (lambda d: d.evaluate(model_path=d.spoiled("tokenizer.json")), "copy the tokenizer's files"),
+    "an adapter of no model": (lambda d: d.evaluate(model_path=d.adapter()), "names no base model; give --base_mod"),
     "an adapter without weights": (
         lambda d: d.evaluate(model_path=d.adapter(peft_type="LORA", base_model_name_or_path=str(d.model))),
-        2,
         "no whole LoRA adapter: its peft_type is LORA, its weights are missing; copy it again",
     ),
-    "--base_model for a whole model": (lambda d: d.evaluate(base_model=d.model), 2, "leave it out"),
+    "--base_model for a whole model": (lambda d: d.evaluate(base_model=d.model), "leave it out"),
     "checkpoints alone": (
         lambda d: d.evaluate(model_path=d.write("run/_actor/latest", "step_000001").parents[1]),
-        2,
         "run: holds ",
     ),
-    "the questions are missing": (lambda d: d.evaluate(data_file=d.tmp / "no.json"), 2, "no.json: No such file"),
-    "a folder as questions": (lambda d: d.evaluate(data_file=d.data), 2, "a folder; name the file in it"),
+    "the questions are missing": (lambda d: d.evaluate(data_file=d.tmp / "no.json"), "no.json: No such file"),
+    "a folder as questions": (lambda d: d.evaluate(data_file=d.data), "a folder; name the file in it"),
     "half the questions": (
         lambda d: d.evaluate(data_file=d.write("half.json", (d.data / "demo-test.json").read_bytes()[:900])),
-        2,
         "is no JSON value (Unterminated string",
     ),
-    "no questions": (lambda d: d.evaluate(data_file=d.write("none.json")), 2, "none.json: no rows"),
-    "the recordings are missing": (lambda d: d.evaluate(audio_dir=d.tmp / "no"), 2, "--audio_dir {d.tmp}/no: is no"),
-    "a file as recordings": (lambda d: d.evaluate(audio_dir=d.file), 2, "--audio_dir {d.file}: is no folder"),
+    "no questions": (lambda d: d.evaluate(data_file=d.write("none.json")), "none.json: no rows"),
+    "the recordings are missing": (lambda d: d.evaluate(audio_dir=d.tmp / "no"), "--audio_dir {d.tmp}/no: is no"),
+    "a file as recordings": (lambda d: d.evaluate(audio_dir=d.file), "--audio_dir {d.file}: is no folder"),
     "an empty folder as recordings": (
         lambda d: d.evaluate(audio_dir=d.folder("empty")),
-        2,
         "the audio of 2 of 2 items cannot be used",
     ),
-    "a folder as --out_file": (lambda d: d.evaluate(out_file=d.folder("x.json")), 2, "x.json beside it would be writ"),
+    "a folder as --out_file": (lambda d: d.evaluate(out_file=d.folder("x.json")), "x.json beside it would be writ"),
     "a folder as the scores": (
         lambda d: d.evaluate("--overwrite", out_file=d.folder("x.score.json").with_name("x.json")),
-        2,
         "x.score.json beside",
     ),
-    "--out_file in a file": (lambda d: d.evaluate(out_file=d.file / "x.json"), 2, "{d.file} is no folder that can be"),
-    "--out_file without ending": (lambda d: d.evaluate(out_file=d.tmp / "x"), 2, ".json, .jsonl or .parquet, from"),
-    "--out_file is there": (lambda d: d.evaluate(out_file=d.answers), 2, "answers.json: exists; --overwrite replaces"),
+    "--out_file in a file": (lambda d: d.evaluate(out_file=d.file / "x.json"), "{d.file} is no folder that can be"),
+    "--out_file without ending": (lambda d: d.evaluate(out_file=d.tmp / "x"), ".json, .jsonl or .parquet, from"),
+    "--out_file is there": (lambda d: d.evaluate(out_file=d.answers), "answers.json: exists; --overwrite replaces"),
     "--out_file is the questions": (
         lambda d: d.evaluate("--overwrite", out_file=d.data / "demo-test.json"),
-        2,
         "is the --data_file",
     ),
     "unfinished answers of another model": (
         lambda d: d.evaluate(out_file=d.write("p.partial.jsonl", '{"model": "x"}\n').with_name("p.json")),
-        2,
         "give --overwrite to drop it",
     ),
     "unfinished answers are damaged": (
         lambda d: d.evaluate(out_file=d.write("p.partial.jsonl", "rubbish\n").with_name("p.json")),
-        2,
         "p.partial.jsonl: damaged (",
     ),
     "scores in place of their results": (
         lambda d: ("eval_mmau.py", ["score", d.answers, "--out_file", d.answers]),
-        2,
         "answers.json: is a result file itself; name another",
     ),
     "scores of the questions": (
         lambda d: ("eval_mmau.py", ["score", d.data / "demo-test.json"]),
-        2,
         "this is no result file of MMAU",
     ),
-    "no rows to prepare": (lambda d: d.prepare(input_jsonl=d.tmp / "no"), 2, "--input_jsonl {d.tmp}/no: no such file"),
-    "a folder of rows": (lambda d: d.prepare(input_jsonl=d.data), 2, "a folder; name the file in it"),
-    "prepared into a file": (lambda d: d.prepare(local_save_dir=d.file), 2, "not a folder; choose another name"),
-    "prepared into a file's folder": (lambda d: d.prepare(local_save_dir=d.file / "x"), 2, "Not a directory"),
+    "no rows to prepare": (lambda d: d.prepare(input_jsonl=d.tmp / "no"), "--input_jsonl {d.tmp}/no: no such file"),
+    "a folder of rows": (lambda d: d.prepare(input_jsonl=d.data), "a folder; name the file in it"),
+    "prepared into a file": (lambda d: d.prepare(local_save_dir=d.file), "not a folder; choose another name"),
+    "prepared into a file's folder": (lambda d: d.prepare(local_save_dir=d.file / "x"), "Not a directory"),
 }
 
 
@@ -257,13 +244,15 @@ def desk(tmp_path, tiny_model, demo_data, demo_parquet) -> Desk:
 
 @pytest.mark.parametrize("name", AT_START)
 def test_at_start(light, desk, name):
-    check(light, desk, AT_START[name])
+    make, words = AT_START[name]
+    check(light, desk, (make, 2, words))
     assert not list((desk.tmp / "new").glob("*"))
 
 
 @pytest.mark.parametrize("name", IN_AN_EVALUATION)
 def test_in_an_evaluation(light, desk, name):
-    check(light, desk, IN_AN_EVALUATION[name])
+    make, words = IN_AN_EVALUATION[name]
+    check(light, desk, (make, 2, words))
     assert not (desk.tmp / "out.json").exists()
 
 
