@@ -100,7 +100,7 @@ def test_the_evaluation_asks_as_the_training_did(
         done.update({job.index: "<think>one or two</think><answer>bell</answer>" for job in jobs})
         return {}
 
-    monkeypatch.setattr(eval_mmau, "ask", ask)
+    monkeypatch.setattr("aqa.evaluation.asking.ask", ask)
     out = tmp_path / "result.json"
     shown = evaluate(capsys, model, demo_data, out, "--limit", 4, *([flag] if flag else []))
     assert [("<think> </think>" in prompt) for prompt in prompts] == [asked] * 4
