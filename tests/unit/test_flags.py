@@ -231,6 +231,8 @@ def test_values_out_of_range_are_named_with_the_range(problems, name, bad, good)
         ({"param_offload": True}, "--param_offload with --zero_stage 2: only ZeRO-3", {"zero_stage": 3}),
         ({"param_offload": True, "fsdp": True}, "with --fsdp use --fsdp_cpu", {"param_offload": None}),
         ({"adam_offload": True, "fsdp": True}, "with --fsdp use --fsdp_cpu", {"adam_offload": None}),
+        ({"load_in_4bit": True}, "4 bits cannot train; add adapters with --lora_rank 16", {"lora_rank": 16}),
+        ({"load_in_4bit": True, "lora_rank": 8, "zero_stage": 3}, "ZeRO-3 cannot split packed", {"zero_stage": 2}),
         ({"load_in_4bit": True, "lora_rank": 8, "fsdp": True}, "FSDP2 cannot split packed", {"fsdp": None}),
         ({"fsdp_cpu_offload": True}, "--fsdp_cpu_offload: add --fsdp", {"fsdp": True}),
         ({"engine_type": "sglang"}, "only LightRFT runs it .* use vllm or hf", {"engine_type": "hf"}),

@@ -2,6 +2,8 @@
 
 import argparse
 
+SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine and runtime")
@@ -14,8 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--enable_engine_sleep",
-        action=argparse.BooleanOptionalAction,
-        default=True,
+        **SWITCH | {"default": True},
         help="free vLLM's GPU memory while training (a CPU has no such mode)",
     )
     group.add_argument(
@@ -25,21 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same as --no-enable_engine_sleep, LightRFT's spelling",
     )
     group.add_argument(
-        "--fsdp",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="shard with PyTorch's FSDP2 instead of DeepSpeed; --zero_stage is then unused",
+        "--fsdp", **SWITCH, help="shard with PyTorch's FSDP2 instead of DeepSpeed; --zero_stage is then unused"
     )
     group.add_argument(
-        "--fsdp_cpu_offload",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="with --fsdp: shards, gradients and optimizer in CPU memory",
+        "--fsdp_cpu_offload", **SWITCH, help="with --fsdp: shards, gradients and optimizer in CPU memory"
     )
     group.add_argument(
         "--param_offload",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="with --zero_stage 3: parameters in CPU memory between their uses, the reference model's too",
     )
     group.add_argument(
@@ -48,15 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=512,
         help="MiB of sharded weights (ZeRO-3, FSDP2) that are gathered at a time to hand them to the engine",
     )
-    group.add_argument(
-        "--verbose",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="also print the seconds of each step's phases",
-    )
+    group.add_argument("--verbose", **SWITCH, help="also print the seconds of each step's phases")
     group.add_argument(
         "--quiet",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="print warnings, errors and the final summary only; <save_path>/logs/ has everything, as always",
     )

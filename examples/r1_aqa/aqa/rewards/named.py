@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -112,6 +112,22 @@ def find_reward(
     return add_up(names, weights, further, whole)
 
 
+class Batch(NamedTuple):
+    """What a batch reward is given; see :func:`aqa.rewards.r1_aqa.reward_fn`."""
+
+    model_reward_list: Sequence[torch.Tensor]
+    labels: Sequence[str] | None
+    queries: Sequence[str]
+    refs: Sequence[str]
+    label_map: Mapping[str, int] | None
+    special: Sequence[str] = SPECIAL_TOKENS
+
+
+def taking_batches(score: Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> BatchReward:
+    """Give a function of a :class:`Batch` the signature of :func:`aqa.rewards.r1_aqa.reward_fn`."""
+    return lambda *args, **kwargs: score(Batch(*args, **kwargs))
+
+
 def add_up(
     names: Sequence[str], weights: Sequence[float], further: Mapping[str, Callable], whole: Mapping[str, BatchReward]
 ) -> BatchReward:
@@ -120,25 +136,19 @@ def add_up(
     :param further: Those of ``names`` that are in :data:`aqa.rewards.parts.PARTS`; ``whole`` are rewards by themselves.
     """
 
-    def chosen(
-        model_reward_list: Sequence[torch.Tensor],
-        labels: Sequence[str] | None,
-        queries: Sequence[str],
-        refs: Sequence[str],
-        label_map: Mapping[str, int] | None,
-        special: Sequence[str] = SPECIAL_TOKENS,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        _, measured = reward_fn(model_reward_list, labels, queries, refs, label_map, special)
-        thinks = [label == THINK_LABEL for label in labels or [None] * len(queries)]
-        asked = zip(queries, thinks, strict=True) if further else ()
-        responses = [read_response(query, think, special) for query, think in asked]
+    @taking_batches
+    def chosen(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        _, measured = reward_fn(*batch)
+        thinks = [label == THINK_LABEL for label in batch.labels or [None] * len(batch.queries)]
+        asked = zip(batch.queries, thinks, strict=True) if further else ()
+        responses = [read_response(query, think, batch.special) for query, think in asked]
         total = torch.zeros_like(measured["rule_reward"])
         for name, weight in zip(names, weights, strict=True):
             metric = f"{name.rpartition(':')[2]}_reward"
             if name in further:
                 measured[metric] = torch.tensor(further[name](responses), dtype=total.dtype, device=total.device)
             elif name in whole:
-                measured[metric] = whole[name](model_reward_list, labels, queries, refs, label_map, special)[0]
+                measured[metric] = whole[name](*batch)[0]
             total = total + weight * measured[metric]
         return total, measured | {"rule_reward": total.clone()}
 
@@ -148,16 +158,10 @@ def add_up(
 def score_named(score: NamedReward) -> BatchReward:
     """Make a function that scores a batch from one of :data:`NAMED`."""
 
-    def chosen(
-        model_reward_list: Sequence[torch.Tensor],
-        labels: Sequence[str] | None,
-        queries: Sequence[str],
-        refs: Sequence[str],
-        label_map: Mapping[str, int] | None,
-        special: Sequence[str] = SPECIAL_TOKENS,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        paid = named_references(queries, refs, special)
-        return score_batch(model_reward_list, labels, queries, paid, score, special)
+    @taking_batches
+    def chosen(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        paid = named_references(batch.queries, batch.refs, batch.special)
+        return score_batch(batch.model_reward_list, batch.labels, batch.queries, paid, score, batch.special)
 
     return chosen
 
@@ -207,17 +211,11 @@ def score_batch_with(reward: Reward, name: str) -> BatchReward:
             raise RewardError(f"--reward {name}: returned {value!r:.100} {sample}; it must return a finite number")
         return total, 0.0, 0.0
 
-    def chosen(
-        model_reward_list: Sequence[torch.Tensor],
-        labels: Sequence[str] | None,
-        queries: Sequence[str],
-        refs: Sequence[str],
-        label_map: Mapping[str, int] | None,
-        special: Sequence[str] = SPECIAL_TOKENS,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        _, measured = reward_fn(model_reward_list, labels, queries, refs, label_map, special)
+    @taking_batches
+    def chosen(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        _, measured = reward_fn(*batch)
         with limited_output(name):
-            total, _ = score_batch(model_reward_list, labels, queries, refs, score, special)
+            total, _ = score_batch(*batch[:4], score, batch.special)
         return total, measured | {"rule_reward": total.clone()}
 
     return chosen
