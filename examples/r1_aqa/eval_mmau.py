@@ -41,6 +41,8 @@ from aqa.evaluation.items import (
 from aqa.evaluation.scoring import compare, comparison_table, judge, judge_file, percent, score, score_table, to_json
 from aqa.evaluation.variants import ask_again, further_answers, own_index
 
+SHOWN_ANSWERS = 10  # to questions without an answer to compare them with
+
 ESSENTIAL = (
     *("--model_path", "--data_file", "--audio_dir", "--out_file", "--overwrite", "--engine", "--max_new_tokens"),
     *("--limit", "--silent_audio", "--think"),
@@ -241,7 +243,7 @@ def ask_and_score(
         write_atomically(out.with_suffix(".score.json"), to_json(scores))
     write_rows(results, out)
     partial.remove()
-    show_result(out, benchmark, scores)
+    show_result(out, benchmark, scores, results)
 
 
 def ask_items(
@@ -295,7 +297,7 @@ def announce_answers(rows: Sequence[dict[str, Any]], items: Sequence[Item]) -> N
     """Print how the file's answers are read, with a warning of those that no prediction can match."""
     if items[0].gold is None:
         held = show_value(rows[0].get("answer"))
-        print(f"the answers are withheld (the first is {held}), so nothing will be scored")
+        print(f"the file holds no answers (the first is {held}), so nothing will be scored")
         return
     read = [(row["answer"], item.gold) for row, item in zip(rows, items, strict=False) if row["answer"] != item.gold]
     if read:
@@ -326,15 +328,26 @@ def report_audio(items: Sequence[Item], bad: dict[int, str], silent: Sequence[in
         print(several(title, [items[i].label for i in silent]), file=sys.stderr)
 
 
-def show_result(out: Path, benchmark: Benchmark, scores: dict[str, Any] | None) -> None:
-    """Print the table of scores (None if the data file holds no answers) and where the files are."""
+def title_of(benchmark: Benchmark, scores: dict[str, Any]) -> str:
+    """What a table of scores is headed with. Rows of one's own are in MMAU's format, but without its difficulties."""
+    own = benchmark is BENCHMARKS["mmau"] and "difficulty" not in scores["by"]
+    return "own questions, by the rule of MMAU's script" if own else f"{benchmark.title}'s {benchmark.rule}"
+
+
+def show_result(
+    out: Path, benchmark: Benchmark, scores: dict[str, Any] | None, results: Sequence[dict[str, Any]]
+) -> None:
+    """Print the table of scores, or the first answers where there are none to compare them with, and where the files
+    are."""
     print()
     if scores is None:
-        print("the data file holds no answers, so there is no score; what was answered is in the result file")
-        print(f"results  {out}")
+        for row in results[:SHOWN_ANSWERS]:
+            names = benchmark.audio_key, "question", benchmark.prediction_keys[0]
+            print("  ".join(show_value(row[name]) for name in names))
+        print(f"results  {out}: all {len(results)} answers")
         return
     bad, asked = len(scores["bad_audio"]), scores.get("of_asked")
-    print(score_table(scores, f"{benchmark.title}'s {benchmark.rule}"))
+    print(score_table(scores, title_of(benchmark, scores)))
     print(
         f"\nanswers that name one choice: {scores['names_a_choice']}, in the asked-for form: {scores['asked_form']}, "
         f"of {scores['total']}"
@@ -384,7 +397,7 @@ def score_file(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     verdicts = judge_file(args.file, args.benchmark)
     scores = score(verdicts)
-    print(score_table(scores, f"{verdicts.benchmark.title}'s {verdicts.benchmark.rule}: {args.file} ({verdicts.key})"))
+    print(score_table(scores, f"{title_of(verdicts.benchmark, scores)}: {args.file} ({verdicts.key})"))
     write_beside(args.out_file, to_json(scores), [args.file])
 
 

@@ -65,7 +65,7 @@ def flags(tiny_model, demo_data, questions):
 
 
 def test_formats_are_told_apart_by_content(tmp_path):
-    mmau, mmar = {"audio_id": "x", "id": 1}, {"audio_path": "x", "id": 1}
+    mmau, mmar = ({name: "x", "id": 1, "question": "?"} for name in ("audio_id", "audio_path"))
     path = tmp_path / "no_suffix"
     for text, expected in (
         (json.dumps([mmau, mmau], indent=1), MMAU),
@@ -88,6 +88,7 @@ def test_formats_are_told_apart_by_content(tmp_path):
         ("[1, 2]", "is no JSON object"),
         ("[]", "no rows"),
         ('[{"id": 1, "question": "?"}]', "cannot tell the benchmark.*fields are id, question.*--benchmark"),
+        ('{"qestion_text": "?", "multi_choice": ["a"], "audio_path": "x"}', "fields are qestion_text.*question_text"),
     ],
 )
 def test_broken_files_are_refused(tmp_path, text, message):
@@ -436,7 +437,9 @@ def test_limit_think_and_files_without_answers(tmp_path, flags, questions, capsy
     questions.write_text(json.dumps(rows))
     out = tmp_path / "out.json"
     text = evaluate(capsys, *flags, "--out_file", out, "--limit", 2, "--think", "--dtype", "bfloat16")
-    assert "there is no score" in text
+    assert "the file holds no answers (the first is None)" in text
+    for row in json.loads(out.read_text()):  # they are shown: a person asks for them
+        assert f"{row['audio_id']!r}  {row['question']!r}  {row['model_output']!r}\n" in text
     assert [row["id"] for row in json.loads(out.read_text())] == ["test_00000", "test_00001"]
     assert not out.with_suffix(".score.json").exists()
 

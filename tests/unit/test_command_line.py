@@ -92,6 +92,14 @@ def test_help_shows_what_matters_and_help_all_the_rest(script, rare):
     assert len(re.findall(r"^ +(?:python |torchrun )", short, re.MULTILINE)) >= 3
 
 
+def test_waiting_threads_sleep_in_every_script():
+    """OpenMP reads the variable when torch is imported, so it must be set before."""
+    code = "import sys, os, aqa.common.arguments; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    clean = {name: value for name, value in child_environment().items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, env=clean)
+    assert done.stdout.split() == ["3000", "False"]
+
+
 def test_home_is_replaced_where_a_shell_leaves_it(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     words = ["~/a", "--x=~/a", "~/a,~/b", "--x=~/a,b,~/c", "~", "a~/b", "--x=a~", "~nobody-here/a", "--x", "0.5,0.5"]

@@ -511,8 +511,9 @@ def test_rows_of_r1_aqa_are_questions(tmp_path, capsys):
     benchmark, questions = read(named, raw)
     assert benchmark is MMAU
     first = {"id": "7", "audio_id": "wavs/a.wav", "question": row["question_text"], "choices": ["dog", "3", "None"]}
-    assert questions[0] == first | {"answer": "3", "dataset": "AVQA", "task": "Which"}
+    assert questions[0] == first | {"answer": "3", "dataset": "own questions", "task": "Which"}
     assert questions[1]["audio_id"] == "b_30.wav"  # the name that avqa.py looks for
+    assert questions[1]["dataset"] == "AVQA"  # only its rows name a video
     assert make_items(questions, benchmark, tmp_path, False)[0].prompt.startswith("What is in the audio? Please choose")
     # as avqa.py leaves rows out, wherever they stand
     for bad, line in (

