@@ -8,9 +8,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
 from audio_dataset import AudioMultimodalProcessor
+from conftest import run_script
 from safetensors.torch import load_file, save_file
 from support.policies import AUDIO, DECODER, PAD, TOWER, as_actor, make_item, make_mel, mixed_cases, with_large_weights
 from support.rollouts import SECONDS, gaps, make_noises, perturbed, prompt_of, rollout
@@ -21,8 +24,8 @@ from aqa.audio.decode import SAMPLING_RATE
 from aqa.data.prompts import render_chat
 from aqa.evaluation.asking import make_reader
 from aqa.evaluation.checkpoints import Model
-from aqa.evaluation.items import EvalError
-from aqa.families import AudioFlamingo3, Qwen2_5Omni, Qwen2Audio
+from aqa.evaluation.items import EvalError, write_rows
+from aqa.families import AudioFlamingo3, Qwen2_5Omni, Qwen2Audio, write_checkpoint
 from aqa.families import family_of as forward_family_of
 from aqa.families.omni_processor import OmniAudioProcessor
 from aqa.hosts.runtime import RuntimeHost
@@ -376,6 +379,34 @@ def test_evaluation_answers_as_plain_generate(tiny, case, noises):
         assert [engines.decode(processor, tokens.tolist())] == answer
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny_of", ["tiny_model", "tiny_omni", "tiny_flamingo"])
+def test_mmau_pro_on_vllm(tiny_of, request, noises, tmp_path):
+    """Several recordings in a prompt, windows where the family has them; else a long one is counted and not asked."""
+    model = load_model(str(request.getfixturevalue(tiny_of)), dtype=torch.float32)
+    processor = get_tokenizer_processor_vl(str(request.getfixturevalue(tiny_of)), model)[1]
+    perturbed(SimpleNamespace(model=model), 0.1)  # answers that hang on every detail of what is heard
+    write_checkpoint(model, tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    for number, (wave, rate) in enumerate(noises):
+        soundfile.write(tmp_path / f"{number}.wav", wave, rate)
+    heard = ([1, 2], [2, 1], [2], [1, 7, 2], [3, 3, 2, 1, 0])  # 7 has 65 s
+    row = {"question": "Which is longer?", "choices": ["first", "second"], "answer": "first", "category": "sound"}
+    rows = [row | {"id": str(i), "audio_path": [f"{n}.wav" for n in names]} for i, names in enumerate(heard)]
+    write_rows(rows, tmp_path / "test.parquet")
+    windows = ("--audio_seconds", 90) if tiny_of == "tiny_flamingo" else ()
+    flags = ("--data_file", tmp_path / "test.parquet", "--audio_dir", tmp_path, "--benchmark", "mmau-pro", *windows)
+    flags += ("--model_path", tmp_path / "model", "--max_new_tokens", 8, "--skip_bad_audio", "--out_file")
+    said = {}
+    for engine in ("hf", "vllm"):
+        out = tmp_path / f"{engine}.parquet"
+        done = run_script("eval_mmau.py", *flags, out, "--engine", engine)
+        assert windows or "item 3 (id 3): 65.0 s of sound, 30 are heard (--audio_seconds)" in done.stderr
+        assert windows or "counted as wrong, because of their recordings: 1; of the 4 that were asked" in done.stdout
+        said[engine] = [row["raw_output"] for row in pq.read_table(out).to_pylist()]
+    assert said["vllm"] == said["hf"] and len(set(said["hf"])) == 5 and bool(said["hf"][3]) == bool(windows)
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 def test_grpo_steps_move_all_that_trains_and_leave_a_folder_of_the_same_kind(tiny, case, demo_parquet, tmp_path):
     train(tiny, demo_parquet, tmp_path, "--max_samples", 12)
@@ -398,15 +429,20 @@ def test_grpo_steps_move_all_that_trains_and_leave_a_folder_of_the_same_kind(tin
 
 @pytest.mark.slow
 def test_adapters_train_and_are_evaluated_merged_or_not(tiny, case, demo_parquet, demo_data, tmp_path):
-    train(tiny, demo_parquet, tmp_path, "--max_samples", 12, "--lora_rank", 2, "--lora_alpha", 64)
+    layer, target = case.projector
+    flags = ("--lora_rank", 2, "--lora_alpha", 64, "--target_modules", "language_model", "fc1", target)
+    train(tiny, demo_parquet, tmp_path, "--max_samples", 12, *flags)
     records = metrics_of(tmp_path)
     assert len(records) == 3
     assert all(record["rollout/logprob_gap_max"] < 1e-3 for record in records)
     assert records[0]["train/kl"] == pytest.approx(0, abs=1e-6) and records[-1]["train/kl"] > 1e-6
     changed, _ = moved(tiny, tmp_path)
-    assert changed and all(name.startswith(case.family.checkpoint_name(case.layers)) for name in changed)
-    answers = [answers_of(folder, demo_data, tmp_path) for folder in (tmp_path, tmp_path / "adapter", tiny)]
-    assert answers[0] == answers[1] != answers[2]
+    parts = [case.family.checkpoint_name(part) for part in (case.layers, f"{layer}.")]
+    places = [next((p for p in (*parts, "fc1") if name.startswith(p) or f".{p}." in name), name) for name in changed]
+    assert set(places) == {*parts, "fc1"}
+    models = [(tmp_path,), (tmp_path / "adapter",), (tmp_path / "adapter", "--engine", "vllm"), (tiny,)]
+    answers = [answers_of(model, demo_data, tmp_path, *flags) for model, *flags in models]
+    assert answers[0] == answers[1] == answers[2] != answers[3]
 
 
 def test_a_model_that_cannot_be_trained_is_named_without_a_traceback(tmp_path):

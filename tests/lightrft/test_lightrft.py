@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import EXAMPLE, ROOT, child_environment
 from safetensors.torch import load_file
-from support.training import METRICS, SMALL
+from support.training import METRICS, SMALL, moved
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-from aqa.families import AudioFlamingo3
+from aqa.families import AudioFlamingo3, Qwen2_5Omni
 from aqa.report.metrics import METRICS as METRIC_TABLE
 
 NOT_MEASURED = {"train/clip_fraction"}  # by LightRFT's trainer
@@ -133,17 +133,22 @@ def test_every_parameter_moves_and_the_folder_is_whole(run, tiny_model):
     assert (checkpoint / "model.safetensors").is_file() and AutoProcessor.from_pretrained(checkpoint)
 
 
-@pytest.mark.slow  # a minute
-def test_audio_flamingo_trains(checkout, tiny_flamingo, demo_parquet, tmp_path):
-    train(checkout, tiny_flamingo, demo_parquet, tmp_path / "run", *LENGTH, *CASES["DeepSpeed"])
+@pytest.mark.slow  # a minute each
+@pytest.mark.parametrize("kind", ["DeepSpeed", "FSDP2"])
+@pytest.mark.parametrize("family", [AudioFlamingo3, Qwen2_5Omni])
+def test_the_other_families_train(checkout, family, kind, request, demo_parquet, tmp_path):
+    tiny = request.getfixturevalue({AudioFlamingo3: "tiny_flamingo", Qwen2_5Omni: "tiny_omni"}[family])
+    train(checkout, tiny, demo_parquet, tmp_path / "run", *LENGTH, *CASES[kind])
     metrics = metrics_of(tmp_path / "run")
-    assert len(metrics) == 3 and all(m["rollout/logprob_gap_max"] < 1e-3 for m in metrics)
-    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_flamingo, tmp_path / "run"))
-    assert before.keys() == after.keys()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {"audio_tower.conv1.weight", "language_model.model.layers.1.mlp.up_proj.weight"} <= moved
-    assert "audio_tower.embed_positions.weight" not in moved
-    _, info = AudioFlamingo3.model_class().from_pretrained(tmp_path / "run", output_loading_info=True)
+    limit = 1e-4 if kind == "DeepSpeed" else 1e-2
+    assert len(metrics) == 3 and all(m["rollout/logprob_gap_mean"] < limit and m["train/kl"] < 1 for m in metrics)
+    if kind == "FSDP2":  # in bfloat16 a weight may be too large for a step of AdamW to move it
+        return
+    before, changed = load_file(tiny / "model.safetensors"), moved(tiny, tmp_path / "run")[0]
+    still = ("audio_tower.embed_positions", *map(family.checkpoint_name, family.unheard))
+    trained = {name for name in before if not name.startswith(still)}
+    assert changed == trained, changed ^ trained
+    _, info = family.model_class().from_pretrained(tmp_path / "run", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 

@@ -351,6 +351,8 @@ def make_trainer(tmp_path):
         save_logs_and_checkpoints=lambda *_, **__: trainer.evaluate() if trainer.evaluate_now else None,
         evaluate=lambda: maker.make_experience_list() and {},
         evaluate_now=False,
+        # as LightRFT's where the model also takes pictures: it drops the batch
+        _validate_qwen_vl_tensors=lambda sequences, pixel_values, context="training": False,
     )
     return trainer
 
@@ -388,6 +390,15 @@ def test_log_probs_that_are_not_finite_stop_the_run(tmp_path, process_group):
     patch = LightRFTHost().complete_trainer(trainer, None, [], None)
     with patch, pytest.raises(FloatingPointError, match="not finite"):
         trainer.experience_maker.make_experience_list()
+
+
+def test_no_batch_is_dropped(tmp_path, process_group):
+    """LightRFT drops batches for a missing picture, and a step on none would look like any other."""
+    trainer = make_trainer(tmp_path)
+    with LightRFTHost().complete_trainer(trainer, None, [], None):
+        assert trainer._validate_qwen_vl_tensors(torch.ones(2, 9), torch.ones(100, 128), context="actor_rl_update")
+        with pytest.raises(RuntimeError, match="step 3: LightRFT trained on none of the batches"):
+            trainer.save_logs_and_checkpoints(None, 3, None, {"rollout_reward": 1.0})
 
 
 def test_prints_of_whole_batches_are_cut(tmp_path):

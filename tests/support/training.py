@@ -83,9 +83,9 @@ def comparable(out: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in metrics_of(out)]
 
 
-def answers_of(model, data, folder):
+def answers_of(model, data, folder, *extra):
     """What eval_mmau.py's model says to the test questions."""
     out = folder / "answers.json"
     source = ("--model_path", model, "--data_file", data / "demo-test.json", "--audio_dir", data, "--out_file", out)
-    assert eval_mmau.main([str(value) for value in (*source, "--max_new_tokens", 12, "--overwrite")]) == 0
+    assert eval_mmau.main([str(value) for value in (*source, "--max_new_tokens", 12, "--overwrite", *extra)]) == 0
     return [row["raw_output"] for row in json.loads(out.read_text())]

@@ -32,7 +32,6 @@ class Qwen2_5Omni(Qwen2Audio):
         }
     }
     unpacked = ("lm_head", "audio_tower", "visual")
-    inside_lightrft = False  # its loss is NaN there; rollouts and log-probs are right
     ours_in_vllm = True
     deaf = ("thinker.model.", "thinker.lm_head.")
 

@@ -59,7 +59,6 @@ class Qwen2Audio:
     unpacked: tuple[str, ...] = ("lm_head", "model.audio_tower", "model.multi_modal_projector")
     deaf: tuple[str, ...] = ("language_model.",)  # prefixes of checkpoint weights that no clip's embedding depends on
 
-    inside_lightrft = True  # whether it trains with LightRFT itself as host
     ours_in_vllm = False  # vLLM's own class is replaced by one that this process alone knows
 
     @classmethod

@@ -419,6 +419,16 @@ def patch_experience_maker(
     patch.wrap(exp_maker, "_build_unpacked_sample", make)
 
 
+# -------------------------------------------------------------------------------------------------------------- trainer
+def keep_every_batch(patch: Patch, trainer: Any) -> None:
+    """Make LightRFT's ``PPOTrainerVL`` not count image tokens.
+
+    Where the model's configuration has such a token, as Qwen2.5-Omni's has, it compares their number with the rows of
+    the image slot, and drops the batch; every batch, that is. :func:`audio_forward` checks the audio tokens.
+    """
+    patch.put(trainer, "_validate_qwen_vl_tensors", lambda sequences, pixel_values, context: True)
+
+
 # --------------------------------------------------------------------------------------------------------- trajectories
 def patch_trajectory_saver(patch: Patch, saver: Any) -> None:
     """Make LightRFT's ``TrajectorySaver`` save clips as WAV files; it would call methods of images on them."""

@@ -134,6 +134,8 @@ lightrft.trainer.ppo_trainer_vl:PPOTrainerVL
     fit(args, /, prompts_dataloader, pretrain_dataloader, eval_dataloader, consumed_samples,
         num_update_steps_per_episodes) | trains
     training_step_actor -> actor({_FORWARD}) | log-probs to train on
+    _validate_qwen_vl_tensors(sequences, pixel_values, /, context) < training_step_actor
+        | replaced: there are no image tokens
     evaluate(eval_dataloader, global_step, /) | wrapped: metrics
     save_logs_and_checkpoints(args, global_step, step_bar, logs_dict, /, **_) < fit | wrapped: metrics
     _save_checkpoint -> save_model(model, tokenizer, output_dir, **_) | saves the processor too

@@ -15,6 +15,7 @@ from typing import Any
 
 from aqa.common.patch import Patch
 from aqa.common.versions import installed_versions
+from aqa.families import family_of
 
 
 @dataclass(frozen=True)
@@ -77,21 +78,22 @@ def _find_parts_of_the_model(patch: Patch) -> None:
         @functools.wraps(original)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            inner = (
-                self.model.model
-            )  # transformers 5 moved the tower one level down, where LightRFT does not look for it
-            if not hasattr(inner, "audio_tower"):
-                return
-            tower = inner.audio_tower
-            if not isinstance(tower.embed_positions, module._AudioEmbedPositions):
-                # FSDP2 would shard the table of positions, which the tower adds to whole tensors
+            # transformers 5 moved Qwen2-Audio's tower one level down, where LightRFT does not look for it
+            tower = family_of(self.model).parts(self.model).tower
+            # FSDP2 would shard a table of positions, which the tower adds to whole tensors
+            if hasattr(tower, "embed_positions") and not isinstance(tower.embed_positions, module._AudioEmbedPositions):
                 tower.embed_positions = module._AudioEmbedPositions(tower.embed_positions)
-            for part in (self.model, inner, tower):
-                part._no_split_modules = sorted(part._no_split_modules)  # LightRFT expects a list and appends to it
+            self.model._no_split_modules = _inner_first(self.model)  # LightRFT expects a list and appends to it
 
         return __init__
 
     patch.wrap(module.ActorAL, "__init__", make)
+
+
+def _inner_first(model: Any) -> list[str]:
+    """The classes that FSDP2 wraps, in the order in which it must: what is part of another one comes first."""
+    sizes = {type(module).__name__: sum(1 for _ in module.modules()) for module in model.modules()}
+    return sorted({*model._no_split_modules, "Embedding"}, key=lambda name: (sizes.get(name, 0), name))
 
 
 # ---------------------------------------------------------------------------------------------------------------- vLLM

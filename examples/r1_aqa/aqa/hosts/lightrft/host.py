@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from aqa.common.model_type import model_type_of
 from aqa.common.patch import Patch
 from aqa.data.prompts import end_tokens
-from aqa.families import BY_TYPE, family_named
+from aqa.families import family_named
 from aqa.hosts.base import Host
 from aqa.hosts.lightrft import fixes
 from aqa.hosts.lightrft.contract import check_contract
@@ -69,8 +69,6 @@ def _model_problems(args: argparse.Namespace) -> list[str]:
     kind = model_type_of(args.pretrain) if args.pretrain else None
     if kind not in (None, "qwen2_audio") and args.engine_type == "sglang":
         problems.append(f"--pretrain {args.pretrain}: of a {kind} SGLang does not roll out here; use vllm")
-    if kind in BY_TYPE and not BY_TYPE[kind].inside_lightrft:
-        problems.append(f"--pretrain {args.pretrain}: a {kind} does not train inside LightRFT; unset LIGHTRFT_HOME")
     if args.audio_seconds > 30:
         problems.append(f"--audio_seconds {args.audio_seconds:g}: inside LightRFT a clip has one window; use 30")
     return problems
@@ -79,8 +77,8 @@ def _model_problems(args: argparse.Namespace) -> list[str]:
 class LightRFTHost(Host):
     """See :class:`aqa.hosts.base.Host`.
 
-    LightRFT knows Qwen2-Audio only, samples as many responses in evaluation as in training, and its ranks wait for a
-    lost one until their collectives time out. Sharing the tower's outputs has not been tried with its strategies.
+    LightRFT samples as many responses in evaluation as in training, and its ranks wait for a lost one until their
+    collectives time out. Sharing the tower's outputs has not been tried with its strategies.
     """
 
     name = "LightRFT"
@@ -224,6 +222,7 @@ class LightRFTHost(Host):
 
         patch, strategy = Patch(), trainer.strategy
         shorten_prints(patch, strategy)
+        audio.keep_every_batch(patch, trainer)
         Recorder(trainer, prompts_dataloader).watch(patch)
         if trainer.trajectory_saver is not None:
             audio.patch_trajectory_saver(patch, trainer.trajectory_saver)

@@ -90,6 +90,8 @@ class Recorder:
         def save_logs_and_checkpoints(
             args: Any, step: int, step_bar: Any, logs: dict, *rest: Any, **kwargs: Any
         ) -> None:
+            if "policy_loss" not in logs:  # it drops a batch that it takes for invalid, and goes on
+                raise RuntimeError(f"step {step}: LightRFT trained on none of the batches; see its lines above")
             self._measure_step()
             save_logs(args, step, step_bar, logs, *rest, **kwargs)
             self._write(step, step_bar.total, logs)
@@ -165,7 +167,7 @@ class Recorder:
         metrics |= {
             "rollout/logprob_gap_mean": gap / tokens,
             "rollout/logprob_gap_max": maxima.pop("gap"),
-            "train/policy_loss": status.get("policy_loss", math.nan),
+            "train/policy_loss": status["policy_loss"],
             "train/entropy": entropy / tokens,
             "train/kl": status.get("kl", math.nan),
             "train/grad_norm": self._grad_norm(),
