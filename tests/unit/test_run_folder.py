@@ -382,6 +382,8 @@ def test_each_session_is_recorded_and_shown(session, tmp_path):
     rows = session_rows(Run(tmp_path, "run", [1], {}, config, 0))
     assert rows[0][1:4] == ("", "killed, or still running", "1 to ?")
     assert rows[1][2:4] == ("finished", "3 to 3") and rows[1][5] == "num_episodes: 1 → 2; save_steps: -1 → 7"
+    config["sessions"][1]["last_step"] = -2  # it ended in the warm start
+    assert session_rows(Run(tmp_path, "run", [1], {}, config, 0))[1][3] == "none"
 
 
 @pytest.mark.parametrize(

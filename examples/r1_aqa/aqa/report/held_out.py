@@ -372,9 +372,7 @@ def confusions(held: HeldOut) -> dict[str, Any]:
         {"kind": kind, "gold": gold, "said": said, "times": times, "of": asked(counts[kind])[gold]}
         for (kind, gold, said), times in sorted(wrong.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_PAIRS]
     ]
-    everything = sum(counts.values(), Counter())
-    groups = [("", everything), *sorted(counts.items())] if len(counts) > 1 else [("", everything)]
-    tables = [{"kind": kind, **table} for kind, found in groups if (table := confusion_table(found))]
+    tables = [{"kind": kind, **table} for kind, found in sorted(counts.items()) if (table := confusion_table(found))]
     total = len(last.answers)
     return {
         "round": last,
@@ -417,7 +415,7 @@ def confusion_table(counts: Counter[tuple[str, str]]) -> dict[str, Any] | None:
             if right == gold:
                 cells[said if said in cells else OTHER] += times
         rows.append((gold, golds[gold], cells))
-    columns += [said for said in (OTHER, NO_ANSWER) if said == NO_ANSWER or any(cells[said] for _, _, cells in rows)]
+    columns += [said for said in (OTHER, NO_ANSWER) if any(cells[said] for _, _, cells in rows)]
     shaded = [
         (gold, total, [(cells[said], -(-5 * cells[said] // total), said == gold) for said in columns])
         for gold, total, cells in rows

@@ -357,13 +357,15 @@ def session_rows(run: Run) -> list[tuple[str, ...]]:
     """Start, end, how it ended, steps, ranks and machine, and changed settings of each session of a run."""
     rows = []
     for session in (run.config or {}).get("sessions", ()):
+        first, last = session.get("first_step"), session.get("last_step", "?")
+        none = "none" if last != "?" and first is not None and last < first else None  # it ended in the warm start
         changes = (f"{name}: {old} → {new}" for name, (old, new) in session.get("changes", {}).items())
         rows.append(
             (
                 session["started"],
                 session.get("ended", ""),
                 session.get("how", "killed, or still running"),
-                f"{session['first_step']} to {session.get('last_step', '?')}" if "first_step" in session else "?",
+                none or ("?" if first is None else f"{first} to {last}"),
                 f"{session['ranks']} on {session['machine']}" if "ranks" in session else "?",
                 "; ".join(changes),
             )

@@ -27,11 +27,9 @@ ESSENTIAL = (
 )
 EXAMPLES = """\
 examples:
-  one process:
+  one process; after an interruption the same and --load_checkpoint:
     python examples/r1_aqa/train_colocate.py --pretrain MODEL --prompt_data DATA --save_path RUN \\
         --max_steps 400 --eval_steps 100 --eval_silent --save_steps 100
-  go on with it after an interruption: the same, and
-    ... --load_checkpoint
   what it needs on GPUs, without loading anything:
     python examples/r1_aqa/train_colocate.py --plan --pretrain MODEL --bf16 --zero_stage 3
   several GPUs:
