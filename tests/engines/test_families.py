@@ -400,11 +400,15 @@ def test_mmau_pro_on_vllm(tiny_of, request, noises, tmp_path):
     said = {}
     for engine in ("hf", "vllm"):
         out = tmp_path / f"{engine}.parquet"
-        done = run_script("eval_mmau.py", *flags, out, "--engine", engine)
+        done = run_script("eval_mmau.py", *flags, out, "--engine", engine, check=False)
+        if windows and engine == "vllm":
+            assert done.returncode == 2 and "one recording a question, and there are some about 5" in done.stderr
+            return
+        assert done.returncode == 0, done.stderr
         assert windows or "item 3 (id 3): 65.0 s of sound, 30 are heard (--audio_seconds)" in done.stderr
         assert windows or "counted as wrong, because of their recordings: 1; of the 4 that were asked" in done.stdout
         said[engine] = [row["raw_output"] for row in pq.read_table(out).to_pylist()]
-    assert said["vllm"] == said["hf"] and len(set(said["hf"])) >= 4 and bool(said["hf"][3]) == bool(windows)
+    assert said["vllm"] == said["hf"] and len(set(said["hf"])) >= 4 and said["hf"][3] == ""
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -351,6 +351,12 @@ class VLLMEngine:
         from transformers import AutoConfig
 
         processor, family = self.processor, family_of(model)
+        recordings = max(len(job.audio) for job in jobs)
+        if recordings > 1 and family.one_clip_in_vllm:
+            raise EvalError(
+                f"{family.name}: vLLM takes one recording a question, and there are some about {recordings}; "
+                "--engine hf takes several"
+            )
         on_gpu = torch.cuda.is_available()
         dtype = choose_dtype(settings.dtype)
         max_model_len = longest_prompt(processor, jobs) + settings.max_new_tokens
@@ -373,7 +379,7 @@ class VLLMEngine:
             max_num_seqs=settings.batch_size,
             max_num_batched_tokens=max(max_model_len, 8192),
             tensor_parallel_size=settings.tensor_parallel_size,
-            limit_mm_per_prompt={"audio": max(len(job.audio) for job in jobs)},
+            limit_mm_per_prompt={"audio": recordings},
             mm_processor_cache_gb=0,  # each question has a clip of its own
             generation_config="vllm",
             enforce_eager=not on_gpu,

@@ -20,6 +20,7 @@ class AudioFlamingo3(Qwen2Audio):
     audio_token = "<sound>"
     clip_text = "'<sound>'"
     longest_seconds = 600
+    one_clip_in_vllm = True
     projectors = ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2")
     published: ClassVar = {"nvidia/audio-flamingo-3-hf": {"text_config": QWEN2_5_7B | {"vocab_size": 151_672}}}
 

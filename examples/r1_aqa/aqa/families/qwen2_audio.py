@@ -59,6 +59,7 @@ class Qwen2Audio:
     unpacked: tuple[str, ...] = ("lm_head", "model.audio_tower", "model.multi_modal_projector")
     deaf: tuple[str, ...] = ("language_model.",)  # prefixes of checkpoint weights that no clip's embedding depends on
 
+    one_clip_in_vllm = False  # vLLM 0.32 takes one recording a prompt
     ours_in_vllm = False  # vLLM's own class is replaced by one that this process alone knows
 
     @classmethod
