@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each method is worth on sound: the same model, data, steps and seeds for all, one table and one picture.
 
-    python benchmarks/methods.py                        # synthetic sounds made harder, 10 methods x 3 seeds
+    python benchmarks/methods.py                        # synthetic sounds made harder, 11 methods x 3 seeds
     python benchmarks/methods.py --data real            # real recordings and Whisper's tower
     python benchmarks/methods.py --methods recipe gdpo --seeds 0 --steps 2    # to try it
 
@@ -34,8 +34,8 @@ import matplotlib.pyplot as plt
 
 Cells = dict[str, list[dict[str, float]]]  # by method, one a seed
 GAIN = ("--reward", "accuracy+format+audio_gain", "--reward_weights", "1", "1", "0.5")
-# flags of train_colocate.py; {n} stands for a quarter of the steps, {rest} for three quarters of them, {half} for half
-# of a rollout's responses
+# flags of train_colocate.py; {n} stands for a quarter of the steps, {rest} for three quarters of them, {longer} for 1.8
+# times as many, {half} for half of a rollout's responses
 METHODS = {
     "recipe": (),
     "gdpo": ("--advantage_estimator", "gdpo"),
@@ -44,10 +44,13 @@ METHODS = {
     "audio_gain-gdpo": (*GAIN, "--advantage_estimator", "gdpo"),
     "token_weights": ("--audio_token_weights", "0.7"),
     "warm_start": ("--sft_steps", "{n}", "--max_steps", "{rest}"),
+    "longer": ("--max_steps", "{longer}"),
     "dynamic_sampling": ("--dynamic_sampling",),
-    "two_steps": ("--train_batch_size", "{half}"),  # the control for cispo, which takes two steps a rollout, too
+    "two_steps": ("--train_batch_size", "{half}"),
     "cispo": ("--use_cispo", "--eps_clip_high", "4", "--train_batch_size", "{half}"),
 }
+# what takes the recipe's place beside a method that takes more seconds, or two steps a rollout
+CONTROLS = {"dynamic_sampling": "longer", "cispo": "two_steps"}
 GOOD, TRAILING = 0.8, 5  # "steps to 0.8": of the rollouts' accuracy, averaged over the last steps
 COLUMNS = {
     "accuracy": "held-out accuracy",
@@ -125,7 +128,8 @@ def measure(cell: Path, assets: dict[str, Path], method: str, setting: run_demo.
         if not (cell / name).exists():
             (cell / name).symlink_to(made)
     quarter = max(1, setting.steps // 4)
-    numbers = {"n": quarter, "rest": setting.steps - quarter, "half": setting.prompts * setting.samples // 2}
+    numbers = {"n": quarter, "rest": setting.steps - quarter, "longer": setting.steps * 9 // 5}
+    numbers["half"] = setting.prompts * setting.samples // 2
     run_demo.train(cell, seed, setting, [flag.format(**numbers) for flag in METHODS[method]])
     again = ("--silent_audio", "also", "--option_orders", setting.options)
     accuracy = run_demo.evaluate(cell, cell / "run", "after", *again)
@@ -166,20 +170,22 @@ def describe(values: list[float]) -> str:
 
 
 def recommend(cells: Cells) -> str:
-    """Two sentences: what was better or worse than the recipe, seed by seed, at the 5 % level of Student's t test."""
-    base = [cell["accuracy"] for cell in cells.get("recipe", ())]
-    if len(base) < 2:
+    """Two sentences: what was better or worse than the recipe or its control, by Student's t test at 5 %."""
+    accuracies = {method: [cell["accuracy"] for cell in row] for method, row in cells.items()}
+    if len(accuracies.get("recipe", ())) < 2:
         return "No recommendation: it takes the recipe, and two seeds."
     better, worse = [], []
-    for method, row in cells.items():
-        gains = [cell["accuracy"] - ours for cell, ours in zip(row, base, strict=False)]
-        mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 1.0
-        if abs(mean) > max(student.ppf(0.975, max(1, len(gains) - 1)) * error, 0.01):  # 4.3 errors with 3 seeds
-            (better if mean > 0 else worse).append(f"{method} ({mean:+.3f} ± {error:.3f})")
-    first = f"Switch on {' or '.join(better)}" if better else "Keep R1-AQA's recipe"
-    first += f": the recipe answered {statistics.mean(base):.3f} of the held-out questions rightly"
-    first += ", and this adds to it." if better else ", and no method more, beyond the spread of the seeds."
-    return f"{first} {'Leave out ' + ', '.join(worse) if worse else 'No method was worse beyond it'}."
+    for method, ours in accuracies.items():
+        control = CONTROLS.get(method, "recipe")
+        gains = [a - b for a, b in zip(ours, accuracies.get(control, ()), strict=False)]
+        if method in CONTROLS.values() or len(gains) < 2:
+            continue
+        mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
+        if abs(mean) > max(student.ppf(0.975, len(gains) - 1) * error, 0.01):  # 4.3 errors with 3 seeds
+            (better if mean > 0 else worse).append(f"{method} ({mean:+.3f} ± {error:.3f} beside {control})")
+    first = f"Switch on {' or '.join(better)}" if better else "Keep R1-AQA's recipe: no method adds to it"
+    second = f"Leave out {', '.join(worse)}" if worse else "None takes away from it"
+    return f"{first}, beyond the spread of the seeds. {second} in these {len(accuracies['recipe'])} seeds."
 
 
 def draw(path: Path, cells: Cells, setting: run_demo.Setting) -> None:
