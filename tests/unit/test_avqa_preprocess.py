@@ -448,8 +448,10 @@ def test_rows_without_audio_stay_in_and_are_reported(run, capsys):
 
 
 def test_messages_show_what_the_row_has(run, capsys):
-    assert run([row(1, audio_path="kit/a.wav"), row(2, question_text=None, qestion_text="?")]) == 0
+    rows = [row(1, audio_path="kit/a.wav", question_type="drum"), row(2, question_text=None, qestion_text="?")]
+    assert run([*rows, row(3, question_type=None, question_typ="drum")]) == 0
     shown = capsys.readouterr().err
+    assert "  question types: drum 1, none 1\n" in shown
     assert f"no such file: {run.audio / 'a.wav'}, nor 'kit/a.wav' in --audio_dir" in shown
     assert "no question_text; the row has 'id', 'video_name'" in shown and "'qestion_text'" in shown
 

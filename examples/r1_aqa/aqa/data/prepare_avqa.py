@@ -323,7 +323,8 @@ def write(
     stale = os.path.lexists(os.path.join(args.local_save_dir, VALIDATION_FILE))
     folder = Path(args.local_save_dir)
     write_files(folder, f"--local_save_dir {folder}", writers, obsolete=[VALIDATION_FILE, QUESTIONS_FILE])
-    say_summary(args.local_save_dir, report, removed=stale and not validation)
+    kinds = Counter(rows[i].question_type for i in (*train, *validation))
+    say_summary(args.local_save_dir, report, kinds, removed=stale and not validation)
 
 
 def build_report(settings: dict, sources: list[Source], parts: dict[str, list[str]], clips: dict[str, Clip]) -> dict:
@@ -395,9 +396,10 @@ def say_rows(headline: str, problems: list[Problem]) -> None:
     say_problems(headline, [problem.kind for problem in problems], lines)
 
 
-def say_summary(folder: str, report: dict, removed: bool) -> None:
+def say_summary(folder: str, report: dict, kinds: Counter[str], removed: bool) -> None:
     """Tell what was written.
 
+    :param kinds: Rows of each question type; an empty name where they have none.
     :param removed: Whether an earlier run's validation.parquet was removed without replacement.
     """
     rows, clips = report["rows"], report["clips"]
@@ -416,4 +418,6 @@ def say_summary(folder: str, report: dict, removed: bool) -> None:
         say(f"  audio: {clips['readable']} files, {clips['hours']:.2f} h, {lengths}; {rates}")
     elif not clips["checked"]:
         say("  audio: not checked (--no_check_audio)")
+    named = [f"{kind or 'none'} {number}" for kind, number in kinds.most_common(8)]
+    say(f"  question types: {', '.join(named)}{', ...' if len(kinds) > 8 else ''}")
     say(f"  {REPORT_FILE}: all counts and {len(report['problems'])} problems")
