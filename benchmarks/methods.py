@@ -7,7 +7,7 @@
 
 Harder means: another sound plays under every clip, half of the training questions give their answer away, and the start
 model can read it there but knows nothing of sounds (select_rows.py). Held-out questions give nothing away. A cell that
-is finished is not made again; all of them take about an hour and a quarter.
+is finished is not made again; all of them take an hour and a half on one core.
 """
 
 from __future__ import annotations
