@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 Cells = dict[str, list[dict[str, float]]]  # by method, one a seed
 GAIN = ("--reward", "accuracy+format+audio_gain", "--reward_weights", "1", "1", "0.5")
 # flags of train_colocate.py; {n} stands for a quarter of the steps, {rest} for three quarters of them, {longer} for 1.8
-# times as many, {half} for half of a rollout's responses
+# times as many, {half} for half of an optimizer step's responses
 METHODS = {
     "recipe": (),
     "gdpo": ("--advantage_estimator", "gdpo"),
@@ -129,7 +129,8 @@ def measure(cell: Path, assets: dict[str, Path], method: str, setting: run_demo.
             (cell / name).symlink_to(made)
     quarter = max(1, setting.steps // 4)
     numbers = {"n": quarter, "rest": setting.steps - quarter, "longer": setting.steps * 9 // 5}
-    numbers["half"] = setting.prompts * setting.samples // 2
+    of_step = dict(zip(setting.flags, setting.flags[1:], strict=False)).get("--train_batch_size")
+    numbers["half"] = int(of_step or setting.prompts * setting.samples) // 2
     run_demo.train(cell, seed, setting, [flag.format(**numbers) for flag in METHODS[method]])
     again = ("--silent_audio", "also", "--option_orders", setting.options)
     accuracy = run_demo.evaluate(cell, cell / "run", "after", *again)
@@ -177,8 +178,9 @@ def recommend(cells: Cells) -> str:
     better, worse = [], []
     for method, ours in accuracies.items():
         control = CONTROLS.get(method, "recipe")
-        gains = [a - b for a, b in zip(ours, accuracies.get(control, ()), strict=False)]
-        if method in CONTROLS.values() or len(gains) < 2:
+        control = control if control in accuracies else "recipe"
+        gains = [a - b for a, b in zip(ours, accuracies[control], strict=False)]
+        if method == control or len(gains) < 2:
             continue
         mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
         if abs(mean) > max(student.ppf(0.975, len(gains) - 1) * error, 0.01):  # 4.3 errors with 3 seeds

@@ -11,7 +11,6 @@ precision and recall of at least 0.95; held-out accuracy of the selected rows' r
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +98,6 @@ def main() -> None:
     parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm", help="of select_data.py")
     parser.add_argument("--seed", type=int, default=0, help="of both trainings")
     args = parse(parser)
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     demo, out, report = args.demo_dir, args.out_dir, Report("select", 1)
     given = write_questions(demo, out)
     start, rated = out / "start", out / "rated"

@@ -78,6 +78,8 @@ def test_formats_are_told_apart_by_content(tmp_path):
         assert rows[0] == (mmau if expected is MMAU else mmar)
     path.write_text(json.dumps([mmar]))
     assert read_rows(path, "mmau")[0] is MMAU  # --benchmark outranks the content
+    path.write_text(json.dumps([{"audio_id": "x", "choices": ["a"], "answer": "a", "model_output": "a"}]))
+    assert read_rows(path)[0] is MMAU  # answers are scored without their questions
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,8 @@ def test_flags_that_the_family_does_not_know(problems, tmp_path):
         make_reader(SimpleNamespace(audio_seconds=60, sandbox_audio=False), Model(*[str(tmp_path / "model")] * 2))
     (tmp_path / "model" / "config.json").write_text('{"model_type": "audioflamingo3"}')
     assert problems(audio_seconds=600) == []
+    (found,) = problems(limit_mm_image_per_prompt=2)
+    assert "one clip a prompt for Audio Flamingo 3" in found
 
 
 # -------------------------------------------------------------------------------------------------------------- engines

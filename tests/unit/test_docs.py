@@ -20,7 +20,7 @@ from conftest import EXAMPLE, ROOT, child_environment
 TRAIN = EXAMPLE / "train_colocate.py"
 MANUAL, LAUNCHER = EXAMPLE / "README.md", EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"
 DOCUMENTS = [path for folder in (".", "docs", "benchmarks/gpu") for path in sorted((ROOT / folder).glob("*.md"))]
-DOCUMENTS.append(MANUAL)
+DOCUMENTS += [MANUAL, EXAMPLE / "METHODS.md"]
 OUTSIDE = r"(?<![\w/.-])(?:runtime|tests|benchmarks|docs|requirements)/|\bMakefile\b|\b(?:CONTRIBUTING|CHANGELOG)\b"
 FOLDERS = "examples|runtime|tests|benchmarks|docs|requirements|aqa"
 FOREIGN = {"--signal", "--nproc-per-node", "--input", "--recursive"}  # of Slurm, torchrun, MMAU's script

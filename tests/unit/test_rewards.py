@@ -441,6 +441,14 @@ def test_a_sum_of_rewards_by_hand(own):
         assert find_reward(alone, weight)([], ["avqa_think_rule"], [right], ["dog"], {})[0].tolist() == [paid]
 
 
+def test_what_is_right_in_a_sum_is_what_its_part_takes_for_right():
+    """math_verify takes "about 2 cats" for "some 2 dogs", which is what exact is for; audio_gain goes by it."""
+    query = f"<|im_start|>user\nHow many?<|im_end|>\n{HEADER}<answer>about 2 cats</answer><|im_end|>"
+    for name, right in (("exact+audio_gain", 0.0), ("exact+accuracy+audio_gain", 1.0), ("format+length", 1.0)):
+        _, metrics = find_reward(name)([], ["avqa_rule"], [query], ["some 2 dogs"], {})
+        assert metrics["accuracy_reward"].tolist() == [right]
+
+
 @pytest.mark.parametrize(
     ("answers", "paid"),
     [

@@ -215,7 +215,9 @@ def read_clip(path: Path) -> tuple[np.ndarray, int] | None:
 
 
 def hold_out(clips: list[Clip], seed: int) -> set[str]:
-    """The groups of the test set: of each answer, up to a quarter of the clips, whole groups in the order of a hash.
+    """The groups of the test set, in the order of a hash: up to a quarter of the clips of each answer of a kind.
+
+    A voice that is held out for one kind is held out for the others, too, whose share may be larger then.
 
     A voice is held out only if another one speaks its language in the training set: nobody understands the numbers of
     a language that he has never heard.

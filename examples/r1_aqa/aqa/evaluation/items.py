@@ -124,8 +124,13 @@ def find_benchmark(path: Path, rows: Sequence[dict[str, Any]], wanted: str) -> B
         lacking = [name for name in (named.fields.question, *named.fields.choices[:2]) if name not in first]
         raise EvalError(f"{path}: --benchmark {wanted}: no rows of {named.title}; the first lacks {', '.join(lacking)}")
     matching = [benchmark for benchmark in (MMAU, MMAR) if benchmark.audio_key in first]
-    if len(matching) == 1 and any(matching[0].fields.question in row for row in rows):
-        return matching[0]
+    if len(matching) == 1:
+        known = {
+            matching[0].fields.question,
+            *matching[0].prediction_keys,
+        }  # answers to be scored may lack the question
+        if any(known & set(row) for row in rows):
+            return matching[0]
     keys = " or ".join(f"{b.audio_key} ({b.title})" for b in (MMAU, MMAR))
     raise EvalError(
         f"{path}: cannot tell the benchmark from the first row, whose fields are "

@@ -148,7 +148,9 @@ def add_up(
             if name in further:
                 measured[metric] = torch.tensor(further[name](responses), dtype=total.dtype, device=total.device)
             elif name in whole:
-                measured[metric] = whole[name](*batch)[0]
+                measured[metric], others = whole[name](*batch)
+                if name in NAMED and "accuracy" not in names:  # what is right is what this one takes for right
+                    measured["accuracy_reward"] = others["accuracy_reward"]
             total = total + weight * measured[metric]
         return total, measured | {"rule_reward": total.clone()}
 

@@ -405,6 +405,12 @@ def _path_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--pretrain {args.pretrain}: is a {kind} model; known are {KNOWN}")
         elif kind is not None and args.audio_seconds > (most := BY_TYPE[kind].longest_seconds):
             problems.append(f"--audio_seconds {args.audio_seconds:g}: {BY_TYPE[kind].name} takes {most} s at most")
+        several = args.engine_type == "vllm" and args.limit_mm_image_per_prompt > 1
+        if several and kind in BY_TYPE and BY_TYPE[kind].one_clip_in_vllm:
+            problems.append(
+                f"--limit_mm_image_per_prompt {args.limit_mm_image_per_prompt}: vLLM takes one clip a prompt for "
+                f"{BY_TYPE[kind].name}"
+            )
         problems += [
             f"--pretrain {args.pretrain}: the end of {name} is missing; copy it again"
             for name in cut_weights(Path(args.pretrain))
