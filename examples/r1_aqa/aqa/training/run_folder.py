@@ -40,7 +40,7 @@ MODEL_FILES = (
 RUN_FILES = (
     *(CHECKPOINTS, "global_step*_hf", "hf_step_*", "warm_start", "warm_start.*", "best", "best.*"),
     *("trajectories", "trajectories.old", "eval"),
-    *("report.html", "metrics.csv", "wandb", "wandb_run_id.txt", "metrics.jsonl*", CONFIG),
+    *("report.html", "compared.json", "metrics.csv", "wandb", "wandb_run_id.txt", "metrics.jsonl*", CONFIG),
 )
 MARKS = (CHECKPOINTS, NOTES_FILE, "metrics.jsonl", CONFIG)  # each shows that a run has written the folder's other files
 OWN_LOG = re.compile(r"rank\d+\.log")  # of the processes that are starting; older ones have a date in their name
