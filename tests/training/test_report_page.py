@@ -219,6 +219,7 @@ def test_held_out_questions_are_filtered(open_page):
     assert shown.count() == 7
     page.locator("#type").select_option(label="drum")
     assert shown.count() == 4  # of the questions 3 to 9 those with an odd number
+    assert page.locator("#kinds label", has_text="became right").inner_text().split()[-1] == "4"
     page.get_by_role("button", name="Listen to rain, answered no answer in the form").click()
     assert shown.count() == 1 and page.locator("#group h3").inner_text() == "Question 12"
     assert page.locator(".responses tbody tr:not(.dim) .verdict").all_inner_texts() == ["✗ wrong", "✗ out of form"]

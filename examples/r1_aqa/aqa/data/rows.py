@@ -474,7 +474,8 @@ def _check_answer(answer: object, choices: list[str], first: int) -> int:
         where the choices are numbers, it could as well be the answer itself.
     """
     if not is_whole(answer):
-        hint = "; if answers are texts, all must be, and not all of digits" if isinstance(answer, str) else ""
+        hint = "; answers may be texts if all are, and some are not of digits alone: '2' may be a choice or its number"
+        hint = hint if isinstance(answer, str) else ""
         expected = f"expected the number of a choice, from {first}{hint}"
         raise RowError("bad_answer", f"answer is {show_value(answer)}, {expected}")
     if not 0 <= answer - first < len(choices):

@@ -39,16 +39,16 @@
 
   const selected = (select) => (select.value === "" ? null : select.values[+select.value]);
 
-  // Another set: the filters that it has, and how many responses fit each.
+  const countOf = (fit, among) => among.reduce((sum, group) => sum + group.responses.filter((r) => r.main && fit(r, group)).length, 0);
+
+  // Another set: the filters that it has.
   function openSet() {
     const here = inSet();
     options(types, byId("type-label"), [...new Set(here.map((group) => group.kind).filter(Boolean))].sort());
     options(steps, byId("step-label"), [...new Set(here.map((group) => group.step).filter((step) => step !== null))]);
     byId("kinds").querySelectorAll("label").forEach((label, i) => {
       const [value, , fit] = FILTERS[i];
-      const count = here.reduce((sum, group) => sum + group.responses.filter((r) => r.main && fit(r, group)).length, 0);
-      label.querySelector(".count").textContent = count;
-      label.hidden = !count && (value === "gained" || value === "lost" || value === "form");
+      label.hidden = !countOf(fit, here) && (value === "gained" || value === "lost" || value === "form");
       if (label.hidden && label.querySelector("input").checked) reset();
     });
     showPair(null);
@@ -91,8 +91,10 @@
 
   function filter() {
     const type = selected(types), step = selected(steps);
-    shown = inSet().filter((group) => (type === null || group.kind === type) && (step === null || group.step === step)
-      && (!pair || isPair(group, pair)) && group.responses.some((r) => fits(r, group)));
+    const here = inSet().filter((group) => (type === null || group.kind === type) && (step === null || group.step === step)
+      && (!pair || isPair(group, pair)));
+    byId("kinds").querySelectorAll(".count").forEach((count, i) => { count.textContent = countOf(FILTERS[i][2], here); });
+    shown = here.filter((group) => group.responses.some((r) => fits(r, group)));
     list.replaceChildren(...shown.map(entry));
     if (shown.length) return choose(shown.includes(chosen) ? chosen : shown[0]);
     list.append(make("p", { class: "empty" }, "No question fits the filter."));
