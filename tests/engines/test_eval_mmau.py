@@ -401,7 +401,7 @@ def test_a_question_about_several_recordings(tiny_model, demo_data):
     processor = engines.load_processor(Model(str(tiny_model), str(tiny_model)))
     settings = engines.Settings(max_new_tokens=8, batch_size=4, dtype="float32")
     engine = engines.HFEngine(Model(str(tiny_model), str(tiny_model)), processor, settings)
-    perturbed(engine, 0.1)  # answers that hang on every detail of what is heard and read
+    perturbed(engine, 0.1)  # a small change of sound or text changes the answers
     files = sorted((demo_data / "test-audios").glob("*.wav"))[:3]
     jobs = []
     for index, heard in enumerate((files, files[:1])):

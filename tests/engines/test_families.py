@@ -361,7 +361,7 @@ def test_evaluation_answers_as_plain_generate(tiny, case, noises):
     processor = engines.load_processor(model)
     settings = engines.Settings(max_new_tokens=8, batch_size=4, dtype="float32", audio_seconds=case.seconds)
     engine, clips = engines.HFEngine(model, processor, settings), [noises[1], noises[-1]]
-    perturbed(engine, 0.1)  # answers that hang on every detail of what is heard and read
+    perturbed(engine, 0.1)  # a small change of sound or text changes the answers
     texts = [engines.render(processor, question) for question in ("What sound?", "Is it a bell or rain?")]
     slot = engine.inputs.process_multimodal_batch(texts, clips, None, None, 1)
     ids = [torch.tensor(row) for row in slot["all_prompt_token_ids"]]
@@ -387,7 +387,7 @@ def test_mmau_pro_on_vllm(tiny_of, request, noises, tmp_path):
     """Several recordings in a prompt, windows where the family has them; else a long one is counted and not asked."""
     model = load_model(str(request.getfixturevalue(tiny_of)), dtype=torch.float32)
     processor = get_tokenizer_processor_vl(str(request.getfixturevalue(tiny_of)), model)[1]
-    perturbed(SimpleNamespace(model=model), 0.1)  # answers that hang on every detail of what is heard
+    perturbed(SimpleNamespace(model=model), 0.1)  # a small change of the sound changes the answers
     write_checkpoint(model, tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     for number, (wave, rate) in enumerate(noises):

@@ -149,7 +149,7 @@ def add_up(
                 measured[metric] = torch.tensor(further[name](responses), dtype=total.dtype, device=total.device)
             elif name in whole:
                 measured[metric], others = whole[name](*batch)
-                if name in NAMED and "accuracy" not in names:  # what is right is what this one takes for right
+                if name in NAMED and "accuracy" not in names:  # audio_gain pays what this reward counts as right
                     measured["accuracy_reward"] = others["accuracy_reward"]
             total = total + weight * measured[metric]
         return total, measured | {"rule_reward": total.clone()}
