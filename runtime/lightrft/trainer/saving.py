@@ -72,6 +72,8 @@ class RunSaver:
         self.saved = 0  # number of the checkpoint that was loaded or written last
         self.failed = 0
         self.best: BestModel | None = None
+        # metrics of the resume point's step while its evaluation, which is due, is not done
+        self.unevaluated: dict[str, float] | None = None
 
     def save(self) -> None:
         """Write a checkpoint and, if asked, a Hugging Face folder.
@@ -151,6 +153,7 @@ class RunSaver:
             "kl_coef": self.point.kl_coef,
             "health": self.point.health,
             "best": self.best and self.best.record,
+            "unevaluated": self.unevaluated,
             "rng": gather_objects((random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state())),
         }
         tag = f"step_{self.point.number:06d}"

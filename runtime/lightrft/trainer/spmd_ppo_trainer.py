@@ -212,8 +212,13 @@ class SPMDPPOTrainerVL:
         if self.args.keep_best is not None:
             best = BestModel(self.strategy, run / "best", self.args.keep_best, self.restored_best)
             self.saver.best = best
+        # what the last step of the earlier process lacks: at the start, or where a signal ended its evaluation
+        missing = {} if first == 0 else self.saver.unevaluated
+        self.saver.unevaluated = None
+        evaluates = missing is not None and evaluation.due(first, total, self.args.eval_steps)
+        done = first - 1 if evaluates or first == 0 else first  # the last step whose record is whole
         writers: list[MetricsWriter] = []  # at rank 0
-        self.strategy.together(lambda: writers.append(MetricsWriter(run, self.args, first)), self.strategy.is_rank_0())
+        self.strategy.together(lambda: writers.append(MetricsWriter(run, self.args, done)), self.strategy.is_rank_0())
         writer = next(iter(writers), None)
         self.progress = Progress(total, first, self.strategy.is_rank_0())
         self.experience_maker.on_phase = self.progress.phase
@@ -223,11 +228,11 @@ class SPMDPPOTrainerVL:
         started, step = time.perf_counter(), first
         metrics: dict[str, float] = {}
         with self.saving_what_is_done(writers):
-            if first == 0 and evaluation.due(0, total, self.args.eval_steps):
-                self._evaluate_start(evaluation, writer, total)
+            if evaluates:
+                self._evaluate_first(evaluation, writer, first, total, missing)
             for step, (batch, waited) in enumerate(batches, first + 1):
-                metrics = self.train_on(batch, step, waited)
-                self._after_step(evaluation, writer, step, total, metrics)
+                metrics, anomaly = self.train_on(batch, step, waited)
+                self._after_step(evaluation, writer, step, total, metrics, anomaly)
         self.strategy.print(f"trained {step - first} steps in {time.perf_counter() - started:.0f} s")
         return metrics
 
@@ -276,28 +281,58 @@ class SPMDPPOTrainerVL:
             yield from stop_request.each(timed(loader), self.strategy.device)
             sampler.start = 0
 
-    def _evaluate_start(self, evaluation: Evaluation, writer: MetricsWriter | None, total: int) -> None:
-        """Evaluate the start model, as step 0, which shows later what was learned."""
-        console.status("evaluating the start model ...")
+    def _evaluate_first(
+        self,
+        evaluation: Evaluation,
+        writer: MetricsWriter | None,
+        step: int,
+        total: int,
+        metrics: dict[str, float],
+    ) -> None:
+        """Evaluate the start model, as step 0, which shows later what was learned, or a resumed one that has not been.
+
+        :param metrics: What the step measured before it was ended.
+        """
+        console.status(f"evaluating the model of step {step} ..." if step else "evaluating the start model ...")
+        try:
+            self._evaluate(evaluation, step, metrics)
+        finally:
+            if writer is not None and metrics:
+                writer.write(step, metrics)
+                self.progress.show(*evaluation_lines(step, total, metrics))
+
+    def _evaluate(self, evaluation: Evaluation, step: int, metrics: dict[str, float]) -> None:
+        """Add the evaluation to the step's metrics. A checkpoint that is written before its end asks for it again."""
+        if step == self.saver.point.step:  # else a resumed run does this step again
+            self.saver.unevaluated = {name: float(value) for name, value in metrics.items()}
         self.progress.phase("evaluate")
-        metrics = evaluation(0)
-        if writer is not None:
-            writer.write(0, metrics)
-            self.progress.show(*evaluation_lines(0, total, metrics))
+        metrics |= evaluation(step)
+        if step:
+            self.saver.keep_best(metrics, step)
+        self.saver.unevaluated = None
 
     def _after_step(
-        self, evaluation: Evaluation, writer: MetricsWriter | None, step: int, total: int, metrics: dict[str, float]
+        self,
+        evaluation: Evaluation,
+        writer: MetricsWriter | None,
+        step: int,
+        total: int,
+        metrics: dict[str, float],
+        anomaly: str | None,
     ) -> None:
-        """Evaluate, report, save and stop, as far as each is due."""
+        """Evaluate, report, save and stop, as far as each is due.
+
+        :raises AnomalyError: of the step, once it is reported.
+        """
         try:
             if evaluation.due(step, total, self.args.eval_steps):
-                self.progress.phase("evaluate")
-                metrics |= evaluation(step)
-                self.saver.keep_best(metrics, step)
+                self._evaluate(evaluation, step, metrics)
         finally:  # the step is done, even if a signal or an error ends its evaluation
             if writer is not None:
                 writer.write(step, metrics, self.samples)
                 self.progress.step(*step_lines(step, total, metrics))
+        if anomaly:
+            raise AnomalyError(anomaly)
         if step % MEMORY_STEPS == 0:
             hand_back_memory()
         if self.args.save_steps > 0 and step % self.args.save_steps == 0:
@@ -305,13 +340,13 @@ class SPMDPPOTrainerVL:
             self.saver.save()
         stop_request.check(self.strategy.device)
 
-    def train_on(self, batch: tuple[Any, ...], step: int, waited: float) -> dict[str, float]:
+    def train_on(self, batch: tuple[Any, ...], step: int, waited: float) -> tuple[dict[str, float], str | None]:
         """One rollout batch: sample, score, train, synchronise.
 
         :param batch: Prompts, image-slot contents, references, labels, and tags where rows have some.
         :param step: Rollout step, from 1.
         :param waited: Seconds that the batch was waited for; part of the step's time.
-        :return: Metrics, the same on every rank.
+        :return: Metrics, the same on every rank, and the anomaly that the run shall stop at, if any.
         """
         started = time.perf_counter()
         prompts, tags = split_tags(batch)
@@ -335,8 +370,6 @@ class SPMDPPOTrainerVL:
         }
         metrics = self._metrics(items, sums, maxima) | {"train/lr": rate}
         anomaly = self._finish_step(metrics, items, step, stepped)
-        if anomaly:
-            raise AnomalyError(anomaly)
         if self.strategy.is_rank_0():
             n, count = self.args.n_samples_per_prompt, self.args.num_trajectories_to_save
             self.samples = trajectories.records(items, step, n, count)
@@ -345,7 +378,7 @@ class SPMDPPOTrainerVL:
                     trajectories.save(Path(self.args.save_path) / trajectories.FOLDER, step, self.samples)
                 except OSError as error:
                     console.warn(f"the trajectories of step {step} cannot be written ({error})")
-        return metrics
+        return metrics, anomaly
 
     def _metrics(self, items: list[Experience], sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
         """The step's metrics over all ranks; ``sums`` and ``maxima`` are this rank's and are changed."""
@@ -519,6 +552,7 @@ class SPMDPPOTrainerVL:
         self.kl_ctl.value = state["kl_coef"]
         self.health.restore(state["health"])
         self.restored_best = state.get("best")  # checkpoints of earlier versions have none
+        self.saver.unevaluated = state.get("unevaluated")
         restore_random_state(state["rng"])
 
 

@@ -23,15 +23,15 @@ class MetricsWriter:
 
     :param args: The run's arguments: ``use_wandb``, ``wandb_*``, ``use_tensorboard``. ``WANDB_MODE`` makes wandb
         offline or disabled.
-    :param done: Steps that are already done.
+    :param done: The last step whose record stays; -1: none does.
     """
 
-    def __init__(self, folder: Path, args: Any, done: int = 0) -> None:
+    def __init__(self, folder: Path, args: Any, done: int = -1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         resumed = path.exists()  # also where no step is done: a new run finds an older one's files moved away
         if resumed:
-            keep_steps(path, done or -1)  # a run that begins again evaluates its start model, step 0, again
+            keep_steps(path, done)
         self._file = path.open("ab", buffering=0)
         self._pending: list[bytes] = []  # records that could not be written yet
         self._wandb = self._tensorboard = None
