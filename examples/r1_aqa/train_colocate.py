@@ -35,7 +35,7 @@ from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
 from aqa.training.flag_rules import find_problems, find_warnings, has_checkpoint, rank_problems
 from aqa.training.flags import build_parser, finish, has_split
-from aqa.training.length import Length, describe_chance, describe_length, has_ended, plan_length
+from aqa.training.length import Length, chance_levels, describe_chance, describe_length, has_ended, plan_length
 from aqa.training.run_config import describe_program, write_report
 from aqa.training.run_folder import RunFolder, open_run
 from aqa.training.summary import next_command, summary
@@ -90,7 +90,7 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, folder: Run
     states = resume(args, strategy, actor, optimizer, scheduler) if args.load_checkpoint else None
     done = states["consumed_samples"] if states else 0  # prompts
     has_ended(done, total)
-    begin(args, parser, strategy, folder, states)
+    begin(args, parser, strategy, folder, states, data.prompts.dataset)
 
     notes = model_notes(folder, data.asked_to_think)
     initial_model = start_engine(args, strategy, data, notes, actor, initial_model)
@@ -134,17 +134,20 @@ def begin(
     strategy: Any,
     folder: RunFolder | None,
     states: dict[str, Any] | None,
+    dataset: Any,
 ) -> None:
     """Record in the run's folder that a session begins.
 
     :param states: Of the checkpoint that is resumed, if there is one.
+    :param dataset: Of the training prompts, for the report's levels of chance.
     """
     # LightRFT's checkpoints have no step: it counts prompts
     prompts = states["consumed_samples"] if states else 0
     step = states.get("step", prompts // args.rollout_batch_size) - states.get("sft_step", 0) if states else 0
 
     def write() -> list[str]:
-        return folder.begin(step, describe_program(args, parser, describe_host(), describe_devices(strategy)))
+        about = describe_program(args, parser, describe_host(), describe_devices(strategy))
+        return folder.begin(step, about | {"chance": chance_levels(dataset.prompts, dataset.tags)})
 
     for line in on_rank_0(write):
         strategy.print(line)
@@ -157,7 +160,8 @@ def conclude(args: argparse.Namespace, folder: RunFolder) -> None:
     if args.report:
         HOST.status("writing report.html ...")
         HOST.say(write_report(Path(args.save_path)))
-        HOST.say(next_command(args))
+        if command := next_command(args):
+            HOST.say(f"next      {command}")
 
 
 # ------------------------------------------------------------------------------------------------------ models, trainer

@@ -12,7 +12,7 @@ import pytest
 from aqa.data.prompts import render_prompt
 from aqa.training.flag_rules import find_warnings
 from aqa.training.flags import ESTIMATORS, LOSS_AGG_MODES, REFUSED_ESTIMATORS, build_parser, finish
-from aqa.training.length import describe_chance, describe_length, plan_length
+from aqa.training.length import chance_levels, describe_chance, describe_length, plan_length
 from lightrft.models import loss
 from lightrft.trainer import advantages
 from lightrft.utils import add_arguments
@@ -347,6 +347,8 @@ def test_the_level_of_chance():
     two, four = (render_prompt("What?", options, False) for options in (["a", "b"], ["a", "b", "c", "d"]))
     assert describe_chance([two, four, "no options"], [four]).endswith("training 0.375, held-out 0.250")
     assert describe_chance(["no options"], ()).endswith("not known, since the prompts list no options")
+    tags = [("label/x", "question_type/drum"), ("label/x",), ("question_type/drum",)]
+    assert chance_levels([two, four, "no options"], tags) == {"all": 0.375, "label/x": 0.375, "question_type/drum": 0.5}
 
 
 def test_several_sources_each_need_a_share(problems, tmp_path):

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,9 +133,15 @@ def test_rollouts_are_sampled_within_the_limits(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- held out
+def only_kinds_of_one_answer(held: held_out.HeldOut) -> held_out.HeldOut:
+    return replace(held, items={key: replace(item, kind=item.gold) for key, item in held.items.items()})
+
+
 def test_held_out_answers_by_question_type(tmp_path):
     """Of make_evaluations: accuracies, what is confused, what has changed, what is compared."""
     run = run_data.read_run(make_run(tmp_path / "run", rollouts=True))
+    run.metrics["rollout/accuracy_reward/question_type/horn"] = run.metrics["rollout/share/question_type/horn"] = [0.5]
+    run.config["chance"] = {"all": 0.5, "question_type/drum": 0.25, "question_type/horn": 0.5}
     (held,), problems = held_out.read_held_out(run, {})
     assert problems == [] and [(r.name, r.silent) for r in held.rounds] == [
         ("step 10", False),
@@ -147,7 +154,10 @@ def test_held_out_answers_by_question_type(tmp_path):
     ] * 3
     assert table["columns"][0][1] == "steps 21 to 30, temperature 1.0"
     rows = {name: (chance, cells) for name, chance, cells in table["rows"]}
-    assert list(rows) == ["all", HOSTILE[0], "drum"] and rows["drum"][0] == pytest.approx(1 / 3)
+    levels = {name: chance for name, (chance, _) in rows.items()}  # of training, and one of three choices held out
+    assert levels == {"all": "33 to 50", HOSTILE[0]: "33", "drum": "25 to 33", "horn": "50"}
+    assert [cell.chance for cell in rows["drum"][1]] == [0.25, *[pytest.approx(1 / 3)] * 3]
+    assert rows["horn"][1][0].chance == 0.5 and rows["horn"][1][1:] == [None] * 3  # only training has this type
     assert [(c.right, c.total) for c in rows["all"][1][1:]] == [(3, 12), (8, 12), (6, 12)]
     assert [(c.right, c.total) for c in rows["drum"][1][1:]] == [(1, 6), (4, 6), (3, 6)]
     drum = rows["drum"][1][0]  # 10 steps of 8 prompts and 4 responses, a quarter of them of this type, half right
@@ -178,6 +188,17 @@ def test_held_out_answers_by_question_type(tmp_path):
     outcomes = [item["outcome"] for item in items]
     assert outcomes == ["became wrong"] * 2 + ["right"] + ["became right"] * 7 + ["wrong"] * 2
     assert [r["who"] for r in items[0]["responses"]] == ["step 10", "step 30", "step 30, silence"]
+    # neither type of a single right answer has a table, so that they share one
+    (together,) = (alike := held_out.confusions(only_kinds_of_one_answer(held)))["tables"]
+    assert (together["kind"], together["columns"]) == (
+        "all question types together",
+        ["bell", "rain", held_out.NO_ANSWER],
+    )
+    assert alike["without"] == [
+        ("bell", "the right answer is always “bell”", [("rain", 2)]),
+        ("rain", "the right answer is always “rain”", [("bell", 1), (held_out.NO_ANSWER, 1)]),
+    ]
+
     few = listening.sample_items(held, 4, listening.Clips(10**7), 0)
     assert [item["outcome"] for item in few] == ["became wrong"] * 2 + ["wrong"] * 2
     few = listening.sample_items(held, 8, listening.Clips(10**7), 0)
@@ -195,6 +216,7 @@ def test_answers_that_a_table_has_no_room_for():
     assert held_out.confusion_table(Counter({("bell", "bell"): 9})) is None  # one right answer
     many = Counter({(str(i), str(i)): 1 for i in range(30)})
     assert held_out.confusion_table(many) is None  # 12 of 30 questions would be shown
+    assert held_out.why_no_table(many) == ("30 different right answers are too many", [])
     more = held_out.confusion_table(many + Counter({("0", "29"): 20}))
     assert more["left_out"] == 18 and more["rows"][0][2][-1] == (20, 5, False)  # 29 is not among the columns
 
@@ -276,6 +298,9 @@ def test_curves_of_kinds_share_a_panel(tmp_path):
     found = {panel["title"]: panel for panel in page.panels([run])}
     assert found["Evaluation accuracy by question type"]["labels"] == ["drum"]
     assert found["Accuracy"]["labels"] == ["sampled in training", "held-out, greedy"]
+    run.metrics["eval/accuracy_reward_silent"] = [0.25] * 30
+    (accuracy,) = (panel for panel in page.panels([run]) if panel["title"] == "Accuracy")
+    assert accuracy["labels"][2] == "held-out, in silence"
     assert not any("/question_type/" in title for title in found)
     names = {f"eval/mini/{i}": [0.5] * 30 for i in range(8)} | {"eval/mini/collapsed": [3.0] * 30}
     run.metrics |= names | {"eval/rule_reward/question_type/drum": [2.0] * 30}
@@ -284,7 +309,7 @@ def test_curves_of_kinds_share_a_panel(tmp_path):
     assert not found["eval/mini/collapsed"]["full"]
     assert not found["Evaluation reward by rule by question type"]["full"]
     apart = [panel["title"] for panel in page.panels([run, run])]
-    del run.metrics["eval/accuracy_reward"]
+    del run.metrics["eval/accuracy_reward"], run.metrics["eval/accuracy_reward_silent"]
     assert page.panels([run])[1]["title"] == "Sampled training accuracy"
     assert "Benchmark mini: 7" in apart and "Sampled training accuracy by question type: drum" in apart
     assert page.resumed_at(run) == [13]

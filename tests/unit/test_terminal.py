@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,9 +73,13 @@ def test_the_line_of_a_step():
 
 
 def test_evaluations_have_a_line_of_their_own():
-    lines = step_lines(4, 4, METRICS | {"eval/accuracy_reward": 0.25, "eval/mmau/accuracy": 0.5, "eval/reward": 1.0})
+    evaluated = {"eval/accuracy_reward": 0.25, "eval/accuracy_reward_silent": 0.125, "eval/mmau/accuracy": 0.5}
+    evaluated |= {"eval/mmau_silent/accuracy": 0.375, "eval/reward": 1.0}
+    lines = step_lines(4, 4, METRICS | evaluated)
     assert len(lines) == 2
-    assert lines[1] == paint("eval 4/4  accuracy 0.250  mmau/accuracy 0.500", "bold")
+    assert lines[1] == paint(
+        "eval 4/4  accuracy 0.250  accuracy in silence 0.125  mmau 0.500  mmau in silence 0.375", "bold"
+    )
 
 
 def test_verbose_adds_the_phases(monkeypatch):
@@ -153,13 +158,14 @@ def records(count: int) -> list[dict]:
 
 def test_the_summary_compares_first_last_and_recent_steps():
     rows = [{"step": 0, "eval/accuracy_reward": 0.25}, *records(20)]
-    rows[20]["eval/accuracy_reward"] = 0.75
+    rows[20] |= {"eval/accuracy_reward": 0.75, "eval/mmau_silent/accuracy": 0.5}
     rows[-1] |= {"health/anomalies": 2.0}
     lines = summary_table(rows)
     assert lines[0].split() == ["step", "1", "step", "20", "mean", "of", "10"]
     cells = {line[:18].strip(): line[18:].split() for line in lines[1:]}
+    assert cells["mmau in silence"] == ["0.500", "at", "step", "20"]
     assert cells["reward"] == ["0.100", "2.000", "1.550"]  # 1.1 to 2.0: 15.5 / 10
-    assert cells["eval/accuracy"] == ["0.250", "at", "step", "0", "to", "0.750", "at", "step", "20"]
+    assert cells["held-out accuracy"] == ["0.250", "at", "step", "0", "to", "0.750", "at", "step", "20"]
     assert "gradient norm" not in cells
     assert lines[-1].startswith("2 warning signs in all steps; each kind was printed once")
     assert max(map(len, lines)) <= 80
@@ -178,11 +184,35 @@ def test_short_empty_and_cut_runs(tmp_path):
     assert "step 3" in summary(args)
 
 
-def test_the_next_command_writes_over_no_result(tmp_path):
-    args = Namespace(save_path=f"{tmp_path}/run/", prompt_data=str(tmp_path), generate_max_len=16)
-    for name in ("run_result.json", "run_result_2.json", "run_result_3.json"):
-        assert f"--out_file {tmp_path / name} " in next_command(args)
-        (tmp_path / name).touch()
+def test_the_next_command_can_be_run_as_it_is(tmp_path, monkeypatch):
+    """It names files that are there, and a result that is not there, and is quoted."""
+    monkeypatch.chdir(tmp_path)
+    sounds, data, benchmark = (tmp_path / name for name in ("my sounds", "own parquet", "mmau.json"))
+    for folder in (sounds, data):
+        folder.mkdir()
+    args = Namespace(save_path="a run/", prompt_data="own parquet", eval_data=None, eval_split="validation")
+    args.eval_benchmark, args.eval_audio_dir, args.generate_max_len = None, None, 16
+
+    def words() -> dict[str, str]:
+        python, script, *flags = shlex.split(next_command(args))
+        assert shutil.which(python) and Path(script) == ROOT / "examples" / "r1_aqa" / "eval_mmau.py"
+        return dict(zip(flags[::2], flags[1::2], strict=True))
+
+    assert next_command(args) is None  # nothing is held out
+    args.eval_benchmark, args.eval_audio_dir = f"{benchmark},other.json", "mmau"
+    assert (words()["--data_file"], words()["--audio_dir"]) == ("mmau.json", "mmau")
+    (data / "validation.json").touch()
+    assert words()["--data_file"] == "mmau.json"  # no file of avqa.py, which leaves a report
+    (data / "report.json").write_text(json.dumps({"settings": {"audio_dir": str(sounds)}}))
+    for result in ("a run_result.json", "a run_result_2.json", "a run_result_3.json"):
+        assert words() == {
+            **{"--model_path": "a run/", "--data_file": "own parquet/validation.json", "--audio_dir": "my sounds"},
+            **{"--out_file": result, "--max_new_tokens": "16"},
+        }
+        Path(result).with_suffix(".partial.jsonl" if "2" in result else ".json").touch()  # unfinished, or whole
+    sounds.rmdir()  # the data came from another machine
+    args.eval_data = "own parquet/validation.json"
+    assert (words()["--data_file"], words()["--audio_dir"]) == ("own parquet/validation.json", "own parquet")
 
 
 @pytest.mark.parametrize(

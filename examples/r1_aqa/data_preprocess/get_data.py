@@ -27,7 +27,6 @@ missing, what is broken and why.
 import argparse
 import json
 import os
-import shlex
 import shutil
 import sys
 import traceback
@@ -40,7 +39,7 @@ from typing import Any
 _HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent))  # the folder of the package aqa
 
-from aqa.common.arguments import Parser  # noqa: E402
+from aqa.common.arguments import Parser, shell_command  # noqa: E402
 from aqa.common.console import progress, say, say_problems  # noqa: E402
 from aqa.common.files import write_atomically  # noqa: E402
 from aqa.common.lock import lock  # noqa: E402
@@ -295,8 +294,7 @@ def show_problems(what: str, problems: Sequence[tuple[str, str, str, str | None]
 
 def show_next(script: str, *arguments: object) -> None:
     """Print the command that goes on from here, a script below examples/r1_aqa."""
-    path = os.path.relpath(_HERE.parent / script)
-    say(f"next:\n  {shlex.join(['python', path, *map(str, arguments)])}")
+    say(f"next:\n  {shell_command(script, *arguments)}")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

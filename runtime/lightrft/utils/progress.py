@@ -76,7 +76,7 @@ def step_lines(step: int, total: int, metrics: dict[str, float]) -> list[str]:
 def evaluation_lines(step: int, total: int, metrics: dict[str, float]) -> list[str]:
     """The line of a step's evaluation, if it had one."""
     accuracies = [
-        f"{name.removeprefix('eval/').removesuffix('_reward')} {fit(value, 3)}"
+        f"{name.split('/')[1].replace('_reward', '').replace('_silent', ' in silence')} {fit(value, 3)}"
         for name, value in metrics.items()
         if name.startswith("eval/") and name.endswith(("/accuracy_reward", "/accuracy_reward_silent", "/accuracy"))
     ]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 Flags = dict[str, tuple]  # of add_flags
@@ -88,6 +91,18 @@ def flags_of(parser: argparse.ArgumentParser) -> list[str]:
         if isinstance(action, argparse._SubParsersAction):
             flags += [flag for command in action.choices.values() for flag in flags_of(command)]
     return flags
+
+
+def shell_command(script: str, *arguments: object) -> str:
+    """A command line for a shell in this folder that runs a script below examples/r1_aqa.
+
+    :param arguments: Absolute paths below this folder become relative ones.
+    """
+    example = Path(__file__).resolve().parents[2]
+    same = os.path.dirname(shutil.which("python") or "") == os.path.dirname(sys.executable)
+    words = ["python" if same else sys.executable, str(example / script), *map(str, arguments)]
+    here = f"{os.getcwd()}/"
+    return shlex.join(word.removeprefix(here) for word in words)
 
 
 def expand_home(word: str) -> str:

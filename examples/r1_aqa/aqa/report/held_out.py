@@ -29,6 +29,7 @@ LONGEST_ANSWER = 60  # characters shown of an answer that is none of the choices
 KINDS = ("question_type", "dataset", "source", "label")  # of tags; the first that the data has is its question type
 MOST_ANSWERS = 12  # rows of a table of confusions
 MOST_PAIRS = 12  # of the most frequent mistakes
+MOST_WRONG = 5  # answers that are named in place of a table
 
 Key = tuple[Any, ...]
 
@@ -258,39 +259,42 @@ class Cell(NamedTuple):
     interval: tuple[float, float] | None  # 95 %, Wilson; None where the number of answers is not known
     right: int
     total: int
+    chance: float | None = None  # accuracy of guessing
 
 
-def make_cell(verdicts: Sequence[bool]) -> Cell | None:
+def make_cell(verdicts: Sequence[bool], chance: float | None = None) -> Cell | None:
     """The share of right answers among verdicts; None of none."""
     right, total = sum(verdicts), len(verdicts)
-    return Cell(right / total, wilson_interval(right, total), right, total) if total else None
+    return Cell(right / total, wilson_interval(right, total), right, total, chance) if total else None
 
 
 def accuracy_table(run: Run, sets: Sequence[HeldOut], last: int) -> dict[str, Any]:
     """Accuracies by question type, in training and of every round of held-out answers.
 
     :param last: Training steps that are counted.
-    :return: ``columns``: title, note, and whether the model heard silence; ``rows``: name, chance level and cells.
+    :return: ``columns``: title, note, and whether the model heard silence; ``rows``: name, the chance level in percent,
+        and cells, each with its own level of chance.
     """
     training, note = training_accuracy(run, last)
     columns = [("sampled training accuracy", note, False)] if training else []
-    cells: list[dict[str, Cell | None]] = [training] if training else []
-    chances: dict[str, list[float]] = defaultdict(list)
+    found = [training] if training else []
     for held in sets:
         groups = {"all": list(held.items)} | held.kinds()
+        chances = {
+            kind: [1 / len(c) for key in keys if (c := held.items[key].choices)] for kind, keys in groups.items()
+        }
         for each in held.rounds:
             columns.append((f"held-out, {held.name}", each.name, each.silent))
             verdicts = {
                 kind: [each.answers[k].right for k in keys if k in each.answers] for kind, keys in groups.items()
             }
-            cells.append({kind: make_cell(right) for kind, right in verdicts.items()})
-        for kind, keys in groups.items():
-            chances[kind] += [1 / len(c) for key in keys if (c := held.items[key].choices)]
-    kinds = dict.fromkeys(["all", *sorted({kind for column in cells for kind in column})])
-    rows = [
-        (kind, sum(chances[kind]) / len(chances[kind]) if chances[kind] else None, [c.get(kind) for c in cells])
-        for kind in kinds
-    ]
+            levels = {kind: sum(shares) / len(shares) for kind, shares in chances.items() if shares}
+            found.append({kind: make_cell(right, levels.get(kind)) for kind, right in verdicts.items()})
+    rows = []
+    for kind in dict.fromkeys(["all", *sorted({kind for column in found for kind in column})]):
+        cells = [column.get(kind) for column in found]
+        levels = sorted(round(100 * cell.chance) for cell in cells if cell and cell.chance)
+        rows.append((kind, " to ".join(map(str, dict.fromkeys(levels[:1] + levels[-1:]))), cells))
     return {"columns": columns, "rows": rows if columns else []}
 
 
@@ -303,28 +307,27 @@ def training_accuracy(run: Run, last: int) -> tuple[dict[str, Cell | None], str]
     :return: Nothing where the run records no accuracy; and a note for the reader.
     """
     name = "rollout/accuracy_reward"
-    flags = (run.config or {}).get("flags", {})
+    flags, chances = ((run.config or {}).get(part, {}) for part in ("flags", "chance"))
     prompts, samples = flags.get("rollout_batch_size"), flags.get("n_samples_per_prompt")
     kind = main_kind(found[1] for metric in run.metrics if (found := re.match(f"{name}/([^/]+)/", metric)))
-    values = {"all": (name, None)} | {
-        metric.removeprefix(f"{name}/{kind}/"): (metric, metric.replace(name, "rollout/share", 1))
-        for metric in run.metrics
-        if kind is not None and metric.startswith(f"{name}/{kind}/")
-    }
+    tags = [metric.removeprefix(f"{name}/") for metric in run.metrics if metric.startswith(f"{name}/{kind}/")]
     found: dict[str, Cell | None] = {}
-    for value, (metric, share) in values.items():
+    for tag in ("all", *tags):
+        metric, share = (name, None) if tag == "all" else (f"{name}/{tag}", f"rollout/share/{tag}")
+        value = tag.removeprefix(f"{kind}/")
         accuracies = run.metrics.get(metric, [])[-last:]
         shares = run.metrics.get(share, [])[-last:] if share else [1.0] * len(accuracies)
         pairs = [(a, s) for a, s in zip(accuracies, shares, strict=False) if a is not None and s]
         weight = sum(s for _, s in pairs)
         if not weight:
             continue
-        accuracy = min(1.0, sum(a * s for a, s in pairs) / weight)
+        accuracy, chance = min(1.0, sum(a * s for a, s in pairs) / weight), chances.get(tag)
         if prompts and samples:
             asked, total = weight * prompts, round(weight * prompts * samples)
-            found[value] = Cell(accuracy, wilson_interval(accuracy * asked, asked), round(accuracy * total), total)
+            interval = wilson_interval(accuracy * asked, asked)
+            found[value] = Cell(accuracy, interval, round(accuracy * total), total, chance)
         else:
-            found[value] = Cell(accuracy, None, 0, 0)
+            found[value] = Cell(accuracy, None, 0, 0, chance)
     steps = [step for step in run.steps if step > 0][-last:]  # 0: the evaluation before training
     warmth = f", temperature {flags['temperature']}" if "temperature" in flags else ""
     return found, f"steps {steps[0]} to {steps[-1]}{warmth}" if steps else ""
@@ -358,7 +361,9 @@ def confusions(held: HeldOut) -> dict[str, Any]:
     """What the last round with sound answered in place of what was right.
 
     :return: ``round``; ``right`` and ``total``; ``pairs``: the most frequent mistakes, each with kind, gold, said, how
-        often, and of how many questions; ``tables``: one for each question type, see :func:`confusion_table`.
+        often, and of how many questions; ``tables``: one for each question type, see :func:`confusion_table`, or, where
+        no type can have one, one of all types together; ``without``: question types that have none, why, and their most
+        frequent wrong answers.
     """
     last = held.heard[-1]
     counts: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
@@ -372,7 +377,15 @@ def confusions(held: HeldOut) -> dict[str, Any]:
         {"kind": kind, "gold": gold, "said": said, "times": times, "of": asked(counts[kind])[gold]}
         for (kind, gold, said), times in sorted(wrong.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_PAIRS]
     ]
-    tables = [{"kind": kind, **table} for kind, found in sorted(counts.items()) if (table := confusion_table(found))]
+    tables, without = [], []
+    for kind, found in sorted(counts.items()):
+        if table := confusion_table(found):
+            tables.append({"kind": kind, **table})
+        else:
+            without.append((kind, *why_no_table(found)))
+    together = confusion_table(sum(counts.values(), Counter()))
+    if not tables and len(counts) > 1 and together:
+        tables = [{"kind": "all question types together", **together}]
     total = len(last.answers)
     return {
         "round": last,
@@ -381,6 +394,7 @@ def confusions(held: HeldOut) -> dict[str, Any]:
         "kinds_of_mistakes": len(wrong),
         "pairs": pairs,
         "tables": tables,
+        "without": without,
     }
 
 
@@ -390,6 +404,18 @@ def asked(counts: Counter[tuple[str, str]]) -> Counter[str]:
     for (gold, _), times in counts.items():
         found[gold] += times
     return found
+
+
+def why_no_table(counts: Counter[tuple[str, str]]) -> tuple[str, list[tuple[str, int]]]:
+    """Why :func:`confusion_table` gives none, and the most frequent wrong answers, each with how often."""
+    golds = asked(counts)
+    why = f"{len(golds)} different right answers are too many"
+    if len(golds) == 1:
+        why = f"the right answer is always “{next(iter(golds))}”"
+    wrong: Counter[str] = Counter()
+    for (gold, said), times in counts.items():
+        wrong[said] += times if said != gold else 0
+    return why, [(said, times) for said, times in wrong.most_common(MOST_WRONG) if times]
 
 
 def confusion_table(counts: Counter[tuple[str, str]]) -> dict[str, Any] | None:

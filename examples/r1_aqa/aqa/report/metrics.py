@@ -252,7 +252,7 @@ METRICS = {
     "eval/accuracy_reward_silent": Metric(
         "Evaluation accuracy in silence",
         "share",
-        "with --eval_silent: the same questions with silence in place of the clips",
+        "right answers to the same questions with silence in place of the clips (--eval_silent)",
         "As high as eval/accuracy_reward: the model does not listen, or the questions do not need it.",
     ),
     "eval/collapsed": Metric(

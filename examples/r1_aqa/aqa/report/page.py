@@ -42,7 +42,7 @@ TIMES = ("time/step", "time/rollout", "time/train", "time/logprobs", "time/sync"
 # title, metrics that share the panel, logarithmic
 PANELS = (
     ("Reward", ("rollout/reward", "eval/reward"), False),
-    ("Accuracy", ("rollout/accuracy_reward", "eval/accuracy_reward"), False),
+    ("Accuracy", ("rollout/accuracy_reward", "eval/accuracy_reward", "eval/accuracy_reward_silent"), False),
     ("Format", ("rollout/format_reward", "eval/format_reward"), False),
     ("Warm start's loss", ("train/sft_loss",), False),
     ("KL", ("train/kl",), False),
@@ -60,6 +60,7 @@ LABELS = {
     "rollout/format_reward": "sampled in training",
     "rollout/reward": "sampled in training",
     "rollout/response_length": "sampled in training",
+    "eval/accuracy_reward_silent": "held-out, in silence",
 }
 ABOUT = ("started", "host", "code", "devices", "machine")  # of run_config.json
 LAST = 10  # steps; the value "at the end" is their mean
@@ -235,7 +236,8 @@ def grouped(present: set[str], apart: bool) -> Iterator[tuple[str, tuple[str, ..
         if found := BY_KIND.fullmatch(name):
             title = f"{metric_title(found['metric'])} by {found['kind'].replace('_', ' ')}"
         elif (found := BENCHMARK.fullmatch(name)) and is_benchmark(name):
-            title = f"Benchmark {found['kind']}"
+            silent = ", in silence" if found["kind"].endswith("_silent") else ""
+            title = f"Benchmark {found['kind'].removesuffix('_silent')}{silent}"
         else:
             continue
         groups.setdefault(title, []).append((name, found["value"]))
@@ -275,7 +277,7 @@ def label(name: str) -> str:
     found = BY_KIND.fullmatch(name) or (BENCHMARK.fullmatch(name) if is_benchmark(name) else None)
     if found:
         return found["value"]
-    if name.startswith("eval/"):
+    if name.startswith("eval/") and name not in LABELS:
         return "held-out, greedy"
     return LABELS.get(name, name.partition("/")[2].removesuffix("_reward"))
 
@@ -290,7 +292,9 @@ def tiles(run: Run, sets: Sequence[HeldOut]) -> list[tuple[str, str, str]]:
         if first and last:
             same = len(held.heard) == 1
             value = f"{last.accuracy:.2f}" if same else f"{first.accuracy:.2f} → {last.accuracy:.2f}"
-            found.append(("Held-out accuracy", value, f"{held.name}, {' → '.join(names[same:])}"))
+            silent = [make_cell([a.right for a in r.answers.values()]) for r in held.rounds if r not in held.heard][-1:]
+            note = "".join(f"; in silence {cell.accuracy:.2f}" for cell in silent if cell)
+            found.append(("Held-out accuracy", value, f"{held.name}, {' → '.join(names[same:])}{note}"))
     for title, name in (("Sampled training accuracy", "rollout/accuracy_reward"), ("Reward", "rollout/reward")):
         if values := run.values(name):
             last_mean = statistics.fmean(values[-LAST:])
@@ -362,8 +366,7 @@ def session_rows(run: Run) -> list[tuple[str, ...]]:
         changes = (f"{name}: {old} → {new}" for name, (old, new) in session.get("changes", {}).items())
         rows.append(
             (
-                session["started"],
-                session.get("ended", ""),
+                *(session.get(end, "").replace("T", " ").replace("+00:00", " UTC") for end in ("started", "ended")),
                 session.get("how", "killed, or still running"),
                 none or ("?" if first is None else f"{first} to {last}"),
                 f"{session['ranks']} on {session['machine']}" if "ranks" in session else "?",

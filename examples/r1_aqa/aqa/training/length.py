@@ -2,8 +2,10 @@
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from aqa.data.prompts import choices_in
 
@@ -80,15 +82,22 @@ def describe_chance(training: Sequence[str], held_out: Sequence[str]) -> str:
 
     :param training: Rendered prompts; ``held_out`` may have none.
     """
-    parts = [(name, chance(prompts)) for name, prompts in (("training", training), ("held-out", held_out))]
-    found = [f"{name} {value:.3f}" for name, value in parts if value is not None]
+    parts = [(name, chance_levels(prompts)) for name, prompts in (("training", training), ("held-out", held_out))]
+    found = [f"{name} {levels['all']:.3f}" for name, levels in parts if levels]
     return f"chance    accuracy of guessing: {', '.join(found) or 'not known, since the prompts list no options'}"
 
 
-def chance(prompts: Sequence[str]) -> float | None:
-    """The mean of 1 / number of options over the prompts that list them; None if none does."""
-    shares = [1 / len(choices) for prompt in prompts if (choices := choices_in(prompt))]
-    return sum(shares) / len(shares) if shares else None
+def chance_levels(prompts: Sequence[str], tags: Sequence[Sequence[str]] | None = None) -> dict[str, float]:
+    """The mean of 1 / number of options over the prompts that list them, of ``all`` and of each tag.
+
+    :param tags: Of each prompt, such as ``question_type/music``.
+    """
+    shares: dict[str, list[float]] = defaultdict(list)
+    for prompt, own in zip(prompts, tags or repeat(()), strict=tags is not None):
+        if choices := choices_in(prompt):
+            for name in ("all", *own):
+                shares[name].append(1 / len(choices))
+    return {name: sum(found) / len(found) for name, found in shares.items()}
 
 
 def has_ended(trained: int, total: int) -> bool:

@@ -2,17 +2,17 @@
 
 import argparse
 import json
-import shlex
-import sys
 import textwrap
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from aqa.data.prepare_avqa import QUESTIONS_FILE
+from aqa.common.arguments import shell_command
+from aqa.data.prepare_avqa import REPORT_FILE
 from aqa.evaluation.scoring import paired
 
 EVALUATION_FOLDER = "eval/rows"  # a file for each evaluation, with a record for each answer
+RESULT_ENDS = (".json", ".partial.jsonl")  # of a finished evaluation and of an unfinished one
 SURE = 0.05  # a smaller p-value counts as a difference
 RECENT = 10  # steps of the last column's mean
 ROWS = (
@@ -114,17 +114,37 @@ def against(first: dict[tuple, bool], second: dict[tuple, bool]) -> tuple[str, d
     return f"{told['accuracy'][0]:.3f}", told
 
 
-def next_command(args: argparse.Namespace) -> str:
-    """A line with the command that evaluates the model on all held-out questions, into a new file."""
-    script = Path(sys.argv[0]).with_name("eval_mmau.py")
-    folder = Path(args.prompt_data.split(",")[0].strip())
-    questions = folder / QUESTIONS_FILE
-    data = [str(questions), "--audio_dir", str(folder)] if questions.is_file() else ["FILE", "--audio_dir", "FOLDER"]
+def next_command(args: argparse.Namespace) -> str | None:
+    """The command that evaluates the model on all held-out questions, into a new file; None where there are none."""
+    data = held_out_files(args)
+    if data is None:
+        return None
     stem = f"{args.save_path.rstrip('/')}_result"
-    names = chain([f"{stem}.json"], (f"{stem}_{number}.json" for number in count(2)))
-    result = next(name for name in names if not Path(name).exists())
-    words = ["python", str(script), "--model_path", args.save_path, "--data_file", *data, "--out_file", result]
-    return f"next      {shlex.join([*words, '--max_new_tokens', str(args.generate_max_len)])}"
+    names = chain([stem], (f"{stem}_{number}" for number in count(2)))
+    result = next(name for name in names if not any(Path(f"{name}{end}").exists() for end in RESULT_ENDS))
+    flags = {"--model_path": args.save_path, "--data_file": data[0], "--audio_dir": data[1]}
+    flags |= {"--out_file": f"{result}.json", "--max_new_tokens": args.generate_max_len}
+    return shell_command("eval_mmau.py", *chain(*flags.items()))
+
+
+def held_out_files(args: argparse.Namespace) -> tuple[Path, Path] | None:
+    """Held-out questions that ``eval_mmau.py`` reads, and the folder of their recordings.
+
+    They are in the evaluation data if ``avqa.py`` has made these, else in ``--eval_benchmark``.
+    """
+    source = Path((args.eval_data or args.prompt_data).split(",")[0].strip())
+    files = [source] if args.eval_data else []
+    if source.is_dir():
+        files = [source / f"{args.eval_split}{end}" for end in (".json", ".parquet")]
+    for file in files:
+        report = file.with_name(REPORT_FILE)
+        if file.is_file() and report.is_file():
+            sounds = Path(json.loads(report.read_text(encoding="utf-8"))["settings"]["audio_dir"])
+            return file, sounds if sounds.is_dir() else file.parent  # the rows name recordings by their whole path
+    if args.eval_benchmark:
+        benchmark, folder = (Path(flag.split(",")[0].strip()) for flag in (args.eval_benchmark, args.eval_audio_dir))
+        return benchmark, folder
+    return None
 
 
 def summary_table(records: list[dict[str, Any]]) -> list[str]:
@@ -148,11 +168,12 @@ def summary_table(records: list[dict[str, Any]]) -> list[str]:
         found = [record for record in measured if record.get(name) is not None]
         if found:
             ends = [f"{record[name]:.3f} at step {record['step']}" for record in (found[0], found[-1])]
-            lines.append(f"{name.removesuffix('_reward'):18} {' to '.join(dict.fromkeys(ends))}")
+            label = name.split("/")[1].replace("accuracy_reward", "held-out accuracy").replace("_silent", " in silence")
+            lines.append(f"{label:18} {' to '.join(dict.fromkeys(ends))}")
     lines += [f"{int(records[-1][name])} {what}" for name, what in COUNTS.items() if records[-1].get(name)]
     return lines
 
 
 def is_accuracy(name: str) -> bool:
     """Whether a metric is the accuracy of an evaluation."""
-    return name.startswith("eval/") and name.endswith(("/accuracy_reward", "/accuracy"))
+    return name.startswith("eval/") and name.endswith(("/accuracy_reward", "/accuracy_reward_silent", "/accuracy"))
