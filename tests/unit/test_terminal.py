@@ -187,11 +187,11 @@ def test_short_empty_and_cut_runs(tmp_path):
 def test_the_next_command_can_be_run_as_it_is(tmp_path, monkeypatch):
     """It names files that are there, and a result that is not there, and is quoted."""
     monkeypatch.chdir(tmp_path)
-    sounds, data, benchmark = (tmp_path / name for name in ("my sounds", "own parquet", "mmau.json"))
+    sounds, data = tmp_path / "my sounds", tmp_path / "own parquet"
     for folder in (sounds, data):
         folder.mkdir()
     args = Namespace(save_path="a run/", prompt_data="own parquet", eval_data=None, eval_split="validation")
-    args.eval_benchmark, args.eval_audio_dir, args.generate_max_len = None, None, 16
+    args.eval_benchmark, args.generate_max_len = None, 16
 
     def words() -> dict[str, str]:
         python, script, *flags = shlex.split(next_command(args))
@@ -199,10 +199,14 @@ def test_the_next_command_can_be_run_as_it_is(tmp_path, monkeypatch):
         return dict(zip(flags[::2], flags[1::2], strict=True))
 
     assert next_command(args) is None  # nothing is held out
-    args.eval_benchmark, args.eval_audio_dir = f"{benchmark},other.json", "mmau"
-    assert (words()["--data_file"], words()["--audio_dir"]) == ("mmau.json", "mmau")
     (data / "validation.json").touch()
-    assert words()["--data_file"] == "mmau.json"  # no file of avqa.py, which leaves a report
+    assert next_command(args) is None  # no file of avqa.py, which leaves a report
+    args.eval_benchmark = "there/mmau.json,other.json"
+    (tmp_path / "a run" / "eval").mkdir(parents=True)
+    for name in ("mmau_step_000000.json", "mmau_step_000009.json", "mmau_silent_step_000009.json"):
+        (tmp_path / "a run" / "eval" / name).touch()
+    files = [f"a run/eval/mmau_step_00000{step}.json" for step in (0, 9)]
+    assert shlex.split(next_command(args))[2:] == ["compare", *files]
     (data / "report.json").write_text(json.dumps({"settings": {"audio_dir": str(sounds)}}))
     for result in ("a run_result.json", "a run_result_2.json", "a run_result_3.json"):
         assert words() == {

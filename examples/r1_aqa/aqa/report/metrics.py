@@ -209,7 +209,7 @@ METRICS = {
     "time/step": Metric(
         "Whole step",
         "s",
-        "all of these",
+        "all phases of a step; not its evaluation",
         "Grows over hours at equal lengths: report it; health and memory first.",
     ),
     "time/eval": Metric(
@@ -243,12 +243,24 @@ METRICS = {
         "Falls while rollout/reward rises: it learns the training data by heart; stop earlier.",
     ),
     "eval/accuracy_reward": Metric(
-        "Evaluation accuracy", "share", "right answers among them", "As eval/reward; the one to choose a checkpoint by."
+        "Evaluation accuracy",
+        "share",
+        "greedy answers to the evaluation data that are right",
+        "As eval/reward; the one to choose a checkpoint by.",
     ),
-    "eval/format_reward": Metric("Evaluation format", "share", "in the form asked for", "As rollout/format_reward."),
+    "eval/format_reward": Metric(
+        "Evaluation format", "share", "greedy answers in the form that was asked for", "As rollout/format_reward."
+    ),
     "eval/rule_reward": Metric("Evaluation reward by rule", "0 to 2", "the same as eval/reward", "As eval/reward."),
-    "eval/response_length": Metric("Evaluation length", "tokens", "mean length", "As rollout/response_length."),
-    "eval/truncated_fraction": Metric("Evaluation cut off", "share", "hit the limit", "As rollout/truncated_fraction."),
+    "eval/response_length": Metric(
+        "Evaluation length",
+        "tokens",
+        "mean length of greedy answers to the evaluation data",
+        "As rollout/response_length.",
+    ),
+    "eval/truncated_fraction": Metric(
+        "Evaluation cut off", "share", "greedy answers that hit --generate_max_len", "As rollout/truncated_fraction."
+    ),
     "eval/accuracy_reward_silent": Metric(
         "Evaluation accuracy in silence",
         "share",

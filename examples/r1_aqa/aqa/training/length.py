@@ -97,7 +97,7 @@ def chance_levels(prompts: Sequence[str], tags: Sequence[Sequence[str]] | None =
         if choices := choices_in(prompt):
             for name in ("all", *own):
                 shares[name].append(1 / len(choices))
-    return {name: sum(found) / len(found) for name, found in shares.items()}
+    return {name: round(sum(found) / len(found), 6) for name, found in shares.items()}
 
 
 def has_ended(trained: int, total: int) -> bool:

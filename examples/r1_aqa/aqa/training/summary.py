@@ -1,6 +1,7 @@
 """What a run ends with on the terminal: its metrics at the first and the last step, what it learned, what is next."""
 
 import argparse
+import glob
 import json
 import textwrap
 from itertools import chain, count
@@ -72,7 +73,7 @@ def lesson(run: Path, args: argparse.Namespace) -> str:
     if records:  # a run that was resumed to end earlier leaves files of later steps
         files = [file for file, step in zip(files, steps, strict=True) if step <= records[-1]["step"]]
     if not files and args.eval_benchmark:
-        return f"eval_mmau.py compare shows it, of the first and the last result file in {run / 'eval'}"
+        return f"the answers to {args.eval_benchmark} are in {run / 'eval'}; compare the first file with the last"
     if not files and any(is_accuracy(name) for record in records for name in record):
         return "see the evaluation's accuracies above; their answers, which a test needs, were not kept"
     if not files:
@@ -115,8 +116,13 @@ def against(first: dict[tuple, bool], second: dict[tuple, bool]) -> tuple[str, d
 
 
 def next_command(args: argparse.Namespace) -> str | None:
-    """The command that evaluates the model on all held-out questions, into a new file; None where there are none."""
+    """The command that evaluates the model on all held-out questions, into a new file; else the one that compares the
+    answers to ``--eval_benchmark`` before and after; None where there are neither."""
     data = held_out_files(args)
+    if data is None and args.eval_benchmark:
+        name = glob.escape(Path(args.eval_benchmark.split(",")[0].strip()).stem)
+        files = sorted(Path(args.save_path, "eval").glob(f"{name}_step_*.json*"))
+        return shell_command("eval_mmau.py", "compare", files[0], files[-1]) if len(files) > 1 else None
     if data is None:
         return None
     stem = f"{args.save_path.rstrip('/')}_result"
@@ -128,10 +134,7 @@ def next_command(args: argparse.Namespace) -> str | None:
 
 
 def held_out_files(args: argparse.Namespace) -> tuple[Path, Path] | None:
-    """Held-out questions that ``eval_mmau.py`` reads, and the folder of their recordings.
-
-    They are in the evaluation data if ``avqa.py`` has made these, else in ``--eval_benchmark``.
-    """
+    """Held-out questions that ``avqa.py`` has written for ``eval_mmau.py``, and the folder of their recordings."""
     source = Path((args.eval_data or args.prompt_data).split(",")[0].strip())
     files = [source] if args.eval_data else []
     if source.is_dir():
@@ -141,9 +144,6 @@ def held_out_files(args: argparse.Namespace) -> tuple[Path, Path] | None:
         if file.is_file() and report.is_file():
             sounds = Path(json.loads(report.read_text(encoding="utf-8"))["settings"]["audio_dir"])
             return file, sounds if sounds.is_dir() else file.parent  # the rows name recordings by their whole path
-    if args.eval_benchmark:
-        benchmark, folder = (Path(flag.split(",")[0].strip()) for flag in (args.eval_benchmark, args.eval_audio_dir))
-        return benchmark, folder
     return None
 
 
