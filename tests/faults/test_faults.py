@@ -175,7 +175,8 @@ def test_a_full_disk_costs_one_checkpoint_at_most(whole, tiny_model, demo_parque
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("several", "last"), [("--train_batch_size 8 --max_epochs 2", 3), ("--train_batch_size 32 --eval_steps 1", 2)]
+    ("several", "last"),
+    [("--train_batch_size 8 --max_epochs 2", 3), ("--train_batch_size 32 --eval_steps 1 --save_steps 5", 2)],
 )
 def test_between_two_optimizer_steps_of_a_rollout_a_run_does_not_stop(
     whole, tiny_model, demo_parquet, tmp_path, several, last
