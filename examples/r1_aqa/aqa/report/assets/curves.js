@@ -57,7 +57,7 @@
         shown: onGrid(r, values),
         sparse: count < run.steps.length / 2,
         colour: colourOf(several ? r : n),
-        dash: several ? DASHES[n % 3] : [],
+        dash: DASHES[several ? n % 3 : 0],
         label: [several ? run.name : "", panel.names.length > 1 ? panel.labels[n] : ""].filter(Boolean).join(" "),
       });
     }));
@@ -147,9 +147,9 @@
     return axis === AXES.share ? line.shown.slice(0, index + 1).findLast((v) => v !== null) : line.shown[index];
   }
 
-  function chip(name) {
+  function chip(name, dash = []) {
     const mark = make("span", { class: "chip" });
-    mark.style.background = `var(${name})`;
+    mark.style.borderTop = `0.2em ${["solid", "dashed", "dotted"][Math.max(0, DASHES.indexOf(dash))]} var(${name})`;
     return mark;
   }
 
@@ -165,7 +165,7 @@
     });
     const figures = lines.map(() => make("b"));
     const values = make("ul", { class: "values" }, ...lines.map((line, i) =>
-      make("li", {}, chip(line.colour), show(make("span"), line.label && `${line.label} `), figures[i])));
+      make("li", {}, chip(line.colour, line.dash), show(make("span"), line.label && `${line.label} `), figures[i])));
     parent.append(make("div", { class: "panel" }, make("header", {}, title, at), values, plot, ...advice(panel)));
     const u = makePlot(panel, lines, plot, tell);
     function tell({ cursor }) {
@@ -184,7 +184,8 @@
 
   function advice(panel) {
     if (!panel.advice.length) return [];
-    const notes = panel.advice.map(([name, meaning, what]) => make("p", {}, show(make("code"), name), `: ${meaning}. ${what}`));
+    const parts = (text) => text.split(/(--\w+)/).map((part, i) => (i % 2 ? make("code", { class: "flag" }, part) : part));
+    const notes = panel.advice.map(([name, meaning, what]) => make("p", {}, show(make("code"), name), ...parts(`: ${meaning}. ${what}`)));
     return [make("details", {}, make("summary", {}, "What to look for"), ...notes)];
   }
 

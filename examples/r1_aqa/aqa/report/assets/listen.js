@@ -186,13 +186,16 @@
 
   function responses(group) {
     const sampled = group.step !== null;
-    const titles = [["", sampled ? "#" : "when"], ["", "response"], ["", "answer"], ["", "format"], ["n", "reward"], ...(sampled ? [["n", "advantage"]] : [])];
+    const scored = group.responses.some((r) => r.form !== null || r.reward !== null);  // answers of a result file are not
+    const titles = [["", sampled ? "#" : "when"], ["", "response"], ["", "answer"],
+      ...(scored ? [["", "format"], ["n", "reward"]] : []), ...(sampled ? [["n", "advantage"]] : [])];
     const head = make("tr", { role: "row" }, ...titles.map(([kind, text]) =>
       make("th", { scope: "col", role: "columnheader", ...(kind && { class: kind }) }, text)));
     const largest = Math.max(1e-9, ...group.responses.map((r) => Math.abs(r.advantage ?? 0)));
     const body = group.responses.map((r) => make("tr", { role: "row", ...(!fits(r, group) && { class: "dim" }) },
-      show(cell("who"), r.who), said(r), verdict(r.right, "right", "wrong"), verdict(r.form, "in form", "out of form"),
-      cell("n reward", digits(r.reward)), ...(sampled ? [cell("n gain", advantage(r.advantage, largest))] : [])));
+      show(cell("who"), r.who), said(r), verdict(r.right, "right", "wrong"),
+      ...(scored ? [verdict(r.form, "in form", "out of form"), cell("n reward", digits(r.reward))] : []),
+      ...(sampled ? [cell("n gain", advantage(r.advantage, largest))] : [])));
     return make("table", { role: "table", class: `responses${sampled ? "" : " rounds"}` },
       make("caption", { class: "hidden" }, "Responses to the question"),
       make("thead", { role: "rowgroup" }, head), make("tbody", { role: "rowgroup" }, ...body));
