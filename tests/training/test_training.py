@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -67,9 +68,9 @@ def test_the_screen_shows_our_lines_and_the_log_the_rest(run):
     assert "\x1b" not in done.stdout
     shown = {line[:18].strip(): line[18:].split() for line in lines[lines.index("") :]}
     rewards = [f"{record['rollout/reward']:.3f}" for record in metrics_of(out)]
-    assert shown["reward"][:2] == [rewards[0], rewards[-1]] and "eval/accuracy" in shown
+    assert shown["reward"][:2] == [rewards[0], rewards[-1]] and "held-out accuracy" in shown
     assert lines[-4] == f"metrics   {out / 'metrics.jsonl'}" and lines[-2].startswith("report    ")
-    assert lines[-1].startswith("next      python ") and "learned   held-out accuracy" in done.stdout
+    assert re.match(r"next      \S+ \S*eval_mmau.py ", lines[-1]) and "learned   held-out accuracy" in done.stdout
     assert "vllm" not in done.stdout.split("step 1/4")[1].lower()
     assert "vllm" in (out / "logs" / "rank0.log").read_text().lower()
 

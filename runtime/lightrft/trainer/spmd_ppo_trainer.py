@@ -173,6 +173,8 @@ class SPMDPPOTrainerVL:
         self.batches_ahead = 0  # batches of the data that are used, beyond the steps: see fit
         self.restored_best: dict[str, Any] | None = None  # record of the best model in the checkpoint that was loaded
         self.samples: list[dict[str, Any]] = []  # of the last step, on rank 0: see trajectories.records
+        self.total = 0  # rollout steps of the whole run
+        self.writers: list[MetricsWriter] = []  # one, on rank 0
 
     # ------------------------------------------------------------ loop
     def fit(
@@ -194,7 +196,8 @@ class SPMDPPOTrainerVL:
         # steps go on from the checkpoint's, also if --rollout_batch_size was changed and the data are at another batch
         first = self.restored_step
         self.batches_ahead = consumed_samples // self.args.rollout_batch_size - first
-        total = (self.args.max_steps or len(prompts_dataloader) * self.args.num_episodes) - self.batches_ahead
+        planned = self.args.max_steps or len(prompts_dataloader) * self.args.num_episodes
+        self.total = planned - self.batches_ahead
         health = self.health.state()
         self.saver.point = ResumePoint(first, consumed_samples, self.kl_ctl.value, health, self.args.sft_steps)
         stop_request.install()
@@ -215,24 +218,23 @@ class SPMDPPOTrainerVL:
         # what the last step of the earlier process lacks: at the start, or where a signal ended its evaluation
         missing = {} if first == 0 else self.saver.unevaluated
         self.saver.unevaluated = None
-        evaluates = missing is not None and evaluation.due(first, total, self.args.eval_steps)
+        evaluates = missing is not None and evaluation.due(first, self.total, self.args.eval_steps)
         done = first - 1 if evaluates or first == 0 else first  # the last step whose record is whole
-        writers: list[MetricsWriter] = []  # at rank 0
-        self.strategy.together(lambda: writers.append(MetricsWriter(run, self.args, done)), self.strategy.is_rank_0())
-        writer = next(iter(writers), None)
-        self.progress = Progress(total, first, self.strategy.is_rank_0())
+        self.writers, rank_0 = [], self.strategy.is_rank_0()
+        self.strategy.together(lambda: self.writers.append(MetricsWriter(run, self.args, done)), rank_0)
+        self.progress = Progress(self.total, first, rank_0)
         self.experience_maker.on_phase = self.progress.phase
         if self.args.dynamic_sampling:
             self.experience_maker.draw_prompts = partial(self.draw_prompts, prompts_dataloader)
         batches = self.batches(prompts_dataloader, first + self.batches_ahead, self.args.num_episodes)
         started, step = time.perf_counter(), first
         metrics: dict[str, float] = {}
-        with self.saving_what_is_done(writers):
+        with self.saving_what_is_done(self.writers):
             if evaluates:
-                self._evaluate_first(evaluation, writer, first, total, missing)
+                self._evaluate_first(evaluation, first, missing)
             for step, (batch, waited) in enumerate(batches, first + 1):
                 metrics, anomaly = self.train_on(batch, step, waited)
-                self._after_step(evaluation, writer, step, total, metrics, anomaly)
+                self._after_step(evaluation, step, metrics, anomaly)
         self.strategy.print(f"trained {step - first} steps in {time.perf_counter() - started:.0f} s")
         return metrics
 
@@ -281,14 +283,7 @@ class SPMDPPOTrainerVL:
             yield from stop_request.each(timed(loader), self.strategy.device)
             sampler.start = 0
 
-    def _evaluate_first(
-        self,
-        evaluation: Evaluation,
-        writer: MetricsWriter | None,
-        step: int,
-        total: int,
-        metrics: dict[str, float],
-    ) -> None:
+    def _evaluate_first(self, evaluation: Evaluation, step: int, metrics: dict[str, float]) -> None:
         """Evaluate the start model, as step 0, which shows later what was learned, or a resumed one that has not been.
 
         :param metrics: What the step measured before it was ended.
@@ -297,9 +292,9 @@ class SPMDPPOTrainerVL:
         try:
             self._evaluate(evaluation, step, metrics)
         finally:
-            if writer is not None and metrics:
+            for writer in self.writers if metrics else ():
                 writer.write(step, metrics)
-                self.progress.show(*evaluation_lines(step, total, metrics))
+                self.progress.show(*evaluation_lines(step, self.total, metrics))
 
     def _evaluate(self, evaluation: Evaluation, step: int, metrics: dict[str, float]) -> None:
         """Add the evaluation to the step's metrics. A checkpoint that is written before its end asks for it again."""
@@ -311,26 +306,18 @@ class SPMDPPOTrainerVL:
             self.saver.keep_best(metrics, step)
         self.saver.unevaluated = None
 
-    def _after_step(
-        self,
-        evaluation: Evaluation,
-        writer: MetricsWriter | None,
-        step: int,
-        total: int,
-        metrics: dict[str, float],
-        anomaly: str | None,
-    ) -> None:
+    def _after_step(self, evaluation: Evaluation, step: int, metrics: dict[str, float], anomaly: str | None) -> None:
         """Evaluate, report, save and stop, as far as each is due.
 
         :raises AnomalyError: of the step, once it is reported.
         """
         try:
-            if evaluation.due(step, total, self.args.eval_steps):
+            if evaluation.due(step, self.total, self.args.eval_steps):
                 self._evaluate(evaluation, step, metrics)
         finally:  # the step is done, even if a signal or an error ends its evaluation
-            if writer is not None:
+            for writer in self.writers:
                 writer.write(step, metrics, self.samples)
-                self.progress.step(*step_lines(step, total, metrics))
+                self.progress.step(*step_lines(step, self.total, metrics))
         if anomaly:
             raise AnomalyError(anomaly)
         if step % MEMORY_STEPS == 0:
