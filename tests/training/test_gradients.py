@@ -75,7 +75,7 @@ CASES = {
     ),
     "GDPO, three rewards, overlong penalty": (1, f"{GDPO} {OVERLONG}"),
     "audio gain and token weights, two steps": (1, f"{AUDIO} {TWO_STEPS} --actor_learning_rate 1.0"),
-    "GDPO with audio gain on ZeRO-3": (2, f"--advantage_estimator gdpo --zero_stage 3 {AUDIO}"),
+    "GDPO with audio gain, truncated masked on ZeRO-3": (2, f"--advantage_estimator gdpo --zero_stage 3 {AUDIO} {CUT}"),
     "two rollouts a step, truncated masked": (1, f"--train_batch_size 32 {CUT}"),
     "LoRA on ZeRO-3": (2, f"{LORA} --zero_stage 3"),
     "Qwen2.5-Omni, two steps": (1, f"--eps_clip 0.01 {TWO_STEPS}"),
