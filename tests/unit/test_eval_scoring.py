@@ -189,6 +189,10 @@ def test_mmsu_reads_the_first_letter_else_the_last_but_one(response, verdict):
     assert (scores["correct"], scores["total"], scores["without_prediction"]) == (right, total, 3 - total)
     assert scores["of_all"] == {"accuracy": right / 3, "correct": right, "total": 3}
     assert scores["by"]["category / sub-category"]["P / S"]["total"] == total
+    if verdict is None:  # its script prints 0.0000 of 0 where it can read nothing
+        scores = score(judge(rows[:1], MMSU))
+        assert (scores["accuracy"], scores["total"], scores["of_all"]["total"]) == (0, 0, 1)
+        assert "overall        0       0     0.00 %   0.0 to 100.0\n" in score_table(scores, "title")
 
 
 def test_what_mmar_rubrics_judges_is_written(tmp_path):
@@ -265,6 +269,10 @@ def test_table():
     assert re.search(r"\n  easy +2 +3 +66\.67 %", table)
     assert "1 items without a prediction that it reads; of all 4 items 50.00 %" in table
     assert "ABLATION" not in table
+    # 43 / 160 = 0.26875: MMAU's script prints 26.88 %, MMSU's 0.2687
+    many = [MMSU.as_question(MMSU_ROW | {"id": i, "response": "AB"[i < 43]}) for i in range(160)]
+    assert " 26.87 % " in score_table(score(judge(many, MMSU)), "title")
+    assert " 26.88 % " in score_table(score(judge(rows_of(*["dog"] * 43, *["cat"] * 117), MMAU)), "title")
     silent = score(judge([row | {"silent_audio": True} for row in rows], MMAU))
     assert "ABLATION: silence" in score_table(silent, "title")
 

@@ -97,6 +97,7 @@ class Benchmark:
     asked: Callable[[Row], bool] = lambda row: True  # which of its rows are asked and scored
     is_whole: bool = False  # questions are about all of a recording, also of one that is longer than what models hear
     leaves_out: bool = True  # its script leaves out a row without a prediction key; else such a row is wrong
+    prints_fractions: bool = False  # its script prints 0.2687 and not 26.87 %, which rounds halves otherwise
     rule: str = "official rule"
 
     @property
@@ -145,6 +146,7 @@ MMSU = Benchmark(
     written=_letter,
     said=_text_of_letter,
     leaves_out=False,
+    prints_fractions=True,
 )
 ADQA = Benchmark(
     "adqa",
@@ -167,6 +169,7 @@ MMAU_PRO = Benchmark(
     asked=_is_closed,
     is_whole=True,
     leaves_out=False,
+    prints_fractions=True,
     rule="official rule, but an answer that is no choice, which its script would match by NV-Embed-v2, is wrong",
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (MMAU, MMAR, MMSU, ADQA, MMAU_PRO)}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aqa.evaluation.benchmarks import Benchmark
+from aqa.evaluation.benchmarks import BENCHMARKS, Benchmark
 from aqa.evaluation.items import EvalError, answer_texts, read_rows, several
 from aqa.evaluation.variants import describe_orders
 
@@ -37,8 +37,9 @@ class Verdicts:
     @property
     def in_silence(self) -> list[bool] | None:
         """The verdicts on what was answered without sound; None unless all rows have that."""
-        said = [row.get("in_silence") for row in self.rows]
-        return None if None in said else [self._again(row, each) for row, each in zip(self.rows, said, strict=True)]
+        if not self.rows or any(row.get("in_silence") is None for row in self.rows):
+            return None
+        return [self._again(row, row["in_silence"]) for row in self.rows]
 
     @property
     def option_orders(self) -> list[list[bool]]:
@@ -60,7 +61,7 @@ class Verdicts:
 def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
     """Judge every row of a result file as the official script does.
 
-    :raises EvalError: if no row has a prediction, or a row lacks what the rule needs.
+    :raises EvalError: if no row has a prediction key, or a row lacks what the rule needs.
     """
     key = next((key for key in benchmark.prediction_keys if any(key in row for row in rows)), None)
     if key is None:
@@ -84,8 +85,6 @@ def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
     if problems:
         raise EvalError(several(f"{len(problems)} fields of the result file cannot be scored", problems))
     judged = [(row, verdict) for row in answered if (verdict := benchmark.verdict(row, key)) is not None]
-    if not judged:
-        raise EvalError(f"none of {len(rows)} rows has a prediction that {benchmark.title}'s script can read")
     right = [verdict for _, verdict in judged]
     return Verdicts(benchmark, key, [row for row, _ in judged], right, len(rows) - len(judged))
 
@@ -94,10 +93,10 @@ def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """Lower and upper bound (fractions) of a proportion's 95 % interval (Wilson 1927).
 
-    It also holds for few items, and never leaves 0 to 1.
-
-    :param total: At least 1.
+    It also holds for few items, and never leaves 0 to 1, which it is for none.
     """
+    if total == 0:
+        return 0.0, 1.0
     share, z2 = correct / total, Z95**2 / total
     middle = share + z2 / 2
     half = Z95 * math.sqrt((share * (1 - share) + z2 / 4) / total)
@@ -106,17 +105,17 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def tally(right: Sequence[bool], in_silence: Sequence[bool] | None = None) -> dict[str, Any]:
-    """Accuracy of at least one verdict: accuracy (fraction), correct, total, interval_95 (fractions).
+    """Accuracy (fraction; 0 of none, as MMSU's script has it), correct, total, interval_95 (fractions).
 
     :param in_silence: The verdicts without sound, whose accuracy is added.
     """
     correct, total = sum(right), len(right)
     return {
-        "accuracy": correct / total,
+        "accuracy": correct / max(total, 1),
         "correct": correct,
         "total": total,
         "interval_95": list(wilson_interval(correct, total)),
-        **({} if in_silence is None else {"accuracy_in_silence": sum(in_silence) / total}),
+        **({} if in_silence is None else {"accuracy_in_silence": sum(in_silence) / max(total, 1)}),
     }
 
 
@@ -219,7 +218,7 @@ def score_table(scores: dict[str, Any], title: str) -> str:
     lines = [title]
     if scores["silent_audio"]:
         lines.append("ABLATION: silence of the same length in place of every clip; these are no benchmark scores")
-    column = "accuracy_in_silence" in scores
+    column, of_fractions = "accuracy_in_silence" in scores, BENCHMARKS[scores["benchmark"]].prints_fractions
     lines.append(f"{'':{width}}correct   total   accuracy   95 % interval" + "   in silence" * column)
     for name, entry in groups:
         if entry is None:
@@ -227,7 +226,7 @@ def score_table(scores: dict[str, Any], title: str) -> str:
             continue
         interval = "{:.1f} to {:.1f}".format(*(100 * bound for bound in entry["interval_95"]))
         lines.append(
-            f"{name:{width}}{entry['correct']:7}{entry['total']:8}{percent(entry['accuracy']):>11}   "
+            f"{name:{width}}{entry['correct']:7}{entry['total']:8}{percent(entry['accuracy'], of_fractions):>11}   "
             + (f"{interval:13}{percent(entry['accuracy_in_silence']):>13}" if column else interval)
         )
     if orders := scores["option_orders"]:
@@ -246,9 +245,12 @@ def score_table(scores: dict[str, Any], title: str) -> str:
     return "\n".join(lines)
 
 
-def percent(share: float) -> str:
-    """A fraction in per cent with two decimals, as the official scripts print it."""
-    return f"{share * 100:.2f} %"
+def percent(share: float, of_fraction: bool = False) -> str:
+    """A fraction in per cent with two decimals.
+
+    :param of_fraction: Round the fraction to four decimals: 43 of 160 are 26.87 % then, else 26.88 %.
+    """
+    return f"{round(share, 4) * 100:.2f} %" if of_fraction else f"{share * 100:.2f} %"
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
