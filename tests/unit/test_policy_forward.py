@@ -138,19 +138,22 @@ def test_a_batch_of_text_alone(plain, policy):
 
 @torch.no_grad()
 def test_two_clips_in_one_prompt(policy):
-    """Their audio lands in order: as two prompts' worth of embeddings put there by hand."""
-    first, second = pack_clip(make_mel(1), 40), pack_clip(make_mel(2), 100)
+    """Their audio lands in order: as two prompts' worth of embeddings put there by hand. Two prompts that differ in the
+    second clip alone share nothing."""
     ids = [9, *[AUDIO] * audio_token_count(40), 10, *[AUDIO] * audio_token_count(100), 11]
-    item = make_item(None, 0, [12, 13])[0]
-    item.prompt_ids, item.clips = torch.tensor(ids), [first, second]
-    out = forward(as_actor(policy), make_micro_batch([item], PAD, torch.device("cpu")))
-    sequence = torch.cat([item.prompt_ids, item.response_ids])[None]
-    embeds = policy.get_input_embeddings()(sequence)
-    embeds[0, 1:11] = audio_embeddings(policy, make_mel(1), 40)
-    embeds[0, 12:37] = audio_embeddings(policy, make_mel(2), 100)
-    logits = policy.lm_head(policy.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state)
-    expected = logits[0, len(ids) - 1 : -1].log_softmax(-1).gather(-1, item.response_ids[:, None])[None, :, 0]
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    items = [make_item(None, 0, [12, 13])[0] for _ in range(2)]
+    for item, second in zip(items, (2, 3), strict=True):
+        item.prompt_ids = torch.tensor(ids)
+        item.clips = [pack_clip(make_mel(1), 40), pack_clip(make_mel(second), 100)]
+    out = forward(as_actor(policy), make_micro_batch(items, PAD, torch.device("cpu")))
+    sequence = torch.cat([items[0].prompt_ids, items[0].response_ids])[None]
+    for row, second in zip(out, (2, 3), strict=True):
+        embeds = policy.get_input_embeddings()(sequence)
+        embeds[0, 1:11] = audio_embeddings(policy, make_mel(1), 40)
+        embeds[0, 12:37] = audio_embeddings(policy, make_mel(second), 100)
+        logits = policy.lm_head(policy.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state)
+        expected = logits[0, len(ids) - 1 : -1].log_softmax(-1).gather(-1, items[0].response_ids[:, None])[:, 0]
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_each_different_clip_is_encoded_once(policy, monkeypatch):

@@ -143,10 +143,8 @@ class Qwen2Audio:
         from torch.nn.functional import gelu
 
         after_conv, tokens = tower._get_feat_extract_output_lengths(frames)
-        # two frames of context, and an even number of states for the pooling; masked keys weigh exactly 0, so that
-        # leaving out the padding changes no value
+        # two frames of context; masked keys weigh exactly 0, so that leaving out the padding changes no value
         width = min(int(frames.max()) + 2, features.shape[-1])
-        width = min((width + 3) // 4 * 4, features.shape[-1])
         dtype = tower.conv1.weight.dtype
         hidden = gelu(tower.conv1(features[:, :, :width].to(dtype)))
         hidden = gelu(tower.conv2(hidden)).transpose(1, 2)
@@ -180,12 +178,11 @@ def encode_valid_frames(tower: Any, input_features: Any, attention_mask: Any) ->
 
     :param input_features: Mel spectrograms ``(clips, n_mels, 3000)``.
     :param attention_mask: 0 at valid states and -inf at padding, ``(clips, 1, 1500, 1500)``.
-    :return: States of the longest clip's audio tokens, ``(clips, tokens, d_model)``, or one more.
+    :return: States of the longest clip's audio tokens, ``(clips, tokens, d_model)``.
     """
     from torch.nn.functional import gelu
 
     states = int((attention_mask[:, 0, 0] == 0).sum(-1).max())
-    states += states % 2  # the pooling takes pairs
     # two frames a state, and one of context behind the last: the second convolution leaves one out
     hidden = input_features[..., : 2 * states + 1].to(tower.conv1.weight.dtype)
     hidden = gelu(tower.conv2(gelu(tower.conv1(hidden))))[..., :states].transpose(1, 2)
