@@ -260,10 +260,8 @@ def ask_items(
     :param lengths: Samples of each item's clips, by its index.
     :return: Seconds, and how many were asked.
     """
-    from aqa.evaluation.engines import Job, Settings, render
+    from aqa.evaluation.engines import Job, render
 
-    sizes = args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size
-    settings = Settings(*sizes, args.seed, audio_seconds=args.audio_seconds)
     mute = args.silent_audio == "only"
 
     def make_jobs(processor: Any) -> list[Job]:
@@ -273,8 +271,7 @@ def ask_items(
             for item, text in zip(items, texts, strict=True)
         ]
 
-    log = Path(args.out_file).with_suffix(".log")
-    return asking.ask(args.engine, model, settings, make_jobs, done, partial, log)
+    return asking.ask(args, model, make_jobs, done, partial, Path(args.out_file).with_suffix(".log"))
 
 
 def announce(args: argparse.Namespace, items: Sequence[Item], model: Model, trained_to_think: float | None) -> None:

@@ -114,35 +114,11 @@ def select(args: argparse.Namespace) -> None:
             pass_rates.refuse_audio(bad, silent, items)
             if done:
                 print(f"continuing: {len(done):,} of {len(wanted):,} were finished before")
-            ask_rows(args, model, items, lengths, reader, done, partial_file)
+            own = {"items": items, "lengths": lengths, "in_silence": args.silent_audio, "reader": reader}
+            jobs, log = partial(pass_rates.make_jobs, **own), place.with_suffix(".log")
+            asking.ask(args, model, jobs, done, partial_file, log, args.samples, args.temperature)
         write(args, model, table, items, done)
         partial_file.remove()
-
-
-def ask_rows(
-    args: argparse.Namespace,
-    model: Model,
-    items: Sequence[Any],
-    lengths: dict[int, list[int]],
-    reader: Any,
-    done: dict[int, Any],
-    partial_file: PartialFile,
-) -> None:
-    """Ask what has no responses yet; they are added to ``done``."""
-    from aqa.evaluation.engines import Settings
-
-    settings = Settings(
-        args.max_new_tokens,
-        args.batch_size,
-        args.dtype,
-        args.tensor_parallel_size,
-        args.seed,
-        args.samples,
-        args.temperature,
-        args.audio_seconds,
-    )
-    jobs = partial(pass_rates.make_jobs, items=items, lengths=lengths, in_silence=args.silent_audio, reader=reader)
-    asking.ask(args.engine, model, settings, jobs, done, partial_file, args.out_dir / "select.log")
 
 
 def write(args: argparse.Namespace, model: Model, table: Any, items: Sequence[Any], done: dict[int, Any]) -> None:

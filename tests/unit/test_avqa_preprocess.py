@@ -230,7 +230,7 @@ def test_cells(tmp_path, text, expected):
 def test_what_is_no_whole_dataset_is_said(tmp_path):
     rows = [FORMATS["dcase"]]
     datasets.DatasetDict({"dev": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(AvqaError, match=r"has the splits dev; name one of them: .*splits/dev"):
+    with pytest.raises(AvqaError, match=r"splits: has splits; name the folder of one: .*splits/dev"):
         records_of(tmp_path / "splits")
     (part,) = (tmp_path / "splits/dev").glob("*.arrow")
     part.write_bytes(part.read_bytes()[:-200])
@@ -246,6 +246,9 @@ def test_what_is_no_whole_dataset_is_said(tmp_path):
     (tmp_path / "splits/dev/state.json").write_text("[]")
     with pytest.raises(AvqaError, match=r"state\.json: names no data files"):
         records_of(tmp_path / "splits/dev")
+    (tmp_path / "splits/dev/state.json").unlink()
+    with pytest.raises(AvqaError, match="name the folder of one: none is there"):
+        records_of(tmp_path / "splits")
 
 
 @pytest.mark.parametrize(

@@ -194,9 +194,10 @@ def test_samples_follow_the_models_distribution(engine, tiny_model, demo_parquet
     model, count = Model(str(tiny_model), str(tiny_model)), 600
     lengths, _, _ = asking.check_audio(items, AudioReader())
     jobs = lambda processor: pass_rates.make_jobs(processor, items, lengths, True, AudioReader())  # noqa: E731
-    settings = engines.Settings(12, count, "float32", samples=count, temperature=0.5)
+    sizes = {"max_new_tokens": 12, "batch_size": count, "dtype": "float32", "tensor_parallel_size": 1}
+    args = SimpleNamespace(engine=engine, seed=0, audio_seconds=30.0, **sizes)
     done, partial = {}, PartialFile(tmp_path / "partial", {"model": model.identity()})
-    asking.ask(engine, model, settings, jobs, done, partial, tmp_path / "log")
+    asking.ask(args, model, jobs, done, partial, tmp_path / "log", count, 0.5)
     assert partial.load() == done and {len(texts) for texts in done.values()} == {count}
     processor = AutoProcessor.from_pretrained(tiny_model)
     plain = Qwen2AudioForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32).eval()

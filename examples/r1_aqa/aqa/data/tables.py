@@ -58,8 +58,8 @@ def data_files(path: Path) -> list[Path]:
         with path.open("rb") as file:
             return [path] if file.read(4) == b"PAR1" else []
     if (path / "dataset_dict.json").is_file():
-        splits = [child.name for child in sorted(path.iterdir()) if (child / "state.json").is_file()]
-        raise AvqaError(f"{path}: has the splits {', '.join(splits)}; name one of them: {path / splits[0]}")
+        splits = [str(child) for child in sorted(path.iterdir()) if (child / "state.json").is_file()]
+        raise AvqaError(f"{path}: has splits; name the folder of one: {', '.join(splits) or 'none is there'}")
     if not (path / "state.json").is_file():
         files = sorted(path.glob("*.parquet"))
         splits = sorted({_NUMBER.sub("", file.stem) for file in files})

@@ -23,7 +23,7 @@ from aqa.hosts.locate import lacks, not_installed
 
 if TYPE_CHECKING:
     from aqa.audio.reader import AudioReader
-    from aqa.evaluation.engines import Job, Settings
+    from aqa.evaluation.engines import Job
 
 EXIT_STATUS = (
     "exit status: 0 done; 2 wrong use, wrong data or a file that cannot be read or written, the message says what to "
@@ -182,33 +182,38 @@ def check_audio(
 
 # --------------------------------------------------------------------------------------------------------------- asking
 def ask(
-    engine: str,
+    args: argparse.Namespace,
     model: Model,
-    settings: Settings,
     make_jobs: Callable[[Any], list[Job]],
     done: dict[int, Any],
     partial: PartialFile,
     log: Path,
+    samples: int = 1,
+    temperature: float = 0.0,
 ) -> dict[str, Any]:
     """Load the engine and ask the questions that have no answer yet.
 
-    :param engine: ``hf`` or ``vllm``.
+    :param args: With the flags of :func:`add_model_flags` and :func:`add_generation_flags`.
     :param make_jobs: Makes all jobs, also of finished questions, with the model's processor.
-    :param done: Finished responses by job index, a text, or a list of ``settings.samples`` texts where there are
-        several; the new ones are added.
+    :param done: Finished responses by job index, a text, or a list of ``samples`` texts where there are several; the
+        new ones are added.
     :param partial: Each response is written to it at once.
     :param log: Receives what the libraries print.
+    :param samples: Responses to each question.
+    :param temperature: 0: greedy.
     :return: Durations in seconds, and how many questions were asked.
     :raises EvalError: for what the user can correct.
     """
-    from aqa.evaluation.engines import HFEngine, VLLMEngine, load_processor, output_to_log
+    from aqa.evaluation.engines import HFEngine, Settings, VLLMEngine, load_processor, output_to_log
 
+    sizes = args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size
+    settings = Settings(*sizes, args.seed, samples, temperature, args.audio_seconds)
     started, before = time.monotonic(), len(done)
     with output_to_log(log) as screen:
-        print(f"loading the model into {engine} ...", file=screen, flush=True)
+        print(f"loading the model into {args.engine} ...", file=screen, flush=True)
         processor = load_processor(model)
         jobs = make_jobs(processor)
-        asker = HFEngine(model, processor, settings) if engine == "hf" else None
+        asker = HFEngine(model, processor, settings) if args.engine == "hf" else None
         asker = asker or VLLMEngine(model, processor, settings, jobs)
         loaded = time.monotonic()
         if model.identity() != partial.identity["model"]:
@@ -218,7 +223,7 @@ def ask(
             )
         with progress_bar(screen, "answering", len(jobs), before) as bar:
             for part in asker.answer(jobs, set(done)):
-                answered = [(index, texts if settings.samples > 1 else texts[0]) for index, texts in part]
+                answered = [(index, texts if samples > 1 else texts[0]) for index, texts in part]
                 partial.append(answered)
                 done.update(answered)
                 bar.update(len(answered))
