@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from aqa.audio.decode import AudioError, probe_all, show
 from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
 from aqa.audio.reader import AudioReader
+from aqa.common.console import several
 from aqa.common.constants import SAMPLING_RATE
 from aqa.data.columns import DataError, check_types, read_columns, tags_of
 from aqa.data.prompts import prompt_lengths, prompt_problem, render_chat
@@ -86,10 +87,9 @@ class AudioPromptDataset(Dataset):
             self.prompts = [render_chat(processor, messages) for messages in columns["input_key"]]
             problems = self._check_texts() + self._check_files(strategy)
         if problems:
-            shown = "\n".join(f"  {p}" for p in problems[:20])
-            more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+            title = f"{len(problems)} problems in {len(self.audio_paths)} rows of training data"
             raise DataError(
-                f"{len(problems)} problems in {len(self.audio_paths)} rows of training data:\n{shown}{more}\n"
+                f"{several(title, problems)}\n"
                 "Run data_preprocess/avqa.py again where the audio is: it leaves out rows that cannot be used, with "
                 "--skip_bad also those without audio, with --prompt_max_len and --pretrain those that are too long."
             )

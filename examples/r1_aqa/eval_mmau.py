@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from aqa.common.arguments import Parser
+from aqa.common.console import several
 from aqa.common.files import write_atomically
 from aqa.common.lock import lock
 from aqa.data.rows import show_value
@@ -35,7 +36,6 @@ from aqa.evaluation.items import (
     names_choice,
     read_rows,
     result_rows,
-    several,
     write_rows,
 )
 from aqa.evaluation.scoring import compare, comparison_table, judge, judge_file, percent, score, score_table, to_json

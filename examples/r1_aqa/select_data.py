@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from aqa.common.arguments import Parser
+from aqa.common.console import several
 from aqa.common.files import write_files
 from aqa.common.lock import lock
 from aqa.data.selection import PASS_RATE, SILENT_PASS_RATE
 from aqa.evaluation import asking, pass_rates
 from aqa.evaluation.checkpoints import Model, resolve_model
-from aqa.evaluation.items import EvalError, PartialFile, digest, several
+from aqa.evaluation.items import EvalError, PartialFile, digest
 from aqa.training.flags import REWARDS
 
 TRAIN = "train.parquet"

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 SHOWN_PROBLEMS = 3  # of each kind, on the screen; the report holds all
 
@@ -30,14 +31,25 @@ def say_problems(headline: str, kinds: Iterable[str], lines: Sequence[str]) -> N
     say("\n  ".join([f"WARNING: {headline}: {counts}", *shown, *more]))
 
 
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], object]]:
-    """Show a bar on stderr, redrawn often on a terminal and every half minute in a file.
+def several(title: str, lines: Sequence[str], most: int = 20) -> str:
+    """A message with a title and the first of many lines."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n  ".join([f"{title}:", *lines[:most], *more])
 
-    :return: A function that advances it by one.
+
+@contextmanager
+def progress(
+    what: str, total: int, unit: str = "file", done: int = 0, screen: TextIO | None = None
+) -> Iterator[Callable[..., object]]:
+    """Show a bar with rate and remaining time, redrawn often on a terminal and every half minute in a file.
+
+    :param screen: Where; stderr by default.
+    :return: A function that advances it, by one or by its argument.
     """
     from tqdm import tqdm
 
-    often = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(desc=what, total=total, unit="file", mininterval=often, maxinterval=2 * often) as bar:
+    screen = screen or sys.stderr
+    often = 0.1 if screen.isatty() else 30.0
+    kind = {"unit": unit, "initial": done, "file": screen}
+    with tqdm(desc=what, total=total, mininterval=often, maxinterval=2 * often, **kind) as bar:
         yield bar.update

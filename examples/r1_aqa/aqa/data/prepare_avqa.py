@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from aqa.audio.probe import Clip, first_copies, probe_clip, probe_clips
 from aqa.audio.sandbox import escape_of
-from aqa.common.console import say, say_problems
+from aqa.common.console import say, say_problems, several
 from aqa.common.constants import PLAIN_LABEL, THINK_LABEL
 from aqa.common.files import write_files
 from aqa.data.parquet import build_table, integers
@@ -278,9 +278,8 @@ def refuse_shared(
                 f"line {rows[number].line}: {paths[number]}: the same {same} as {paths[twin]}, line {rows[twin].line} "
                 "of --input_jsonl"
             )
-    more = [f"... and {len(lines) - 3} more"] if len(lines) > 3 else []
     title = f"--val_file {args.val_file}: {len(lines)} rows are not new to a model that was trained on --input_jsonl"
-    raise AvqaError("\n  ".join([title, *lines[:3], *more]))
+    raise AvqaError(several(title, lines, 3))
 
 
 def say_groups(

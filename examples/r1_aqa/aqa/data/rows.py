@@ -14,6 +14,7 @@ import shlex
 from collections import Counter
 from typing import NamedTuple
 
+from aqa.common.console import several
 from aqa.data.formats import Format, format_of
 from aqa.data.prompts import prompt_problem, render_prompt
 
@@ -352,12 +353,9 @@ def read_field(rows: list[Row], records: list[Record], field: str, flag: str, in
         if not text
     ]
     if lines:
-        more = [f"... and {len(lines) - 3} more"] if len(lines) > 3 else []
-        title = (
-            f"{flag} {field}: {len(lines)} of {len(rows)} rows have no text or number there; the fields of line "
-            f"{rows[0].line} are {', '.join(map(show_value, records[rows[0].index].value))}"
-        )
-        raise AvqaError("\n  ".join([title, *lines[:3], *more]))
+        fields = f"the fields of line {rows[0].line} are {', '.join(map(show_value, records[rows[0].index].value))}"
+        title = f"{flag} {field}: {len(lines)} of {len(rows)} rows have no text or number there ({fields})"
+        raise AvqaError(several(title, lines, 3))
     return [row._replace(**{into: text}) for row, text in zip(rows, texts, strict=True)]
 
 

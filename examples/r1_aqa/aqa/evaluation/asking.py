@@ -13,9 +13,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from aqa.common import gpu
+from aqa.common.console import progress
 from aqa.common.versions import installed_versions
 from aqa.evaluation.checkpoints import Model
 from aqa.evaluation.items import EvalError, Item, PartialFile
@@ -169,14 +170,14 @@ def check_audio(
         return list(map(len, waves)), not all(wave.any() for wave in waves)
 
     lengths, bad, silent = {}, {}, []
-    with ThreadPoolExecutor(max_workers=8) as pool, progress_bar(sys.stderr, "checking audio", len(items)) as bar:
+    with ThreadPoolExecutor(max_workers=8) as pool, progress("checking audio", len(items), "q") as advance:
         for item, result in zip(items, pool.map(check, items), strict=True):
             if isinstance(result, str):
                 bad[item.index] = result
             else:
                 lengths[item.index] = result[0]
                 silent += [item.index] if result[1] else []
-            bar.update()
+            advance()
     return lengths, bad, silent
 
 
@@ -221,12 +222,12 @@ def ask(
                 f"{model.path}: its weights changed while they were being loaded; start again when the training that "
                 "writes them has ended"
             )
-        with progress_bar(screen, "answering", len(jobs), before) as bar:
+        with progress("answering", len(jobs), "q", before, screen) as advance:
             for part in asker.answer(jobs, set(done)):
                 answered = [(index, texts if samples > 1 else texts[0]) for index, texts in part]
                 partial.append(answered)
                 done.update(answered)
-                bar.update(len(answered))
+                advance(len(answered))
     seconds, asked = time.monotonic() - loaded, len(done) - before
     return {
         "seconds_to_load": round(loaded - started, 2),
@@ -234,16 +235,6 @@ def ask(
         "asked": asked,
         "questions_per_second": round(asked / seconds, 3),
     }
-
-
-def progress_bar(screen: TextIO, title: str, total: int, initial: int = 0) -> Any:
-    """A bar with rate and remaining time, redrawn often on a terminal and every half minute in a file."""
-    from tqdm import tqdm
-
-    often = 0.1 if screen.isatty() else 30.0
-    return tqdm(
-        desc=title, total=total, initial=initial, unit="q", file=screen, mininterval=often, maxinterval=often * 2
-    )
 
 
 def describe_run(args: argparse.Namespace, model: Model) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aqa.audio.sandbox import escape_of
-from aqa.common.console import say
+from aqa.common.console import say, several
 from aqa.common.files import write_atomically
 from aqa.data.formats import AUDIO_MCQ, DCASE, R1_AQA, format_of
 from aqa.data.formats import MMAU as MMAU_FIELDS
@@ -32,7 +32,6 @@ from aqa.data.tables import records_of
 from aqa.evaluation.benchmarks import ADQA, BENCHMARKS, MMAR, MMAU, MMAU_PRO, MMSU, Benchmark
 from aqa.rewards.choices import find_choice, is_right
 
-SHOWN_PROBLEMS = 20
 MAX_DEPTH = 50  # of a row; Python's json reads deeper ones than it writes
 
 
@@ -412,9 +411,3 @@ def digest(path: Path) -> str:
         return hashlib.sha256("".join(inner).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def several(title: str, lines: Sequence[str]) -> str:
-    """A message with a title and the first of many lines."""
-    more = [f"... and {len(lines) - SHOWN_PROBLEMS} more"] if len(lines) > SHOWN_PROBLEMS else []
-    return "\n  ".join([f"{title}:", *lines[:SHOWN_PROBLEMS], *more])

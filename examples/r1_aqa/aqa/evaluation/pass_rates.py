@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aqa.common.console import several
 from aqa.data.selection import NOTE, PASS_RATE, SILENT_PASS_RATE
-from aqa.evaluation.items import EvalError, Item, several
+from aqa.evaluation.items import EvalError, Item
 
 if TYPE_CHECKING:
     import pyarrow as pa

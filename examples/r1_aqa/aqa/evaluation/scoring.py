@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aqa.common.console import several
 from aqa.evaluation.benchmarks import BENCHMARKS, Benchmark
-from aqa.evaluation.items import EvalError, answer_texts, read_rows, several
+from aqa.evaluation.items import EvalError, answer_texts, read_rows
 from aqa.evaluation.variants import describe_orders
 
 COLLAPSE_FROM, COLLAPSE_SHARE, COLLAPSE_RIGHT = 10, 0.95, 0.8  # answers; shares of them

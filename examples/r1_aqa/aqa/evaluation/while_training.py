@@ -14,10 +14,11 @@ import numpy as np
 from aqa.audio.decode import SAMPLING_RATE, probe_all
 from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
 from aqa.audio.reader import AudioReader
+from aqa.common.console import several
 from aqa.data.prompts import choices_in
 from aqa.evaluation.answers import extract_answer
 from aqa.evaluation.engines import decode, render
-from aqa.evaluation.items import EvalError, make_items, read_rows, result_rows, several, write_rows
+from aqa.evaluation.items import EvalError, make_items, read_rows, result_rows, write_rows
 from aqa.evaluation.scoring import Said, find_collapsed, judge, score
 from aqa.rewards.r1_aqa import SPECIAL_TOKENS, extract_response
 from lightrft.utils.distributed import gather_objects
