@@ -328,7 +328,7 @@ def report_audio(items: Sequence[Item], bad: dict[int, str], silent: Sequence[in
 def title_of(benchmark: Benchmark, scores: dict[str, Any]) -> str:
     """What a table of scores is headed with. Rows of one's own are in MMAU's format, but without its difficulties."""
     own = benchmark is BENCHMARKS["mmau"] and "difficulty" not in scores["by"]
-    return "own questions, by the rule of MMAU's script" if own else f"{benchmark.title}'s {benchmark.rule}"
+    return "own questions, by the rule of MMAU's script" if own else f"{benchmark.title}: {benchmark.rule}"
 
 
 def show_result(

@@ -1,5 +1,6 @@
 """The evaluation, from the questions' file to the scores: what is asked, what is kept, what is refused."""
 
+import dataclasses
 import json
 import os
 import re
@@ -398,9 +399,10 @@ def test_batches_answer_as_transformers_does_one_by_one(tmp_path, flags, tiny_mo
 
 def test_a_question_about_several_recordings(tiny_model, demo_data):
     """As transformers alone answers it, with Qwen2-Audio's processor; beside a question about one of them."""
-    processor = engines.load_processor(Model(str(tiny_model), str(tiny_model)))
+    model = Model(str(tiny_model), str(tiny_model))
+    processor = engines.load_processor(model)
     settings = engines.Settings(max_new_tokens=8, batch_size=4, dtype="float32")
-    engine = engines.HFEngine(Model(str(tiny_model), str(tiny_model)), processor, settings)
+    engine = engines.HFEngine(model, processor, settings)
     perturbed(engine, 0.1)  # a small change of sound or text changes the answers
     files = sorted((demo_data / "test-audios").glob("*.wav"))[:3]
     jobs = []
@@ -416,6 +418,8 @@ def test_a_question_about_several_recordings(tiny_model, demo_data):
         expected[job.index] = [engines.decode(processor, tokens.tolist())]
     assert dict(pair for part in engine.answer(jobs, set()) for pair in part) == expected
     assert expected[0] != expected[1]
+    with pytest.raises(EvalError, match=r"2048 make .* more than the model's 2048; lower that or --audio_seconds"):
+        engines.longest_sequence(model, processor, dataclasses.replace(settings, max_new_tokens=2048), jobs)
 
 
 def test_silence_is_marked_everywhere(tmp_path, flags, capsys, monkeypatch):

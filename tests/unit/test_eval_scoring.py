@@ -215,14 +215,14 @@ def test_closed_questions_of_mmau_pro(tmp_path):
     rows[1]["audio_path"] = ["0.wav", "1.wav"]
     others = [{"category": "open"}, {"category": "instruction following"}, {"choices": None}, {"choices": ["dog"]}]
     rows += [rows[0] | {"id": f"o{i}"} | other for i, other in enumerate(others)]
-    for i in (0, 1, 2, 3):
-        soundfile.write(tmp_path / f"{i}.wav", np.full(16_000 * (31 if i == 2 else 1), 0.1), 16_000)
+    for i, seconds in enumerate((1, 1, 31, 30.02)):  # the last 20 ms make no audio token
+        soundfile.write(tmp_path / f"{i}.wav", np.full(int(16_000 * seconds), 0.1), 16_000)
     pq.write_table(pa.Table.from_pylist([row | {"kwargs": None} for row in rows]), tmp_path / "test.parquet")
     benchmark, questions = read_rows(tmp_path / "test.parquet")
     assert (benchmark, [row["id"] for row in questions]) == (MMAU_PRO, ["0", "1", "2", "3"])
     items = make_items(questions, benchmark, tmp_path, False)
     lengths, bad, _ = asking.check_audio(items, AudioReader(), benchmark.is_whole)
-    assert lengths == {0: [16_000], 1: [16_000] * 2, 3: [16_000]} and "item 2 (id 2): 31.0 s of sound" in bad[2]
+    assert lengths == {0: [16_000], 1: [16_000] * 2, 3: [480_000]} and "item 2 (id 2): 31.00 s of sound" in bad[2]
     said = [("a cat", "a cat"), ("", ""), ("", ""), ("A cat", "A cat")]  # the last is nobody's text
     rows = [row | {"kwargs": {}} for row in result_rows(items, said, benchmark, False)]
     rows[3]["option_orders"] = [{"order": [0, 1, 2], "prediction": "", "raw_output": ""}]  # a field of one row alone

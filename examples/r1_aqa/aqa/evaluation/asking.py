@@ -162,8 +162,8 @@ def check_audio(
         for path in (item.audio, *item.further):
             try:
                 frames, rate = reader.read_header(path) if is_whole else (0, 1)
-                if frames > (heard := reader.seconds) * rate:
-                    return f"{item.label}: {frames / rate:.1f} s of sound, {heard:g} are heard (--audio_seconds)"
+                if frames > ((heard := reader.seconds) + 0.02) * rate:  # 20 ms make no audio token
+                    return f"{item.label}: {frames / rate:.2f} s of sound, {heard:g} are heard (--audio_seconds)"
                 waves.append(reader.load(path, silence_ok=True))
             except AudioError as error:
                 return f"{item.label}: {error}"
@@ -205,7 +205,7 @@ def ask(
     :return: Durations in seconds, and how many questions were asked.
     :raises EvalError: for what the user can correct.
     """
-    from aqa.evaluation.engines import HFEngine, Settings, VLLMEngine, load_processor, output_to_log
+    from aqa.evaluation.engines import HFEngine, Settings, VLLMEngine, load_processor, longest_sequence, output_to_log
 
     sizes = args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size
     settings = Settings(*sizes, args.seed, samples, temperature, args.audio_seconds)
@@ -214,6 +214,7 @@ def ask(
         print(f"loading the model into {args.engine} ...", file=screen, flush=True)
         processor = load_processor(model)
         jobs = make_jobs(processor)
+        longest_sequence(model, processor, settings, jobs)
         asker = HFEngine(model, processor, settings) if args.engine == "hf" else None
         asker = asker or VLLMEngine(model, processor, settings, jobs)
         loaded = time.monotonic()

@@ -359,13 +359,8 @@ class VLLMEngine:
             )
         on_gpu = torch.cuda.is_available()
         dtype = choose_dtype(settings.dtype)
-        max_model_len = longest_prompt(processor, jobs) + settings.max_new_tokens
+        max_model_len = longest_sequence(model, processor, settings, jobs)
         text = AutoConfig.from_pretrained(model.path).get_text_config()
-        if max_model_len > text.max_position_embeddings:
-            raise EvalError(
-                f"the longest prompt and --max_new_tokens {settings.max_new_tokens} make {max_model_len} tokens, more "
-                f"than the model's {text.max_position_embeddings}"
-            )
         _set_vllm_environment(settings, cache_gib=_cache_gib(text, dtype, max_model_len))
         vllm = _import_vllm()
         if family.ours_in_vllm and settings.tensor_parallel_size > 1:
@@ -447,6 +442,21 @@ def longest_prompt(processor: Any, jobs: Sequence[Job]) -> int:
     ids = processor.tokenizer([job.text for job in jobs], add_special_tokens=False)["input_ids"]
     audio = [[audio_token_count(-(-length // HOP_LENGTH)) - 1 for length in job.samples] for job in jobs]
     return max(len(row) + sum(more) for row, more in zip(ids, audio, strict=True))
+
+
+def longest_sequence(model: Model, processor: Any, settings: Settings, jobs: Sequence[Job]) -> int:
+    """Tokens of the longest prompt and its response.
+
+    :raises EvalError: if they are more than the model has positions, beyond which it would answer nonsense.
+    """
+    from transformers import AutoConfig
+
+    tokens = longest_prompt(processor, jobs) + settings.max_new_tokens
+    most = AutoConfig.from_pretrained(model.path).get_text_config().max_position_embeddings
+    if tokens > most:
+        made = f"the longest prompt and --max_new_tokens {settings.max_new_tokens} make {tokens} tokens"
+        raise EvalError(f"{made}, more than the model's {most}; lower that or --audio_seconds")
+    return tokens
 
 
 def weight_names(folder: Path) -> list[str]:
