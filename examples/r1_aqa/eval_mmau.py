@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     problems = find_problems(args)
     if problems:
-        raise EvalError(several(f"{len(problems)} settings cannot be used", problems))
+        raise EvalError(several("these settings cannot be used", problems))
     return args
 
 

@@ -66,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.data_file.is_dir():
         args.data_file /= TRAIN
     if problems := find_problems(args):
-        raise EvalError(several(f"{len(problems)} settings cannot be used", problems))
+        raise EvalError(several("these settings cannot be used", problems))
     return args
 
 
@@ -137,8 +137,8 @@ def write(args: argparse.Namespace, model: Model, table: Any, items: Sequence[An
             writers[name] = lambda file, source=source: file.write(source.read_bytes())
     write_files(args.out_dir, f"--out_dir {args.out_dir}", writers, obsolete=(TRAIN, *BESIDE))
     print(f"\n{pass_rates.describe(rates, args.samples)}\n\nrates    {args.out_dir / TRAIN}")
-    silent = "--max_silent_pass_rate 0.5 " if args.silent_audio else ""
-    print(f"next     train_colocate.py --prompt_data {args.out_dir} {silent}--pass_rate 0.1 0.9 ...")
+    choice = "--max_silent_pass_rate 0.5" if args.silent_audio else "--pass_rate 0.1 0.9"
+    print(f"next     train with --prompt_data {args.out_dir} {choice}")
 
 
 def identity(args: argparse.Namespace, model: Model) -> dict[str, Any]:

@@ -631,7 +631,7 @@ def main() -> None:
         os.environ, vllm=args.engine_type == "vllm"
     )  # imports torch, so it is last
     if problems:
-        text = "\n  - ".join([f"{len(problems)} problems with this configuration:", *problems])
+        text = "\n  ".join(["these settings cannot be used:", *problems])
         if HOST.speaks_for_node():
             print(text, file=sys.stderr, flush=True)
         HOST.leave(SystemExit(text))

@@ -297,7 +297,7 @@ def test_launch_script_fails_when_training_fails(tiny_model, tmp_path):
         done = run(["bash", script], env=env)
         refused = run(["bash", script], env=env | {"MLP_WORKER_0_PORT": "20092"})
     assert done.returncode != 0
-    assert "1 problems" in done.stdout and "nowhere: does not exist" in done.stdout
+    assert "these settings cannot be used" in done.stdout and "nowhere: does not exist" in done.stdout
     assert refused.returncode == 2 and "port 20092 cannot be used" in refused.stderr
     assert "set MLP_WORKER_0_PORT" in refused.stderr
 

@@ -198,6 +198,7 @@ SHOWN_BY_THE_HEADER: dict[str, tuple] = {
     "header only": (riff(), "0 ms of sound"),
     "header that promises data, and none": (riff(size=RATE), "is cut short"),
     "text": (b"not found\n" * 50, UNREADABLE),
+    "text named .mp3": (b"not found\n" * 50, "(no MP3 frame in it); if a player", "clip.mp3"),
     "HTML of a failed download": (b"<!DOCTYPE html><html>404</html>", UNREADABLE),
     "random bytes": (np.random.default_rng(0).bytes(9999), UNREADABLE),
     "folder": (lambda path: path.mkdir(), "is a folder, not a file"),
@@ -321,7 +322,7 @@ def test_a_sound_file_is_decoded_right(tmp_path, reader, title):
     np.testing.assert_array_equal(outcome(reader.load, path), result)
     assert probe_all([path]) == probe_all([path], reader=load_audio) == []
     assert evaluated(path, reader) == ({0: [len(result)]}, {}, [])
-    assert probe_clip(path, decode=True).kind is None
+    assert probe_clip(path).kind is None
     np.testing.assert_array_equal(dataset_of(path, reader=reader)[0][1][0], result)
 
 
@@ -337,7 +338,7 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path, reader, title):
     assert probe_all([path], reader=load_audio) == [result]
     header = probe_all([path])
     assert len(header) == (title in SHOWN_BY_THE_HEADER) and all(text.startswith(f"{named}: ") for text in header)
-    clip = probe_clip(path, decode=True, reader=reader)
+    clip = probe_clip(path, reader)
     assert clip.kind == ("audio_missing" if title in ("missing", "name that is too long") else "audio_unreadable")
     assert named in clip.reason
     lengths, unusable, silent = evaluated(path, reader)

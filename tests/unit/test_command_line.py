@@ -51,6 +51,7 @@ EVAL, AVQA = "--model_path MODEL --audio_dir . --out_file OUT.json", "--audio_di
         ("data_preprocess/get_data.py", "mmau --questions gone --out_dir OUT", "--questions gone: no such file"),
         ("demo/make_model.py", "--rwos x --out_dir OUT", "did you mean --rows?"),
         ("demo/make_model.py", "--rows gone --out_dir OUT", "--rows gone: No such file"),
+        ("demo/make_model.py", "--out_dir /dev/null/m", "/dev/null is no folder that can be written to"),
         ("demo/make_data.py", "--sede 1 --out_dir OUT", "did you mean --seed?"),
         ("demo/run_demo.py", "--famly x", "did you mean --family?"),
         ("../../benchmarks/run_all.py", "--demo_dri x", "did you mean --demo_dir?"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from demo.real_sounds import Clip, fetch, find_clips, hold_out, unpack, write_clips
-from demo.whisper import SIZES, ModelFileError, read_variables, tower_weights
+from demo.whisper import SIZES, ModelFileError, read_variables, read_wheel, tower_weights
 
 
 def name(text: str) -> bytes:
@@ -69,6 +69,13 @@ def whisper(d: int, layers: int) -> dict[str, np.ndarray]:
     for i in range(layers):
         variables[f"encoder/layer_{i}/self_attention/linear_0/bias"][d : 2 * d] = 0  # Whisper's keys have none
     return variables | {"encoder/num_heads": np.array(6, np.int16), "decoder/x": np.zeros(1, np.float16)}
+
+
+def test_a_file_that_is_no_wheel_is_refused(tmp_path):
+    (tmp_path / "text").write_text("no wheel")
+    for path, reason in ((tmp_path / "gone", "No such file"), (tmp_path / "text", "not a zip")):
+        with pytest.raises(SystemExit, match=f"--whisper {path}: .*{reason}.*; make demo-real leaves"):
+            read_wheel(path)
 
 
 def test_whispers_encoder_gives_what_its_formula_says():

@@ -223,14 +223,17 @@ def test_the_manuals_steps_run_with_the_demos_files(elsewhere):
 def test_the_way_from_ones_own_sounds_to_a_score(elsewhere):
     """All commands of that document, on ten low tones and ten high ones."""
     text = read(ROOT / "docs/own_sounds.md")
-    row, commands = ("".join(re.findall(rf"```{kind}\n(.*?)```", text, re.S)) for kind in ("json", "bash"))
-    (elsewhere / "mine").mkdir()
-    rows = []
+    row, script, commands = (
+        "".join(re.findall(rf"```{kind}\n(.*?)```", text, re.S)) for kind in ("json", "python", "bash")
+    )
     for i in range(20):
-        high, name = i % 2, f"{('low', 'high')[i % 2]}_{i // 2}.wav"
+        high, path = i % 2, elsewhere / "mine" / ("low", "high")[i % 2] / f"{i // 2}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
         tone = np.sin(2 * np.pi * (200 + 3000 * high + 40 * i) * np.arange(24000) / 16000)
-        soundfile.write(elsewhere / "mine" / name, tone, 16000)
-        rows.append(json.dumps(json.loads(row) | {"id": i, "answer": high, "audio_path": name, "device": i // 4}))
+        soundfile.write(path, tone, 16000)
+    shell(f"python - <<'END'\n{script}END\n", elsewhere)
+    rows = map(json.loads, read(elsewhere / "mine/rows.jsonl").splitlines())
+    rows = [json.dumps(json.loads(row) | written | {"device": i // 4}) for i, written in enumerate(rows)]
     (elsewhere / "mine/rows.jsonl").write_text("\n".join(rows))
     shell(commands, elsewhere)
     assert json.loads(read(elsewhere / "results/own/result.score.json"))["accuracy"] == 1.0

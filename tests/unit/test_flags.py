@@ -327,7 +327,7 @@ def test_the_hf_engine_has_no_tensor_parallelism(problems):
     [
         # of the recordings in the README: 1151 = 71 x 16 + 15; 71 x 20 = 1420 steps of 16 x 8 responses
         (1151, {"num_episodes": 20}, (71, 1420, 1420, 71, 0, 20), ["71 steps an episode x 20 episodes = 1,420 steps",
-         "181,760 responses", "15 rows fill no step and are left out of an episode, others in the next"]),
+         "181,760 responses", "an episode leaves out 15 of 1,151 rows, too few for a step, others in each"]),
         (1151, {"num_episodes": 20, "max_steps": 399}, (71, 399, 399, 71, 0, 6), ["--max_steps 399: 5.62 episodes"]),
         (16, {"max_steps": 5, "train_batch_size": 256}, (1, 5, 2, 0, 128, 5), ["= 1 step an episode; --max_steps 5",
          "the last 128 responses do not fill an optimizer step"]),

@@ -252,6 +252,7 @@ def test_a_clip_sounds_and_looks_like_its_file(tmp_path):
     assert np.abs(peaks[:58]).max() == 0 and np.abs(peaks[122:]).max() == 0
     assert peaks[62:118].min() <= -95 and peaks[62:118].max() >= 95
     assert clip["heard"] == "80 % of the energy between 998 and 1,002 Hz"
+    assert clip["name"] == f"{tmp_path.name}/a.wav"
     image = np.asarray(Image.open(io.BytesIO(base64.b64decode(clip["mel"])))).astype(int).sum(-1)
     row, column = np.unravel_index(image.argmax(), image.shape)
     # 1 kHz is about a third of the way up 128 mel bands to 8 kHz

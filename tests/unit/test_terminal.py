@@ -167,7 +167,7 @@ def test_the_summary_compares_first_last_and_recent_steps():
     assert cells["reward"] == ["0.100", "2.000", "1.550"]  # 1.1 to 2.0: 15.5 / 10
     assert cells["held-out accuracy"] == ["0.250", "at", "step", "0", "to", "0.750", "at", "step", "20"]
     assert "gradient norm" not in cells
-    assert lines[-1].startswith("2 warning signs in all steps; each kind was printed once")
+    assert lines[-1].startswith("2 warnings in all steps, of which the first of each kind was printed")
     assert max(map(len, lines)) <= 80
 
 

@@ -12,8 +12,8 @@ what was read, what was left out and why, and what the audio is like. Files are 
 complete.
 
 Rows that cannot be used (malformed JSON, missing fields, an answer out of range, a control token of the model in the
-text, ...) are left out. Rows whose audio is missing or unreadable are kept, because data is often prepared where the
-sound is not; both are reported. ``--skip_bad`` leaves the latter out too, ``--strict`` stops at either.
+text, ...) are left out. Rows whose audio is missing, unreadable or digital silence are kept, because training may find
+it in order by then; both are reported. ``--skip_bad`` leaves the latter out too, ``--strict`` stops at either.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from aqa.common.model_type import missing_tokenizer
 from aqa.data.parquet import build_table
 from aqa.data.prepare_avqa import QUESTIONS_FILE, REPORT_FILE, TRAIN_FILE, VALIDATION_FILE, make_resolver, prepare
 from aqa.data.prompts import render_prompt
-from aqa.data.rows import AvqaError, split_by_clip
+from aqa.data.rows import ROW, AvqaError, split_by_clip
 
 __all__ = ["AvqaError", "build_table", "main", "make_resolver", "render_prompt", "split_by_clip"]
 
@@ -144,13 +144,8 @@ def add_checks(checks: argparse._ArgumentGroup) -> None:
     checks.add_argument(
         "--no_check_audio",
         action="store_true",
-        help="do not open the audio files: quicker, but nothing is known of them",
-    )
-    checks.add_argument(
-        "--decode_audio",
-        action="store_true",
-        help="decode what the model will hear of every file, not only its header: finds damaged samples and digital "
-        "silence now, at which training would stop later (some milliseconds a file)",
+        help="do not open the audio files, which takes some milliseconds for each: for sound that is not here, or that "
+        "was checked before; training stops at files that are missing, damaged or silent",
     )
     checks.add_argument(
         "--confine_audio",
@@ -185,8 +180,7 @@ def check_args(args: argparse.Namespace) -> list[str]:
     problems = []
     for flag, file in (("input_jsonl", args.input_jsonl), ("val_file", args.val_file)):
         if file is not None and not os.path.exists(file):
-            problems.append(f"--{flag} {file}: no such file; the manual's step 1 says what its rows look like")
-    # A folder that does not exist is no error: then all audio is missing, and that is reported as such.
+            problems.append(f"--{flag} {file}: no such file; it holds rows such as {ROW}")
     if os.path.exists(args.audio_dir) and not os.path.isdir(args.audio_dir):
         problems.append(f"--audio_dir {args.audio_dir}: not a folder; name the one that holds the .wav files")
     try:
@@ -228,9 +222,8 @@ def check_args(args: argparse.Namespace) -> list[str]:
         problems.append(f"--prompt_max_len {args.prompt_max_len}: expected at least 1")
     if args.skip_bad and args.no_check_audio:
         problems.append("--skip_bad with --no_check_audio: which audio is bad is not known without the check; drop one")
-    for flag in ("decode_audio", "sandbox_audio"):
-        if getattr(args, flag) and args.no_check_audio:
-            problems.append(f"--{flag} with --no_check_audio: no audio file is opened then; drop one")
+    if args.sandbox_audio and args.no_check_audio:
+        problems.append("--sandbox_audio with --no_check_audio: no audio file is opened then; drop one")
     return problems
 
 
@@ -242,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare(parse_args(argv))
     except (AvqaError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            error = f"{error.filename}: cannot be read or written ({error.strerror})"
         if "--debug" in (sys.argv[1:] if argv is None else argv):
             traceback.print_exc()
         say(f"avqa.py: error: {error}")

@@ -164,9 +164,8 @@ def warm_start(
         optimizer.zero_grad()
         if step % 30 == 0 or step == steps - 1:
             print(
-                f"warm start: step {step + 1}/{steps}, loss of the format {format_loss.item():.3f}, "
-                f"of the option {word_loss.item():.3f} (at random: "
-                f"{(options >= 0).sum(1).log().mean().item():.3f})",
+                f"warm start: step {step + 1}/{steps}, loss of the format {format_loss.item():.3f} (at best 0), "
+                f"of the choice {word_loss.item():.3f} (at best {(options >= 0).sum(1).log().mean().item():.3f})",
                 flush=True,
             )
 

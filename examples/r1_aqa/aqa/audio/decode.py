@@ -207,6 +207,8 @@ def describe_failure(path: str | Path, error: Exception) -> str:
         return "cannot be read as audio: *.raw means sound without a header, whose rate is not known; convert it to WAV"
     if isinstance(error, soundfile.LibsndfileError):  # some of its errors have a number and no text
         reason = error.error_string or f"damaged: libsndfile error {error.code}"
+        if reason.startswith("File does not exist"):  # what libsndfile says of a *.mp3 in which it finds no frame
+            reason = "no MP3 frame in it"
         return f"cannot be read as audio ({reason}); if a player plays it, convert it: ffmpeg -i IN OUT.wav"
     return f"cannot be read as audio ({error})"
 

@@ -1,4 +1,4 @@
-"""Look at audio files: is there sound, how long, at which rate. Headers only, or all that the model will hear.
+"""Look at audio files: is there sound, how long, at which rate.
 
 soundfile is imported with the first file: whoever skips the check does without it.
 """
@@ -24,10 +24,9 @@ class Clip(NamedTuple):
     reason: str = ""
 
 
-def probe_clip(path: str, decode: bool = False, reader: AudioReader | None = None) -> Clip:
-    """Read one file.
+def probe_clip(path: str, reader: AudioReader | None = None) -> Clip:
+    """Decode what the model will hear of one file.
 
-    :param decode: Decode what the model hears, not only the header.
     :param reader: Reads the file; None: in this process.
     :return: Length (seconds) and sampling rate (Hz), or what is wrong.
     """
@@ -35,12 +34,15 @@ def probe_clip(path: str, decode: bool = False, reader: AudioReader | None = Non
     from aqa.audio.reader import AudioReader
 
     reader = reader or AudioReader()
-    if not os.path.exists(path) and not os.path.islink(path):
+    try:
+        os.lstat(path)
+    except PermissionError:
+        pass  # the file may be there; the reader says what forbids to open it
+    except (OSError, ValueError):
         return Clip(kind="audio_missing", reason=f"no such file: {show(path)}")
     try:
         frames, rate = reader.read_header(path)
-        if decode:
-            reader.load(path)
+        reader.load(path)
     except AudioError as error:
         return Clip(kind="audio_unreadable", reason=str(error))
     return Clip(frames / rate, rate)

@@ -22,6 +22,7 @@ from aqa.common.files import write_files
 from aqa.data.parquet import build_table, integers
 from aqa.data.prompts import prompt_lengths, render_chat
 from aqa.data.rows import (
+    ROW,
     AvqaError,
     Problem,
     Row,
@@ -38,7 +39,6 @@ from aqa.families import family_named
 
 TRAIN_FILE, VALIDATION_FILE, REPORT_FILE = "train.parquet", "validation.parquet", "report.json"
 QUESTIONS_FILE = "validation.json"
-REMEDY_NO_ROW = "the manual's step 1 has a row with its fields: id, question_text, multi_choice, answer, audio_path"
 
 
 @dataclass
@@ -81,18 +81,20 @@ def prepare(args: argparse.Namespace) -> None:
     check_packages(args)
     sources = [read_rows(args, file) for file in (args.input_jsonl, args.val_file) if file]
     clips = probe(args, [path for source in sources for path in source.paths])
+    if clips and all(clip.kind == "audio_missing" for clip in clips.values()):
+        first = audio_problems(sources[0].rows[:1], sources[0].paths[:1], clips)[0].reason
+        raise AvqaError(
+            f"--audio_dir {args.audio_dir}: holds none of the recordings: {first}. Correct it; for rows whose sound is "
+            "elsewhere add --no_check_audio"
+        )
     for source in sources:
         source.unheard = audio_problems(source.rows, source.paths, clips)
         if source.unheard:
-            fate = "KEPT: training will stop at them unless the audio is there by then"
+            fate = "KEPT, and training will stop at them unless it is there by then"
             fate = "left out" if args.skip_bad else "refused" if args.strict else fate
-            headline = (
-                f"{source.file}: the audio of {len(source.unheard)} rows is missing or unreadable; they are {fate}"
-            )
-            say_rows(headline, source.unheard)
+            say_rows(f"{source.file}: rows whose audio cannot be used are {fate}", source.unheard)
             hint = "" if args.skip_bad else "; --skip_bad leaves such rows out"
-            absent = "" if Path(args.audio_dir).is_dir() else ", which is no folder"
-            say(f"  Looked in --audio_dir {args.audio_dir}{absent}{hint}.")
+            say(f"  Looked in --audio_dir {args.audio_dir}{hint}.")
     bad, unheard = (sum(len(getattr(source, name)) for source in sources) for name in ("bad", "unheard"))
     if args.strict and (bad or unheard):
         raise AvqaError(f"--strict: {bad} unusable rows, {unheard} rows without audio. Repair them, or drop --strict")
@@ -108,7 +110,7 @@ def check_packages(args: argparse.Namespace) -> None:
 
     :raises AvqaError: with the command that installs it.
     """
-    audio = [] if args.no_check_audio else ["soundfile", "numpy", "tqdm", *(["soxr"] if args.decode_audio else [])]
+    audio = [] if args.no_check_audio else ["soundfile", "numpy", "tqdm", "soxr"]
     for module in ["pyarrow", *audio]:
         try:
             importlib.import_module(module)
@@ -136,7 +138,7 @@ def read_rows(args: argparse.Namespace, name: str) -> Source:
     if bad:
         say_rows(f"{len(bad)} of {len(records)} rows of {name} cannot be used and are left out", bad)
     if not rows:
-        raise AvqaError(f"{name}: no usable row among {len(records)}; {REMEDY_NO_ROW}")
+        raise AvqaError(f"{name}: no usable row among {len(records)}; one looks like {ROW}")
     for flag, into in (("split_by", "group"), ("thinking_field", "thinking")):
         if field := getattr(args, flag):
             rows = read_field(rows, records, field, f"--{flag}", into)
@@ -174,8 +176,8 @@ def too_long(rows: list[Row], pretrain: str, limit: int) -> list[Problem]:
 def make_resolver(audio_dir: str) -> Callable[[str], str]:
     """Make the function from a row's audio name to an absolute path.
 
-    It leaves absolute names as they are. Others become ``audio_dir/<relative path>`` where that file exists, else
-    ``audio_dir/<file name>``.
+    It leaves absolute names as they are. Others become ``audio_dir/<relative path>``, but ``audio_dir/<file name>``
+    where only that file exists, or neither does the folder of the relative path. A path of Windows is read as one.
     """
     root = os.path.abspath(audio_dir)
 
@@ -190,9 +192,13 @@ def make_resolver(audio_dir: str) -> Callable[[str], str]:
             return name
         relative, file_name = os.path.split(name)
         folder = existing_folder(relative) if relative else None
-        if folder is not None and os.path.isfile(path := os.path.join(folder, file_name)):
-            return path
-        return os.path.join(root, file_name)
+        alone = os.path.join(root, file_name)
+        if folder is not None:
+            path = os.path.join(folder, file_name)
+            return path if os.path.isfile(path) or not os.path.isfile(alone) else alone
+        if "\\" in name and not os.path.isfile(alone):
+            return resolve(name.replace("\\", "/"))
+        return alone
 
     return resolve
 
@@ -214,7 +220,7 @@ def probe(args: argparse.Namespace, paths: list[str]) -> dict[str, Clip]:
     from aqa.audio.reader import AudioReader
 
     reader = AudioReader(args.sandbox_audio)
-    clips = probe_clips(paths, args.num_workers, functools.partial(probe_clip, decode=args.decode_audio, reader=reader))
+    clips = probe_clips(paths, args.num_workers, functools.partial(probe_clip, reader=reader))
     reader.close()
     return clips
 
@@ -289,7 +295,7 @@ def say_groups(
     parts = [len({groups[i] for i in part}) for part in (train, validation)]
     say(f"split by {args.split_by}: {parts[0]} values of it in training, {parts[1]} in validation, none in both")
     if merged := len(set(groups)) - len(set(joined)):
-        say(f"  {merged} of them share a recording with another value's rows, and went with it")
+        say(f"  kept together with another value, because they share a recording: {merged}")
     if not args.val_file:
         share = len(validation) / len(groups)
         say(f"  validation: {args.val_ratio:.1%} of the rows were asked for, {share:.1%} are in it")
@@ -381,6 +387,7 @@ def count_clips(parts: dict[str, list[str]], clips: dict[str, Clip], checked: bo
         "seconds_min": seconds[0] if seconds else None,
         "seconds_median": (seconds[(len(seconds) - 1) // 2] + seconds[len(seconds) // 2]) / 2 if seconds else None,
         "seconds_max": seconds[-1] if seconds else None,
+        "longer_than_30_s": sum(length > 30 for length in seconds) if checked else None,
         "sampling_rates": {str(rate): number for rate, number in sorted(rates.items())},
     }
 
@@ -415,8 +422,11 @@ def say_summary(folder: str, report: dict, kinds: Counter[str], removed: bool) -
         rates = ", ".join(f"{rate} Hz: {number}" for rate, number in clips["sampling_rates"].items())
         lengths = f"{low:.2f} to {high:.2f} s (median {median:.2f} s)"
         say(f"  audio: {clips['readable']} files, {clips['hours']:.2f} h, {lengths}; {rates}")
+        if long := clips["longer_than_30_s"]:
+            say(f"  longer than 30 s: {long}, of which the first 30 s are heard unless training has --audio_seconds")
     elif not clips["checked"]:
         say("  audio: not checked (--no_check_audio)")
     named = [f"{kind or 'none'} {number}" for kind, number in kinds.most_common(8)]
-    say(f"  question types: {', '.join(named)}{', ...' if len(kinds) > 8 else ''}")
-    say(f"  {REPORT_FILE}: all counts and {len(report['problems'])} problems")
+    if set(kinds) != {""}:
+        say(f"  question types: {', '.join(named)}{', ...' if len(kinds) > 8 else ''}")
+    say(f"  {REPORT_FILE}: all counts, and all problems ({len(report['problems'])})")

@@ -19,6 +19,8 @@ from aqa.data.formats import Format, format_of
 from aqa.data.prompts import prompt_problem, render_prompt
 
 _ABSENT = (None, "")
+NOT_UTF8 = "not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8 IN > OUT"
+ROW = '{"question_text": "Low or high?", "multi_choice": ["low", "high"], "answer": "low", "audio_path": "a.wav"}'
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _OTHER_FILES = {
@@ -121,7 +123,7 @@ def read_records(data: bytes, source: str) -> list[Record]:
         further rows begin.
     """
     if data.startswith(_UTF16_BOMS):
-        raise AvqaError(f"{source}: the file is UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8")
+        raise AvqaError(f"{source}: the file is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8 IN > OUT")
     for start, what in _OTHER_FILES.items():
         if data.startswith(start):
             raise AvqaError(f"{source}: is {what.format(shlex.quote(source))}")
@@ -143,7 +145,7 @@ def _read_lines(data: bytes) -> list[Record]:
         try:
             records.append(_record(number, json.loads(raw.decode("utf-8"), object_pairs_hook=_object)))
         except UnicodeDecodeError as error:
-            records.append(Record(number, None, f"not UTF-8: byte {raw[error.start]:#04x} at {error.start}"))
+            records.append(Record(number, None, f"byte {raw[error.start]:#04x} at {error.start}: {NOT_UTF8}"))
         except RecursionError:
             records.append(Record(number, None, "nested too deeply"))
         except ValueError as error:  # JSONDecodeError, and an integer of more digits than Python converts
@@ -161,7 +163,7 @@ def _read_array(data: bytes, source: str) -> list[Record] | None:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise AvqaError(f"{source}, line {line}: not UTF-8. Convert the file with iconv") from error
+        raise AvqaError(f"{source}, line {line}: {NOT_UTF8}") from error
 
     records: list[Record] = []
     decoder = json.JSONDecoder(object_pairs_hook=_object)
@@ -263,12 +265,13 @@ def parse_record(record: Record, index: int, enable_think: bool, answers_from: i
         raise RowError("malformed_json", record.error)
     if not isinstance(value, dict):
         raise RowError("not_an_object", f"the row is {show_value(value)}, expected a JSON object")
-    identity, question, answer = map(value.get, ("id", fields.question, fields.answer))
+    identity = value.get("id", index + 1)  # rows without ids have their numbers
+    question, answer = value.get(fields.question), value.get(fields.answer)
     audio_path, video_name, choices = value.get(fields.audio), value.get("video_name"), fields.choices_of(value)
     no_audio = audio_path in _ABSENT and video_name in _ABSENT
     if no_audio or identity is None or question is None or choices is None or answer is None:
-        required = ("id", fields.question, *fields.choices, fields.answer)
-        missing = [name for name in required if value.get(name) is None]
+        missing = ["id"] if identity is None else []
+        missing += [n for n in (fields.question, *fields.choices, fields.answer) if value.get(n) is None]
         missing += [f"{fields.audio} (or video_name)"] if no_audio else []
         raise RowError("missing_field", f"no {', '.join(missing)}; the row has {', '.join(map(show_value, value))}")
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from aqa.common.files import draft_of
 from aqa.data.formats import AUDIO_MCQ, DCASE
-from aqa.data.rows import AvqaError, Record, read_records, show_value
+from aqa.data.rows import NOT_UTF8, AvqaError, Record, read_records, show_value
 
 FOLDER = "embedded"  # below --audio_dir, of recordings that were inside a table
 MAX_RECORDING = 256 * 2**20  # bytes
@@ -172,7 +172,7 @@ def read_cells(data: bytes, separator: str, source: str) -> list[Record]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise AvqaError(f"{source}, line {line}: not UTF-8. Convert the file with iconv") from error
+        raise AvqaError(f"{source}, line {line}: {NOT_UTF8}") from error
     start = re.match(r"(\s*[\r\n])?", text).end()  # blank lines; a tab before the header is an unnamed column
     skipped = text.count("\n", 0, start)
     reader = csv.reader(io.StringIO(text[start:], newline=""), delimiter=separator, strict=True)

@@ -147,5 +147,5 @@ def refuse_audio(bad: Mapping[int, str], silent: Sequence[int], items: Sequence[
     if problems:
         raise EvalError(
             several(f"the sound of {len(problems)} of {len(items)} rows cannot be trained on", problems)
-            + "\navqa.py --skip_bad --decode_audio leaves such rows out."
+            + "\navqa.py --skip_bad leaves such rows out."
         )

@@ -30,7 +30,7 @@ def encode_clip(path: Path) -> dict[str, Any]:
     wave = load_audio(path, silence_ok=True)
     mel = log_mel(wave)
     return {
-        "name": path.name,
+        "name": "/".join(path.parts[-2:]),  # recordings of one name lie in folders of speakers or kinds
         "seconds": round(len(wave) / SAMPLING_RATE, 3),
         "mp3": to_mp3(wave),
         "mel": to_image(mel),

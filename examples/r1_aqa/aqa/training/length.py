@@ -68,8 +68,8 @@ def describe_length(args: argparse.Namespace, length: Length, rows: int) -> list
         f"          {responses:,} responses; the first steps tell how long it takes",
     ]
     if unused := rows - length.batches * args.rollout_batch_size:
-        others = ", others in the next" if args.prompt_data_probs_end is None and not args.easy_first else ""
-        lines.append(f"note: {unused} rows fill no step and are left out of an episode{others}")
+        others = ", others in each" if args.prompt_data_probs_end is None and not args.easy_first else ""
+        lines.append(f"note: an episode leaves out {unused} of {rows:,} rows, too few for a step{others}")
     if length.left_over:
         lines.append(
             f"note: the last {length.left_over} responses do not fill an optimizer step and are not trained on"

@@ -610,7 +610,7 @@ def run(args: argparse.Namespace, problems: list[str]) -> int:
         except SizeError as error:
             problems.append(str(error))
     if problems:
-        print(f"{len(problems)} problems with this configuration:", *problems, sep="\n  - ", file=sys.stderr)
+        print("these settings cannot be used:", *problems, sep="\n  ", file=sys.stderr)
         return 2
     print(describe(plan, "as found" if listed else asked))
     return DOES_NOT_FIT if plan.missing else 0

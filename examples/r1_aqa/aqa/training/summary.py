@@ -27,7 +27,7 @@ ROWS = (
     ("step, seconds", "time/step", ".1f"),
 )
 COUNTS = {
-    "health/anomalies": "warning signs in all steps; each kind was printed once, when it was first seen",
+    "health/anomalies": "warnings in all steps, of which the first of each kind was printed",
     "health/skipped_steps": "optimizer steps left out",
     "health/failed_saves": "checkpoints that could not be written",
 }
