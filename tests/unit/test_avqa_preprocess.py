@@ -648,11 +648,11 @@ def test_38000_rows_take_seconds(tmp_path):
     assert cpu < 4  # processor time, which other jobs on the machine lengthen less than the time on the clock
 
 
-def test_runtime_needs_neither_pandas_nor_datasets_nor_torch(tmp_path):
+def test_runtime_needs_neither_datasets_nor_torch(tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(R1_ROW))
     code = (
         "import sys, avqa; status = avqa.main(sys.argv[1:]); "
-        "print(status, sorted({'pandas', 'datasets', 'torch', 'soundfile', 'tqdm'} & set(sys.modules)))"
+        "print(status, sorted({'datasets', 'torch', 'soundfile', 'tqdm'} & set(sys.modules)))"
     )
     paths = ["--input_jsonl", "in.jsonl", "--audio_dir", ".", "--local_save_dir", "out", "--no_check_audio"]
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(avqa.__file__)}

@@ -19,7 +19,7 @@ from aqa.audio.sandbox import escape_of
 from aqa.common.console import say, say_problems, several
 from aqa.common.constants import PLAIN_LABEL, THINK_LABEL
 from aqa.common.files import write_files
-from aqa.data.parquet import build_table, integers
+from aqa.data.parquet import build_table
 from aqa.data.prompts import prompt_lengths, render_chat
 from aqa.data.rows import (
     ROW,
@@ -317,7 +317,7 @@ def write(
     report = build_report(vars(args), sources, parts, clips)
     tables = {TRAIN_FILE: table}
     if validation:
-        tables = {TRAIN_FILE: table.take(integers(train, "q")), VALIDATION_FILE: table.take(integers(validation, "q"))}
+        tables = {TRAIN_FILE: table.take(train), VALIDATION_FILE: table.take(validation)}
     writers = {name: functools.partial(pq.write_table, part) for name, part in tables.items()}
     writers[REPORT_FILE] = functools.partial(dump_json, report)
     if validation:

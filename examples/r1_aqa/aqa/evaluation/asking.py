@@ -215,8 +215,8 @@ def ask(
         processor = load_processor(model)
         jobs = make_jobs(processor)
         longest_sequence(model, processor, settings, jobs)
-        asker = HFEngine(model, processor, settings) if args.engine == "hf" else None
-        asker = asker or VLLMEngine(model, processor, settings, jobs)
+        own = (model, processor, settings)
+        asker = HFEngine(*own) if args.engine == "hf" else VLLMEngine(*own, jobs)
         loaded = time.monotonic()
         if model.identity() != partial.identity["model"]:
             raise EvalError(
