@@ -615,6 +615,9 @@ def test_no_usable_row_is_an_error(run, data):
 def test_a_folder_without_any_of_the_recordings_is_refused(run, capsys):
     assert run([row(1), row(2)]) == 2 and not run.out.exists()
     assert f"--audio_dir {run.audio}: holds none of the recordings: no such file" in capsys.readouterr().err
+    run.audio.rmdir()
+    assert run([row(1), row(2)]) == 2 and not run.out.exists()
+    assert f"--audio_dir {run.audio}: no such folder. Correct it" in capsys.readouterr().err
 
 
 def test_what_a_killed_run_left_is_removed_and_a_running_one_is_not_disturbed(run):

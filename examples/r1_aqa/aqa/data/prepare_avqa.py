@@ -83,10 +83,9 @@ def prepare(args: argparse.Namespace) -> None:
     clips = probe(args, [path for source in sources for path in source.paths])
     if clips and all(clip.kind == "audio_missing" for clip in clips.values()):
         first = audio_problems(sources[0].rows[:1], sources[0].paths[:1], clips)[0].reason
-        raise AvqaError(
-            f"--audio_dir {args.audio_dir}: holds none of the recordings: {first}. Correct it; for rows whose sound is "
-            "elsewhere add --no_check_audio"
-        )
+        lack = f"holds none of the recordings: {first}" if Path(args.audio_dir).is_dir() else "no such folder"
+        remedy = "Correct it; for rows whose sound is elsewhere add --no_check_audio"
+        raise AvqaError(f"--audio_dir {args.audio_dir}: {lack}. {remedy}")
     for source in sources:
         source.unheard = audio_problems(source.rows, source.paths, clips)
         if source.unheard:
