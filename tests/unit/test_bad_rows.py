@@ -510,7 +510,8 @@ def test_the_evaluation_decodes_in_the_sandbox_and_reports_silence(hostile, monk
                 assert [len(wave) for wave in job.load()] == [800]
                 yield [(job.index, ["a"])]
 
-    for name, stub in {"load_processor": lambda _: None, "render": lambda *_: "?", "HFEngine": Engine}.items():
+    stubs = {"load_processor": lambda _: None, "longest_sequence": lambda *_: 0, "render": lambda *_: "?"}
+    for name, stub in (stubs | {"HFEngine": Engine}).items():
         monkeypatch.setattr(f"aqa.evaluation.engines.{name}", stub)
     base = ["--model_path", "m", "--data_file", hostile / "q.json", "--audio_dir", hostile / "audio"]
     assert eval_mmau.main([*map(str, base), "--out_file", str(hostile / "o.json"), "--sandbox_audio"]) == 0
