@@ -87,6 +87,7 @@ def test_help_shows_what_matters_and_help_all_the_rest(script, rare):
         ).stdout
 
     short, long = shown("--help"), shown("--help_all")
+    assert "default: None" not in long
     flags = re.findall(r"^  (--\w+)", short, re.MULTILINE)
     assert len(flags) == 10 and len(short.splitlines()) <= 80 and rare not in short
     assert rare in long and all(flag in long for flag in flags)

@@ -26,7 +26,7 @@ import numpy as np
 import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aqa.common.arguments import Parser
+from aqa.common.arguments import Defaults, Parser
 from demo import refuse_foreign
 from demo.sounds import CLASSES, SAMPLING_RATE, synthesize
 
@@ -185,7 +185,7 @@ def make_data(out_dir: Path, seed: int, train_questions: int, train_clips: int, 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description="Write the demo's synthetic audio question answering set.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if it exists")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything drawn")

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aqa.common.arguments import Parser
+from aqa.common.arguments import Defaults, Parser
 from aqa.common.console import say
 from aqa.data.rows import AvqaError, parse_records
 from aqa.data.tables import records_of
@@ -47,7 +47,7 @@ def read_questions(path: Path) -> list[tuple[str, list[str]]]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's flags."""
-    parser = Parser(description="Make the demo's tiny model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Make the demo's tiny model.", formatter_class=Defaults)
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if the demo has made it")
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_audio", help="what kind of model")
     parser.add_argument(

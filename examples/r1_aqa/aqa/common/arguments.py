@@ -30,6 +30,13 @@ def add_flags(parser: Any, table: Flags) -> None:
         parser.add_argument(name, help=text, **value, **(further[0] if further else {}))
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each help text, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser. It replaces ``~`` at the start of any value, which a shell leaves in ``--flag=~/x``, behind a
     comma and in variables, and answers a wrong flag with the one that is meant instead of all flags.

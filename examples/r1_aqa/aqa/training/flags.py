@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from aqa.common.arguments import Flags, Parser, add_flags
+from aqa.common.arguments import Defaults, Flags, Parser, add_flags
 from aqa.families import FAMILIES
 
 ESTIMATORS = ("group_norm", "gdpo", "dr_grpo", "rloo", "reinforce_baseline", "reinforce++", "reinforce", "gae", "cpgd")
@@ -354,7 +354,7 @@ def build_parser(add_host_arguments: Any) -> argparse.ArgumentParser:
         essential=ESSENTIAL,
         examples=EXAMPLES,
         epilog=EXIT_STATUS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     add_flags(parser, {"--debug": (False, "show the traceback of an error, too")})
     for title, table in GROUPS.items():
