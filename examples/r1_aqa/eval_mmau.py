@@ -12,7 +12,6 @@ OUT.partial.jsonl until the result file is complete.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from aqa.common.arguments import Parser
 from aqa.common.console import several
-from aqa.common.files import write_atomically
+from aqa.common.files import unwritable, write_atomically
 from aqa.common.lock import lock
 from aqa.data.rows import show_value
 from aqa.evaluation import asking
@@ -142,9 +141,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(
             f"--out_file {out}: must end in .json, .jsonl or .parquet, from which the official scripts tell the format"
         )
-    base = next(folder for folder in out.absolute().parents if folder.exists())
-    if not (base.is_dir() and os.access(base, os.W_OK)):
-        problems.append(f"--out_file {out}: {base} is no folder that can be written to; name another place")
+    if problem := unwritable(out.parent):
+        problems.append(f"--out_file {out}: {problem}")
     elif folders := [path.name for path in files_of(out) if path.is_dir()]:
         problems.append(f"--out_file {out}: {', '.join(folders)} beside it would be written and is a folder")
     elif out.exists() and Path(args.data_file).exists() and out.samefile(args.data_file):

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from aqa.common.arguments import Parser
+from aqa.common.files import explain
 from aqa.hosts.current import current_host
 from aqa.hosts.locate import find_host
 
@@ -28,6 +29,7 @@ def main() -> None:
     current_host().prepare_import()
     logging.disable(logging.WARNING)  # of libraries
     # imported here, because torch and transformers would make --help slow
+    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     from aqa.patches.strategy import write_processor
@@ -43,8 +45,11 @@ def main() -> None:
         shutil.rmtree(part, ignore_errors=True)
         write_processor(*export_model(checkpoint, args.pretrain, part), str(part))
         replace_folder(part, args.out)
-    except (ExportError, OSError, ValueError) as error:
-        raise SystemExit(f"export_checkpoint.py: error: {error}") from error
+    except (ExportError, OSError, ValueError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        why = explain(error) if isinstance(error, OSError) else error
+        full = f"--out {args.out}: is the disk full? " * isinstance(error, SafetensorError)
+        raise SystemExit(f"export_checkpoint.py: error: {full}{why}") from error
     print(f"{args.out}: the model of {checkpoint}")
 
 

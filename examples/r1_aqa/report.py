@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from aqa.common.arguments import Parser
-from aqa.common.files import write_atomically
+from aqa.common.files import explain, write_atomically
 
 COMPARED = "compared.json"  # in the run's folder: absolute paths
 
@@ -63,7 +63,7 @@ def main() -> None:
     except (ReportError, EvalError) as error:
         raise SystemExit(f"report.py: error: {error}") from error
     except OSError as error:
-        raise SystemExit(f"report.py: error: cannot write the report: {error}") from error
+        raise SystemExit(f"report.py: error: cannot write the report: {explain(error)}") from error
     print(f"{out} ({size / 1e6:.1f} MB)")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from aqa.common.arguments import Parser
 from aqa.common.console import several
-from aqa.common.files import write_files
+from aqa.common.files import unwritable, write_files
 from aqa.common.lock import lock
 from aqa.data.selection import PASS_RATE, SILENT_PASS_RATE
 from aqa.evaluation import asking, pass_rates
@@ -81,8 +81,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--data_file {args.data_file}: no such file")
     elif args.out_dir.exists() and args.out_dir.samefile(args.data_file.parent):
         problems.append(f"--out_dir {args.out_dir}: is the folder of --data_file; name another")
-    elif args.out_dir.exists() and not args.out_dir.is_dir():
-        problems.append(f"--out_dir {args.out_dir}: is no folder")
+    elif problem := unwritable(args.out_dir):
+        problems.append(f"--out_dir {args.out_dir}: {problem}")
     elif held and not args.overwrite:
         problems.append(f"--out_dir {args.out_dir}: holds {held}; --overwrite replaces all of that")
     return problems

@@ -592,7 +592,7 @@ def test_second_file_is_the_validation_part(run, tmp_path, capsys):
         (["--input_jsonl", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--input_jsonl", "."], "a folder; name the file in it"),
         (["--audio_dir", __file__], "not a folder; name the one that holds the .wav files"),
-        (["--local_save_dir", __file__], "not a folder; choose another name"),
+        (["--local_save_dir", __file__], "is no folder that can be written to"),
         (["--val_ratio", "nan"], "--val_ratio nan: expected 0 <= ratio < 1"),
         (["--val_ratio", "1"], "--val_ratio 1.0: expected"),
         (["--val_ratio", "-0.1"], "--val_ratio -0.1: expected"),

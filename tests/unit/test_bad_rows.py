@@ -22,6 +22,7 @@ from support.processors import make_dataset, training_row
 
 from aqa.audio import decode, sandbox
 from aqa.common.constants import ASSISTANT_HEADER
+from aqa.common.files import naming_file
 from aqa.data.prompts import render_prompt
 from aqa.data.rows import AvqaError, parse_records, read_records
 from aqa.evaluation import items
@@ -400,11 +401,12 @@ def test_a_mistake_ends_with_2_and_debug_shows_where(tmp_path, capsys, main, com
 
 def test_a_folder_that_cannot_be_written_ends_with_a_message(tmp_path, capsys, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device", str(tmp_path / "out.json"))
+        with naming_file(tmp_path / "out.json"):  # a write to a full disk does not know whose it is
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(eval_mmau, "evaluate", full)
     assert eval_mmau.main(EVAL_FLAGS.format(tmp_path).split()) == 2
-    assert "out.json: No space left on device" in capsys.readouterr().err
+    assert "out.json: No space left on device; make room there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

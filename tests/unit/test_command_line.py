@@ -49,6 +49,10 @@ EVAL, AVQA = "--model_path MODEL --audio_dir . --out_file OUT.json", "--audio_di
         ("data_preprocess/avqa.py", f"{AVQA} --input_jsonl ROWS --prompt_max_len 9", "add --pretrain"),
         ("data_preprocess/get_data.py", "mmau --achive x", "did you mean --archive?"),
         ("data_preprocess/get_data.py", "mmau --questions gone --out_dir OUT", "--questions gone: no such file"),
+        # each is told before anything is done that its output cannot be written: ROWS is a file
+        ("eval_mmau.py", "--model_path x --audio_dir . --data_file ROWS --out_file ROWS/r.json", "ROWS is no folder"),
+        ("select_data.py", "--model_path x --data_file ROWS --out_dir ROWS/x", "ROWS is no folder that can be written"),
+        ("data_preprocess/avqa.py", "--audio_dir . --input_jsonl ROWS --local_save_dir ROWS/x", "is no folder that"),
         ("demo/make_model.py", "--rwos x --out_dir OUT", "did you mean --rows?"),
         ("demo/make_model.py", "--rows gone --out_dir OUT", "--rows gone: No such file"),
         ("demo/make_model.py", "--out_dir /dev/null/m", "/dev/null is no folder that can be written to"),
@@ -92,6 +96,14 @@ def test_help_shows_what_matters_and_help_all_the_rest(script, rare):
     assert len(flags) == 10 and len(short.splitlines()) <= 80 and rare not in short
     assert rare in long and all(flag in long for flag in flags)
     assert len(re.findall(r"^ +(?:python |torchrun )", short, re.MULTILINE)) >= 3
+
+
+def test_ctrl_c_while_a_script_imports_is_one_line():
+    code = "import sys, aqa; sys.argv[0] = 'x/a.py'; raise {}"
+    for error, said in (("KeyboardInterrupt", "\na.py: interrupted\n"), ("ValueError", "Traceback")):
+        command = [sys.executable, "-c", code.format(error)]
+        done = subprocess.run(command, cwd=EXAMPLE, capture_output=True, text=True, env=child_environment())
+        assert done.returncode != 0 and done.stderr[: len(said)] == said
 
 
 def test_waiting_threads_sleep_in_every_script():

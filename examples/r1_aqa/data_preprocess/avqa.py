@@ -28,6 +28,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from aqa.common.arguments import Parser
 from aqa.common.console import say
 from aqa.common.constants import PLAIN_LABEL, THINK_LABEL
+from aqa.common.files import explain, unwritable
 from aqa.common.model_type import missing_tokenizer
 from aqa.data.parquet import build_table
 from aqa.data.prepare_avqa import QUESTIONS_FILE, REPORT_FILE, TRAIN_FILE, VALIDATION_FILE, make_resolver, prepare
@@ -187,8 +188,8 @@ def check_args(args: argparse.Namespace) -> list[str]:
         args.audio_dir.encode("utf-8")
     except UnicodeEncodeError:
         problems.append(f"--audio_dir {args.audio_dir!a}: not UTF-8, parquet cannot hold it; rename or link the folder")
-    if os.path.exists(args.local_save_dir) and not os.path.isdir(args.local_save_dir):
-        problems.append(f"--local_save_dir {args.local_save_dir}: not a folder; choose another name")
+    if problem := unwritable(Path(args.local_save_dir)):
+        problems.append(f"--local_save_dir {args.local_save_dir}: {problem}")
     for name in (TRAIN_FILE, VALIDATION_FILE, QUESTIONS_FILE, REPORT_FILE):
         target = os.path.join(args.local_save_dir, name)
         if os.path.isdir(target):
@@ -235,11 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare(parse_args(argv))
     except (AvqaError, OSError) as error:
-        if isinstance(error, OSError) and error.filename:
-            error = f"{error.filename}: cannot be read or written ({error.strerror})"
         if "--debug" in (sys.argv[1:] if argv is None else argv):
             traceback.print_exc()
-        say(f"avqa.py: error: {error}")
+        say(f"avqa.py: error: {explain(error) if isinstance(error, OSError) else error}")
         return 2
     except KeyboardInterrupt:
         say("avqa.py: interrupted, nothing was written")

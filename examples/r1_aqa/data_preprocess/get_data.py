@@ -41,7 +41,7 @@ sys.path.insert(0, str(_HERE.parent))  # the folder of the package aqa
 
 from aqa.common.arguments import Parser, shell_command  # noqa: E402
 from aqa.common.console import progress, say, say_problems  # noqa: E402
-from aqa.common.files import write_atomically  # noqa: E402
+from aqa.common.files import explain, write_atomically  # noqa: E402
 from aqa.common.lock import lock  # noqa: E402
 from aqa.data.embedded_audio import TakenOut, embedded_rows, parquet_files, take_out  # noqa: E402
 from aqa.data.extract_audio import ExtractError, extract_all, index_media, missing_tools  # noqa: E402
@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, AvqaError, EvalError, ExtractError, UnpackError, OSError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        say(f"get_data.py: error: {error}")
+        say(f"get_data.py: error: {explain(error) if isinstance(error, OSError) else error}")
         return 2
     except KeyboardInterrupt:
         say("get_data.py: interrupted; the same command goes on from here")

@@ -13,13 +13,9 @@ One clip in ten has another sampling rate than 16 kHz and one in ten two channel
 """
 
 import argparse
-import contextlib
 import json
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +23,7 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aqa.common.arguments import Defaults, Parser
-from demo import refuse_foreign
+from demo import written
 from demo.sounds import CLASSES, SAMPLING_RATE, synthesize
 
 QUESTIONS = (
@@ -149,23 +145,6 @@ def test_row(name: str, question: str, options: list[str], answer: str, file: st
     }
 
 
-@contextlib.contextmanager
-def written(out_dir: Path) -> Iterator[Path]:
-    """A data folder to fill; at the end it takes the place of an older one of the demo.
-
-    :raises SystemExit: if the demo has not made what is there.
-    """
-    refuse_foreign(out_dir, "demo-test.json")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as temporary:
-        folder = Path(temporary) / "data"
-        folder.mkdir()
-        yield folder
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        folder.rename(out_dir)
-
-
 def make_data(out_dir: Path, seed: int, train_questions: int, train_clips: int, test_questions: int) -> None:
     """Write the whole data folder; it appears under its name only once it is complete.
 
@@ -175,7 +154,7 @@ def make_data(out_dir: Path, seed: int, train_questions: int, train_clips: int, 
     :param test_questions: Number of test questions and test clips.
     """
     train_rng, test_rng = (np.random.default_rng([seed, stream]) for stream in range(len(SPLITS)))
-    with written(out_dir) as folder:
+    with written(out_dir, "demo-test.json") as folder:
         train = train_rows(write_clips(folder / "audios", "train", train_clips, train_rng), train_questions, train_rng)
         test = test_rows(write_clips(folder / "test-audios", "test", test_questions, test_rng), test_rng)
         (folder / "train_qa.data").write_text("".join(json.dumps(row) + "\n" for row in train), encoding="utf-8")

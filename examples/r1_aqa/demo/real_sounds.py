@@ -33,7 +33,8 @@ import soundfile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aqa.audio.decode import AudioError, load_audio
 from aqa.common.arguments import Parser
-from demo.make_data import test_row, train_row, written
+from demo import written
+from demo.make_data import test_row, train_row
 from demo.whisper import check
 
 PACKAGES = Path(__file__).with_name("real_packages.json")
@@ -311,7 +312,7 @@ def make_data(out_dir: Path, downloads: Path, seed: int, count: int) -> None:
     """
     unpacked, packages = fetch(downloads)
     train_rng, test_rng = (np.random.default_rng([seed, stream]) for stream in range(2))
-    with written(out_dir) as folder:
+    with written(out_dir, "demo-test.json") as folder:
         pools = write_clips(list(find_clips(unpacked)), seed, folder)
         train = draw_questions(pools["train"], count, train_rng)
         test = test_questions(pools["test"], test_rng)

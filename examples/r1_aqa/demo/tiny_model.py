@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +28,7 @@ from aqa.common.model_folder import complete
 from aqa.data.prompts import ANSWER_SENTENCE, OPTIONS_SENTENCE
 from aqa.families import BY_TYPE, write_checkpoint
 from aqa.policy.forward import parts_of
+from demo import written
 from demo.warm_start import draw_warm_start_example, embed_sounds, warm_start
 from demo.whisper import SIZES, read_wheel
 
@@ -241,13 +240,8 @@ def centre_projector(model: PreTrainedModel, processor: Qwen2AudioProcessor, fol
 
 
 def save(model: PreTrainedModel, processor: Qwen2AudioProcessor, out_dir: Path) -> None:
-    """Write model and processor as a checkpoint of their family; the folder appears only once it is complete.
-
-    :param out_dir: Folder to write; replaced if it exists.
-    """
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as temporary:
-        folder = Path(temporary) / "model"
+    """Write model and processor as a checkpoint of their family; see :func:`demo.written`."""
+    with written(out_dir, "model.safetensors") as folder:
         write_checkpoint(model, folder)
         if model.config.model_type == "qwen2_5_omni_thinker":
             from demo import omni
@@ -256,9 +250,6 @@ def save(model: PreTrainedModel, processor: Qwen2AudioProcessor, out_dir: Path) 
         else:
             processor.save_pretrained(folder)
         complete(folder)
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        folder.rename(out_dir)
 
 
 def make_model(args: argparse.Namespace, rows: Sequence[tuple[str, list[str]]]) -> None:

@@ -380,7 +380,10 @@ class StrategyBase(ABC):
                 for _ in weights:  # all ranks gather all of them, also after a failure of the one that writes
                     pass
 
-        self.together(write)
+        try:
+            self.together(write)
+        except SaveError as error:
+            raise SaveError(f"the model cannot be written to {output_dir} ({error}); make room there") from error
 
     def add_model_files(self, folder: Path) -> None:  # noqa: B027 - a strategy need not have any
         """Write into a model's folder what else it needs; an example replaces this.

@@ -129,7 +129,7 @@ class RunSaver:
                 self.save_folder(self._hf_folder())
                 said += f"; {self._hf_folder().name} is its model"
         except SaveError as error:
-            said += f"; its model could not be written: {error}"
+            said += f"; {error}"
         return said
 
     def _writes_folder_on_stop(self) -> bool:

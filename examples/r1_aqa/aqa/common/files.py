@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from aqa.common.lock import lock
 
 DRAFT = re.compile(r"\..+\.[0-9a-f]{8}\.(part|tmp)")
+REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there")
+REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "see to the rights, or name another place")
+
+
+def explain(error: OSError) -> str:
+    """A line about a file that cannot be read or written: which, why, and what to do about it."""
+    parts = (error.filename2 or error.filename, error.strerror or error)
+    line = ": ".join(str(part) for part in parts if part)
+    return f"{line}; {REMEDIES[error.errno]}" if error.errno in REMEDIES else line
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Add the file's name to an error that lacks it, as that of a write to a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def unwritable(path: Path) -> str | None:
+    """What is wrong if a folder cannot be made, or not be written into; None if all is well."""
+    base = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if base.is_dir() and os.access(base, os.W_OK):
+        return None
+    return f"{base} is no folder that can be written to; name another place"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -21,8 +50,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     draft = path.with_name(path.name + ".part")
     try:
-        draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        draft.replace(path)
+        with naming_file(path):
+            draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            draft.replace(path)
     except OSError:
         draft.unlink(missing_ok=True)
         raise
@@ -45,7 +75,8 @@ def write_files(
         drafts = {name: draft_of(folder / name) for name in writers}
         try:
             for name, write in writers.items():
-                with drafts[name].open("wb") as file:  # not tempfile, whose files only their owner may read
+                # not tempfile, whose files only their owner may read
+                with naming_file(folder / name), drafts[name].open("wb") as file:
                     write(file)
                     file.flush()
                     os.fsync(file.fileno())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from aqa.common import gpu
 from aqa.common.console import progress
+from aqa.common.files import explain
 from aqa.common.versions import installed_versions
 from aqa.evaluation.checkpoints import Model
 from aqa.evaluation.items import EvalError, Item, PartialFile
@@ -256,8 +257,7 @@ def run_command(action: Callable[[], None], debug: bool) -> int:
     except (EvalError, OSError) as error:
         if debug:
             traceback.print_exc()
-        named = isinstance(error, OSError) and error.filename is not None
-        print(f"error: {f'{error.filename2 or error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
+        print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command, without --overwrite, continues", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 
 from aqa.audio.sandbox import escape_of
 from aqa.common.console import say, several
-from aqa.common.files import write_atomically
+from aqa.common.files import naming_file, write_atomically
 from aqa.data.formats import AUDIO_MCQ, DCASE, R1_AQA, format_of
 from aqa.data.formats import MMAU as MMAU_FIELDS
 from aqa.data.formats import MMSU as MMSU_FIELDS
@@ -396,7 +396,7 @@ class PartialFile:
         """Add finished responses: item index and raw response, or a list of several."""
         new = not self.path.exists() or self.path.stat().st_size == 0
         lines = [{"index": index, "raw_output": raw, "of": self.key} for index, raw in responses]
-        with self.path.open("ab") as file:
+        with naming_file(self.path), self.path.open("ab") as file:
             file.write("".join(json.dumps(line) + "\n" for line in ([self.identity] if new else []) + lines).encode())
 
     def remove(self) -> None:
