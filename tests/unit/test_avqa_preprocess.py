@@ -381,6 +381,7 @@ BAD_ROWS = [
     ("bad_text", row(1, question_text="\ud800?")),
     ("bad_text", row(1, question_type="\ud800")),
     ("bad_text", row(1, multi_choice=["a", "\udfff"])),
+    ("missing_field", {name: value for name, value in row(1).items() if name != "id"}),  # others have one
     ("duplicate_id", row(1000)),
     ("duplicate_id", row(1, id="1000")),
 ]

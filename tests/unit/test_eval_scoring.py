@@ -333,6 +333,9 @@ def test_compare_refuses_what_cannot_be_paired():
     first = judge(rows, MMAU)
     with pytest.raises(EvalError, match="occurs twice"):
         compare(first, judge([*rows, rows[0]], MMAU))
+    unread = judge([MMSU.as_question(MMSU_ROW | {"response": "I"})], MMSU)
+    with pytest.raises(EvalError, match="the second file has no prediction that MMSU's script can read"):
+        compare(judge([MMSU.as_question(MMSU_ROW | {"response": "A"})], MMSU), unread)
     with pytest.raises(EvalError, match="share no item"):
         compare(first, judge([row | {"id": "z" + row["id"]} for row in rows], MMAU))
     with pytest.raises(EvalError, match=r"different releases(?s:.*)id q0: 'dog' and 'cat'"):

@@ -191,7 +191,7 @@ def test_the_next_command_can_be_run_as_it_is(tmp_path, monkeypatch):
     for folder in (sounds, data):
         folder.mkdir()
     args = Namespace(save_path="a run/", prompt_data="own parquet", eval_data=None, eval_split="validation")
-    args.eval_benchmark, args.generate_max_len = None, 16
+    args.eval_benchmark, args.generate_max_len, args.audio_seconds = None, 16, 30.0
 
     def words() -> dict[str, str]:
         python, script, *flags = shlex.split(next_command(args))
@@ -199,14 +199,18 @@ def test_the_next_command_can_be_run_as_it_is(tmp_path, monkeypatch):
         return dict(zip(flags[::2], flags[1::2], strict=True))
 
     assert next_command(args) is None  # nothing is held out
-    (data / "validation.json").touch()
-    assert next_command(args) is None  # no file of avqa.py, which leaves a report
     args.eval_benchmark = "there/mmau.json,other.json"
     (tmp_path / "a run" / "eval").mkdir(parents=True)
-    for name in ("mmau_step_000000.json", "mmau_step_000009.json", "mmau_silent_step_000009.json"):
+    for name in ("step_000000.json", "step_000009.json", "silent_step_000009.json", "step_000010.json.part"):
+        name = f"mmau_{name}"
         (tmp_path / "a run" / "eval" / name).touch()
     files = [f"a run/eval/mmau_step_00000{step}.json" for step in (0, 9)]
     assert shlex.split(next_command(args))[2:] == ["compare", *files]
+    (data / "validation.json").touch()
+    for report in (None, {"x": 1}):  # a folder of select_data.py, which has no report; another program's
+        if report:
+            (data / "report.json").write_text(json.dumps(report))
+        assert (words()["--data_file"], words()["--audio_dir"]) == ("own parquet/validation.json", "own parquet")
     (data / "report.json").write_text(json.dumps({"settings": {"audio_dir": str(sounds)}}))
     for result in ("a run_result.json", "a run_result_2.json", "a run_result_3.json"):
         assert words() == {
@@ -215,6 +219,8 @@ def test_the_next_command_can_be_run_as_it_is(tmp_path, monkeypatch):
         }
         Path(result).with_suffix(".partial.jsonl" if "2" in result else ".json").touch()  # unfinished, or whole
     sounds.rmdir()  # the data came from another machine
+    args.audio_seconds = 600.0
+    assert words()["--audio_seconds"] == "600.0"
     args.eval_data = "own parquet/validation.json"
     assert (words()["--data_file"], words()["--audio_dir"]) == ("own parquet/validation.json", "own parquet")
 

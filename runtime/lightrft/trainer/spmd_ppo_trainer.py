@@ -229,7 +229,7 @@ class SPMDPPOTrainerVL:
         batches = self.batches(prompts_dataloader, first + self.batches_ahead, self.args.num_episodes)
         started, step = time.perf_counter(), first
         metrics: dict[str, float] = {}
-        with self.saving_what_is_done(self.writers):
+        with self.saving_what_is_done():
             if evaluates:
                 self._evaluate_first(evaluation, first, missing)
             for step, (batch, waited) in enumerate(batches, first + 1):
@@ -239,7 +239,7 @@ class SPMDPPOTrainerVL:
         return metrics
 
     @contextmanager
-    def saving_what_is_done(self, writers: Sequence[MetricsWriter]) -> Iterator[None]:
+    def saving_what_is_done(self) -> Iterator[None]:
         """Save the last whole step where a signal, an anomaly or an error ends the run; then close bar and writers."""
         try:
             yield
@@ -253,7 +253,7 @@ class SPMDPPOTrainerVL:
             raise self._end_of(error) from None
         finally:
             self.progress.close()
-            for writer in writers:
+            for writer in self.writers:
                 writer.close()
 
     def take_reference(self, model: ActorAL) -> None:
@@ -312,7 +312,7 @@ class SPMDPPOTrainerVL:
         :raises AnomalyError: of the step, once it is reported.
         """
         try:
-            if evaluation.due(step, self.total, self.args.eval_steps):
+            if evaluation.due(step, self.total, self.args.eval_steps) and not anomaly:
                 self._evaluate(evaluation, step, metrics)
         finally:  # the step is done, even if a signal or an error ends its evaluation
             for writer in self.writers:

@@ -45,21 +45,21 @@ def warm_start(trainer: SPMDPPOTrainerVL, loader: Any) -> Path:
         return run / FOLDER
     saver.point = replace(saver.point, sft=done)
     stop_request.install()
-    writers: list[MetricsWriter] = []  # of metrics.jsonl alone: wandb takes no step below 0
+    trainer.writers = []  # of metrics.jsonl alone: wandb takes no step below 0
     quiet = Namespace(**vars(args) | {"use_wandb": False, "use_tensorboard": None})
-    strategy.together(lambda: writers.append(MetricsWriter(run, quiet, done - steps - 1)), strategy.is_rank_0())
+    strategy.together(lambda: trainer.writers.append(MetricsWriter(run, quiet, done - steps - 1)), strategy.is_rank_0())
     trainer.progress = Progress(steps, done, strategy.is_rank_0())
     temperature, bias = trainer.actor.temperature, trainer.actor.logit_bias
     trainer.actor.temperature, trainer.actor.logit_bias = 1.0, {}  # the likelihood is the model's, not the sampling's
     try:
-        with trainer.saving_what_is_done(writers):
+        with trainer.saving_what_is_done():
             batches = trainer.batches(loader, done, math.ceil(steps / len(loader)))
             for step, (batch, waited) in zip(range(done + 1, steps + 1), batches, strict=False):
                 metrics = supervised_step(trainer, batch, step, waited)
                 saver.point = replace(saver.point, sft=step)
                 saver.whole = True
-                if writers:
-                    writers[0].write(step - steps - 1, metrics)
+                for writer in trainer.writers:
+                    writer.write(step - steps - 1, metrics)
                     trainer.progress.step(
                         f"warm start {step:>{len(str(steps))}}/{steps}  sft loss {metrics['train/sft_loss']:.4f}  "
                         f"{metrics['time/step']:.1f} s"

@@ -89,7 +89,7 @@ def prepare(args: argparse.Namespace) -> None:
     for source in sources:
         source.unheard = audio_problems(source.rows, source.paths, clips)
         if source.unheard:
-            fate = "KEPT, and training will stop at them unless it is there by then"
+            fate = "KEPT, and training will stop at them unless that is mended by then"
             fate = "left out" if args.skip_bad else "refused" if args.strict else fate
             say_rows(f"{source.file}: rows whose audio cannot be used are {fate}", source.unheard)
             hint = "" if args.skip_bad else "; --skip_bad leaves such rows out"
@@ -196,7 +196,7 @@ def make_resolver(audio_dir: str) -> Callable[[str], str]:
             path = os.path.join(folder, file_name)
             return path if os.path.isfile(path) or not os.path.isfile(alone) else alone
         if "\\" in name and not os.path.isfile(alone):
-            return resolve(name.replace("\\", "/"))
+            return resolve(name.replace("\\", "/").lstrip("/"))
         return alone
 
     return resolve
@@ -294,7 +294,7 @@ def say_groups(
     parts = [len({groups[i] for i in part}) for part in (train, validation)]
     say(f"split by {args.split_by}: {parts[0]} values of it in training, {parts[1]} in validation, none in both")
     if merged := len(set(groups)) - len(set(joined)):
-        say(f"  kept together with another value, because they share a recording: {merged}")
+        say(f"  values that were kept together with another one, because they share a recording: {merged}")
     if not args.val_file:
         share = len(validation) / len(groups)
         say(f"  validation: {args.val_ratio:.1%} of the rows were asked for, {share:.1%} are in it")

@@ -237,9 +237,10 @@ def parse_records(records: list[Record], enable_think: bool, answers_from: int =
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
     fields = format_of(record.value for record in records)
+    numbered = not any(isinstance(record.value, dict) and "id" in record.value for record in records)
     for index, record in enumerate(records):
         try:
-            row = parse_record(record, index, enable_think, answers_from, fields)
+            row = parse_record(record, index, enable_think, answers_from, fields, numbered)
             key = str(row.id)  # 7 and "7" are one id: where both occur, the column is text and they would be equal
             if key in first_line:
                 raise RowError("duplicate_id", f"id {show_value(row.id)} was used before, on line {first_line[key]}")
@@ -251,13 +252,16 @@ def parse_records(records: list[Record], enable_think: bool, answers_from: int =
     return rows, problems
 
 
-def parse_record(record: Record, index: int, enable_think: bool, answers_from: int, fields: Format) -> Row:
+def parse_record(
+    record: Record, index: int, enable_think: bool, answers_from: int, fields: Format, numbered: bool
+) -> Row:
     """Check one row and word its prompt.
 
     :param index: Its number in the file, from 0.
     :param enable_think: Ask for ``<think>`` in the prompt.
     :param answers_from: The number of the first choice, 0 or 1.
     :param fields: The format of the file.
+    :param numbered: No row of the file has an id, and they have their numbers instead.
     :raises RowError: where a field is missing or has a value that cannot be used.
     """
     value = record.value
@@ -265,7 +269,7 @@ def parse_record(record: Record, index: int, enable_think: bool, answers_from: i
         raise RowError("malformed_json", record.error)
     if not isinstance(value, dict):
         raise RowError("not_an_object", f"the row is {show_value(value)}, expected a JSON object")
-    identity = value.get("id", index + 1)  # rows without ids have their numbers
+    identity = index + 1 if numbered else value.get("id")
     question, answer = value.get(fields.question), value.get(fields.answer)
     audio_path, video_name, choices = value.get(fields.audio), value.get("video_name"), fields.choices_of(value)
     no_audio = audio_path in _ABSENT and video_name in _ABSENT

@@ -94,7 +94,7 @@ def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """Lower and upper bound (fractions) of a proportion's 95 % interval (Wilson 1927).
 
-    It also holds for few items, and never leaves 0 to 1, which it is for none.
+    It also holds for few items, and never leaves 0 to 1; of no items it is 0 to 1.
     """
     if total == 0:
         return 0.0, 1.0
@@ -297,6 +297,9 @@ def compare(first: Verdicts, second: Verdicts) -> dict[str, Any]:
     """
     if first.benchmark != second.benchmark:
         raise EvalError(f"one file is of {first.benchmark.title}, the other of {second.benchmark.title}")
+    for which, verdicts in (("first", first), ("second", second)):
+        if not verdicts.rows:
+            raise EvalError(f"the {which} file has no prediction that {first.benchmark.title}'s script can read")
     places = [_places_by_id(verdicts) for verdicts in (first, second)]
     shared = [identity for identity in places[0] if identity in places[1]]
     if not shared:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aqa.common.arguments import shell_command
-from aqa.data.prepare_avqa import REPORT_FILE
+from aqa.data.prepare_avqa import QUESTIONS_FILE, REPORT_FILE
 from aqa.evaluation.scoring import paired
 
 EVALUATION_FOLDER = "eval/rows"  # a file for each evaluation, with a record for each answer
@@ -73,7 +73,9 @@ def lesson(run: Path, args: argparse.Namespace) -> str:
     if records:  # a run that was resumed to end earlier leaves files of later steps
         files = [file for file, step in zip(files, steps, strict=True) if step <= records[-1]["step"]]
     if not files and args.eval_benchmark:
-        return f"the answers to {args.eval_benchmark} are in {run / 'eval'}; compare the first file with the last"
+        return (
+            f"the answers to {args.eval_benchmark} are in {run / 'eval'}; compare a file's first with its last"
+        )
     if not files and any(is_accuracy(name) for record in records for name in record):
         return "see the evaluation's accuracies above; their answers, which a test needs, were not kept"
     if not files:
@@ -121,7 +123,8 @@ def next_command(args: argparse.Namespace) -> str | None:
     data = held_out_files(args)
     if data is None and args.eval_benchmark:
         name = glob.escape(Path(args.eval_benchmark.split(",")[0].strip()).stem)
-        files = sorted(Path(args.save_path, "eval").glob(f"{name}_step_*.json*"))
+        found = sorted(Path(args.save_path, "eval").glob(f"{name}_step_*"))
+        files = [file for file in found if file.suffix in (".json", ".jsonl")]  # not what a killed run left of one
         return shell_command("eval_mmau.py", "compare", files[0], files[-1]) if len(files) > 1 else None
     if data is None:
         return None
@@ -130,20 +133,28 @@ def next_command(args: argparse.Namespace) -> str | None:
     result = next(name for name in names if not any(Path(f"{name}{end}").exists() for end in RESULT_ENDS))
     flags = {"--model_path": args.save_path, "--data_file": data[0], "--audio_dir": data[1]}
     flags |= {"--out_file": f"{result}.json", "--max_new_tokens": args.generate_max_len}
+    if args.audio_seconds != 30:
+        flags["--audio_seconds"] = args.audio_seconds
     return shell_command("eval_mmau.py", *chain(*flags.items()))
 
 
 def held_out_files(args: argparse.Namespace) -> tuple[Path, Path] | None:
-    """Held-out questions that ``avqa.py`` has written for ``eval_mmau.py``, and the folder of their recordings."""
+    """Held-out questions that ``avqa.py`` has written for ``eval_mmau.py``, and the folder of their recordings.
+
+    Where that is not known, it is the questions' own: the rows name recordings by their whole path.
+    """
     source = Path((args.eval_data or args.prompt_data).split(",")[0].strip())
     files = [source] if args.eval_data else []
     if source.is_dir():
         files = [source / f"{args.eval_split}{end}" for end in (".json", ".parquet")]
     for file in files:
-        report = file.with_name(REPORT_FILE)
-        if file.is_file() and report.is_file():
-            sounds = Path(json.loads(report.read_text(encoding="utf-8"))["settings"]["audio_dir"])
-            return file, sounds if sounds.is_dir() else file.parent  # the rows name recordings by their whole path
+        try:
+            report = json.loads(file.with_name(REPORT_FILE).read_text(encoding="utf-8"))
+            sounds = Path(report["settings"]["audio_dir"])
+        except (OSError, ValueError, KeyError, TypeError):  # none is there, or another program's
+            sounds = file.parent
+        if file.is_file() and (file.name == QUESTIONS_FILE or sounds != file.parent):
+            return file, sounds if sounds.is_dir() else file.parent
     return None
 
 
