@@ -73,9 +73,7 @@ def lesson(run: Path, args: argparse.Namespace) -> str:
     if records:  # a run that was resumed to end earlier leaves files of later steps
         files = [file for file, step in zip(files, steps, strict=True) if step <= records[-1]["step"]]
     if not files and args.eval_benchmark:
-        return (
-            f"the answers to {args.eval_benchmark} are in {run / 'eval'}; compare a file's first with its last"
-        )
+        return f"the answers to {args.eval_benchmark} are in {run / 'eval'}; compare a file's first with its last"
     if not files and any(is_accuracy(name) for record in records for name in record):
         return "see the evaluation's accuracies above; their answers, which a test needs, were not kept"
     if not files:
