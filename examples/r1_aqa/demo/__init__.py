@@ -48,6 +48,9 @@ def written(out_dir: Path, own: str) -> Iterator[Path]:
                 shutil.rmtree(out_dir)
             folder.rename(out_dir)
     except write_errors() as error:
+        file = getattr(error, "filename", None)
+        if file and not Path(file).absolute().is_relative_to(out_dir.parent.absolute()):
+            raise  # of a file that is read
         why = explain(error) if isinstance(error, OSError) else f"{error}; is the disk full?"
         raise SystemExit(f"--out_dir {out_dir}: cannot be written: {why}") from error
 
