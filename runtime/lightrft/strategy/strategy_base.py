@@ -383,7 +383,8 @@ class StrategyBase(ABC):
         try:
             self.together(write)
         except SaveError as error:
-            raise SaveError(f"the model cannot be written to {output_dir} ({error}); see to room and rights there") from error
+            what = f"the model cannot be written to {output_dir} ({error}); see to room and rights there"
+            raise SaveError(what) from error
 
     def add_model_files(self, folder: Path) -> None:  # noqa: B027 - a strategy need not have any
         """Write into a model's folder what else it needs; an example replaces this.
