@@ -605,8 +605,8 @@ def banner(args: argparse.Namespace, strategy: Any) -> str:
             f"model     {args.pretrain}",
             f"batch     {args.rollout_batch_size} prompts x {args.n_samples_per_prompt} = {responses} responses "
             "a rollout",
-            f"          {args.train_batch_size} responses a step = {strategy.world_size} ranks x {micros} x "
-            f"{args.micro_train_batch_size}{' (groups are divided: prompts are computed again)' * cut}",
+            f"          {args.train_batch_size} responses a step = ranks {strategy.world_size} x micro-batches "
+            f"{micros} x {args.micro_train_batch_size}{' (groups are divided: prompts are computed again)' * cut}",
             f"output    {args.save_path}",
         )
     )

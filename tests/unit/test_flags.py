@@ -363,7 +363,7 @@ def test_several_sources_each_need_a_share(problems, tmp_path):
     assert problems(**curriculum) == []
     assert "two orders of the rows" in problems(**curriculum, easy_first=True)[0]
     for longer in ({"num_episodes": 2}, {"max_steps": 5}):
-        assert "use --num_episodes 1" in problems(**curriculum, **longer)[0]
+        assert "the curriculum is one episode; drop it" in problems(**curriculum, **longer)[0]
     assert "use one of the two" in problems(**curriculum, dynamic_sampling=True)[0]
     # the same spelling for the data to evaluate on
     assert problems(eval_data=sources, eval_split="train") == []

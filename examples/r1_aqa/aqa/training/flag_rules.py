@@ -464,9 +464,9 @@ def _share_problems(args: argparse.Namespace) -> list[str]:
     ordered = args.easy_first or args.prompt_data_probs_end is not None
     if ordered and (args.num_episodes != 1 or args.max_steps is not None):
         flag = "--easy_first" if args.easy_first else "--prompt_data_probs_end"
+        given = f"--num_episodes {args.num_episodes}" if args.num_episodes != 1 else f"--max_steps {args.max_steps}"
         problems.append(
-            f"--num_episodes {args.num_episodes} or --max_steps with {flag}: the curriculum is one episode, for which "
-            "--max_samples sets the rows; use --num_episodes 1, without --max_steps"
+            f"{given} with {flag}: the curriculum is one episode; drop it, and set the rows by --max_samples"
         )
     return problems
 
