@@ -312,7 +312,7 @@ def test_settings_that_cannot_be_used_end_with_a_message_before_any_model_is_loa
     monkeypatch.setattr("aqa.evaluation.asking.ask", lambda *_: pytest.fail("a model would have been loaded"))
     out = tmp_path / "out.json"
     for more, message in (
-        (("--out_file", out, "--batch_size", 0, "--limit", -1), r"2 settings(?s:.*)--batch_size 0(?s:.*)--limit -1"),
+        (("--out_file", out, "--batch_size", 0, "--limit", -1), r"settings(?s:.*)--batch_size 0(?s:.*)--limit -1"),
         (("--out_file", tmp_path / "out.jsonl"), "the only format that MMAU's script reads"),
         (("--out_file", out, "--tensor_parallel_size", 2, "--engine", "hf"), "only --engine vllm"),
     ):
