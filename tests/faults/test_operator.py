@@ -201,8 +201,14 @@ IN_AN_EVALUATION: dict[str, tuple[Make, str]] = {
     ),
     "no rows to prepare": (lambda d: d.prepare(input_jsonl=d.tmp / "no"), "--input_jsonl {d.tmp}/no: no such file"),
     "a folder of rows": (lambda d: d.prepare(input_jsonl=d.data), "a folder; name the file in it"),
-    "prepared into a file": (lambda d: d.prepare(local_save_dir=d.file), "not a folder; choose another name"),
-    "prepared into a file's folder": (lambda d: d.prepare(local_save_dir=d.file / "x"), "Not a directory"),
+    "prepared into a file": (
+        lambda d: d.prepare(local_save_dir=d.file),
+        "file is no folder that can be written to; name another place",
+    ),
+    "prepared into a file's folder": (
+        lambda d: d.prepare(local_save_dir=d.file / "x"),
+        "file is no folder that can be written to; name another place",
+    ),
 }
 
 
