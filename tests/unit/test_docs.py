@@ -210,7 +210,7 @@ def test_the_manuals_steps_run_with_the_demos_files(elsewhere):
     assert max(record["rollout/logprob_gap_max"] for record in records) < 1e-3
     for heading, hint, written in (
         ("Step 1: Prepare the AVQA Dataset", "With the demo's data:", "out/train.parquet"),
-        ("Step 4: Evaluate on MMAU Test-Mini", "With the demo's model:", "out.score.json"),
+        ("Step 4: Evaluate on MMAU Test-Mini", "Demo:", "out.score.json"),
     ):
         command = re.search(r"(python \S+(?:avqa|mmau)\.py .*?[^\\])\n", section(MANUAL, heading), re.S).group(1)
         flags = section(MANUAL, heading).split(hint)[1].split(".\n")[0].replace("`", "").replace("\n", " ")
