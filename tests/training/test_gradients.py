@@ -74,7 +74,7 @@ CASES = {
         f"--use_cispo --eps_clip_high 0.02 {GEO} --max_epochs 2 {TWO_STEPS}",
     ),
     "GDPO, three rewards, overlong penalty": (1, f"{GDPO} {OVERLONG}"),
-    "audio gain and token weights, two steps": (1, f"{AUDIO} {TWO_STEPS} --actor_learning_rate 1.0"),
+    "audio gain and token weights, two steps": (1, f"{AUDIO} {TWO_STEPS} --actor_learning_rate 0.1"),
     "GDPO with audio gain, truncated masked on ZeRO-3": (2, f"--advantage_estimator gdpo --zero_stage 3 {AUDIO} {CUT}"),
     "two rollouts a step, truncated masked": (1, f"--train_batch_size 32 {CUT}"),
     "LoRA on ZeRO-3": (2, f"{LORA} --zero_stage 3"),
