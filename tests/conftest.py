@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from lightrft.utils.families import register
 register(FAMILIES)  # as the host does it, for tests that use parts of the runtime
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "r1_aqa"
+EXAMPLE, RUNTIME = ROOT / "examples" / "r1_aqa", ROOT / "runtime"
+LAUNCH_SCRIPT = EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"
 NO_WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a whole safetensors file without tensors
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,17 +35,39 @@ def child_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in group}
 
 
-def run_script(script: str, *args: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    """Run one of the example's scripts in a process of its own.
+def run_command(
+    *command: object, check: bool = True, timeout: float = 600, cwd: Path | None = None, **variables: object
+) -> subprocess.CompletedProcess:
+    """Run a command to its end.
 
-    :param script: Path below examples/r1_aqa.
-    :param check: Fail the test, with the output, if it fails.
+    :param check: Fail the test, with the end of the output, if the command fails.
+    :param variables: Changes of the environment; None removes a variable.
     """
-    command = [sys.executable, str(EXAMPLE / script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=child_environment(), **kwargs)
+    env = {name: str(value) for name, value in (child_environment() | variables).items() if value is not None}
+    words = list(map(str, command))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd)
     if check and done.returncode != 0:
-        pytest.fail(f"{script} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        ended = f"{' '.join(words)[:300]} ended with {done.returncode}"
+        pytest.fail(f"{ended}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
     return done
+
+
+def run_script(script: str, *args: object, **kwargs) -> subprocess.CompletedProcess:
+    """Run one of the example's scripts, which is named by its path below examples/r1_aqa."""
+    return run_command(sys.executable, EXAMPLE / script, *args, **kwargs)
+
+
+def run_code(
+    code: str, *args: object, path: Sequence[Path] = (EXAMPLE, RUNTIME), **kwargs
+) -> subprocess.CompletedProcess:
+    """Run Python code that imports from the folders of ``path``."""
+    return run_command(sys.executable, "-c", code, *args, PYTHONPATH=os.pathsep.join(map(str, path)), **kwargs)
+
+
+def python_on(processes: int) -> list[object]:
+    """The first words of a command: Python, under torchrun for several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return [sys.executable, *(torchrun if processes > 1 else [])]
 
 
 def wait_until_gone(pid: int, seconds: float = 10.0) -> None:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLE, ROOT, child_environment
+from conftest import EXAMPLE, LAUNCH_SCRIPT, ROOT, child_environment, python_on, run_command
 from fault_runner import POINTS
 from safetensors.torch import load_file
 from support.training import SMALL, comparable, end, metrics_of, same_weights
@@ -36,12 +36,10 @@ EXIT = {"SIGKILL": -9, "SIGTERM": 143, "SIGUSR1": 138, "SIGINT": 130}
 
 def start(model: Path, data: Path, out: Path, *more: str, fault=(), processes=1) -> subprocess.Popen:
     environment = child_environment() | {"PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(ROOT / "tests" / "faults" / "fault_runner.py"), *fault] if fault else []
-    command += [str(EXAMPLE / "train_colocate.py"), "--pretrain", str(model), "--prompt_data", str(data)]
-    command += ["--save_path", str(out), "--no-save_hf_on_stop", *FLAGS, *more]
+    command = python_on(processes)
+    command += [ROOT / "tests" / "faults" / "fault_runner.py", *fault] if fault else []
+    command += [EXAMPLE / "train_colocate.py", "--pretrain", model, "--prompt_data", data]
+    command = list(map(str, [*command, "--save_path", out, "--no-save_hf_on_stop", *FLAGS, *more]))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -245,7 +243,7 @@ def test_the_launch_script_saves_on_a_signal_and_resumes(tiny_model, demo_parque
     sizes = "MLP_WORKER_0_PORT=20393 MLP_WORKER_GPU=1 RBS=4 N_SAMPLES=4 TBS=16 GENERATE_MAX_LEN=12"
     environment = os.environ | dict(pair.split("=") for pair in sizes.split()) | {"PYTHON": sys.executable}
     environment |= {"PATH_TO_YOUR_BASE_MODEL": str(tiny_model), "PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet)}
-    command = ["bash", str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"), "--engine_type", "hf", "--num_episodes"]
+    command = ["bash", str(LAUNCH_SCRIPT), "--engine_type", "hf", "--num_episodes"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
     process = subprocess.Popen([*command, "50"], env=environment, start_new_session=True, **pipes)
     deadline = time.monotonic() + 120
@@ -266,8 +264,7 @@ def test_the_launch_script_saves_on_a_signal_and_resumes(tiny_model, demo_parque
 
 
 def test_several_nodes_must_name_the_run(tmp_path):
-    environment = os.environ | {"MLP_WORKER_NUM": "2", "PATH_TO_YOUR_AVQA_DATASET": "x", "PYTHON": sys.executable}
-    command = ["bash", str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    environment = {"MLP_WORKER_NUM": 2, "PATH_TO_YOUR_AVQA_DATASET": "x", "PYTHON": sys.executable}
+    done = run_command("bash", LAUNCH_SCRIPT, cwd=tmp_path, check=False, **environment)
     assert done.returncode == 2 and "RUN_ID is not set" in done.stderr
     assert list(tmp_path.iterdir()) == []

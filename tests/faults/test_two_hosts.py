@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLE, child_environment
+from conftest import LAUNCH_SCRIPT, child_environment
 from hosts import CABLE, Host, Pair, cannot
 from support.training import comparable, end
 
 pytestmark = pytest.mark.faults
-SCRIPT = EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"
 PORT = "20092"
 SETTINGS = {"RBS": 4, "N_SAMPLES": 4, "TBS": 16, "MICRO_TRAIN": 4, "GENERATE_MAX_LEN": 12, "LR": 1e-3, "WARMUP": 0}
 SETTINGS |= {"MLP_WORKER_GPU": 1, "RUN_ID": "run", "EXPERIMENT_NAME": "x", "EVAL_STEPS": -1, "PYTHON": sys.executable}
@@ -44,7 +43,7 @@ def start(hosts: list[Host], folder: Path, settings: dict[str, str], *flags: obj
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     where = {"MLP_WORKER_NUM": "2", "MLP_WORKER_0_HOST": "node0", "MLP_WORKER_0_PORT": PORT}
     return [
-        host.start(["bash", SCRIPT, *flags], folder, env=settings | where | {"MLP_ROLE_INDEX": str(i)}, **pipes)
+        host.start(["bash", LAUNCH_SCRIPT, *flags], folder, env=settings | where | {"MLP_ROLE_INDEX": str(i)}, **pipes)
         for i, host in enumerate(hosts)
     ]
 
@@ -80,7 +79,7 @@ def alone(tiny_model, demo_parquet, tmp_path):
         settings = environment(tiny_model, demo_parquet, steps, MLP_WORKER_0_PORT=20394)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         folder.mkdir()
-        process = subprocess.Popen(["bash", SCRIPT, *flags], cwd=folder, env=settings, **pipes)
+        process = subprocess.Popen(["bash", LAUNCH_SCRIPT, *flags], cwd=folder, env=settings, **pipes)
         if until:
             wait_for_steps(folder, until, [process])
             process.send_signal(signal.SIGTERM)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT, child_environment
+from conftest import EXAMPLE, LAUNCH_SCRIPT, ROOT, python_on, run_command
 from safetensors.torch import load_file
-from support.training import METRICS, SMALL, moved
+from support.training import METRICS, SMALL, metrics_of, moved
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from aqa.families import AudioFlamingo3, Qwen2_5Omni
@@ -48,33 +48,19 @@ def launcher_of(checkout: Path) -> Path:
     return checkout.parent / "launcher" / "lightrft_launcher.py"
 
 
-def outside_environment() -> dict[str, str]:
-    """The environment of somebody who has the checkout only."""
-    ours = ("LIGHTRFT_HOME", "PYTHONPATH")
-    return {name: value for name, value in child_environment().items() if name not in ours}
+OUTSIDE = {"LIGHTRFT_HOME": None, "PYTHONPATH": None}  # the environment of somebody who has the checkout only
 
 
 def launch(checkout: Path, script: Path, *args: object, hooks=(), processes=1, check=True, home=None):
     """Run a script by the launcher, under torchrun for several processes; ``home`` sets LIGHTRFT_HOME."""
-    env = outside_environment() | ({"LIGHTRFT_HOME": str(home)} if home else {})
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    flags = [flag for hook in hooks for flag in ("--hook", str(hook))]
-    command += [str(launcher_of(checkout)), *flags, str(script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=checkout)
-    if check and done.returncode != 0:
-        pytest.fail(f"{script.name} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
-    return done
+    flags = [flag for hook in hooks for flag in ("--hook", hook)]
+    command = (*python_on(processes), launcher_of(checkout), *flags, script, *args)
+    return run_command(*command, check=check, timeout=900, cwd=checkout, **OUTSIDE | {"LIGHTRFT_HOME": home})
 
 
 def train(checkout: Path, model: Path, data: Path, out: Path, *extra: object, **kwargs) -> subprocess.CompletedProcess:
     arguments = ["--pretrain", model, "--prompt_data", data, "--save_path", out, *SMALL, *extra]
     return launch(checkout, checkout / "examples" / "r1_aqa" / "train_colocate.py", *arguments, **kwargs)
-
-
-def metrics_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 CASES = {"DeepSpeed": (*DEEPSPEED, "--no-bf16"), "ZeRO-3": ("--zero_stage", 3, "--bf16"), "FSDP2": FSDP}
@@ -384,13 +370,11 @@ def test_the_launch_script(checkout, tiny_model, demo_parquet, tmp_path):
     python.write_text(WRAPPER)
     python.chmod(0o755)
     sizes = "EPISODE=1 RBS=4 TBS=32 N_SAMPLES=4 MLP_WORKER_GPU=1 ENGINE_TP=1 ENGINE_MEM_UTIL=0.5 GENERATE_MAX_LEN=16"
-    env = outside_environment() | dict(pair.split("=") for pair in f"{sizes} MAX_SAMPLES=16".split())
-    paths = {"PYTHON": python, "REAL_PYTHON": sys.executable, "LAUNCHER": launcher_of(checkout)}
-    paths |= {"PATH_TO_YOUR_BASE_MODEL": tiny_model, "PATH_TO_YOUR_AVQA_DATASET": demo_parquet}
-    env |= {name: str(value) for name, value in paths.items()}
-    script = str(checkout / "examples" / "r1_aqa" / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
-    done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    env = OUTSIDE | dict(pair.split("=") for pair in f"{sizes} MAX_SAMPLES=16".split())
+    env |= {"PYTHON": python, "REAL_PYTHON": sys.executable, "LAUNCHER": launcher_of(checkout)}
+    env |= {"PATH_TO_YOUR_BASE_MODEL": tiny_model, "PATH_TO_YOUR_AVQA_DATASET": demo_parquet}
+    script = checkout / "examples" / "r1_aqa" / LAUNCH_SCRIPT.name
+    done = run_command("bash", script, cwd=tmp_path, **env)
     assert "host      LightRFT 0.1.1" in done.stdout
     [metrics] = tmp_path.glob("results/*/*/metrics.jsonl")
     assert len(metrics.read_text().splitlines()) == 4
@@ -402,11 +386,8 @@ def test_the_manuals_command_says_what_it_would_start(checkout, demo_parquet, tm
     command = re.search(r"^LIGHTRFT_HOME=\S+ bash \S+$", manual, re.M).group(0)
     (tmp_path / "LightRFT").symlink_to(checkout)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    env = outside_environment() | {"PYTHON": sys.executable, "PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet)}
-    done = subprocess.run(
-        ["bash", "-c", f"{command} --plan"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    env = OUTSIDE | {"PYTHON": sys.executable, "PATH_TO_YOUR_AVQA_DATASET": demo_parquet}
+    done = run_command("bash", "-c", f"{command} --plan", cwd=tmp_path, **env)
     assert "GPUs       8 x 80 GiB" in done.stdout and "It fits" in done.stdout
 
 

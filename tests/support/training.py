@@ -3,13 +3,12 @@
 import json
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import eval_mmau
 import pytest
 import torch
-from conftest import EXAMPLE, child_environment, run_script
+from conftest import EXAMPLE, ROOT, python_on, run_command
 from safetensors.torch import load_file
 
 METRICS = [f"time/{part}" for part in ("data", "rollout", "logprobs", "train", "sync", "step")] + ["samples_per_second"]
@@ -29,16 +28,19 @@ FLAGS |= {"micro_train_batch_size": 1, "fsdp_cpu_offload": False, "sync_bucket_m
 
 def train(model, data, out, *extra, processes=1, check=True):
     """Run train_colocate.py, under torchrun for several processes."""
-    arguments = ["--pretrain", model, "--prompt_data", data, "--save_path", out, *SMALL, *extra]
-    if processes == 1:
-        return run_script("train_colocate.py", *arguments, check=check)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command = [*map(str, command), str(EXAMPLE / "train_colocate.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=child_environment())
+    command = (*python_on(processes), EXAMPLE / "train_colocate.py", "--pretrain", model, "--prompt_data", data)
+    done = run_command(*command, "--save_path", out, *SMALL, *extra, check=check and processes == 1)
     if check and done.returncode != 0:
         logs = "".join(path.read_text(errors="replace")[-3000:] for path in sorted((out / "logs").glob("*.log")))
         pytest.fail(f"torchrun ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}\n{logs}")
     return done
+
+
+def train_recorded(model, data, folder, *flags, processes=1):
+    """A run in ``folder / "run"`` whose optimizer steps ``gradient_capture.py`` records in ``updates.pt``."""
+    recorder = (ROOT / "tests" / "support" / "gradient_capture.py", folder / "updates.pt")
+    command = (*python_on(processes), *recorder, EXAMPLE / "train_colocate.py", "--pretrain", model)
+    return run_command(*command, "--prompt_data", data, "--save_path", folder / "run", *flags)
 
 
 def metrics_of(out):

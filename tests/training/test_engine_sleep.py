@@ -1,11 +1,10 @@
 """A run whose engine loses its weights whenever it sleeps is the run of one that does not sleep."""
 
 import shutil
-import subprocess
 import sys
 
 import pytest
-from conftest import EXAMPLE, ROOT, child_environment
+from conftest import EXAMPLE, ROOT, run_command
 from pytest import approx
 from safetensors.torch import load_file
 from support.training import SMALL, benchmark_of, comparable, train
@@ -22,14 +21,11 @@ def test_a_run_with_sleep_is_one_without(tiny_model, demo_parquet, demo_data, tm
     awake, sleepy = tmp_path / "awake", tmp_path / "sleepy"
     flags = (*FLAGS, *benchmark_of(demo_data))
     train(tiny_model, demo_parquet, awake, *flags)
-    environment = child_environment() | {"PYTHONPATH": str(ROOT / "tests")}
 
     def run(*more) -> None:
         arguments = ["--pretrain", tiny_model, "--prompt_data", demo_parquet, "--save_path", sleepy, *SMALL, *flags]
         runner = [sys.executable, ROOT / "tests" / "support" / "engine_sleep.py", "DROP", EXAMPLE / "train_colocate.py"]
-        command = list(map(str, [*runner, *arguments, *more]))
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        run_command(*runner, *arguments, *more, PYTHONPATH=ROOT / "tests")
 
     # a sleep empties vLLM's caches, and what is computed again is rounded otherwise
     steps = [step | {name: approx(value, abs=1e-5) for name, value in step.items()} for step in comparable(awake)]

@@ -8,14 +8,11 @@ at a time, in float32, autograd through the formulas of the papers. The two step
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT, child_environment
 from safetensors.torch import save_file
-from support.training import metrics_of
+from support.training import metrics_of, train_recorded
 from transformers import (
     AudioFlamingo3ForConditionalGeneration,
     AutoTokenizer,
@@ -320,15 +317,7 @@ class Oracle:
 def test_the_update_is_the_gradient_of_the_documented_loss(case, request, demo_parquet, tmp_path, capsys):
     processes, flags = CASES[case][0], CASES[case][1].split()
     model = request.getfixturevalue(TINY.get(case.partition(",")[0], "tiny_model"))
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command += [ROOT / "tests" / "support" / "gradient_capture.py", tmp_path / "updates.pt"]
-    command += [EXAMPLE / "train_colocate.py", "--pretrain", model, "--prompt_data", demo_parquet]
-    command = [*map(str, (*command, "--save_path", tmp_path / "run", *SETUP.split(), *flags))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=child_environment())
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-
+    train_recorded(model, demo_parquet, tmp_path, *SETUP.split(), *flags, processes=processes)
     content = torch.load(tmp_path / "updates.pt", weights_only=False)
     oracle, updates = Oracle(content, model, tmp_path / "scratch"), content["updates"]
     reference = oracle.load(updates[0]["weights"][0])

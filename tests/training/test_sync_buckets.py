@@ -1,12 +1,11 @@
 """Weights of a sharded model, gathered in buckets: what is handed out, and how much memory is in use meanwhile."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT, child_environment
+from conftest import EXAMPLE, RUNTIME, python_on, run_command
 from torch import nn
 
 from lightrft.strategy.weights import Piece, buckets
@@ -83,11 +82,8 @@ LARGEST = 4 * 1001 * 256
 
 @pytest.fixture(scope="module")
 def peaks():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    command += [sys.executable, "-c", SCRIPT]
-    environment = child_environment() | {"PYTHONPATH": f"{ROOT / 'runtime'}:{EXAMPLE}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = (*python_on(2), "--no-python", sys.executable, "-c", SCRIPT)
+    done = run_command(*command, PYTHONPATH=f"{RUNTIME}:{EXAMPLE}")
     results = [line.split("RESULT ", 1)[1] for line in done.stdout.splitlines() if "RESULT " in line]
     return dict(map(json.loads, results))
 

@@ -6,13 +6,12 @@ import json
 import math
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT, child_environment, run_script
+from conftest import LAUNCH_SCRIPT, ROOT, run_command, run_script
 from support.training import METRICS, benchmark_of, contents, metrics_of, moved, same_weights, train
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
@@ -237,14 +236,11 @@ def test_two_processes(tiny_model, demo_parquet, demo_data, tmp_path, request, t
 def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):
     """The manual's dry run, on twelve prompts: its names, its folders, its exit status; with parts that are frozen."""
     values = "EPISODE=1 RBS=4 TBS=32 N_SAMPLES=4 MLP_WORKER_GPU=1 ENGINE_TP=1 ENGINE_MEM_UTIL=0.5 GENERATE_MAX_LEN=12"
-    env = child_environment() | dict(pair.split("=") for pair in values.split())
-    env |= {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": str(tiny_model)}
-    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
-    data = {"PATH_TO_YOUR_AVQA_DATASET": str(demo_parquet), "WANDB_API_KEY": "s3cret", "WANDB_MODE": "disabled"}
-    parts = ("--freeze_prefix", "audio_tower", "multi_modal_projector", "--zero_stage", "0", "--lr_warmup_ratio", "0")
-    command = ["bash", script, "--max_samples", "12", "--actor_learning_rate", "1e-3", *parts]
-    done = subprocess.run(command, cwd=tmp_path, env=env | data, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    env = dict(pair.split("=") for pair in values.split()) | {"PYTHON": sys.executable, "WANDB_MODE": "disabled"}
+    env |= {"PATH_TO_YOUR_BASE_MODEL": tiny_model, "PATH_TO_YOUR_AVQA_DATASET": demo_parquet, "WANDB_API_KEY": "s3cret"}
+    flags = ("--max_samples", 12, "--actor_learning_rate", 1e-3, "--zero_stage", 0, "--lr_warmup_ratio", 0)
+    flags += ("--freeze_prefix", "audio_tower", "multi_modal_projector")
+    done = run_command("bash", LAUNCH_SCRIPT, *flags, cwd=tmp_path, **env)
     (folder,) = (tmp_path / "results" / "lightrft-r1-aqa-grpo-training").iterdir()
     assert (folder / "model.safetensors").is_file()
     records = metrics_of(folder)
@@ -263,20 +259,13 @@ def test_launch_script_dry_run(tiny_model, demo_parquet, tmp_path):
 
 def test_launch_script_plans_without_starting_or_writing_anything(tmp_path):
     """``--plan``: for all ranks, in a GPU's precision whatever this machine has, with the planner's exit status."""
-    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
-    env = child_environment() | {
-        "PYTHON": sys.executable,
-        "PATH_TO_YOUR_AVQA_DATASET": "nothing yet",
-        "RUN_ID": "first",
-    }
+    env = {"PYTHON": sys.executable, "PATH_TO_YOUR_AVQA_DATASET": "nothing yet", "RUN_ID": "first"}
     for settings, status, said in (
         ({"MLP_WORKER_NUM": "2", "RBS": "32", "TBS": "256"}, 0, "GPUs       16 x 80 GiB (assumed"),
         ({"MLP_WORKER_NUM": "2", "RBS": "32", "TBS": "256", "MLP_ROLE_INDEX": "1"}, 0, ""),  # node 0 has said it
         ({"MLP_WORKER_GPU": "1"}, 3, "It does not fit: "),
     ):
-        done = subprocess.run(
-            ["bash", script, "--plan"], cwd=tmp_path, env=env | settings, capture_output=True, text=True, timeout=60
-        )
+        done = run_command("bash", LAUNCH_SCRIPT, "--plan", cwd=tmp_path, check=False, **env | settings)
         assert (done.returncode, done.stderr, said in done.stdout) == (status, "", True), done
         assert bool(done.stdout) == bool(said)
         assert not said or "ZeRO-3, bf16" in done.stdout
@@ -286,16 +275,14 @@ def test_launch_script_plans_without_starting_or_writing_anything(tmp_path):
 def test_launch_script_fails_when_training_fails(tiny_model, tmp_path):
     """Beside another launch with the default port; with a path as an env file has it."""
     (tmp_path / "model").symlink_to(tiny_model)
-    env = child_environment() | {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": "~/model", "MLP_WORKER_GPU": "1"}
-    env |= {"PATH_TO_YOUR_AVQA_DATASET": str(tmp_path / "nowhere"), "HOME": str(tmp_path)}
-    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
-    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    env = {"PYTHON": sys.executable, "PATH_TO_YOUR_BASE_MODEL": "~/model", "MLP_WORKER_GPU": 1}
+    env |= {"PATH_TO_YOUR_AVQA_DATASET": tmp_path / "nowhere", "HOME": tmp_path}
+    launch = functools.partial(run_command, "bash", LAUNCH_SCRIPT, cwd=tmp_path, check=False, **env)
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("", 20092))
         other.listen()
-        done = run(["bash", script], env=env)
-        refused = run(["bash", script], env=env | {"MLP_WORKER_0_PORT": "20092"})
+        done, refused = launch(), launch(MLP_WORKER_0_PORT=20092)
     assert done.returncode != 0
     assert "these settings cannot be used" in done.stdout and "nowhere: does not exist" in done.stdout
     assert refused.returncode == 2 and "port 20092 cannot be used" in refused.stderr

@@ -2,14 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT, child_environment
-from support.training import metrics_of, train
+from support.training import metrics_of, train, train_recorded
 from transformers import AutoProcessor, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
 from aqa.audio.decode import load_audio
@@ -77,17 +74,10 @@ def test_a_supervised_step_is_the_gradient_of_transformers_cross_entropy(
     tiny_model, demo_parquet, tmp_path, processes, flags
 ):
     """With plain SGD at a rate of 1 a step is the gradient. It takes all four rows, so their order does not matter."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command += [ROOT / "tests" / "support" / "gradient_capture.py", tmp_path / "updates.pt"]
-    command += [EXAMPLE / "train_colocate.py", "--pretrain", tiny_model, "--prompt_data", demo_parquet]
-    command += ["--save_path", tmp_path / "run", "--sft_steps", 1, "--temperature", 1.7, "--no-report"]
-    command += ["--rollout_batch_size", 4, "--n_samples_per_prompt", 4, "--train_batch_size", 16, "--max_samples", 4]
-    command += ["--micro_train_batch_size", 4, "--generate_max_len", 20, "--engine_type", "hf", "--max_norm", 0]
-    command += ["--actor_learning_rate", 1, *flags]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, env=child_environment())
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    setup = ("--sft_steps", 1, "--temperature", 1.7, "--no-report", "--rollout_batch_size", 4, "--max_samples", 4)
+    setup += ("--n_samples_per_prompt", 4, "--train_batch_size", 16, "--micro_train_batch_size", 4, "--max_norm", 0)
+    setup += ("--generate_max_len", 20, "--engine_type", "hf", "--actor_learning_rate", 1)
+    train_recorded(tiny_model, demo_parquet, tmp_path, *setup, *flags, processes=processes)
 
     from datasets import load_dataset
 

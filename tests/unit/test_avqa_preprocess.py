@@ -5,9 +5,7 @@ import json
 import math
 import os
 import resource
-import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from conftest import run_code, run_command
 
 from aqa.common.lock import lock
 from aqa.data.rows import AvqaError
@@ -634,6 +633,9 @@ def test_what_a_killed_run_left_is_removed_and_a_running_one_is_not_disturbed(ru
     assert sorted(os.listdir(run.out)) == sorted(["train.parquet", "report.json", *kept])
 
 
+PATHS = ("--input_jsonl", "in.jsonl", "--audio_dir", ".", "--local_save_dir", "out", "--no_check_audio")
+
+
 def cpu_of_children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
@@ -642,25 +644,15 @@ def cpu_of_children() -> float:
 def test_38000_rows_take_seconds(tmp_path):
     with open(tmp_path / "in.jsonl", "w") as file:
         file.writelines(json.dumps({**R1_ROW, "id": n, "audio_path": f"wavs/{n}.wav"}) + "\n" for n in range(38000))
-    paths = ["--input_jsonl", "in.jsonl", "--audio_dir", ".", "--local_save_dir", "out", "--no_check_audio"]
-    start, cpu = time.perf_counter(), cpu_of_children()
-    done = subprocess.run([sys.executable, avqa.__file__, *paths], cwd=tmp_path, capture_output=True, text=True)
-    seconds, cpu = time.perf_counter() - start, cpu_of_children() - cpu
-    assert done.returncode == 0, done.stderr
+    cpu = cpu_of_children()
+    run_command(sys.executable, avqa.__file__, *PATHS, cwd=tmp_path)
     assert pq.read_metadata(tmp_path / "out" / "train.parquet").num_rows == 38000
-    print(f"38,000 rows: {seconds:.2f} s, of the processor {cpu:.2f} s")
-    assert cpu < 4  # processor time, which other jobs on the machine lengthen less than the time on the clock
+    # processor time, which other jobs on the machine lengthen less than the time on the clock
+    assert cpu_of_children() - cpu < 4
 
 
 def test_runtime_needs_neither_datasets_nor_torch(tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(R1_ROW))
-    code = (
-        "import sys, avqa; status = avqa.main(sys.argv[1:]); "
-        "print(status, sorted({'datasets', 'torch', 'soundfile', 'tqdm'} & set(sys.modules)))"
-    )
-    paths = ["--input_jsonl", "in.jsonl", "--audio_dir", ".", "--local_save_dir", "out", "--no_check_audio"]
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(avqa.__file__)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *paths], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
-    assert done.stdout == "0 []\n", done.stderr
+    code = "import sys, avqa; status = avqa.main(sys.argv[1:]); "
+    code += "print(status, sorted({'datasets', 'torch', 'soundfile', 'tqdm'} & set(sys.modules)))"
+    assert run_code(code, *PATHS, path=[Path(avqa.__file__).parent], cwd=tmp_path).stdout == "0 []\n"

@@ -6,7 +6,6 @@ import pickle
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 from audio_dataset import DataError
-from conftest import EXAMPLE, wait_until_gone
+from conftest import EXAMPLE, run_code, wait_until_gone
 from support.processors import make_dataset, training_row
 
 from aqa.audio import decode
@@ -553,12 +552,11 @@ def test_threads_forks_and_copies_get_their_own_answers(tmp_path, sandbox):
 
 def test_the_worker_ends_when_its_owner_is_killed():
     code = (
-        f"import sys; sys.path.insert(0, {str(EXAMPLE)!r})\n"
         "import os, signal; from aqa.audio.sandbox import Sandbox; from aqa.audio.decode import AudioError\n"
         "box = Sandbox()\ntry: box.load('/none')\nexcept AudioError: print(box._worker.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = run_code(code, check=False)
     assert done.returncode == -signal.SIGKILL
     wait_until_gone(int(done.stdout))
 

@@ -1,11 +1,9 @@
 """Mistakes on a command line: one line that names what is meant, before anything slow is imported."""
 
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import EXAMPLE, ROOT, child_environment
+from conftest import EXAMPLE, ROOT, run_code, run_command, run_script
 
 from aqa.common.arguments import expand_home
 
@@ -69,8 +67,7 @@ def test_mistakes(tmp_path, script, arguments, said):
     (tmp_path / "ROWS").write_text('{"audio_id": "a", "question": "?", "choices": ["a"]}')
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "metrics.jsonl").touch()
-    command = [sys.executable, "-c", RUN, str(EXAMPLE / script), *arguments.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=child_environment())
+    done = run_code(RUN, EXAMPLE / script, *arguments.split(), path=(), cwd=tmp_path)
     lines = [line for line in done.stderr.splitlines() if said in line]
     assert len(lines) == 1, done.stderr
     assert "Traceback" not in done.stderr and "usage:" not in done.stderr
@@ -84,13 +81,7 @@ def test_mistakes(tmp_path, script, arguments, said):
      ("data_preprocess/avqa.py", "--sandbox_audio")],
 )  # fmt: skip
 def test_help_shows_what_matters_and_help_all_the_rest(script, rare):
-    def shown(flag: str) -> str:
-        command = [sys.executable, str(EXAMPLE / script), flag]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=60, env=child_environment() | {"COLUMNS": "80"}
-        ).stdout
-
-    short, long = shown("--help"), shown("--help_all")
+    short, long = (run_script(script, flag, COLUMNS=80).stdout for flag in ("--help", "--help_all"))
     assert "default: None" not in long
     flags = re.findall(r"^  (--\w+)", short, re.MULTILINE)
     assert len(flags) == 10 and len(short.splitlines()) <= 80 and rare not in short
@@ -101,17 +92,14 @@ def test_help_shows_what_matters_and_help_all_the_rest(script, rare):
 def test_ctrl_c_while_a_script_imports_is_one_line():
     code = "import sys, aqa; sys.argv[0] = 'x/a.py'; raise {}"
     for error, said in (("KeyboardInterrupt", "\na.py: interrupted\n"), ("ValueError", "Traceback")):
-        command = [sys.executable, "-c", code.format(error)]
-        done = subprocess.run(command, cwd=EXAMPLE, capture_output=True, text=True, env=child_environment())
+        done = run_code(code.format(error), check=False)
         assert done.returncode != 0 and done.stderr[: len(said)] == said
 
 
 def test_waiting_threads_sleep_in_every_script():
     """OpenMP reads the variable when torch is imported, so it must be set before."""
     code = "import sys, os, aqa.common.arguments; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    clean = {name: value for name, value in child_environment().items() if name != "GOMP_SPINCOUNT"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, env=clean)
-    assert done.stdout.split() == ["3000", "False"]
+    assert run_code(code, GOMP_SPINCOUNT=None).stdout.split() == ["3000", "False"]
 
 
 def test_home_is_replaced_where_a_shell_leaves_it(monkeypatch):
@@ -141,7 +129,7 @@ def test_make_installs_only_what_is_not_there(tmp_path):
         """Which calls of pip could install something."""
         log = tmp_path / "pip.log"
         log.write_text("")
-        subprocess.run(["make", "setup"], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        run_command("make", "setup", cwd=tmp_path)
         return ["--no-index" not in line for line in log.read_text().splitlines()]
 
     for path in lists:

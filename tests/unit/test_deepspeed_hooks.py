@@ -3,14 +3,12 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, child_environment
+from conftest import run_code
 from support.training import FLAGS
 
 from lightrft.strategy.deepspeed_hooks import Storage, is_usable
@@ -113,10 +111,7 @@ ACCUMULATION += [(stage, False, True) for stage in (0, 2, 3)]
 def printed(tmp_path_factory):
     flags = json.dumps(FLAGS | {"param_offload": False, "max_norm": 0.5})
     script = SCRIPT.replace("CASES", repr(ACCUMULATION))
-    environment = child_environment() | {"PYTHONPATH": str(ROOT / "runtime")}
-    command = [sys.executable, "-c", script, flags, str(tmp_path_factory.mktemp("checkpoints"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_code(script, flags, tmp_path_factory.mktemp("checkpoints"))
     return [
         (kind, json.loads(rest))
         for kind, _, rest in (line.partition(" ") for line in done.stdout.splitlines())

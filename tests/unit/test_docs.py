@@ -8,17 +8,16 @@ import functools
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import EXAMPLE, ROOT, child_environment
+from conftest import EXAMPLE, LAUNCH_SCRIPT, ROOT, run_command
 
 TRAIN = EXAMPLE / "train_colocate.py"
-MANUAL, LAUNCHER = EXAMPLE / "README.md", EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh"
+MANUAL = EXAMPLE / "README.md"
 DOCUMENTS = [path for folder in (".", "docs", "benchmarks/gpu") for path in sorted((ROOT / folder).glob("*.md"))]
 DOCUMENTS += [MANUAL, EXAMPLE / "METHODS.md"]
 OUTSIDE = r"(?<![\w/.-])(?:runtime|tests|benchmarks|docs|requirements)/|\bMakefile\b|\b(?:CONTRIBUTING|CHANGELOG)\b"
@@ -69,14 +68,11 @@ def flags_of(script: Path) -> frozenset[str]:
     """The flags of a script and of its subcommands, from its help."""
     texts, words = [], [[]]
     for word in words:
-        command = [sys.executable, str(script), *word, "--help"]
-        options = {"capture_output": True, "text": True, "env": child_environment(), "cwd": ROOT, "timeout": 120}
-        done = subprocess.run(command, **options)
-        if "--help_all" in done.stdout:
-            done = subprocess.run([*command[:-1], "--help_all"], **options)
-        assert done.returncode == 0, f"{script} --help: {done.stderr}"
-        texts.append(done.stdout)
-        commands = None if word else re.search(r"^\s+\{([\w,]+)\}", done.stdout, re.M)
+        shown = run_command(sys.executable, script, *word, "--help", cwd=ROOT).stdout
+        if "--help_all" in shown:
+            shown = run_command(sys.executable, script, *word, "--help_all", cwd=ROOT).stdout
+        texts.append(shown)
+        commands = None if word else re.search(r"^\s+\{([\w,]+)\}", shown, re.M)
         words += [[name] for name in commands.group(1).split(",")] if commands else []
     return frozenset(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", "\n".join(texts)))
 
@@ -132,7 +128,7 @@ def test_the_example_is_complete_in_its_folder():
     headings = re.findall(r"(?m)^#{2,3} (.+)$", read(MANUAL))
     assert ", ".join(heading for heading in headings if heading in SEED) == SEED
     assert len(read(MANUAL).splitlines()) <= 300
-    named = re.findall(OUTSIDE, "".join(re.findall("echo .*", read(LAUNCHER))))
+    named = re.findall(OUTSIDE, "".join(re.findall("echo .*", read(LAUNCH_SCRIPT))))
     for path in EXAMPLE.rglob("*.py"):
         if path.name != "doctor.py":  # it names lists of versions where it finds them, else the manual
             named += [f"{path}: {text}" for text in messages(path) if re.search(OUTSIDE, text)]
@@ -153,8 +149,8 @@ def test_the_launch_scripts_variables_and_their_defaults():
     for row in table.splitlines()[2:]:
         names, defaults = (cell.strip() for cell in row.strip("|").split("|")[:2])
         for name, value in zip(re.findall(r"`([A-Z][A-Z0-9_]*)(?:=\w+)?`", names), defaults.split(", "), strict=False):
-            found = re.search(rf"{name}:-([^}}]*)}}", read(LAUNCHER))
-            wrong += [name] * (name not in read(LAUNCHER) or bool(found and found.group(1) not in (value, "")))
+            found = re.search(rf"{name}:-([^}}]*)}}", read(LAUNCH_SCRIPT))
+            wrong += [name] * (name not in read(LAUNCH_SCRIPT) or bool(found and found.group(1) not in (value, "")))
     assert wrong == []
 
 
@@ -175,11 +171,8 @@ def test_messages_versions_and_the_commit_are_the_programs():
 
 def shell(command: str, folder: Path = ROOT, **settings: object) -> str:
     """What commands print; the first that fails ends them."""
-    env = child_environment() | {name: str(value) for name, value in settings.items()}
-    command = ["bash", "-e", "-c", re.sub(r"(?m)^python ", f"{shlex.quote(sys.executable)} ", command)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    command = re.sub(r"(?m)^python ", f"{shlex.quote(sys.executable)} ", command)
+    return run_command("bash", "-e", "-c", command, cwd=folder, **settings).stdout
 
 
 @pytest.mark.parametrize("command", [pytest.param(c, marks=[pytest.mark.docs] * (c in DEMO)) for c in SHOWN])

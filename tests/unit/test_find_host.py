@@ -7,26 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import EXAMPLE, ROOT, run_command
 
 import lightrft
 from aqa.hosts.current import describe_host
 from aqa.hosts.locate import check_host
 
-ROOT = Path(__file__).resolve().parents[2]
 TESTED = " at commit unknown (tested: 0.1.1 at commit 49e62cb)"  # tmp_path is no checkout
 
 
-def ask(code: str, *folders: Path) -> subprocess.CompletedProcess:
+def ask(code: str, *folders: Path, example: Path = EXAMPLE) -> subprocess.CompletedProcess:
     """Run code in a process of its own that finds ``lightrft`` in these folders alone."""
-    path = os.pathsep.join(map(str, [ROOT / "examples" / "r1_aqa", *folders]))
-    environment = {**os.environ, "PYTHONPATH": path}
-    command = [
-        sys.executable,
-        "-S",
-        "-c",
-        f"from aqa.hosts.current import *\nfrom aqa.hosts.locate import *\n{code}",
-    ]  # -S: not the one of an installed package
-    return subprocess.run(command, env=environment, cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
+    code = f"from aqa.hosts.current import *\nfrom aqa.hosts.locate import *\n{code}"
+    path = os.pathsep.join(map(str, [example, *folders]))
+    # -S: not the one of an installed package
+    return run_command(sys.executable, "-S", "-c", code, check=False, cwd=ROOT / "tests", PYTHONPATH=path)
 
 
 def make_package(folder: Path, source: str | None, trainer: bool = False) -> Path:
@@ -110,8 +105,6 @@ def test_without_it_the_runtime_beside_the_example(monkeypatch):
 def test_copied_into_a_checkout_that_checkout(tmp_path, monkeypatch):
     monkeypatch.delenv("LIGHTRFT_HOME", raising=False)
     make_package(tmp_path, "__version__ = '0.1.1'", trainer=True)
-    shutil.copytree(ROOT / "examples" / "r1_aqa", tmp_path / "examples" / "r1_aqa")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "examples" / "r1_aqa")}
-    command = [sys.executable, "-S", "-c", f"from aqa.hosts.current import *\nfrom aqa.hosts.locate import *\n{FIND}"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    copied = shutil.copytree(EXAMPLE, tmp_path / "examples" / "r1_aqa")
+    done = ask(FIND, example=copied)
     assert done.stdout.strip() == f"LightRFT 0.1.1{TESTED}, {tmp_path / 'lightrft'}", done.stderr

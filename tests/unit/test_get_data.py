@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 from avqa import main as avqa
-from conftest import EXAMPLE
+from conftest import EXAMPLE, run_command
 from pyarrow import parquet
 
 from aqa.audio.decode import load_audio
@@ -34,8 +34,7 @@ needs_ffmpeg = pytest.mark.skipif(
 
 
 def ffmpeg(*arguments: object) -> None:
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-y", *map(str, arguments)]
-    subprocess.run(command, check=True, timeout=60)
+    run_command("ffmpeg", "-nostdin", "-v", "error", "-y", *arguments)
 
 
 def make_video(path: Path, seconds: float = 2, sound: str = "sine=440", *options: str) -> Path:
@@ -174,8 +173,7 @@ def test_a_killed_run_goes_on(tmp_path):
     victim = min(finished)
     os.truncate(victim, 1000)  # as a power cut may leave it
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_command(*command)
     assert sorted(path.name for path in (out / "audios").iterdir()) == sorted(f"{name}.wav" for name in names)
     assert report_of(out)["clips"] == {"asked_for": 30, "there": 30, "there_before": len(finished) - 1}
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items() if path != victim)

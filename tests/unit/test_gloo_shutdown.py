@@ -1,12 +1,11 @@
 """gloo_shutdown.py: a process ends with its own status, whatever gloo's threads are at."""
 
 import itertools
-import subprocess
 import sys
 import time
 
 import pytest
-from conftest import EXAMPLE
+from conftest import run_code
 
 from aqa.training import gloo_shutdown
 
@@ -14,7 +13,6 @@ from aqa.training import gloo_shutdown
 # main has, nearly always, let go of them before the collective is done.
 SCRIPT = """
 import sys, time
-sys.path.insert(0, {example!r})
 {first}
 import torch
 import torch.distributed as dist
@@ -30,8 +28,7 @@ while time.monotonic() < end:
 
 
 def run(first, last):
-    script = SCRIPT.format(example=str(EXAMPLE), first=first, last=last)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    return run_code(SCRIPT.format(first=first, last=last), check=False)
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="from 3.14 on such a thread hangs, and nothing aborts")
@@ -68,7 +65,5 @@ def test_it_waits_while_a_thread_works_but_not_for_ever(monkeypatch, state, woke
 
 
 def test_without_threads_of_gloo_nothing_is_waited_for():
-    script = f"import sys, time; sys.path.insert(0, {str(EXAMPLE)!r}); from aqa.training import gloo_shutdown;"
-    script += "a = time.monotonic(); "
-    script += "gloo_shutdown.settle(); assert time.monotonic() - a < gloo_shutdown.PAUSE"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    code = "import time; from aqa.training import gloo_shutdown; begin = time.monotonic(); gloo_shutdown.settle(); "
+    run_code(code + "assert time.monotonic() - begin < gloo_shutdown.PAUSE")

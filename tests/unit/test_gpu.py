@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import doctor
 import pytest
 import torch
-from conftest import EXAMPLE, NO_WEIGHTS, child_environment
+from conftest import EXAMPLE, LAUNCH_SCRIPT, NO_WEIGHTS, run_command
 
 from aqa.common import gpu
 from aqa.evaluation import engines
@@ -100,13 +100,12 @@ def test_gpus_that_cuda_cannot_use_do_not_count(monkeypatch):
 def launch(tmp_path):
     """``launch(command, torch's values, ...)`` runs a command where torch is the stand-in."""
 
-    def run(command: list[str], smi: str, count: int, listed: int, **settings: str) -> subprocess.CompletedProcess:
+    def run(command: list, smi: str, count: int, listed: int, **settings: str) -> subprocess.CompletedProcess:
         (tmp_path / "torch").mkdir()
         text = TORCH.format(count=count, listed=listed, cuda=CUDA13["cuda"], error=CUDA13["error"])
         (tmp_path / "torch" / "__init__.py").write_text(text)
-        env = {name: value for name, value in child_environment().items() if name != "CUDA_VISIBLE_DEVICES"}
-        env |= {"PYTHONPATH": str(tmp_path), "PATH": list_gpus(tmp_path, smi), "PYTHON": sys.executable} | settings
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        env = {"PYTHONPATH": tmp_path, "PATH": list_gpus(tmp_path, smi), "PYTHON": sys.executable}
+        return run_command(*command, cwd=tmp_path, check=False, CUDA_VISIBLE_DEVICES=None, **env, **settings)
 
     return run
 
@@ -121,8 +120,7 @@ def launch(tmp_path):
 )
 def test_the_launch_script_starts_nothing(launch, tmp_path, smi, count, listed, settings, said):
     """Nor do slurm.sbatch's tasks, each of which is this script."""
-    script = str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")
-    done = launch(["bash", script], smi, count, listed, PATH_TO_YOUR_AVQA_DATASET="data", **settings)
+    done = launch(["bash", LAUNCH_SCRIPT], smi, count, listed, PATH_TO_YOUR_AVQA_DATASET="data", **settings)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "results").exists() and not (tmp_path / "rft_logs").exists()
 
@@ -134,7 +132,7 @@ def test_the_training_refuses_too(launch, tmp_path):
     (tmp_path / "model" / "tokenizer.json").touch()
     (tmp_path / "model" / "model.safetensors").write_bytes(NO_WEIGHTS)
     (tmp_path / "train.parquet").touch()
-    script = [sys.executable, str(EXAMPLE / "train_colocate.py"), "--pretrain", "model", "--prompt_data", "."]
+    script = [sys.executable, EXAMPLE / "train_colocate.py", "--pretrain", "model", "--prompt_data", "."]
     done = launch(script, OLD * 8, 0, 8)
     assert done.returncode == 2 and TOO_OLD in done.stderr and "Traceback" not in done.stderr, done.stderr
 

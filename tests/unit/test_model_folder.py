@@ -3,10 +3,10 @@
 import json
 import os
 import stat
-import subprocess
 import sys
 
 import pytest
+from conftest import run_code, run_command
 from safetensors.torch import save_file
 from torch import ones
 
@@ -60,18 +60,10 @@ def test_names_of_both_versions_and_the_modes_of_the_umask(tmp_path, umask):
 @pytest.mark.docs
 def test_transformers_4_57_loads_a_folder_as_5_does(tiny_model, tmp_path):
     """Processor, tokenizer, tokens and greedy answer are the same. Installs 4.57.6 aside, from the package index."""
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), *OLDER]
-    subprocess.run(pip, check=True, timeout=300)
+    run_command(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, *OLDER)
     results = {}
-    for path in ("", str(tmp_path)):
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD, str(tiny_model)],
-            env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    for path in ((), (tmp_path,)):
+        done = run_code(LOAD, tiny_model, path=path, CUDA_VISIBLE_DEVICES="")
         [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
         _, version, shown = line.split(" ", 2)
         results[version] = shown

@@ -2,12 +2,10 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import EXAMPLE, child_environment
+from conftest import run_script
 from harness import allocated
 from support.training import FLAGS
 from transformers import CONFIG_MAPPING
@@ -358,9 +356,8 @@ def test_from_the_command_line(tmp_path):
         ("--bf16 --plan_gpus 1 --plan_gpu_gib 24", planner.DOES_NOT_FIT, ("It does not fit: ", "It fits with --")),
         ("--plan_gpus 3", 2, ("do not divide among 3 ranks",)),
     ):
-        command = [sys.executable, str(EXAMPLE / "train_colocate.py"), "--plan", "--pretrain", SEVEN_B, *given.split()]
-        environment = child_environment()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
+        command = ("train_colocate.py", "--plan", "--pretrain", SEVEN_B, *given.split())
+        done = run_script(*command, check=False, cwd=tmp_path)
         text = done.stderr if status == 2 else done.stdout
         assert done.returncode == status, text
         assert all(words in text for words in said)

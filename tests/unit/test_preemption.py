@@ -1,14 +1,11 @@
 """runtime/lightrft/utils/preemption.py: what a signal does to a user's reward, and to the processes that it forks."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import run_code
 
 from lightrft.strategy.checkpoint import SaveError
 from lightrft.trainer import saving
@@ -37,6 +34,7 @@ def in_many_pools():
             pool.map(abs, [1])
     return 1.0
 
+os.setsid()
 stop_request.install()
 if len(sys.argv) > 2:
     threading.Timer(1.0, os.killpg, (0, getattr(signal, sys.argv[2]))).start()
@@ -59,14 +57,7 @@ except StopError as stop:
     ],
 )
 def test_a_reward_that_forks_or_sleeps_ends_and_obeys(reward, number, status):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, reward, *filter(None, [number])],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "runtime")},
-        capture_output=True,
-        text=True,
-        timeout=50,
-        start_new_session=True,
-    )
+    done = run_code(PROGRAM, reward, *filter(None, [number]), check=False)
     assert done.returncode == status, done.stderr
     assert done.stdout == ("None\n" if number else "1.0\n")
     assert "Traceback" not in done.stderr

@@ -1,8 +1,6 @@
 """Clips decoded ahead and kept: the same batches as without, files as they are now, bounds, errors, no thread left."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from audio_dataset import AudioPromptDataset
-from conftest import EXAMPLE
+from conftest import run_code
 from support.processors import make_dataset, training_row
 from torch.utils.data import DataLoader, Dataset
 
@@ -301,7 +299,6 @@ def test_a_process_that_is_left_in_the_middle_ends(tmp_path, end):
     code = f"""
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
-sys.path.insert(0, {str(EXAMPLE)!r})
 from aqa.audio.prefetch import PrefetchLoader
 from torch.utils.data import DataLoader
 class Rows(list):
@@ -314,7 +311,7 @@ print("stepping", flush=True)
 {end}
 time.sleep(60)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_code(code, check=False)
     assert done.stdout == "stepping\n"
     assert done.returncode == (3 if "exit" in end else -2), done.stderr
 

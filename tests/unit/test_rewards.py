@@ -16,7 +16,7 @@ import time
 import literal_rule
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT, wait_until_gone
+from conftest import EXAMPLE, run_code, wait_until_gone
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -552,11 +552,8 @@ def test_a_module_of_ones_own_may_have_any_name(tmp_path, module):
         f"print(find_reward('{module}:pay')([], None, ['x'], ['y'], {{}})[0].item())\n"
         "import report, statistics; print(report.main.__module__, statistics.mean([3]), sys.path[0])"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLE), str(ROOT / "runtime")])}
-    command = [sys.executable, "-P", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["7.0", f"report 3 {EXAMPLE}"]
+    shown = run_code(program, cwd=tmp_path, PYTHONSAFEPATH=1).stdout
+    assert shown.splitlines() == ["7.0", f"report 3 {EXAMPLE}"]
 
 
 OWN = """

@@ -4,12 +4,11 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import train_colocate
-from conftest import EXAMPLE, NO_WEIGHTS, run_script
+from conftest import LAUNCH_SCRIPT, NO_WEIGHTS, run_command, run_script
 
 from aqa.report.page import session_rows
 from aqa.report.run_data import Run
@@ -440,10 +439,7 @@ def test_the_launch_script_resumes_the_run_that_its_variables_name(tmp_path, set
             path.touch()
             os.utime(path, (0, 0))
     variables = {"EXPERIMENT_NAME": "exp", "RESUME": "1", "PYTHON": stub, "PATH_TO_YOUR_AVQA_DATASET": "x"}
-    environment = os.environ | {name: str(value) for name, value in (variables | settings).items()}
-    command = ["bash", str(EXAMPLE / "run_grpo_r1_aqa_qwen2_audio_7b.sh")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_command("bash", LAUNCH_SCRIPT, cwd=tmp_path, **variables | settings)
     [told] = [line for line in done.stdout.splitlines() if line.startswith("told: ")]
     path = told.split("--save_path results/")[1].split()[0]
     assert ("--load_checkpoint" in told) == (expected is not None)

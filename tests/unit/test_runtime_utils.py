@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import run_code
 from harness import allocated
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2AudioForConditionalGeneration
@@ -31,8 +29,6 @@ from lightrft.utils import metrics as metrics_module
 from lightrft.utils.data import find_split
 from lightrft.utils.metrics import MetricsWriter
 from lightrft.utils.weight_names import checksum, read_checksums
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -158,18 +154,11 @@ NOISE = [
 ]
 
 
-def run_console(code: str, log: Path, rank: int = 0) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "runtime")}
-    command = [sys.executable, "-c", code, str(log), str(rank)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-
-
 def test_chatter_goes_to_the_file_and_our_lines_to_both(tmp_path):
     log = tmp_path / "logs" / "rank0.log"
     log.parent.mkdir()
     log.write_text("an earlier run\n")
-    done = run_console(CHATTER, log)
-    assert done.returncode == 0, done.stderr
+    done = run_code(CHATTER, log, 0)
     assert done.stdout.splitlines() == ["before", "one line for people", "WARNING (rank 0): look here"]
     assert done.stderr == ""
     text = log.read_text()
@@ -179,7 +168,7 @@ def test_chatter_goes_to_the_file_and_our_lines_to_both(tmp_path):
 
 def test_an_exception_reaches_the_terminal_and_the_file(tmp_path):
     log = tmp_path / "rank1.log"
-    done = run_console(CHATTER + "raise ValueError('the cause')\n", log, rank=1)
+    done = run_code(CHATTER + "raise ValueError('the cause')\n", log, 1, check=False)
     assert done.returncode == 1
     assert done.stdout.splitlines()[:2] == ["before", "WARNING (rank 1): look here"]  # other ranks only warn
     assert "one line" not in log.read_text()
@@ -191,7 +180,7 @@ def test_an_exception_reaches_the_terminal_and_the_file(tmp_path):
 
 
 def test_an_interruption_is_one_line(tmp_path):
-    done = run_console(CHATTER + "raise KeyboardInterrupt\n", tmp_path / "a.log")
+    done = run_code(CHATTER + "raise KeyboardInterrupt\n", tmp_path / "a.log", 0, check=False)
     assert "rank 0: interrupted" in done.stdout
     assert "Traceback" not in done.stdout
 
