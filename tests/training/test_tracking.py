@@ -21,6 +21,7 @@ def tracked(folder, clip):
     ]
     for step in (1, 2):
         writer.write(step, {"rollout/reward": step * 1.0, "train/grad_norm": float("nan")}, samples)
+    writer.write(1, {"eval/reward": 0.5})  # as the evaluation that a resumed run makes up
     writer.close()
     # the run's file may be whole only a moment after the run's end (2 of 80 times); and the environment is read anew
     wandb.teardown()
@@ -36,7 +37,7 @@ def test_the_same_names_everywhere(tmp_path, monkeypatch):
     clip = tmp_path / "clip.wav"
     soundfile.write(clip, np.zeros(800), 16_000)
     tracked(tmp_path / "run", clip)
-    names = {"rollout/reward", "train/grad_norm"}
+    names = {"rollout/reward", "train/grad_norm", "eval/reward"}
     events = EventAccumulator(str(tmp_path / "run" / "tb" / "name")).Reload()
     assert set(events.Tags()["scalars"]) == names
     assert [(e.step, e.value) for e in events.Scalars("rollout/reward")] == [(1, 1.0), (2, 2.0)]
@@ -58,4 +59,4 @@ def test_wandb_can_be_disabled(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracked(tmp_path / "run", tmp_path / "gone.wav")
     assert not (tmp_path / "run" / "wandb").exists()
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3

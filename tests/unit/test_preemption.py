@@ -1,5 +1,6 @@
 """runtime/lightrft/utils/preemption.py: what a signal does to a user's reward, and to the processes that it forks."""
 
+import io
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from lightrft.strategy.checkpoint import SaveError
 from lightrft.trainer import saving
 from lightrft.trainer.saving import ResumePoint, RunSaver
 from lightrft.trainer.spmd_ppo_trainer import SPMDPPOTrainerVL
+from lightrft.utils.console import console
+from lightrft.utils.progress import Progress
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, threading, time
@@ -123,3 +126,26 @@ def test_a_run_that_ends_early_writes_what_is_new_and_says_so(monkeypatch, tmp_p
     saver.saved = saved
     assert re.match(said, saver.save_before_exit())
     assert wrote == written
+
+
+def test_an_evaluation_that_a_resumed_run_makes_up(monkeypatch):
+    """The checkpoint asks for it until one is written after it; where it always fails, the message names a way on."""
+    trainer = object.__new__(SPMDPPOTrainerVL)
+    trainer.strategy, trainer.writers, trainer.progress = SimpleNamespace(world_size=1), [], Progress()
+    trainer.saver = RunSaver(SimpleNamespace(args=None), None, None, False, False, print, ResumePoint(3, 12, 0.1, {}))
+    monkeypatch.setattr(trainer.saver, "save_before_exit", lambda folder: "step 3 is the last one")
+    monkeypatch.setattr(console, "stream", shown := io.StringIO())
+    trainer.saver.saved, error = 3, ValueError("no judge")
+
+    def fails(step):
+        raise error
+
+    with pytest.raises(ValueError, match="no judge"):
+        trainer._evaluate_first(fails, 3, {})
+    assert trainer._end_of(error) is error and trainer.saver.saved == 3
+    way_on = "ends the run: step 3 is the last one; with --eval_steps -1 it goes on without evaluation\n"
+    assert shown.getvalue().endswith(way_on)
+    trainer._evaluate_first(lambda step: {"eval/reward": 1.0}, 3, {})
+    assert trainer.saver.saved == 0 and trainer.saver.unevaluated is None
+    trainer._end_of(error)
+    assert shown.getvalue().endswith("step 3 is the last one\n")

@@ -268,8 +268,11 @@ class SPMDPPOTrainerVL:
         """
         known = self.strategy.world_size == 1 or isinstance(error, RankError)
         if known and self.saver.whole and not isinstance(error, SaveError):
+            # set while an evaluation is due, which a resumed run makes up before anything else
+            remedy = "" if self.saver.unevaluated is None else "; with --eval_steps -1 it goes on without evaluation"
             try:
-                console.print(f"{describe(error)} ends the run: {self.saver.save_before_exit(False)}", needed=True)
+                said = f"{describe(error)} ends the run: {self.saver.save_before_exit(False)}{remedy}"
+                console.print(said, needed=True)
             except RuntimeError as second:  # of a GPU that the first one has left unusable
                 console.warn(f"the last step could not be saved: {second}")
         return (error.own or SystemExit(1)) if isinstance(error, RankError) else error
@@ -291,6 +294,8 @@ class SPMDPPOTrainerVL:
         console.status(f"evaluating the model of step {step} ..." if step else "evaluating the start model ...")
         try:
             self._evaluate(evaluation, step, metrics)
+            if step:  # its checkpoint asks for this evaluation: a run that stops before the next step writes it again
+                self.saver.saved = 0
         finally:
             for writer in self.writers if metrics else ():
                 writer.write(step, metrics)

@@ -53,6 +53,8 @@ class MetricsWriter:
                 dir=str(folder),
             )
             run_id.write_text(self._wandb.id)
+            # wandb's own steps only rise, and it drops what a resumed run makes up for the step before
+            self._wandb.define_metric("*", step_metric="step")
         if args.use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -71,7 +73,7 @@ class MetricsWriter:
         self._flush()
         if self._wandb is not None:
             due = samples and self._table_steps > 0 and step % self._table_steps == 0
-            self._wandb.log(metrics | ({"rollouts": rollout_table(samples)} if due else {}), step=step)
+            self._wandb.log(metrics | {"step": step} | ({"rollouts": rollout_table(samples)} if due else {}))
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
