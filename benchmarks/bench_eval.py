@@ -48,8 +48,9 @@ def main() -> None:
     args = parse(parser)
 
     from aqa.audio.decode import load_audio
+    from aqa.evaluation import engines
     from aqa.evaluation.checkpoints import resolve_model
-    from aqa.evaluation.engines import HFEngine, Job, Settings, VLLMEngine, load_processor, output_to_log, render
+    from aqa.evaluation.engines import HFEngine, Job, Settings, load_processor, output_to_log, render
     from aqa.evaluation.items import make_items, read_rows
 
     report, data = Report("eval", args.rounds), args.demo_dir / "data"
@@ -72,11 +73,12 @@ def main() -> None:
         def settings(size: int) -> Settings:
             return Settings(MAX_NEW_TOKENS, size, "float32", 1, 0)
 
+        own = (model, processor, settings(256), jobs)
         ways = {
             "transformers, one by one": one_by_one(model.path, jobs),
             "hf, batch 1": through(HFEngine(model, processor, settings(1))),
             "hf, batch 32": through(HFEngine(model, processor, settings(32))),
-            "vllm": through(VLLMEngine(model, processor, settings(256), jobs)),
+            "vllm": through(engines.VLLMEngine(*own, engines.longest_sequence(*own))),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         answers = {name: way() for name, way in ways.items()}  # warms up, and shows that all say the same

@@ -17,6 +17,7 @@ import argparse
 import atexit
 import copy
 import json
+import math
 import os
 import signal
 import sys
@@ -171,10 +172,11 @@ def load_models(args: argparse.Namespace, strategy: Any) -> tuple[Any, Any]:
     The reference model is None without KL, with LoRA, where the actor without its adapters is the reference, and before
     a warm start, see :func:`warm_start`.
 
-    :raises SystemExit: if ``--pretrain`` cannot be loaded.
+    :raises SystemExit: if ``--pretrain`` cannot be loaded, or has too few positions.
     """
     from aqa.training.freezing import freeze, trainable
 
+    refuse_beyond_positions(args)
     with strategy.init_model_context():
         actor = HOST.load_actor(args, None if args.fsdp else strategy.get_ds_train_config(is_actor=True))
         initial_model = None
@@ -187,6 +189,21 @@ def load_models(args: argparse.Namespace, strategy: Any) -> tuple[Any, Any]:
     if args.gradient_checkpointing:
         actor.gradient_checkpointing_enable({"use_reentrant": False})
     return actor, initial_model
+
+
+def refuse_beyond_positions(args: argparse.Namespace) -> None:
+    """Refuse lengths beyond the model's positions, where it answers nonsense: transformers does not.
+
+    :raises SystemExit: with the flags to lower.
+    """
+    from aqa.evaluation.engines import beyond_positions
+    from aqa.patches.slots import audio_token_count
+
+    prompt, seconds, response = args.prompt_max_len, args.audio_seconds, args.generate_max_len
+    audio = audio_token_count(math.ceil(seconds * 100)) * args.limit_mm_image_per_prompt
+    made = f"--prompt_max_len {prompt}, --audio_seconds {seconds:g} and --generate_max_len {response}"
+    if problem := beyond_positions(args.pretrain, prompt + audio + response, made, "one of them"):
+        raise SystemExit(problem)
 
 
 def resume(args: argparse.Namespace, strategy: Any, actor: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import eval_mmau
 import numpy as np
 import pytest
 import soundfile
 import torch
+import train_colocate
 from conftest import EXAMPLE, NO_WEIGHTS, run_script
 from safetensors.torch import load_file, save_file
 from support.rollouts import perturbed
@@ -247,7 +249,7 @@ def test_vllm_refuses_weights_that_it_cannot_load(tiny_model, tmp_path):
     save_file({f"model.{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
     model, settings = Model(str(tmp_path), str(tiny_model)), engines.Settings(4, 4, "float32")
     with pytest.raises(EvalError, match=r"model\.audio_tower.*--engine hf can"):
-        engines.VLLMEngine(model, None, settings, [])
+        engines.VLLMEngine(model, None, settings, [], 1)
 
 
 def test_other_orders_and_silence_are_asked_beside(tmp_path, flags, tiny_model, demo_data, questions, capsys):
@@ -431,6 +433,16 @@ def test_silence_is_marked_everywhere(tmp_path, flags, capsys, monkeypatch):
     assert all(row["silent_audio"] for row in json.loads(out.read_text()))
     assert json.loads(out.with_suffix(".score.json").read_text())["silent_audio"] is True
     assert "silence in place of every clip" in run_main(capsys, "compare", out, out)[1]
+
+
+def test_training_refuses_lengths_beyond_the_positions_too(tiny_model):
+    """30 s are 750 tokens, and 512 + 750 + 786 = 2,048 is what the model has."""
+    args = SimpleNamespace(pretrain=str(tiny_model), prompt_max_len=512, audio_seconds=30.0, generate_max_len=786)
+    args.limit_mm_image_per_prompt = 1
+    train_colocate.refuse_beyond_positions(args)
+    args.generate_max_len += 1
+    with pytest.raises(SystemExit, match=r"--generate_max_len 787 make 2049 tokens, more than the model's 2048; lower"):
+        train_colocate.refuse_beyond_positions(args)
 
 
 def test_limit_think_and_files_without_answers(tmp_path, flags, questions, capsys):

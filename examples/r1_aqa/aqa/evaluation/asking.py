@@ -215,9 +215,9 @@ def ask(
         print(f"loading the model into {args.engine} ...", file=screen, flush=True)
         processor = load_processor(model)
         jobs = make_jobs(processor)
-        longest_sequence(model, processor, settings, jobs)
         own = (model, processor, settings)
-        asker = HFEngine(*own) if args.engine == "hf" else VLLMEngine(*own, jobs)
+        longest = longest_sequence(*own, jobs)
+        asker = HFEngine(*own) if args.engine == "hf" else VLLMEngine(*own, jobs, longest)
         loaded = time.monotonic()
         if model.identity() != partial.identity["model"]:
             raise EvalError(

@@ -334,18 +334,19 @@ def merged(model: Model, processor: Any, settings: Settings) -> Iterator[Model]:
 class VLLMEngine:
     """vLLM with all questions at once: it forms its own batches, and returns each answer when it is complete.
 
-    :param jobs: The questions; the longest determines the engine's memory.
+    :param jobs: The questions.
+    :param longest: Tokens of the longest prompt and its response, see :func:`longest_sequence`.
     :raises EvalError: if vLLM is not installed or too old, or cannot load this kind of model folder.
     """
 
-    def __init__(self, model: Model, processor: Any, settings: Settings, jobs: Sequence[Job]) -> None:
+    def __init__(self, model: Model, processor: Any, settings: Settings, jobs: Sequence[Job], longest: int) -> None:
         _refuse_model(model)
         self.processor = processor
         self.queued = 0
         with merged(model, processor, settings) as whole:
-            self.load(whole, settings, jobs)
+            self.load(whole, settings, jobs, longest)
 
-    def load(self, model: Model, settings: Settings, jobs: Sequence[Job]) -> None:
+    def load(self, model: Model, settings: Settings, jobs: Sequence[Job], longest: int) -> None:
         """Load the weights, which are not read again; parameters as for the class."""
         import torch
         from transformers import AutoConfig
@@ -359,9 +360,8 @@ class VLLMEngine:
             )
         on_gpu = torch.cuda.is_available()
         dtype = choose_dtype(settings.dtype)
-        max_model_len = longest_sequence(model, processor, settings, jobs)
         text = AutoConfig.from_pretrained(model.path).get_text_config()
-        _set_vllm_environment(settings, cache_gib=_cache_gib(text, dtype, max_model_len))
+        _set_vllm_environment(settings, cache_gib=_cache_gib(text, dtype, longest))
         vllm = _import_vllm()
         if family.ours_in_vllm and settings.tensor_parallel_size > 1:
             raise EvalError(f"{family.name}: our class of it is known to this process alone; --tensor_parallel_size 1")
@@ -370,9 +370,9 @@ class VLLMEngine:
             tokenizer=model.processor,
             dtype=dtype,
             seed=settings.seed,
-            max_model_len=max_model_len,
+            max_model_len=longest,
             max_num_seqs=settings.batch_size,
-            max_num_batched_tokens=max(max_model_len, 8192),
+            max_num_batched_tokens=max(longest, 8192),
             tensor_parallel_size=settings.tensor_parallel_size,
             limit_mm_per_prompt={"audio": recordings},
             mm_processor_cache_gb=0,  # each question has a clip of its own
@@ -447,16 +447,25 @@ def longest_prompt(processor: Any, jobs: Sequence[Job]) -> int:
 def longest_sequence(model: Model, processor: Any, settings: Settings, jobs: Sequence[Job]) -> int:
     """Tokens of the longest prompt and its response.
 
-    :raises EvalError: if they are more than the model has positions, beyond which it would answer nonsense.
+    :raises EvalError: if the model has not as many positions, beyond which it would answer nonsense.
+    """
+    tokens = longest_prompt(processor, jobs) + settings.max_new_tokens
+    made = f"the longest prompt and --max_new_tokens {settings.max_new_tokens}"
+    if problem := beyond_positions(model.path, tokens, made, "that or --audio_seconds"):
+        raise EvalError(problem)
+    return tokens
+
+
+def beyond_positions(pretrain: str, tokens: int, made: str, remedy: str) -> str | None:
+    """What is wrong with a sequence of more tokens than a model has positions; None if it has as many.
+
+    :param made: What makes up the sequence.
+    :param remedy: What to lower.
     """
     from transformers import AutoConfig
 
-    tokens = longest_prompt(processor, jobs) + settings.max_new_tokens
-    most = AutoConfig.from_pretrained(model.path).get_text_config().max_position_embeddings
-    if tokens > most:
-        made = f"the longest prompt and --max_new_tokens {settings.max_new_tokens} make {tokens} tokens"
-        raise EvalError(f"{made}, more than the model's {most}; lower that or --audio_seconds")
-    return tokens
+    most = AutoConfig.from_pretrained(pretrain).get_text_config().max_position_embeddings
+    return f"{made} make {tokens} tokens, more than the model's {most}; lower {remedy}" if tokens > most else None
 
 
 def weight_names(folder: Path) -> list[str]:
