@@ -38,7 +38,7 @@ SHOWN = {  # commands of the documents, and what they print; those of DEMO need 
     f"{PYTHON}report.py --help": "--groups",
     f"{PYTHON}aqa/report/metrics.py": "| `rollout/reward` |",
     "make help": "make demo",
-    f"{PYTHON}eval_mmau.py compare {RESULTS}": "p: McNemar's",
+    f"{PYTHON}eval_mmau.py compare {RESULTS}": "McNemar's test",
     "make report RUN=results/demo/run": "report.html",
     "make doctor": "transformers",
     "make lint": "All checks passed",

@@ -229,15 +229,15 @@ def test_the_next_command_can_be_run_as_it_is(tmp_path, monkeypatch):
     ("steps", "says"),
     [
         # right of 12 questions before, after, and in silence; p = 2 * (1/2)^n where all n that differ are on one side
-        ({0: (2, None), 9: (12, 3)}, "0.167 before, 1.000 after step 9 (12 questions, p 0.002): it has learned; in "
-         "silence 0.250 (p 0.004): it listens"),
-        ({5: (12, None), 9: (5, 5)}, "1.000 at step 5, 0.417 after step 9 (12 questions, p 0.02): it has become worse; "
-         "in silence 0.417 (p 1): no sign that it listens"),
-        ({0: (4, None), 9: (6, None)}, "0.333 before, 0.500 after step 9 (12 questions, p 0.5): too little for a "
+        ({0: (2, None), 9: (12, 3)}, "0.167 before, 1.000 after step 9 (12 questions, p=0.002): it has learned; in "
+         "silence 0.250 (p=0.004): it listens"),
+        ({5: (12, None), 9: (5, 5)}, "1.000 at step 5, 0.417 after step 9 (12 questions, p=0.02): it has become worse; "
+         "in silence 0.417 (p=1): no sign that it listens"),
+        ({0: (4, None), 9: (6, None)}, "0.333 before, 0.500 after step 9 (12 questions, p=0.5): too little for a "
          "difference; --eval_silent would tell whether it listens"),
         # step 20 is of before a resumed run that was to end at step 9
-        ({0: (2, None), 9: (12, 12), 20: (0, 0)}, "0.167 before, 1.000 after step 9 (12 questions, p 0.002): it has "
-         "learned; in silence 1.000 (p 1): no sign that it listens"),
+        ({0: (2, None), 9: (12, 12), 20: (0, 0)}, "0.167 before, 1.000 after step 9 (12 questions, p=0.002): it has "
+         "learned; in silence 1.000 (p=1): no sign that it listens"),
         ({9: (3, None)}, "0.250 after step 9 (12 questions), not measured before; --eval_silent would tell whether it "
          "listens"),
     ],
@@ -253,9 +253,9 @@ def test_what_was_learned(tmp_path, steps, says):
         ]  # fmt: skip
         (folder / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "metrics.jsonl").write_text('{"step": 9, "eval/accuracy_reward": 0.5}\n')
-    args = Namespace(eval_benchmark=None, eval_data=None, sft_steps=0)
-    assert lesson(tmp_path, args) == f"held-out accuracy {says}"
-    args.sft_steps = 5
-    assert lesson(tmp_path, args) == f"held-out accuracy {says}".replace(" before, ", " after the warm start, ")
+    explained = ". p: how often chance alone does as much (McNemar's test); below 0.05 it counts"
+    says = f"held-out accuracy {says}{explained if 'p=' in says else ''}"
+    assert lesson(tmp_path, {}) == says  # no flags: of a run without run_config.json
+    assert lesson(tmp_path, {"sft_steps": 5}) == says.replace(" before, ", " after the warm start, ")
     shutil.rmtree(folder)  # as where LightRFT evaluates, which keeps no answers
-    assert lesson(tmp_path, args).startswith("see the evaluation's accuracies above")
+    assert lesson(tmp_path, {}).startswith("see the evaluation's accuracies; their answers")

@@ -22,6 +22,8 @@ from aqa.evaluation.variants import describe_orders
 
 COLLAPSE_FROM, COLLAPSE_SHARE, COLLAPSE_RIGHT = 10, 0.95, 0.8  # answers; shares of them
 Z95 = 1.959963984540054  # standard normal quantile at 97.5 %
+SURE = 0.05  # a smaller p-value counts as a difference
+WHAT_P_IS = f"p: how often chance alone does as much (McNemar's test); below {SURE} it counts"
 
 
 # ------------------------------------------------------------------------------------------------------------- the rule
@@ -365,7 +367,7 @@ def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
             f"{name:{width}}{entry['total']:6}{before:9.2f}{after:10.2f}{entry['difference'] * 100:+12.2f}"
             f"{f'{low} to {high}':>16}{only_one:>9}{entry['mcnemar_p']:8.2g}"
         )
-    lines.append("only one: right in the first alone, in the second alone; p: McNemar's")
+    lines += ["only one: right in the first alone, in the second alone", WHAT_P_IS]
     if any(comparison["not_shared"]):
         lines.append(
             "left out, in one file only: {} items of the first, {} of the second".format(*comparison["not_shared"])

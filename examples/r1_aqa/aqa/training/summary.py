@@ -4,17 +4,17 @@ import argparse
 import glob
 import json
 import textwrap
+from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from aqa.common.arguments import shell_command
 from aqa.data.prepare_avqa import QUESTIONS_FILE, REPORT_FILE
-from aqa.evaluation.scoring import paired
+from aqa.evaluation.scoring import SURE, WHAT_P_IS, paired
 
 EVALUATION_FOLDER = "eval/rows"  # a file for each evaluation, with a record for each answer
 RESULT_ENDS = (".json", ".partial.jsonl")  # of a finished evaluation and of an unfinished one
-SURE = 0.05  # a smaller p-value counts as a difference
 RECENT = 10  # steps of the last column's mean
 ROWS = (
     ("reward", "rollout/reward", ".3f"),
@@ -53,7 +53,7 @@ def summary(args: argparse.Namespace) -> str:
     :param args: The run's flags.
     """
     path = Path(args.save_path) / "metrics.jsonl"
-    learned = f"learned   {lesson(Path(args.save_path), args)}"
+    learned = f"learned   {lesson(Path(args.save_path), vars(args))}"
     return "\n".join(
         (
             "",
@@ -65,54 +65,62 @@ def summary(args: argparse.Namespace) -> str:
     )
 
 
-def lesson(run: Path, args: argparse.Namespace) -> str:
-    """A sentence about the answers to the evaluation data: before training, after it, and without sound."""
+def lesson(run: Path, flags: Mapping[str, Any]) -> str:
+    """A sentence about the answers to the evaluation data: before training, after it, and without sound.
+
+    :param flags: Of the run; an older one may lack some.
+    """
     records = read_metrics(run / "metrics.jsonl")
     files = sorted((run / EVALUATION_FOLDER).glob("step_*.jsonl"))
     steps = [int(file.stem.removeprefix("step_")) for file in files]
     if records:  # a run that was resumed to end earlier leaves files of later steps
         files = [file for file, step in zip(files, steps, strict=True) if step <= records[-1]["step"]]
-    if not files and args.eval_benchmark:
-        return f"the answers to {args.eval_benchmark} are in {run / 'eval'}; compare a file's first with its last"
+    if not files and flags.get("eval_benchmark"):
+        return f"the answers to {flags['eval_benchmark']} are in {run / 'eval'}; compare a file's first with its last"
     if not files and any(is_accuracy(name) for record in records for name in record):
-        return "see the evaluation's accuracies above; their answers, which a test needs, were not kept"
+        return "see the evaluation's accuracies; their answers, which a test needs, were not kept"
     if not files:
-        held_out = "" if args.eval_data else ", and hold rows out by avqa.py --val_ratio 0.2"
+        held_out = "" if flags.get("eval_data") else ", and hold rows out by avqa.py --val_ratio 0.2"
         return f"not measured on held-out data: add --eval_steps 100{held_out}"
     first, last = read_verdicts(files[0]), read_verdicts(files[-1])
     if not first[False].keys() & last[False].keys():
         return f"the first and the last evaluation, {files[0]} and {files[-1]}, asked different questions"
-    heard = last[False]
-    when = ("after the warm start" if args.sft_steps else "before") if steps[0] == 0 else f"at step {steps[0]}"
-    change, told = against(first[False], heard)
+    when = ("after the warm start" if flags.get("sft_steps") else "before") if steps[0] == 0 else f"at step {steps[0]}"
+    told = against(first[False], last[False])
+    (before, after), questions = told["accuracy"], f"{told['total']} questions"
     verdict = "too little for a difference"
     if told["mcnemar_p"] < SURE:
         verdict = "it has learned" if told["difference"] > 0 else "it has become worse"
-    sentence = f"held-out accuracy {change} {when}, {told['accuracy'][1]:.3f} after step {steps[len(files) - 1]}"
-    sentence += f" ({told['total']} questions, p {told['mcnemar_p']:.1g}): {verdict}"
+    sentence = f"held-out accuracy {before:.3f} {when}, {after:.3f} after step {steps[len(files) - 1]}"
+    sentence += f" ({questions}, p={told['mcnemar_p']:.1g}): {verdict}"
     if len(files) == 1:
-        sentence = f"held-out accuracy {change} after step {steps[0]} ({told['total']} questions), not measured before"
-    if not last[True]:
-        return f"{sentence}; --eval_silent would tell whether it listens"
-    silent, told = against(last[True], heard)
-    sign = "it listens" if told["mcnemar_p"] < SURE and told["difference"] > 0 else "no sign that it listens"
-    return f"{sentence}; in silence {silent} (p {told['mcnemar_p']:.1g}): {sign}"
+        sentence = f"held-out accuracy {after:.3f} after step {steps[0]} ({questions}), not measured before"
+    if last[True]:
+        told = against(last[True], last[False])
+        sign = "it listens" if told["mcnemar_p"] < SURE and told["difference"] > 0 else "no sign that it listens"
+        sentence += f"; in silence {told['accuracy'][0]:.3f} (p={told['mcnemar_p']:.1g}): {sign}"
+    else:
+        sentence += "; --eval_silent would tell whether it listens"
+    return sentence + (f". {WHAT_P_IS}" if "p=" in sentence else "")
 
 
 def read_verdicts(file: Path) -> dict[bool, dict[tuple, bool]]:
     """Which questions of an evaluation were answered rightly, with sound (False) and in silence (True)."""
     found: dict[bool, dict[tuple, bool]] = {False: {}, True: {}}
     for record in read_metrics(file):
-        key = (record["row"], record["prompt"], record["reference"])
-        found[record["silent"]][key] = record.get("accuracy_reward", record["reward"]) > 0
+        found[record["silent"]][row_key(record)] = record.get("accuracy_reward", record["reward"]) > 0
     return found
 
 
-def against(first: dict[tuple, bool], second: dict[tuple, bool]) -> tuple[str, dict[str, Any]]:
-    """The accuracy of the first, and both compared on the questions that both have, by McNemar's exact test."""
+def row_key(record: dict[str, Any]) -> tuple:
+    """What tells a record's question apart: its row, and all of it, since a resumed run may have other data."""
+    return (record["row"], record["prompt"], record["reference"])
+
+
+def against(first: dict[tuple, bool], second: dict[tuple, bool]) -> dict[str, Any]:
+    """Both compared on the questions that both have, by McNemar's exact test."""
     shared = [key for key in first if key in second]
-    told = paired([first[key] for key in shared], [second[key] for key in shared])
-    return f"{told['accuracy'][0]:.3f}", told
+    return paired([first[key] for key in shared], [second[key] for key in shared])
 
 
 def next_command(args: argparse.Namespace) -> str | None:
