@@ -239,7 +239,7 @@ def ask_and_score(
         scores["digital_silence"] = [items[i].row.get("id") for i in silent]
         scores["run"] = asking.describe_run(args, model) | timing | {"trained_to_think": trained_to_think}
         write_atomically(out.with_suffix(".score.json"), to_json(scores))
-    write_rows(results, out)
+    write_rows([benchmark.without_copies(row) for row in results], out)
     partial.remove()
     show_result(out, benchmark, scores, results)
 

@@ -109,7 +109,7 @@ def test_all_unusable_questions_are_named(tmp_path):
         make_items(rows, MMAU, tmp_path, False)
     message = str(caught.value)
     assert message.startswith("4 of 5 questions")
-    for i, part in enumerate(("choices is 'a'", "question is ''", "audio_id is None", "answer is None"), start=1):
+    for i, part in enumerate(("choices is 'a'", "question is ''", "audio_id is None", "answer is None"), start=2):
         assert f"item {i} (id g): {part}" in message
 
 
@@ -170,7 +170,7 @@ def test_responses_of_another_model_in_a_partial_file_are_refused(tmp_path):
     first.append([(0, "bell")])
     second.append([(1, "rain")])
     first.append([(2, "horn")])
-    with pytest.raises(EvalError, match=r"p: damaged: 1 of 3 responses are of another model .*item 1.*--overwrite"):
+    with pytest.raises(EvalError, match=r"p: damaged: 1 of 3 responses are of another model .*index 1.*--overwrite"):
         first.load()
     head, *lines = map(json.loads, (tmp_path / "p").read_text().splitlines())
     lines = [head, *({"index": line["index"], "raw_output": line["raw_output"]} for line in lines)]
@@ -334,8 +334,8 @@ def test_unusable_audio_stops_the_run_or_counts_as_wrong(tmp_path, flags, questi
     status, text = run_main(capsys, *flags, "--out_file", out)
     assert status == 2
     assert "2 of 6 items" in text
-    assert re.search(r"item 1 \(id test_00001\): .*missing.wav: does not exist", text)
-    assert re.search(r"item 4 \(id test_00004\): .*empty.wav: is empty", text)
+    assert re.search(r"item 2 \(id test_00001\): .*missing.wav: does not exist", text)
+    assert re.search(r"item 5 \(id test_00004\): .*empty.wav: is empty", text)
     assert not out.exists()
 
     text = evaluate(capsys, *flags, "--out_file", out, "--skip_bad_audio")

@@ -414,7 +414,7 @@ def test_mmau_pro_on_vllm(tiny_of, request, noises, tmp_path):
     for engine in ("hf", "vllm"):
         done = ask(engine, heard)
         assert done.returncode == 0, done.stderr
-        assert windows or "item 3 (id 3): 65.00 s of sound, 30 are heard (--audio_seconds)" in done.stderr
+        assert windows or "item 4 (id 3): 65.00 s of sound, 30 are heard (--audio_seconds)" in done.stderr
         assert windows or "counted as wrong, because of their recordings: 1; of the 4 that were asked" in done.stdout
         said[engine] = [row["raw_output"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist()]
     assert said["vllm"] == said["hf"] and len(set(said["hf"])) >= 4 and (windows or said["hf"][3] == "")

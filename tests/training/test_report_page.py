@@ -191,6 +191,8 @@ def test_rollouts_are_filtered_and_open_on_the_last_step(open_page):
     where = page.locator("#list .where")
     assert shown.count() == 6
     assert page.locator("#group h3").inner_text() == "Step 30, group 1"
+    said = page.locator(".choices li").first.inner_text()
+    assert " ".join(said.split()) == "bell ✓ right answer ● answered by 2 of 4"
     page.locator("#step").select_option(label="15")
     assert where.all_inner_texts() == ["step 15 · 1", "step 15 · 2"]
     page.get_by_role("radio", name="out of format").check()
@@ -222,6 +224,9 @@ def test_held_out_questions_are_filtered(open_page):
     assert page.locator("#kinds label", has_text="became right").inner_text().split()[-1] == "4"
     page.get_by_role("button", name="Listen to rain, answered no answer in the form").click()
     assert shown.count() == 1 and page.locator("#group h3").inner_text() == "Question 12"
+    choices = page.locator(".choices li")
+    assert " ".join(choices.nth(0).inner_text().split()) == "bell ○ answered: step 10 · step 30, in silence"
+    assert choices.nth(1).inner_text().split("\n")[-1] == "✓ right answer"
     assert page.locator(".responses tbody tr:not(.dim) .verdict").all_inner_texts() == ["✗ wrong", "✗ out of form"]
     page.locator("#pair").click()
     assert shown.count() == 12
@@ -234,6 +239,7 @@ def test_accuracy_and_confusions_are_shown(open_page):
     assert "sampled training accuracy" in text and "in silence" in text and "8 of 12" in text
     table = page.locator("table.confusion").first
     assert table.locator("tbody tr").first.inner_text().split() == ["bell", "4", "3", "1"]
+    assert "held-out accuracy 0.250 at step 10, 0.667 after step 30" in page.locator(".learned").first.inner_text()
 
 
 def test_all_by_keyboard(open_page):

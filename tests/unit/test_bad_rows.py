@@ -236,10 +236,10 @@ def test_every_question_is_good_or_explained(tmp_path, count):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question": "what\ud800?"}, r"item 1 \(id q\): half a surrogate pair in 'what\\ud800\?'"),
-        ({"choices": ["a", "\udfff"]}, "item 1 .*half a surrogate pair"),
-        ({"audio_id": "\ud800.wav"}, "item 1 .*half a surrogate pair"),
-        ({"audio_id": "a\0.wav"}, r"item 1 .*audio_id is 'a\\x00.wav', expected the path of a file"),
+        ({"question": "what\ud800?"}, r"item 2 \(id q\): half a surrogate pair in 'what\\ud800\?'"),
+        ({"choices": ["a", "\udfff"]}, "item 2 .*half a surrogate pair"),
+        ({"audio_id": "\ud800.wav"}, "item 2 .*half a surrogate pair"),
+        ({"audio_id": "a\0.wav"}, r"item 2 .*audio_id is 'a\\x00.wav', expected the path of a file"),
         ({"id": "\x1b[2J"}, None),
         ({"audio_id": "x" * 300}, None),  # a file that is missing, which is found later
         ({"audio_id": "x/" * 3000}, None),
@@ -473,7 +473,7 @@ def test_the_evaluation_confines_audio(hostile):
     with pytest.raises(EvalError) as error:
         make_items(rows, MMAU, hostile / "audio", False, confine=True)
     assert str(error.value).startswith("4 of 6 questions")
-    assert f"item 2 (id 2): audio_id '../secret.wav' leads to {hostile}/secret.wav, outside --audio_dir" in str(
+    assert f"item 3 (id 2): audio_id '../secret.wav' leads to {hostile}/secret.wav, outside --audio_dir" in str(
         error.value
     )
     assert len(make_items(rows[:2], MMAU, hostile / "audio", False, confine=True)) == 2

@@ -222,7 +222,7 @@ def test_closed_questions_of_mmau_pro(tmp_path):
     assert (benchmark, [row["id"] for row in questions]) == (MMAU_PRO, ["0", "1", "2", "3"])
     items = make_items(questions, benchmark, tmp_path, False)
     lengths, bad, _ = asking.check_audio(items, AudioReader(), benchmark.is_whole)
-    assert lengths == {0: [16_000], 1: [16_000] * 2, 3: [480_000]} and "item 2 (id 2): 31.00 s of sound" in bad[2]
+    assert lengths == {0: [16_000], 1: [16_000] * 2, 3: [480_000]} and "item 3 (id 2): 31.00 s of sound" in bad[2]
     said = [("a cat", "a cat"), ("", ""), ("", ""), ("A cat", "A cat")]  # the last is nobody's text
     rows = [row | {"kwargs": {}} for row in result_rows(items, said, benchmark, False)]
     rows[3]["option_orders"] = [{"order": [0, 1, 2], "prediction": "", "raw_output": ""}]  # a field of one row alone
@@ -466,9 +466,9 @@ LISTS = [["dog", "cat"], ["(A) rain", "(B) bell"], ["one", "two", "three"]]
         (["B", "A", "C"], ["cat", "(A) rain", "three"]),
         (["(b)", "a.", "C)"], ["cat", "(A) rain", "three"]),
         ([2, 1, 3], "no answer of 3 is 0, and 2 equal the number of their choices.*Subtract 1"),
-        ([1, "(B) bell", 2], r"2 of 3.*item 0 \(id 0\): answer is 1, expected the text of a choice.*item 2"),
-        ([1, 0, 7], r"3 of 3.*item 2 \(id 2\): answer is 7, expected"),
-        (["dog", None, ""], r"2 of 3.*item 1 \(id 1\): answer is None, though.*item 2 \(id 2\): answer is '', though"),
+        ([1, "(B) bell", 2], r"2 of 3.*item 1 \(id 0\): answer is 1, expected the text of a choice.*item 3"),
+        ([1, 0, 7], r"3 of 3.*item 3 \(id 2\): answer is 7, expected"),
+        (["dog", None, ""], r"2 of 3.*item 2 \(id 1\): answer is None, though.*item 3 \(id 2\): answer is '', though"),
         (["dog", True, ["two"]], r"2 of 3.*answer is True, expected.*answer is \['two'\], expected"),
         *((withheld, [None] * 3) for withheld in ([None] * 3, [""] * 3, ["", " ", None], ["?"] * 3, ["hidden"] * 3)),
         *((withheld, [None] * 3) for withheld in ([-1] * 3, ["N/A", None, "N/A"], ["-"] * 3, [99] * 3)),
@@ -522,7 +522,7 @@ def test_rows_of_r1_aqa_are_questions(tmp_path, capsys):
     benchmark, questions = read(named, raw)
     assert benchmark is MMAU
     first = {"id": "7", "audio_id": "wavs/a.wav", "question": row["question_text"], "choices": ["dog", "3", "None"]}
-    assert questions[0] == first | {"answer": "3", "dataset": "own questions", "task": "Which"}
+    assert questions[0] == first | {"answer": "3", "dataset": "own questions", "question_type": "Which"}
     assert questions[1]["audio_id"] == "b_30.wav"  # the name that avqa.py looks for
     assert questions[1]["dataset"] == "AVQA"  # only its rows name a video
     assert make_items(questions, benchmark, tmp_path, False)[0].prompt.startswith("What is in the audio? Please choose")
@@ -556,15 +556,21 @@ MMSU_ROW = {"question": "?", "answer_gt": "b", "choice_a": "a", "choice_b": "b",
 
 
 @pytest.mark.parametrize(
-    ("row", "benchmark", "kept", "written"),
+    ("row", "benchmark", "kept", "written", "breakdowns"),
     [
-        (ADQA_ROW, ADQA, {"question_type": "music"}, {"model_output": "b"}),
-        (AUDIOMCQ_ROW, MMAU, {"task": "D", "cot": "c"}, {"model_output": "b", "model_prediction": "b"}),
-        (MMSU_ROW, MMSU, {"choices": ["a", "b", "c"]} | MMSU_FIELDS, {"response": "B"}),
+        (ADQA_ROW, ADQA, {"question_type": "music"}, {"model_output": "b"}, ["question_type"]),
+        (
+            *(AUDIOMCQ_ROW, MMAU, {"question_type": "D", "cot": "c"}),
+            *({"model_output": "b", "model_prediction": "b"}, ["question_type"]),
+        ),
+        (
+            *(MMSU_ROW, MMSU, {"choices": ["a", "b", "c"]} | MMSU_FIELDS, {"response": "B"}),
+            ["category", "category / sub-category"],
+        ),
     ],
     ids=["adqa", "audiomcq", "mmsu"],
 )
-def test_rows_of_other_data_sets_are_questions(tmp_path, row, benchmark, kept, written):
+def test_rows_of_other_data_sets_are_questions(tmp_path, row, benchmark, kept, written, breakdowns):
     path, answer = tmp_path / "rows.jsonl", "answer_gt" if "answer_gt" in row else "answer"
     rows = [row | {"id": i, "audio_path": f"{i}.wav", answer: text} for i, text in enumerate(("b", "a", "horse"))]
 
@@ -580,8 +586,13 @@ def test_rows_of_other_data_sets_are_questions(tmp_path, row, benchmark, kept, w
     assert "following options: ['a', 'b'" in found[0].prompt
     results = result_rows(found, [("b", "<answer>b</answer>")] * 3, benchmark, False)
     assert results[0].items() >= {**kept, **written}.items()
-    path.write_text(json.dumps(results))
-    assert judge(*read_rows(path)[::-1]).right == [True, False, False]  # a result is a result, and no question again
+    written = [benchmark.without_copies(result) for result in results]
+    texts = [name for name, value in written[0].items() if value in ("?", ["a", "b"])]
+    assert texts == [name for name in row if name in ("question", "question_text", "choices", "multi_choice")]
+    path.write_text(json.dumps(written))
+    verdicts = judge(*read_rows(path)[::-1])
+    assert verdicts.right == [True, False, False]  # a result is a result, and no question again
+    assert list(score(verdicts)["by"]) == breakdowns
     assert [item.gold for item in items(*({k: v for k, v in r.items() if k != answer} for r in rows))] == [None] * 3
     for audio in ("audio_id", "audio_path"):  # MMAU's rows, and MMAR's, stay as they are
         own = {"question": "?", "choices": ["a"], "answer": "a", audio: "a.wav"}

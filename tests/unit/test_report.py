@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,7 @@ def test_groups_in_either_hosts_form(tmp_path):
     assert (first.gold, first.choices[:2]) == ("bell", ["bell", "rain"])
     assert [r["right"] for r in first.responses] == [True, False, True, False]
     assert [r["form"] for r in first.responses] == [True, True, True, False]
+    assert [r["said"] for r in first.responses] == ["bell", HOSTILE[4], "bell", HOSTILE[3]]
     assert first.responses[0]["text"] == "<answer>bell</answer>"
     assert 30 not in run_data.saved_steps(folder / "trajectories", last=29)  # of an older, longer run
     prompt = PROMPT.format(question="What?", choices=["a", "b"])
@@ -111,14 +113,16 @@ def test_rollouts_are_sampled_within_the_limits(tmp_path):
 
     def sample(most, room=10**7):
         clips = listening.Clips(room)
-        return *listening.sample_rollouts(folder, 30, most, clips), clips.encoded
+        groups, note = listening.sample_rollouts(folder, 30, most, clips)
+        clips.name_all()
+        return groups, note, clips.encoded
 
     groups, _, clips = sample(80)
     assert [(g["step"], g["number"]) for g in groups] == [(s, n) for s in (30, 15, 1) for n in (0, 1)]
     assert len(clips) == 5
     assert "does not exist" in groups[1]["silent"] and groups[1]["clip"] is None
     for group in groups[:1] + groups[2:]:
-        assert f'"{group["step"]}" <b>{group["number"]}' in clips[group["clip"]]["name"]
+        assert clips[group["clip"]]["name"] == f'run/clip "{group["step"]}" <b>{group["number"]}.wav'
     assert [g["step"] for g in sample(2)[0]] == [30, 30]  # the last step comes first
     two_steps = groups[:2] + groups[4:]
     room = 50 + listening.json_size(two_steps + [clips[g["clip"]] for g in two_steps if g["clip"] is not None])
@@ -128,6 +132,10 @@ def test_rollouts_are_sampled_within_the_limits(tmp_path):
     groups, note, _ = sample(80)
     assert [g["step"] for g in groups] == [30, 30, 1, 1]
     assert note == "4 groups of 2 steps; the run saved 3 steps, of which 1 cannot be read (15)"
+    clips = listening.Clips(0)  # one file name in several folders
+    clips.places, clips.encoded = {Path(f"mine/{kind}/alpha/a.ogg"): i for i, kind in enumerate("ef")}, [{}, {}]
+    clips.name_all()
+    assert [clip["name"] for clip in clips.encoded] == ["mine/e/alpha/a.ogg", "mine/f/alpha/a.ogg"]
 
 
 # ------------------------------------------------------------------------------------------------------------- held out
@@ -140,13 +148,13 @@ def test_held_out_answers_by_question_type(tmp_path):
     run = run_data.read_run(make_run(tmp_path / "run", rollouts=True))
     run.metrics["rollout/accuracy_reward/question_type/horn"] = run.metrics["rollout/share/question_type/horn"] = [0.5]
     run.config["chance"] = {"all": 0.5, "question_type/drum": 0.25, "question_type/horn": 0.5}
-    (held,), problems = held_out.read_held_out(run, {})
+    (held,), problems = held_out.read_held_out([run], {})
     assert problems == [] and [(r.name, r.silent) for r in held.rounds] == [
         ("step 10", False),
         ("step 30", False),
         ("step 30", True),
     ]
-    table = held_out.accuracy_table(run, [held], last=10)
+    table = held_out.accuracy_table([run], [held], last=10)
     assert [column[0] for column in table["columns"]] == ["sampled training accuracy"] + [
         "held-out, evaluation data"
     ] * 3
@@ -185,7 +193,8 @@ def test_held_out_answers_by_question_type(tmp_path):
     items = listening.sample_items(held, 80, listening.Clips(10**7), 0)
     outcomes = [item["outcome"] for item in items]
     assert outcomes == ["became wrong"] * 2 + ["right"] + ["became right"] * 7 + ["wrong"] * 2
-    assert [r["who"] for r in items[0]["responses"]] == ["step 10", "step 30", "step 30, silence"]
+    assert [r["who"] for r in items[0]["responses"]] == ["step 10", "step 30", "step 30, in silence"]
+    assert [r["said"] for r in items[0]["responses"]] == ["bell", "rain", "bell"]
     # neither type of a single right answer has a table, so that they share one
     (together,) = (alike := held_out.confusions(only_kinds_of_one_answer(held)))["tables"]
     assert (together["kind"], together["columns"]) == (
@@ -227,7 +236,7 @@ def test_result_files_while_training(tmp_path):
         make_result(folder / "eval" / f"mini_step_{step:06d}.json", right)
         make_result(folder / "eval" / f"mini_silent_step_{step:06d}.json", 5, silent=True)
     (folder / "eval" / "other_step_000030.json").write_text("[{")
-    (held,), problems = held_out.read_held_out(run_data.read_run(folder), {})
+    (held,), problems = held_out.read_held_out([run_data.read_run(folder)], {})
     rounds = [(r.name, r.silent, sum(a.right for a in r.answers.values())) for r in held.rounds]
     assert held.name == "benchmark mini" and rounds == [
         ("step 10", False, 10),
@@ -250,7 +259,6 @@ def test_a_clip_sounds_and_looks_like_its_file(tmp_path):
     assert np.abs(peaks[:58]).max() == 0 and np.abs(peaks[122:]).max() == 0
     assert peaks[62:118].min() <= -95 and peaks[62:118].max() >= 95
     assert clip["heard"] == "80 % of the energy between 998 and 1,002 Hz"
-    assert clip["name"] == f"{tmp_path.name}/a.wav"
     image = np.asarray(Image.open(io.BytesIO(base64.b64decode(clip["mel"])))).astype(int).sum(-1)
     row, column = np.unravel_index(image.argmax(), image.shape)
     # 1 kHz is about a third of the way up 128 mel bands to 8 kHz
@@ -269,14 +277,18 @@ def test_the_spectrogram_is_the_models():
 # ------------------------------------------------------------------------------------------------------------- the rest
 def test_result_files_are_compared(tmp_path):
     paths = {name: make_result(tmp_path / f"{name}.json", n) for name, n in (("before", 10), ("after", 30))}
+    settings = {"run": {"audio_dir": "x", "model_path": "results/own/run"}}
+    (tmp_path / "after.score.json").write_text(json.dumps(settings))
     paths["silent"] = make_result(tmp_path / "silent.json", 11, silent=True)
     paths["other"] = tmp_path / "other.json"
     paths["other"].write_text(json.dumps([{**r, "id": f"z{r['id']}"} for r in json.loads(paths["before"].read_text())]))
     run = run_data.read_run(make_run(tmp_path / "run"))
-    same, apart = held_out.read_held_out(run, paths)[0]
+    same, apart = held_out.read_held_out([run], paths)[0]
     assert [r.name for r in same.rounds] == ["before", "after", "silent"] and [r.name for r in apart.rounds] == [
         "other"
     ]
+    notes = [column[1] for column in held_out.accuracy_table([run], [same], 10)["columns"]]
+    assert notes[1:] == ["before", "after, model own/run", "silent"]
     after, silent = held_out.comparisons(same)
     assert [name for name, _ in after["rows"]] == ["all", "music", f"sound {HOSTILE[0]}"]
     overall = after["rows"][0][1]
@@ -286,10 +298,41 @@ def test_result_files_are_compared(tmp_path):
     again = {"in_silence": {"prediction": "rain", "raw_output": "<answer>rain</answer>"}}
     paths["also"] = tmp_path / "also.json"
     paths["also"].write_text(json.dumps([row | again for row in rows]))
-    ((also,), _) = held_out.read_held_out(run, {"also": paths["also"]})
+    ((also,), _) = held_out.read_held_out([run], {"also": paths["also"]})
     assert [(r.silent, sum(a.right for a in r.answers.values())) for r in also.rounds] == [(False, 10), (True, 0)]
     assert silent["first"].name == "after" and silent["rows"][0][1]["only_first"] == 19
     assert held_out.comparisons(apart) == []
+
+
+def test_runs_are_compared_by_question_type(tmp_path):
+    """The other run's last answers are a round of the same questions; other questions are a set of their own."""
+    runs = [run_data.read_run(make_run(tmp_path / name, rollouts=True)) for name in ("run", "other")]
+    path = runs[1].folder / "eval" / "rows" / "step_000030.jsonl"
+    rows = [row | {"accuracy_reward": 1.0} for row in map(json.loads, path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (held,), _ = held_out.read_held_out(runs, {})
+    assert [r.title for r in held.rounds][2:] == ["step 30, in silence", "other, step 30"]
+    table = held_out.accuracy_table(runs, [held], last=10)
+    notes = ["other, steps 21 to 30, temperature 1.0", "step 10", "step 30", "step 30", "other, step 30"]
+    assert [column[1] for column in table["columns"]][1:] == notes
+    drum = {name: cells for name, _, cells in table["rows"]}["drum"]
+    assert [(c.right, c.total) for c in drum] == [(40, 80), (40, 80), (1, 6), (4, 6), (3, 6), (6, 6)]
+    against = held_out.comparisons(held)[-1]
+    assert (against["first"].title, against["rows"][0][1]["only_second"]) == ("step 30", 4)  # 8 of 12 against 12
+    assert held_out.confusions(held)["round"].title == "step 30"
+    listened = listening.sample_items(held, 1, listening.Clips(10**7), 0)[0]["responses"]
+    assert [(r["who"], r["main"]) for r in listened[1::2]] == [("step 30", True), ("other, step 30", False)]
+    assert page.lessons(runs, [held]) == [
+        "run: held-out accuracy 0.250 at step 10, 0.667 after step 30 (12 questions, p=0.2): too little for a "
+        "difference; in silence 0.500 (p=0.7): no sign that it listens",
+        "other: held-out accuracy 0.250 at step 10, 1.000 after step 30 (12 questions, p=0.004): it has learned; in "
+        "silence 1.000 (p=1): no sign that it listens",
+        "p: how often chance alone does as much (McNemar's test); below 0.05 it counts",
+    ]
+    path.write_text("".join(json.dumps(row | {"row": row["row"] + 50}) + "\n" for row in rows))
+    path.with_name("step_000010.jsonl").unlink()
+    _, apart = held_out.read_held_out(runs, {})[0]
+    assert apart.name == "evaluation data of other" and [r.title for r in apart.rounds] == ["other, step 30"]
 
 
 def test_curves_of_kinds_share_a_panel(tmp_path):
@@ -320,6 +363,7 @@ def test_embedded_json_has_nothing_that_ends_a_script():
     assert json.loads(text) == {"texts": HOSTILE}
     with pytest.raises(ValueError, match="JSON"):
         listening.embed(float("nan"))
+    assert page.when("2026-01-02T03:04:05+00:00") == "2026-01-02 03:04 UTC" and page.when("") == ""
     assert page.visible("a\u202eb\x00") == "a[U+202E]b[U+0000]"
 
 

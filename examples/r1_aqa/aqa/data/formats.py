@@ -47,7 +47,7 @@ class Format(NamedTuple):
             "choices": self.choices_of(row),
             "answer": row.get(self.answer),
             "dataset": row.get(self.dataset) or self.title,
-            "task": row.get(self.kind) or row.get(self.dataset) or self.title,
+            "question_type": row.get(self.kind) or row.get(self.dataset) or self.title,
         }
 
 

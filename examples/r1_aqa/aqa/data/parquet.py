@@ -89,7 +89,7 @@ def read_questions(path: Path) -> list[dict[str, Any]] | None:
             "choices": row["extra_info"]["multi_choice"],
             "answer": row["reference"],
             "dataset": row["extra_info"]["dataset_name"],
-            "task": row["question_type"] or row["extra_info"]["dataset_name"],
+            "question_type": row["question_type"] or row["extra_info"]["dataset_name"],
         }
         for row in rows
     ]

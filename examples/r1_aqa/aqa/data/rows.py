@@ -325,7 +325,7 @@ def as_question(row: Row, audio: str) -> dict:
         "choices": row.choices,
         "answer": row.gold,
         "dataset": row.dataset_name,
-        "task": row.question_type or row.dataset_name,
+        "question_type": row.question_type or row.dataset_name,
     }
 
 

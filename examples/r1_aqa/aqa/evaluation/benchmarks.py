@@ -7,7 +7,7 @@ by embeddings which choice a free text means; we write choices, whose own text i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,11 @@ class Benchmark:
         own = {"question": row.get(fields.question), "choices": fields.choices_of(row)}
         return row | own | ({"answer": row[fields.answer]} if fields.answer in row else {})
 
+    def without_copies(self, row: Row) -> Row:
+        """A row without the fields that :meth:`as_question` has added, and will add when the row is read again."""
+        own = (self.fields.question, *self.fields.choices, self.fields.answer)
+        return {name: row[name] for name in row if name in own or name not in ("question", "choices", "answer")}
+
     def answered(self, row: Row, prediction: str, raw: str) -> Row:
         """A question with a prediction, under every key in use, as its script reads it."""
         keys = dict.fromkeys(reversed(self.prediction_keys), prediction)
@@ -123,13 +128,18 @@ class Benchmark:
         parts = [row.get(name) for name in field.split(" / ")]
         return None if None in parts else " / ".join(map(str, parts))
 
+    def main_breakdown(self, rows: Sequence[Row]) -> str:
+        """The first breakdown that the rows have."""
+        there = (field for field in self.breakdowns if any(self.value(row, field) is not None for row in rows))
+        return next(there, self.breakdowns[0])
+
 
 MMAU = Benchmark(
     "mmau",
     "MMAU",
     MMAU_FIELDS,
     ("model_output", "model_prediction"),
-    ("task", "difficulty", "sub-category"),
+    ("task", "question_type", "difficulty", "sub-category"),  # question_type: of one's own questions in this format
     suffixes=(".json",),
 )
 MMAR = Benchmark(

@@ -190,7 +190,7 @@ def make_items(
     has_answers = any(answer is not None for answer in answers)
     problems, items = [], []
     for index, (row, answer) in enumerate(list(zip(rows, answers, strict=True))[:limit]):
-        label = f"item {index} (id {name_of(row)})"
+        label = f"item {index + 1} (id {name_of(row)})"
         choices, question, name = row.get("choices"), row.get("question"), row.get(benchmark.audio_key)
         names = name if isinstance(name, list) and name else [name]
         wrong = []
@@ -381,7 +381,7 @@ class PartialFile:
         if foreign:
             raise EvalError(
                 f"{self.path}: damaged: {len(foreign)} of {len(lines) - 1} responses are of another model or of "
-                f"other settings (item {foreign[0]}); give --overwrite to ask all anew"
+                f"other settings (index {foreign[0]}); give --overwrite to ask all anew"
             )
         return {line["index"]: line["raw_output"] for line in lines[1:]}
 

@@ -316,7 +316,7 @@ def compare(first: Verdicts, second: Verdicts) -> dict[str, Any]:
     if changed:
         raise EvalError(several("the files come from different releases of the benchmark", changed))
     verdicts = [(first.right[i], second.right[j]) for i, j in pairs]
-    main = first.benchmark.breakdowns[0]
+    main = first.benchmark.main_breakdown(first.rows)
     groups = group([first.rows[i] for i, _ in pairs], lambda row: first.benchmark.value(row, main))
 
     def of(chosen: Sequence[tuple[bool, bool]]) -> dict[str, Any]:

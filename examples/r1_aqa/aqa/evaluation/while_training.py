@@ -149,7 +149,7 @@ class BenchmarkEvaluator:
             suffix = self.path.suffix if self.path.suffix in suffixes else suffixes[0]
             self._write(results, f"{name}_step_{step:06d}{suffix}")
         scores = score(judge(results, self.benchmark))
-        main = scores["by"].get(self.benchmark.breakdowns[0], {})
+        main = next(iter(scores["by"].values()), {})
         by_value = {f"eval/{name}/{value}": entry["accuracy"] for value, entry in main.items()}
         # of all questions: what MMSU's script leaves out would let a model win by one readable answer
         return results, {f"eval/{name}/accuracy": scores["of_all"]["accuracy"]} | by_value
@@ -174,6 +174,6 @@ class BenchmarkEvaluator:
     def _write(self, results: list[dict[str, Any]], name: str) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_rows(results, self.folder / name)
+            write_rows([self.benchmark.without_copies(row) for row in results], self.folder / name)
         except OSError as error:
             self.strategy.print(f"note: the answers {name} could not be written: {error}")

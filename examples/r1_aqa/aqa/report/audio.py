@@ -23,14 +23,13 @@ IMAGE_SIZE = (480, 96)  # pixels, at most
 def encode_clip(path: Path) -> dict[str, Any]:
     """A clip as the page holds it: what the model heard of the file, mono, 16 kHz and at most 30 s.
 
-    :return: name, seconds, mp3 (base64), mel (WebP, base64), peaks (lowest and highest sample of each column, -100 to
+    :return: seconds, mp3 (base64), mel (WebP, base64), peaks (lowest and highest sample of each column, -100 to
         100), heard (where in frequency its energy lies, in words).
     :raises AudioError: if it does not decode.
     """
     wave = load_audio(path, silence_ok=True)
     mel = log_mel(wave)
     return {
-        "name": "/".join(path.parts[-2:]),  # recordings of one name lie in folders of speakers or kinds
         "seconds": round(len(wave) / SAMPLING_RATE, 3),
         "mp3": to_mp3(wave),
         "mel": to_image(mel),

@@ -11,21 +11,28 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aqa.common.constants import ASSISTANT_HEADER
 from aqa.data.prompts import choices_in
-from aqa.evaluation.answers import extract_answer
 from aqa.evaluation.items import EvalError, find_audio
 from aqa.evaluation.scoring import Verdicts, judge_file, paired, wilson_interval
-from aqa.report.run_data import ReportError, Run, read_records, saved_steps, shorten, split_prompt
+from aqa.report.run_data import (
+    NO_ANSWER,
+    ReportError,
+    Run,
+    read_records,
+    saved_steps,
+    shorten,
+    split_prompt,
+    what_was_said,
+)
 from aqa.rewards.r1_aqa import extract_response
+from aqa.training.summary import row_key
 
-NO_ANSWER = "no answer in the form"  # no answer tags, and the response names no choice
 OTHER = "another answer"  # every answer that a table has no room for
-LONGEST_ANSWER = 60  # characters shown of an answer that is none of the choices
 KINDS = ("question_type", "dataset", "source", "label")  # of tags; the first that the data has is its question type
 MOST_ANSWERS = 12  # rows of a table of confusions
 MOST_PAIRS = 12  # of the most frequent mistakes
@@ -38,7 +45,7 @@ class Answer(NamedTuple):
     """What a model answered to an item."""
 
     text: str  # the response
-    said: str  # the choice that it names, else the text between its answer tags, or NO_ANSWER
+    said: str  # see what_was_said
     right: bool
     form: bool | None  # whether it has the form that was asked for, if that was judged
     reward: float | None = None
@@ -62,6 +69,13 @@ class Round:
     name: str
     silent: bool  # it heard silence in place of every clip
     answers: dict[Key, Answer]
+    model: str = ""  # that a result file is of, where the file beside it says so
+    other: bool = False  # of a run that the page's is compared with
+
+    @property
+    def title(self) -> str:
+        """The name, with a note of silence."""
+        return self.name + ", in silence" * self.silent
 
 
 @dataclass
@@ -74,8 +88,18 @@ class HeldOut:
 
     @property
     def heard(self) -> list[Round]:
-        """The rounds with sound; all where every one is silent."""
-        return [each for each in self.rounds if not each.silent] or self.rounds
+        """The rounds with sound of the page's run, or of result files; all where every one is silent."""
+        return [each for each in self.rounds if not (each.silent or each.other)] or self.rounds
+
+    @property
+    def ends(self) -> list[Round]:
+        """The first and the last of :attr:`heard`."""
+        return [self.heard[0], *self.heard[1:][-1:]]
+
+    @property
+    def quiet(self) -> list[Round]:
+        """The rounds in silence, beside those with sound."""
+        return [each for each in self.rounds if each.silent and each not in self.heard]
 
     def kinds(self) -> dict[str, list[Key]]:
         """Items by question type, in the order of the names; empty where there is one type only."""
@@ -86,16 +110,27 @@ class HeldOut:
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
-def read_held_out(run: Run, results: dict[str, Path]) -> tuple[list[HeldOut], list[str]]:
+def read_held_out(runs: Sequence[Run], results: dict[str, Path]) -> tuple[list[HeldOut], list[str]]:
     """All held-out questions of a run's folder and of further result files.
 
+    :param runs: The run, then those it is compared with: the last answers of each are a further round of answers to the
+        same questions.
     :param results: Result files of ``eval_mmau.py`` by name.
-    :return: The questions, and a sentence for each file of the run that cannot be read.
+    :return: The questions, and a sentence for each file of a run that cannot be read.
     :raises EvalError: if one of ``results`` cannot be read.
     """
     problems: list[str] = []
-    found = read_rows(run, problems) + read_benchmarks(run, problems) + read_results(results)
-    return found, problems
+    found, *others = (read_rows(run, problems) + read_benchmarks(run, problems) for run in runs)
+    for run, sets in zip(runs[1:], others, strict=True):
+        for held in sets:
+            last = replace(held.heard[-1], name=f"{run.name}, {held.heard[-1].name}", other=True)
+            same = next((each for each in found if each.items.keys() & held.items.keys()), None)
+            if same is None:
+                found.append(HeldOut(f"{held.name} of {run.name}", held.items, [replace(last, other=False)]))
+            else:
+                same.items |= {key: item for key, item in held.items.items() if key not in same.items}
+                same.rounds.append(last)
+    return found + read_results(results), problems
 
 
 def first_and_last(steps: Sequence[int]) -> list[int]:
@@ -122,11 +157,6 @@ def read_rows(run: Run, problems: list[str]) -> list[HeldOut]:
     return [HeldOut("evaluation data", items, rounds)] if items else []
 
 
-def row_key(record: dict[str, Any]) -> Key:
-    """What tells a record's question apart: its row, and all of it, since a resumed run may have other data."""
-    return (record["row"], record["prompt"], record["reference"])
-
-
 def main_kind(kinds: Iterable[str]) -> str | None:
     """The kind of tag that tells question types apart; None if there is none."""
     there = set(kinds)
@@ -149,14 +179,6 @@ def answer_of(record: dict[str, Any]) -> Answer:
     form, right = record.get("format_reward"), record.get("accuracy_reward", record["reward"])
     said = what_was_said(response, choices or [record["reference"]])
     return Answer(shorten(response), said, right > 0, None if form is None else form > 0, record["reward"])
-
-
-def what_was_said(response: str, choices: Sequence[str]) -> str:
-    """The choice that a response names, else the beginning of its answer, or :data:`NO_ANSWER`."""
-    answer = extract_answer(response, choices)
-    if answer.is_choice:
-        return answer.text
-    return answer.text[:LONGEST_ANSWER] if answer.tagged else NO_ANSWER
 
 
 def read_benchmarks(run: Run, problems: list[str]) -> list[HeldOut]:
@@ -204,17 +226,17 @@ def read_results(results: dict[str, Path]) -> list[HeldOut]:
         if held is None:
             held = HeldOut("result files" if not found else f"result files {len(found) + 1}", {}, [])
             found.append(held)
-        add_round(held, name, verdicts, result_folder(path))
+        add_round(held, name, verdicts, *result_settings(path))
     return found
 
 
-def result_folder(path: Path) -> Path | None:
-    """The recordings of a result file, as the score file beside it has it."""
+def result_settings(path: Path) -> tuple[Path | None, str]:
+    """The recordings of a result file and the model that it is of, as the score file beside it has them."""
     try:
         settings = json.loads(path.with_suffix(".score.json").read_text(encoding="utf-8"))["run"]
-        return Path(settings["audio_dir"])
+        return Path(settings["audio_dir"]), "/".join(Path(settings["model_path"]).parts[-2:])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # another program's result file has none
+        return None, ""  # another program's result file has none
 
 
 def result_key(row: dict[str, Any]) -> Key:
@@ -222,13 +244,14 @@ def result_key(row: dict[str, Any]) -> Key:
     return (str(row.get("id")), row.get("question"), tuple(row["choices"]), row["answer"])
 
 
-def add_round(held: HeldOut, name: str, verdicts: Verdicts, folder: Path | None) -> None:
+def add_round(held: HeldOut, name: str, verdicts: Verdicts, folder: Path | None, model: str = "") -> None:
     """Add the answers of a result file, and those in silence where its rows have some (``--silent_audio also``).
 
     :param folder: Of the recordings, if it is known.
+    :param model: Likewise.
     """
     benchmark, silent = verdicts.benchmark, verdicts.in_silence
-    answers, quiet = {}, {}
+    answers, quiet, main = {}, {}, benchmark.main_breakdown(verdicts.rows)
     for number, (row, right) in enumerate(zip(verdicts.rows, verdicts.right, strict=True)):
         key, said = result_key(row), benchmark.said(row, verdicts.key)
         answers[key] = result_answer(row, said, row.get("raw_output", said), right)
@@ -237,12 +260,12 @@ def add_round(held: HeldOut, name: str, verdicts: Verdicts, folder: Path | None)
             quiet[key] = result_answer(row, again["prediction"], again["raw_output"], silent[number])
         clip = row.get(benchmark.audio_key)
         audio = find_audio(clip, folder) if folder and isinstance(clip, str) else None
-        kind = benchmark.value(row, benchmark.breakdowns[0]) or ""
+        kind = benchmark.value(row, main) or ""
         item = Item(kind, shorten(str(row.get("question"))), row["choices"], row["answer"], audio)
         held.items.setdefault(key, item)
-    held.rounds.append(Round(name, any(row.get("silent_audio") for row in verdicts.rows), answers))
+    held.rounds.append(Round(name, any(row.get("silent_audio") for row in verdicts.rows), answers, model))
     if quiet:
-        held.rounds.append(Round(name, True, quiet))
+        held.rounds.append(Round(name, True, quiet, model))
 
 
 def result_answer(row: dict[str, Any], prediction: str, raw: str, right: bool) -> Answer:
@@ -268,23 +291,29 @@ def make_cell(verdicts: Sequence[bool], chance: float | None = None) -> Cell | N
     return Cell(right / total, wilson_interval(right, total), right, total, chance) if total else None
 
 
-def accuracy_table(run: Run, sets: Sequence[HeldOut], last: int) -> dict[str, Any]:
+def accuracy_table(runs: Sequence[Run], sets: Sequence[HeldOut], last: int) -> dict[str, Any]:
     """Accuracies by question type, in training and of every round of held-out answers.
 
+    :param runs: The run, then those it is compared with.
     :param last: Training steps that are counted.
     :return: ``columns``: title, note, and whether the model heard silence; ``rows``: name, the chance level in percent,
         and cells, each with its own level of chance.
     """
-    training, note = training_accuracy(run, last)
-    columns = [("sampled training accuracy", note, False)] if training else []
-    found = [training] if training else []
+    columns, found = [], []
+    for run in runs:
+        training, note = training_accuracy(run, last)
+        if training:
+            note = note if run is runs[0] else f"{run.name}, {note}"
+            columns.append(("sampled training accuracy", note, False))
+            found.append(training)
     for held in sets:
         groups = {"all": list(held.items)} | held.kinds()
         chances = {
             kind: [1 / len(c) for key in keys if (c := held.items[key].choices)] for kind, keys in groups.items()
         }
         for each in held.rounds:
-            columns.append((f"held-out, {held.name}", each.name, each.silent))
+            note = f"{each.name}, model {each.model}" if each.model else each.name
+            columns.append((f"held-out, {held.name}", note, each.silent))
             verdicts = {
                 kind: [each.answers[k].right for k in keys if k in each.answers] for kind, keys in groups.items()
             }
@@ -336,7 +365,7 @@ def training_accuracy(run: Run, last: int) -> tuple[dict[str, Cell | None], str]
 def comparisons(held: HeldOut) -> list[dict[str, Any]]:
     """Rounds against each other on the questions that both have, over all and by question type.
 
-    Later rounds are compared with the first; those in silence with the last one that heard the sound.
+    Later rounds are compared with the first; those in silence, or of another run, with the last that heard the sound.
     """
     heard = held.heard
     pairs = [(heard[0], each) for each in heard[1:]] + [(heard[-1], r) for r in held.rounds if r not in heard]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
@@ -15,6 +16,7 @@ from aqa.report.held_out import Answer, HeldOut, main_kind
 from aqa.report.run_data import Group, ReportError, read_groups, saved_steps, spread
 
 ITEMS_PER_GROUP = 2  # a held-out item has fewer responses than a group
+NOT_SAMPLED: dict[str, Any] = {"advantage": None, "truncated": False, "parts": {}}  # of an evaluation's answer
 ITEMS_SHARE = 0.5  # of the page's room; the rest is for training groups
 
 
@@ -27,7 +29,7 @@ class Clips:
     def __init__(self, room: int) -> None:
         self.room = room
         self.encoded: list[dict[str, Any]] = []
-        self._places: dict[Path, int] = {}
+        self.places: dict[Path, int] = {}
 
     def add(self, entry: dict[str, Any], audio: Path | None, least_room: int = 0) -> bool:
         """Give an entry its clip, or the reason why it has none.
@@ -36,11 +38,11 @@ class Clips:
         :param least_room: Bytes that must be left.
         :return: False if there is no room for it.
         """
-        entry |= {"clip": self._places.get(audio) if audio else None, "silent": None}
+        entry |= {"clip": self.places.get(audio) if audio else None, "silent": None}
         clip = None
         if audio is None:
             entry["silent"] = "its file is not recorded"
-        elif audio not in self._places:
+        elif audio not in self.places:
             try:
                 clip = encode_clip(audio)
             except AudioError as error:
@@ -50,9 +52,16 @@ class Clips:
             return False
         self.room -= cost
         if clip is not None:
-            entry["clip"] = self._places[audio] = len(self.encoded)
+            entry["clip"] = self.places[audio] = len(self.encoded)
             self.encoded.append(clip)
         return True
+
+    def name_all(self) -> None:
+        """Name each clip by its path from the folder that holds them all: file names recur among speakers and kinds."""
+        paths = [os.path.abspath(path) for path in self.places]
+        root = os.path.dirname(os.path.commonpath(map(os.path.dirname, paths))) if paths else ""
+        for path, clip in zip(paths, self.encoded, strict=True):
+            clip["name"] = os.path.relpath(path, root)
 
 
 def embed(value: Any) -> str:
@@ -91,6 +100,7 @@ def sample(folder: Path, last: int, sets: Sequence[HeldOut], most: int, room: in
     rollouts, note = sample_rollouts(folder, last, most, clips)
     groups += [group | {"set": len(names)} for group in rollouts]
     names.append({"name": "training: sampled rollouts", "note": note})
+    clips.name_all()
     present = {group["set"] for group in groups}
     return {
         "groups": groups,
@@ -101,14 +111,13 @@ def sample(folder: Path, last: int, sets: Sequence[HeldOut], most: int, room: in
 
 # ------------------------------------------------------------------------------------------------------ held-out items
 def sample_items(held: HeldOut, most: int, clips: Clips, least_room: int) -> list[dict[str, Any]]:
-    """Questions with the first, the last and the silent answer: one of each mistake, the most frequent first, then of
-    each outcome and question type in turn.
+    """Questions with the first, the last and the silent answer, and the last of each other run: one of each mistake, the
+    most frequent first, then of each outcome and question type in turn.
 
     :param least_room: Bytes that are left for others.
     """
     heard = held.heard
-    rounds = list(dict.fromkeys([id(heard[0]), id(heard[-1])]))
-    shown = [each for each in held.rounds if id(each) in rounds] + [r for r in held.rounds if r not in heard][-1:]
+    shown = [*held.ends, *held.quiet[-1:], *(each for each in held.rounds if each.other)]
     first, last = heard[0].answers, heard[-1].answers
     found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     mistakes: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -123,11 +132,10 @@ def sample_items(held: HeldOut, most: int, clips: Clips, least_room: int) -> lis
             "choices": item.choices,
             "gold": item.gold,
             "outcome": outcome(first.get(key), last[key]),
-            "said": last[key].said,
             "responses": [
-                answer_entry(each.answers[key], f"{each.name}{', silence' if each.silent else ''}", each is heard[-1])
+                answer._asdict() | NOT_SAMPLED | {"who": each.title, "main": each is heard[-1]}
                 for each in shown
-                if key in each.answers
+                if (answer := each.answers.get(key))
             ],
         }
         entry["audio"] = item.audio
@@ -149,24 +157,6 @@ def outcome(first: Answer | None, last: Answer) -> str:
     """Whether an answer is right, and whether it was: became right, became wrong, right or wrong."""
     now = "right" if last.right else "wrong"
     return now if first is None or first.right == last.right else f"became {now}"
-
-
-def answer_entry(answer: Answer, who: str, main: bool) -> dict[str, Any]:
-    """A held-out answer as the page holds it.
-
-    :param main: Filters look at this one.
-    """
-    return {
-        "who": who,
-        "text": answer.text,
-        "reward": answer.reward,
-        "advantage": None,
-        "right": answer.right,
-        "form": answer.form,
-        "truncated": False,
-        "parts": {},
-        "main": main,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------- rollouts
@@ -211,6 +201,5 @@ def group_entry(group: Group) -> dict[str, Any]:
         "choices": group.choices,
         "gold": group.gold,
         "outcome": None,
-        "said": None,
         "responses": [{"who": str(i), "main": True} | response for i, response in enumerate(group.responses, 1)],
     }

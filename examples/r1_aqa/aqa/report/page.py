@@ -15,19 +15,12 @@ import jinja2
 from markupsafe import Markup
 
 from aqa.common.files import write_atomically
-from aqa.report.held_out import (
-    NO_ANSWER,
-    OTHER,
-    HeldOut,
-    accuracy_table,
-    comparisons,
-    confusions,
-    make_cell,
-    read_held_out,
-)
+from aqa.evaluation.scoring import WHAT_P_IS
+from aqa.report.held_out import OTHER, HeldOut, accuracy_table, comparisons, confusions, read_held_out
 from aqa.report.listening import embed, json_size, sample
 from aqa.report.metrics import METRICS, PATTERNS, Metric
-from aqa.report.run_data import Run, read_run, write_csv
+from aqa.report.run_data import NO_ANSWER, Run, read_run, write_csv
+from aqa.training.summary import EVALUATION_FOLDER, lesson
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 SCRIPTS = ("vendor/uPlot.iife.min.js", "common.js", "curves.js", "player.js", "listen.js")
@@ -81,8 +74,8 @@ def write_report(folder: Path, compare_with: Sequence[Path], out: Path, groups: 
     for run, name in zip(runs, unique_names([run.folder.resolve() for run in runs]), strict=True):
         run.name = name
     results = [path for path in compare_with if not path.is_dir()]
-    names = unique_names([path.resolve().with_suffix("") for path in results], 1)
-    sets, problems = read_held_out(runs[0], dict(zip(names, results, strict=True)))
+    names = unique_names([path.resolve() for path in results], 1)
+    sets, problems = read_held_out(runs, dict(zip(names, results, strict=True)))
     curves = {"runs": [run_values(run) for run in runs], "panels": panels(runs)}
     room = min(CLIP_BYTES, PAGE_BYTES - json_size(curves))
     listening = sample(folder, runs[0].steps[-1], sets, groups, room)
@@ -134,7 +127,6 @@ def render(
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
     )
-    environment.filters["number"] = number
     return environment.get_template("page.html.j2").render(
         style=Markup(style),
         script=Markup(script),
@@ -144,8 +136,9 @@ def render(
         runs=runs,
         run=runs[0],
         tiles=tiles(runs[0], sets),
+        lessons=lessons(runs, sets),
         curves=curves,
-        accuracy=accuracy_table(runs[0], sets, LAST),
+        accuracy=accuracy_table(runs, sets, LAST),
         held_out=held_out,
         problems=problems,
         other=OTHER,
@@ -287,14 +280,14 @@ def tiles(run: Run, sets: Sequence[HeldOut]) -> list[tuple[str, str, str]]:
     """The figures at the top: name, value, explanation."""
     found = [("Steps", f"{sum(step > 0 for step in run.steps):,}", "trained")]
     for held in sets[:1]:
-        cells = [make_cell([a.right for a in each.answers.values()]) for each in (held.heard[0], held.heard[-1])]
-        (first, last), names = cells, [held.heard[0].name, held.heard[-1].name]
-        if first and last:
-            same = len(held.heard) == 1
-            value = f"{last.accuracy:.2f}" if same else f"{first.accuracy:.2f} → {last.accuracy:.2f}"
-            silent = [make_cell([a.right for a in r.answers.values()]) for r in held.rounds if r not in held.heard][-1:]
-            note = "".join(f"; in silence {cell.accuracy:.2f}" for cell in silent if cell)
-            found.append(("Held-out accuracy", value, f"{held.name}, {' → '.join(names[same:])}{note}"))
+        shares = [
+            [f"{statistics.fmean(a.right for a in each.answers.values()):.2f}" for each in part if each.answers]
+            for part in (held.ends, held.quiet[-1:])
+        ]
+        if shares[0]:
+            note = f"{held.name}, {' → '.join(each.name for each in held.ends)}"
+            note += "".join(f"; in silence {share}" for share in shares[1])
+            found.append(("Held-out accuracy", " → ".join(shares[0]), note))
     for title, name in (("Sampled training accuracy", "rollout/accuracy_reward"), ("Reward", "rollout/reward")):
         if values := run.values(name):
             last_mean = statistics.fmean(values[-LAST:])
@@ -306,6 +299,22 @@ def tiles(run: Run, sets: Sequence[HeldOut]) -> list[tuple[str, str, str]]:
     if times := run.values("time/step"):
         found.append(("A step", f"{statistics.median(times):.2f} s", f"median; {duration(sum(times))} in all"))
     return found
+
+
+def lessons(runs: Sequence[Run], sets: Sequence[HeldOut]) -> list[str]:
+    """What each run's terminal ended with: a sentence about its answers to the evaluation data, or that it has none,
+    which is left out where other held-out answers are shown."""
+    found = []
+    for run in runs:
+        if not (run.folder / EVALUATION_FOLDER).is_dir() and (sets or run is not runs[0]):
+            continue
+        try:
+            said = lesson(run.folder, (run.config or {}).get("flags", {}))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged file, which read_held_out names
+        found.append(f"{run.name}: {said}" if len(runs) > 1 else said[0].upper() + said[1:])
+    short = [said.removesuffix(f". {WHAT_P_IS}") for said in found]
+    return short if short == found else [*short, WHAT_P_IS]  # once for all runs
 
 
 def metric_rows(run: Run) -> list[tuple[str, ...]]:
@@ -342,7 +351,7 @@ def settings(runs: Sequence[Run]) -> dict[str, Any]:
     def collect(part: str) -> list[str]:
         return list(dict.fromkeys(name for config in configs for name in config.get(part, ())))
 
-    about = [(key, [str(config.get(key, "")) for config in configs]) for key in ABOUT]
+    about = [(key, [when(str(config.get(key, ""))) for config in configs]) for key in ABOUT]
     about += [(name, [config.get("versions", {}).get(name, "") for config in configs]) for name in collect("versions")]
     flags = {
         name: [show_flag(config["flags"].get(name)) if config else "" for config in configs]
@@ -357,6 +366,11 @@ def settings(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
+def when(text: str) -> str:
+    """A time of ``run_config.json`` for a reader, to the minute."""
+    return re.sub(r"T(\d\d:\d\d):\d\d\+00:00", r" \1 UTC", text)
+
+
 def session_rows(run: Run) -> list[tuple[str, ...]]:
     """Start, end, how it ended, steps, ranks and machine, and changed settings of each session of a run."""
     rows = []
@@ -366,7 +380,7 @@ def session_rows(run: Run) -> list[tuple[str, ...]]:
         changes = (f"{name}: {old} → {new}" for name, (old, new) in session.get("changes", {}).items())
         rows.append(
             (
-                *(session.get(end, "").replace("T", " ").replace("+00:00", " UTC") for end in ("started", "ended")),
+                *(when(session.get(end, "")) for end in ("started", "ended")),
                 session.get("how", "killed, or still running"),
                 none or ("?" if first is None else f"{first} to {last}"),
                 f"{session['ranks']} on {session['machine']}" if "ranks" in session else "?",

@@ -7,16 +7,19 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aqa.common.constants import ASSISTANT_HEADER
 from aqa.data.prompts import OPTIONS_SENTENCE
+from aqa.evaluation.answers import extract_answer
 from aqa.training.run_config import read_config
 
 LONGEST_TEXT = 4_000  # characters of a response or prompt that are shown
+LONGEST_ANSWER = 60  # characters shown of an answer that is none of the choices
+NO_ANSWER = "no answer in the form"  # no answer tags, and the response names no choice
 TURN_CLOSE = "<|im_end|>"
 _BEFORE_OPTIONS, _AFTER_OPTIONS = map(re.escape, OPTIONS_SENTENCE.split("{choices}"))
 _QUESTION = re.compile(rf"(?P<question>.*) ?{_BEFORE_OPTIONS}(?P<choices>\[.*\]){_AFTER_OPTIONS} .*", re.DOTALL)
@@ -72,7 +75,7 @@ class Group:
     choices: list[str] | None
     gold: str  # the right answer; empty if it was not recorded
     audio: Path | None
-    # text, reward, advantage, right, form, truncated, and parts: the other components of the reward
+    # text, said, reward, advantage, right, form, truncated, and parts: the other components of the reward
     responses: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -209,9 +212,11 @@ def make_group(step: int, number: int, records: list[dict[str, Any]]) -> Group:
     group = Group(step, number, tags, question, choices, gold, Path(audio) if audio else None)
     for record in records:
         accuracy, form = record.get("accuracy_reward"), record.get("format_reward")
+        text = record["response"].removesuffix(TURN_CLOSE)
         group.responses.append(
             {
-                "text": shorten(record["response"].removesuffix(TURN_CLOSE)),
+                "text": shorten(text),
+                "said": what_was_said(text, choices or []),
                 "reward": _number(record.get("reward")),
                 "advantage": _number(record.get("advantage")),
                 "right": None if accuracy is None else accuracy > 0,
@@ -236,6 +241,14 @@ def split_prompt(prompt: str) -> tuple[str, list[str] | None]:
         if isinstance(choices, list):
             return shorten(parts["question"].strip()), [shorten(str(choice)) for choice in choices]
     return shorten(turn), None
+
+
+def what_was_said(response: str, choices: Sequence[str]) -> str:
+    """The choice that a response names, else the beginning of its answer, or :data:`NO_ANSWER`."""
+    answer = extract_answer(response, choices)
+    if answer.is_choice:
+        return answer.text
+    return answer.text[:LONGEST_ANSWER] if answer.tagged else NO_ANSWER
 
 
 def shorten(text: str) -> str:

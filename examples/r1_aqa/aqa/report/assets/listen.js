@@ -60,7 +60,7 @@
   }
 
   function isPair(group, { kind, gold, said }) {
-    return group.kind === kind && group.gold === gold && group.said === said && group.responses.some((r) => r.main && !r.right);
+    return group.kind === kind && group.gold === gold && group.responses.some((r) => r.main && !r.right && r.said === said);
   }
 
   function showPair(mistake) {
@@ -167,15 +167,19 @@
     const asked = make("div", {}, show(make("p", { class: "question" }), group.question));
     if (group.choices) {
       asked.append(make("ul", { class: "choices", "aria-label": "Choices" }, ...group.choices.map((choice) => {
-        const gold = choice === group.gold;
-        const item = make("li", gold ? { class: "gold" } : {}, show(make("span"), choice));
-        if (gold) item.append(make("span", { class: "mark" }, "✓ right answer"));
-        return item;
+        const gold = choice === group.gold, by = group.responses.filter((r) => r.said === choice);
+        const counts = by.some((r) => r.main), chosen = counts && group.step === null;
+        const marks = make("span", { class: "mark" }, gold ? "✓ right answer " : "");
+        if (by.length) marks.append(show(make("span", { class: "by" }), `${counts ? "●" : "○"} ${answeredBy(by, group)}`));
+        return make("li", { class: `${gold ? "gold" : ""}${chosen ? " said" : ""}` }, show(make("span"), choice), marks);
       })));
     }
     if (!group.choices?.includes(group.gold)) asked.append(goldLine(group));
     return make("div", { class: "heard" }, PLAYER.figure(clips[group.clip], group.silent), asked);
   }
+
+  const answeredBy = (by, group) => (group.step === null
+    ? `answered: ${by.map((r) => r.who).join(" · ")}` : `answered by ${by.length} of ${group.responses.length}`);
 
   const goldLine = (group) => (group.gold
     ? show(make("p", {}, make("span", { class: "label" }, "Right answer: ")), group.gold)
