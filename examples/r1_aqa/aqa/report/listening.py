@@ -111,8 +111,8 @@ def sample(folder: Path, last: int, sets: Sequence[HeldOut], most: int, room: in
 
 # ------------------------------------------------------------------------------------------------------ held-out items
 def sample_items(held: HeldOut, most: int, clips: Clips, least_room: int) -> list[dict[str, Any]]:
-    """Questions with the first, the last and the silent answer, and the last of each other run: one of each mistake, the
-    most frequent first, then of each outcome and question type in turn.
+    """Questions with the first, the last and the silent answer, and the last of each other run: one of each mistake,
+    the most frequent first, then of each outcome and question type in turn.
 
     :param least_room: Bytes that are left for others.
     """
