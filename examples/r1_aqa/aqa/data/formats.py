@@ -40,15 +40,20 @@ class Format(NamedTuple):
     def as_question(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as one of MMAU's questions, unchecked; fields that MMAU does not have keep their names."""
         own = ("id", self.question, *self.choices, self.answer, self.audio)
-        return {name: value for name, value in row.items() if name not in own} | {
-            "id": row.get("id"),
-            "audio_id": row.get(self.audio),
-            "question": row.get(self.question),
-            "choices": self.choices_of(row),
-            "answer": row.get(self.answer),
-            "dataset": row.get(self.dataset) or self.title,
-            "question_type": row.get(self.kind) or row.get(self.dataset) or self.title,
-        }
+        fields = map(row.get, ("id", self.audio, self.question, self.answer, self.kind))
+        further = {name: value for name, value in row.items() if name not in own}
+        return further | make_question(*fields, self.choices_of(row), row.get(self.dataset) or self.title)
+
+
+def make_question(
+    identity: Any, audio: Any, question: Any, answer: Any, kind: str | None, choices: Any, dataset: str
+) -> dict[str, Any]:
+    """A question as ``eval_mmau.py`` reads it: in MMAU's format, but with its kind under a name of its own.
+
+    :param kind: The data set's name stands for one that is missing.
+    """
+    own = {"id": identity, "audio_id": audio, "question": question, "choices": choices, "answer": answer}
+    return own | {"dataset": dataset, "question_type": kind or dataset}
 
 
 _OWN = ("own questions", "question_text", ("multi_choice",), "answer", "audio_path")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aqa.data.formats import make_question
 from aqa.data.rows import Row
 
 if TYPE_CHECKING:
@@ -81,15 +82,9 @@ def read_questions(path: Path) -> list[dict[str, Any]] | None:
             rows = file.read(columns=["extra_info", "reference", "question_type"]).to_pylist()
     except pa.ArrowInvalid as error:
         raise OSError(f"cannot be read as parquet: {error}") from error
-    return [
-        {
-            "id": str(row["extra_info"]["id"]),
-            "audio_id": row["extra_info"]["audio_path"],
-            "question": row["extra_info"]["question_text"],
-            "choices": row["extra_info"]["multi_choice"],
-            "answer": row["reference"],
-            "dataset": row["extra_info"]["dataset_name"],
-            "question_type": row["question_type"] or row["extra_info"]["dataset_name"],
-        }
-        for row in rows
-    ]
+    questions = []
+    for row in rows:
+        own = row["extra_info"]
+        given = (str(own["id"]), own["audio_path"], own["question_text"], row["reference"], row["question_type"])
+        questions.append(make_question(*given, own["multi_choice"], own["dataset_name"]))
+    return questions

@@ -15,7 +15,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from aqa.common.console import several
-from aqa.data.formats import Format, format_of
+from aqa.data.formats import Format, format_of, make_question
 from aqa.data.prompts import prompt_problem, render_prompt
 
 _ABSENT = (None, "")
@@ -318,15 +318,7 @@ def as_question(row: Row, audio: str) -> dict:
 
     :param audio: Path of its recording.
     """
-    return {
-        "id": str(row.id),
-        "audio_id": audio,
-        "question": row.question,
-        "choices": row.choices,
-        "answer": row.gold,
-        "dataset": row.dataset_name,
-        "question_type": row.question_type or row.dataset_name,
-    }
+    return make_question(str(row.id), audio, row.question, row.gold, row.question_type, row.choices, row.dataset_name)
 
 
 def wav_name_of_video(video_name: str) -> str:
