@@ -358,7 +358,8 @@ BAD_ROWS = [
     ("bad_id", row(1, id=float("nan"))),
     ("bad_question", row(1, question_text=" ")),
     ("bad_question", row(1, question_text=5)),
-    ("empty_choices", row(1, multi_choice=[])),
+    ("too_few_choices", row(1, multi_choice=[])),
+    ("too_few_choices", row(1, multi_choice=["a"], answer=0)),  # always right
     ("bad_choice", row(1, multi_choice="abc")),
     ("bad_choice", row(1, multi_choice=["a", float("nan")])),
     ("bad_choice", row(1, multi_choice=["a", ["b"]])),
@@ -468,7 +469,7 @@ def test_messages_show_what_the_row_has(run, capsys):
     shown = capsys.readouterr().err
     assert "  question types: drum 1, none 1\n" in shown
     assert f"no such file: {run.audio / 'a.wav'}, nor 'kit/a.wav' in --audio_dir" in shown
-    assert "no question_text; the row has 'id', 'video_name'" in shown and "'qestion_text'" in shown
+    assert "no question_text; the row has 'video_name'" in shown and "'qestion_text'" in shown
 
 
 def test_skip_bad_and_strict(run, capsys):
@@ -586,11 +587,29 @@ def test_second_file_is_the_validation_part(run, tmp_path, capsys):
     assert [r["extra_info"]["id"] for r in run.rows("validation")] == [5] and len(run.rows("train")) == 5
 
 
+def test_types_that_held_out_rows_cannot_measure_are_said(run, tmp_path, capsys):
+    def rows(first: int, kinds: str, answers: tuple[int, ...]) -> list[dict]:
+        numbered = enumerate(zip(kinds.split(), answers, strict=True), first)
+        return [row(n, question_type=kind, answer=answer) for n, (kind, answer) in numbered]
+
+    held_out = rows(10, "kit kit room room echo hall", (1, 1, 0, 1, 0, 2))
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, held_out)))
+    flags = ("--val_file", str(tmp_path / "other.jsonl"), "--no_check_audio")
+    assert run(rows(0, "kit kit room room voice hall", (0, 1, 1, 0, 0, 2)), *flags) == 0
+    assert capsys.readouterr().err.partition("WARNING: ")[2] == (
+        "held-out rows cannot show what is learned of these question types:\n"
+        "  kit: 2 rows in training, 2 in validation, which all have the answer 'Yacht consignment'\n"
+        "  voice: 1 rows in training, 0 in validation\n"
+        "  echo: 0 rows in training, 1 in validation\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["--input_jsonl", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--input_jsonl", "."], "a folder; name the file in it"),
+        (["--input_jsonl", sys.executable], "is no text, but perhaps a recording"),
         (["--audio_dir", __file__], "not a folder; name the one that holds the .wav files"),
         (["--local_save_dir", __file__], "is no folder that can be written to"),
         (["--val_ratio", "nan"], "--val_ratio nan: expected 0 <= ratio < 1"),

@@ -327,8 +327,10 @@ def write(
     stale = os.path.lexists(os.path.join(args.local_save_dir, VALIDATION_FILE))
     folder = Path(args.local_save_dir)
     write_files(folder, f"--local_save_dir {folder}", writers, obsolete=[VALIDATION_FILE, QUESTIONS_FILE])
-    kinds = Counter(rows[i].question_type for i in (*train, *validation))
-    say_summary(args.local_save_dir, report, kinds, removed=stale and not validation)
+    say_summary(args.local_save_dir, report, removed=stale and not validation)
+    one_value = "; a type whose rows have only one value of --split_by needs another field" if args.split_by else ""
+    remedy = "" if args.val_file else f"\n  Try another --seed{one_value}."
+    say_types([rows[i] for i in train], [rows[i] for i in validation], remedy)
 
 
 def build_report(settings: dict, sources: list[Source], parts: dict[str, list[str]], clips: dict[str, Clip]) -> dict:
@@ -401,10 +403,32 @@ def say_rows(headline: str, problems: list[Problem]) -> None:
     say_problems(headline, [problem.kind for problem in problems], lines)
 
 
-def say_summary(folder: str, report: dict, kinds: Counter[str], removed: bool) -> None:
+def say_types(train: list[Row], validation: list[Row], remedy: str) -> None:
+    """Tell how many rows there are of each question type, and warn of the types whose split measures nothing.
+
+    :param remedy: How to split otherwise.
+    """
+    trained, held_out = (Counter(row.question_type for row in part) for part in (train, validation))
+    kinds = (trained + held_out).most_common()
+    if [kind for kind, _ in kinds] != [""]:
+        named = [f"{kind or 'none'} {number}" for kind, number in kinds[:8]]
+        say(f"  question types: {', '.join(named)}{', ...' if len(kinds) > 8 else ''}")
+    if not validation:
+        return
+    lines = []
+    for kind, _ in kinds:
+        golds, others = ({row.gold for row in part if row.question_type == kind} for part in (validation, train))
+        alike = len(golds) == 1 and others > golds
+        if alike or not (golds and others):
+            text = f"{kind or 'none'}: {trained[kind]} rows in training, {held_out[kind]} in validation"
+            lines.append(f"{text}, which all have the answer {show_value(*golds)}" if alike else text)
+    if lines:
+        say(several("WARNING: held-out rows cannot show what is learned of these question types", lines, 8) + remedy)
+
+
+def say_summary(folder: str, report: dict, removed: bool) -> None:
     """Tell what was written.
 
-    :param kinds: Rows of each question type; an empty name where they have none.
     :param removed: Whether an earlier run's validation.parquet was removed without replacement.
     """
     rows, clips = report["rows"], report["clips"]
@@ -425,7 +449,4 @@ def say_summary(folder: str, report: dict, kinds: Counter[str], removed: bool) -
             say(f"  longer than 30 s: {long}, of which the first 30 s are heard unless training has --audio_seconds")
     elif not clips["checked"]:
         say("  audio: not checked (--no_check_audio)")
-    named = [f"{kind or 'none'} {number}" for kind, number in kinds.most_common(8)]
-    if set(kinds) != {""}:
-        say(f"  question types: {', '.join(named)}{', ...' if len(kinds) > 8 else ''}")
     say(f"  {REPORT_FILE}: all counts, and all problems ({len(report['problems'])})")

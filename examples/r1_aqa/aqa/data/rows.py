@@ -20,7 +20,10 @@ from aqa.data.prompts import prompt_problem, render_prompt
 
 _ABSENT = (None, "")
 NOT_UTF8 = "not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8 IN > OUT"
-ROW = '{"question_text": "Low or high?", "multi_choice": ["low", "high"], "answer": "low", "audio_path": "a.wav"}'
+ROW = (
+    '{"question_text": "Low or high?", "multi_choice": ["low", "high"], "answer": "low", "audio_path": "a.wav"}, or '
+    "like a line of a table (CSV, TSV, parquet) with these columns"
+)
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _OTHER_FILES = {
@@ -119,14 +122,16 @@ def read_records(data: bytes, source: str) -> list[Record]:
     :param data: The file, UTF-8 with or without a byte-order mark.
     :param source: Name of the file, for messages.
     :return: The rows in file order; a malformed line is a record with an ``error``.
-    :raises AvqaError: for UTF-16, parquet or an archive, and for a broken JSON array, because nobody knows where its
-        further rows begin.
+    :raises AvqaError: for UTF-16, parquet, an archive or another file that is no text, and for a broken JSON array,
+        because nobody knows where its further rows begin.
     """
     if data.startswith(_UTF16_BOMS):
         raise AvqaError(f"{source}: the file is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8 IN > OUT")
     for start, what in _OTHER_FILES.items():
         if data.startswith(start):
             raise AvqaError(f"{source}: is {what.format(shlex.quote(source))}")
+    if b"\0" in data[:1024]:
+        raise AvqaError(f"{source}: is no text, but perhaps a recording; expected is a file of rows such as {ROW}")
     data = data.removeprefix(_UTF8_BOM)
     if re.match(rb"\s*\[", data):
         records = _read_array(data, source)
@@ -277,7 +282,8 @@ def parse_record(
         missing = ["id"] if identity is None else []
         missing += [n for n in (fields.question, *fields.choices, fields.answer) if value.get(n) is None]
         missing += [f"{fields.audio} (or video_name)"] if no_audio else []
-        raise RowError("missing_field", f"no {', '.join(missing)}; the row has {', '.join(map(show_value, value))}")
+        held = ", ".join(show_value(name) for name in value if name != "id")  # tables without ids get some
+        raise RowError("missing_field", f"no {', '.join(missing)}; the row has {held}")
 
     if not isinstance(question, str) or not question.strip():
         raise RowError("bad_question", f"{fields.question} is {show_value(question)}, expected text")
@@ -439,14 +445,14 @@ def split_by_clip(
 
 
 def _check_choices(choices: object, field: str) -> list:
-    """The choices, if they are a list of text, finite numbers, booleans or null with at least one member.
+    """The choices, if they are a list of text, finite numbers, booleans or null with at least two members.
 
     :raises RowError: otherwise.
     """
     if not isinstance(choices, list):
         raise RowError("bad_choice", f'{field} is {show_value(choices)}, expected a list such as ["low", "high"]')
-    if not choices:
-        raise RowError("empty_choices", f"{field} is empty")
+    if len(choices) < 2:
+        raise RowError("too_few_choices", f"{field} is {show_value(choices)}, expected at least two choices")
     for number, choice in enumerate(choices):
         if isinstance(choice, str):
             continue
