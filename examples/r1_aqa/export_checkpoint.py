@@ -14,6 +14,7 @@ from pathlib import Path
 
 from aqa.common.arguments import Parser
 from aqa.common.files import explain
+from aqa.common.versions import require
 from aqa.hosts.current import current_host
 from aqa.hosts.locate import find_host
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--pretrain", required=True, help="the model that the run began with")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not exist or be empty")
     args = parser.parse_args()
+    require("torch", "transformers", "safetensors", "deepspeed")
     current_host().prepare_import()
     logging.disable(logging.WARNING)  # of libraries
     # imported here, because torch and transformers would make --help slow

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from aqa.common.arguments import Parser
 from aqa.common.files import explain, write_atomically
+from aqa.common.versions import require
 
 COMPARED = "compared.json"  # in the run's folder: absolute paths
 
@@ -48,12 +49,11 @@ def main() -> None:
         if not path.exists():
             raise SystemExit(f"report.py: error: {path}: does not exist; the folder of a run holds metrics.jsonl")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:  # here, because numpy, matplotlib and transformers would make --help slow
-        from aqa.evaluation.items import EvalError
-        from aqa.report.page import write_report
-        from aqa.report.run_data import ReportError
-    except ImportError as error:
-        raise SystemExit(f"report.py: error: {error}; use the Python that trains, or make setup") from error
+    require("torch", "transformers", "matplotlib", "jinja2", "soundfile")
+    # here, because numpy, matplotlib and transformers would make --help slow
+    from aqa.evaluation.items import EvalError
+    from aqa.report.page import write_report
+    from aqa.report.run_data import ReportError
 
     out = args.out or args.run / "report.html"
     try:

@@ -43,6 +43,7 @@ from aqa.common.arguments import Parser, shell_command  # noqa: E402
 from aqa.common.console import progress, say, say_problems  # noqa: E402
 from aqa.common.files import explain, write_atomically  # noqa: E402
 from aqa.common.lock import lock  # noqa: E402
+from aqa.common.versions import require  # noqa: E402
 from aqa.data.embedded_audio import TakenOut, embedded_rows, parquet_files, take_out  # noqa: E402
 from aqa.data.extract_audio import ExtractError, extract_all, index_media, missing_tools  # noqa: E402
 from aqa.data.rows import AvqaError, counts_from_one, parse_records, read_records  # noqa: E402
@@ -314,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = ["--help"]
     try:
         args = parse_args(arguments)
+        require("pyarrow", "soundfile", "tqdm")
         {"avqa": get_avqa, "mmau": get_mmau}[args.command](args)
     except (DataError, AvqaError, EvalError, ExtractError, UnpackError, OSError) as error:
         if "--debug" in arguments:

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from aqa.common.files import explain, unwritable
+from aqa.common.versions import require
 from aqa.families import BY_TYPE
+
+require("numpy", "torch", "transformers", "soundfile")
 
 FAMILIES = {family.model_types[0]: family.name for family in BY_TYPE.values()}  # value of --family: name of the model
 TINY = 50_000_000  # bytes; the demo's own files are smaller

@@ -1,8 +1,10 @@
-"""Versions of installed packages, read without importing them, and commits of checkouts."""
+"""What is installed, in which version, told without importing it, and commits of checkouts."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
+import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +21,27 @@ def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def not_installed(*packages: str) -> list[str]:
+    """What this Python lacks; imports nothing.
+
+    :return: One message about all that are missing, or none.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if not missing:
+        return []
+    remedy = f"activate its environment, or see Prerequisites in {Path(__file__).parents[2] / 'README.md'}"
+    return [f"{', '.join(missing)}: not installed for {sys.executable}; {remedy}"]
+
+
+def require(*packages: str) -> None:
+    """End the program with one line if this Python lacks packages.
+
+    :raises SystemExit: that names them.
+    """
+    for problem in not_installed(*packages):
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {problem}")
 
 
 def commit_of(folder: Path) -> str:

@@ -5,7 +5,6 @@ pyarrow and soundfile are imported when they are needed: ``--help`` and ``--no_c
 
 import argparse
 import functools
-import importlib
 import json
 import os
 from collections import Counter
@@ -19,6 +18,7 @@ from aqa.audio.sandbox import escape_of
 from aqa.common.console import say, say_problems, several
 from aqa.common.constants import PLAIN_LABEL, THINK_LABEL
 from aqa.common.files import write_files
+from aqa.common.versions import not_installed
 from aqa.data.parquet import build_table
 from aqa.data.prompts import prompt_lengths, render_chat
 from aqa.data.rows import (
@@ -78,7 +78,9 @@ def prepare(args: argparse.Namespace) -> None:
     :raises AvqaError: if nothing is to be written; the save folder is then as before.
     :raises OSError: if a file cannot be read or written.
     """
-    check_packages(args)
+    # better missed now than after half an hour of probing
+    if problems := not_installed("pyarrow", *([] if args.no_check_audio else ["soundfile", "numpy", "tqdm", "soxr"])):
+        raise AvqaError(*problems)
     sources = [read_rows(args, file) for file in (args.input_jsonl, args.val_file) if file]
     clips = probe(args, [path for source in sources for path in source.paths])
     if clips and all(clip.kind == "audio_missing" for clip in clips.values()):
@@ -102,20 +104,6 @@ def prepare(args: argparse.Namespace) -> None:
             none_left = f"--skip_bad: none of the {len(source.rows)} rows has readable audio; check --audio_dir"
             source.leave_out(source.unheard, none_left)
     write(args, sources, *split(args, sources), clips)
-
-
-def check_packages(args: argparse.Namespace) -> None:
-    """Import what the run will need later: better missed now than after half an hour of probing.
-
-    :raises AvqaError: with the command that installs it.
-    """
-    audio = [] if args.no_check_audio else ["soundfile", "numpy", "tqdm", "soxr"]
-    for module in ["pyarrow", *audio]:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            hint = "" if module == "pyarrow" else ", or leave the audio unchecked with --no_check_audio"
-            raise AvqaError(f"{module} cannot be imported ({error}). Install it: pip install {module}{hint}") from error
 
 
 def read_rows(args: argparse.Namespace, name: str) -> Source:

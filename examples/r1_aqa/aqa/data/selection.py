@@ -5,13 +5,16 @@ al. 2025), and not to listen from one that is answered right in silence, which A
 its reinforcement learning. Easy rows first is the curriculum of SARI (Wen et al. 2025).
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 PASS_RATE = "pass_rate"  # share of a row's sampled responses that are right, 0 to 1
 SILENT_PASS_RATE = "pass_rate_silent"  # the same with silence in place of the sound
@@ -32,6 +35,8 @@ def select_rows(rows: Any, source: str, args: argparse.Namespace, say: Callable[
     :param say: Prints how many rows are left out, and why.
     :raises SystemExit: if rows have no rate, or none is left.
     """
+    import numpy as np
+
     rates = {name: _read(rows, name, source) for name in rate_columns(args)}
     asked = _asked_model(source, args.prompt_split) if rates else None
     if asked and Path(asked).resolve() != Path(args.pretrain).resolve():
@@ -62,6 +67,8 @@ def easy_first(rows: Any, source: str) -> Any:
 
     :param rows: A ``datasets.Dataset``.
     """
+    import numpy as np
+
     return rows.select(np.argsort(-_read(rows, PASS_RATE, source), kind="stable"))
 
 
@@ -78,6 +85,8 @@ def _asked_model(source: str, split: str) -> str | None:
 
 
 def _read(rows: Any, name: str, source: str) -> np.ndarray:
+    import numpy as np
+
     remedy = f"select_data.py measures it: --prompt_data must name the folder that it writes, not {source}"
     if name not in rows.column_names:
         raise SystemExit(f"{source}: has no column {name}; {remedy}")

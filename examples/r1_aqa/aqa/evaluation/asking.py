@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from aqa.common import gpu
 from aqa.common.console import progress
 from aqa.common.files import explain
-from aqa.common.versions import installed_versions
+from aqa.common.versions import installed_versions, not_installed
 from aqa.evaluation.checkpoints import Model
 from aqa.evaluation.items import EvalError, Item, PartialFile
-from aqa.hosts.locate import lacks, not_installed
+from aqa.hosts.locate import lacks
 
 if TYPE_CHECKING:
     from aqa.audio.reader import AudioReader

@@ -13,7 +13,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-EXAMPLE = Path(__file__).resolve().parents[2]
 INSTALL = (
     "use this repository's runtime (keep the example inside its repository), or LightRFT's source: git clone "
     "https://github.com/opendilab/LightRFT, git checkout 49e62cb, and set LIGHTRFT_HOME to that folder"
@@ -60,18 +59,6 @@ def check_host() -> None:
         raise SystemExit(
             f"the lightrft in {spec.origin} is the empty package from PyPI: pip uninstall lightrft, then {INSTALL}"
         )
-
-
-def not_installed(*packages: str) -> list[str]:
-    """What this Python lacks; imports nothing.
-
-    :return: One message about all that are missing, or none.
-    """
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if not missing:
-        return []
-    remedy = f"activate its environment, or see Prerequisites in {EXAMPLE / 'README.md'}"
-    return [f"{', '.join(missing)}: not installed for {sys.executable}; {remedy}"]
 
 
 def lacks(package: str, needed_by: str) -> list[str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from aqa.common.model_type import cut_weights, has_weights, missing_tokenizer, model_type_of
+from aqa.common.versions import not_installed
 from aqa.evaluation.checkpoints import NOTES_FILE
 from aqa.families import BY_TYPE, KNOWN
-from aqa.hosts.locate import lacks, not_installed
+from aqa.hosts.locate import lacks
 from aqa.training.flags import (
     GROUP_METHODS,
     MODELS,
