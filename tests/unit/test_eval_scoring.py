@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from eval_mmau import title_of
 
 from aqa.audio.reader import AudioReader
 from aqa.data.prompts import choices_in
@@ -592,7 +593,9 @@ def test_rows_of_other_data_sets_are_questions(tmp_path, row, benchmark, kept, w
     path.write_text(json.dumps(written))
     verdicts = judge(*read_rows(path)[::-1])
     assert verdicts.right == [True, False, False]  # a result is a result, and no question again
-    assert list(score(verdicts)["by"]) == breakdowns
+    assert list((scores := score(verdicts))["by"]) == breakdowns
+    titles = {ADQA: "own questions, by the choice's text", MMSU: "MMSU: official rule"}
+    assert title_of(benchmark, scores) == titles.get(benchmark, "own questions, by the rule of MMAU's script")
     assert [item.gold for item in items(*({k: v for k, v in r.items() if k != answer} for r in rows))] == [None] * 3
     for audio in ("audio_id", "audio_path"):  # MMAU's rows, and MMAR's, stay as they are
         own = {"question": "?", "choices": ["a"], "answer": "a", audio: "a.wav"}
