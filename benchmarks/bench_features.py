@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
-from harness import Report, forget_peak, make_parser, parse, peak_bytes, ratio, take_turns
+from harness import Report, bytes_beyond, make_parser, parse, ratio, take_turns
 
 CLIPS, SAMPLES, SECONDS = 16, 8, 10
 BASE, ONE_PASS, OURS, LIGHTRFT = "once a sample", "one pass", "ours, runtime", "ours, LightRFT"
@@ -66,13 +66,7 @@ def memory_of(path: str, name: str) -> int:
     :param path: Qwen2-Audio folder.
     """
     make_ways(path, 1)[name]()  # what is made once, in torch and transformers
-    way = make_ways(path)[name]
-    forget_peak()
-    before = peak_bytes()
-    kept = way()
-    after = peak_bytes()
-    del kept
-    return after - before
+    return bytes_beyond(make_ways(path)[name])[0]
 
 
 def main() -> None:

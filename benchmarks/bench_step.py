@@ -21,7 +21,6 @@ the ratio to ``runtime, vllm``, in seconds and, because other work on the machin
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -36,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import soundfile
-from harness import EXAMPLE, ROOT, Report, make_parser, parse, ratio
+from harness import EXAMPLE, ROOT, Report, make_parser, parse, ratio, use_of
 
 from demo.make_data import train_rows
 from demo.sounds import CLASSES, SAMPLING_RATE, synthesize
@@ -88,15 +87,6 @@ def make_questions(folder: Path, count: int, shortest: float, longest: float, se
     return folder / "parquet"
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    """CPU seconds that a process and its children have used."""
-    total = 0.0
-    for each in (process, *process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += sum(each.cpu_times()[:2])
-    return total
-
-
 def run_script(command: list[object], environment: dict[str, str], metrics: Path | None = None) -> list[float]:
     """Run a command, and end with its message if it fails.
 
@@ -111,7 +101,7 @@ def run_script(command: list[object], environment: dict[str, str], metrics: Path
             if metrics is not None and metrics.exists():
                 lines = metrics.read_text(encoding="utf-8").count("\n")
                 if lines > len(used):
-                    used += [cpu_seconds(process)] * (lines - len(used))
+                    used += [use_of(process)[1]] * (lines - len(used))
             time.sleep(0.02)
         if run.returncode != 0:
             output.seek(0)

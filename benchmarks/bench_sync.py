@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import Report, forget_peak, make_parser, parse, peak_bytes, ratio, take_turns
+from harness import Report, bytes_beyond, make_parser, parse, ratio, take_turns
 
 LIMIT = 2.0  # times a copy, on a GPU
 BUCKETS = (0, 8, 32, 128, 512)  # MiB a bucket; 0: one by one, the last: all at once
@@ -136,12 +136,6 @@ def measure_gathering(path: Path, rounds: int) -> dict[str, Any]:
     from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
     from lightrft.strategy.fsdp_strategy import FSDPStrategy
 
-    def memory_beyond(work: Callable[[], None]) -> int:
-        forget_peak()
-        before = peak_bytes()
-        work()
-        return peak_bytes() - before
-
     table: dict[str, Any] = {}
     for label, kind in (("ZeRO-3", DeepspeedStrategy), ("FSDP2", FSDPStrategy)):
         strategy = kind(strategy_flags(3))
@@ -160,7 +154,7 @@ def measure_gathering(path: Path, rounds: int) -> dict[str, Any]:
             size: {
                 "seconds": round(statistics.median(times), 4),
                 "ratio": round(ratio(times, seconds["0"]), 3),
-                "mebibytes": round(memory_beyond(ways[size]) / 2**20, 1),
+                "mebibytes": round(bytes_beyond(ways[size])[0] / 2**20, 1),
             }
             for size, times in seconds.items()
         }

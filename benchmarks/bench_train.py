@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Report, forget_peak, make_parser, parse, peak_bytes, ratio, take_turns, timed
+from harness import Report, bytes_beyond, make_parser, parse, ratio, take_turns, timed
 from random_model import CLIP_FRAMES, SAMPLES, build_model, make_batch, make_config, make_policy
 
 AUDIO, VOCABULARY = 7, 156_032
@@ -87,10 +87,7 @@ def run_once(way: str) -> None:
     if way == "apart":
         policy = apart(policy)
     forward_and_backward(lambda: policy(batch))  # as in a step of many micro-batches, the gradients are there already
-    forget_peak()
-    before = peak_bytes()
-    took, values = timed(lambda: forward_and_backward(lambda: policy(batch)))
-    peak = peak_bytes() - before
+    peak, (took, values) = bytes_beyond(lambda: timed(lambda: forward_and_backward(lambda: policy(batch))))
     grads = sum(float(p.grad.double().norm()) for p in model.parameters() if p.grad is not None)
     print(json.dumps([took.wall, peak, float(values.double().sum()), grads, took.cpu]))
 

@@ -4,6 +4,7 @@ Import it first: it puts the example, the runtime and the tests' literal reward 
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -110,15 +111,27 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def forget_peak() -> None:
-    """Reset the kernel's record of this process's peak memory, which :func:`peak_bytes` reads."""
-    Path("/proc/self/clear_refs").write_text("5")
+def bytes_beyond(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Most resident bytes while something runs, beyond those before, and what it returns."""
+
+    def peak() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak of this process so far
+    before = peak()
+    value = work()
+    return peak() - before, value
 
 
-def peak_bytes() -> int:
-    """Peak resident bytes of this process since :func:`forget_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+def use_of(process: psutil.Process) -> tuple[int, float]:
+    """Resident bytes and CPU seconds of a process and its children."""
+    memory, seconds = 0, 0.0
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            memory += each.memory_info().rss
+            seconds += sum(each.cpu_times()[:2])
+    return memory, seconds
 
 
 def allocated(work: Callable[[], Any]) -> tuple[int, int]:

@@ -21,25 +21,13 @@ import time
 from pathlib import Path
 
 import psutil
-from harness import EXAMPLE, Report, make_parser, parse
+from harness import EXAMPLE, Report, make_parser, parse, use_of
 from tqdm import tqdm
 
 PROMPTS, SAMPLES = 4, 8
 TURN, COMPARED = 20, 200  # steps
 HUNDRED = 100  # steps whose memory is compared: those after step 200, and the last
 SHOWN = ("time/rollout", "time/logprobs", "time/train", "time/sync", "time/step", "rollout/response_length")
-
-
-def use_of(process: psutil.Process) -> tuple[int, float]:
-    """Resident bytes and CPU seconds of a process and its children."""
-    memory, seconds = 0, 0.0
-    for each in (process, *process.children(recursive=True)):
-        try:
-            memory += each.memory_info().rss
-            seconds += sum(each.cpu_times()[:2])
-        except psutil.NoSuchProcess:
-            continue
-    return memory, seconds
 
 
 class Run:

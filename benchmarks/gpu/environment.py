@@ -19,7 +19,7 @@ def run(section: Section) -> None:
     section.case("machine", machine)
     section.case("GPU", gpu)
     section.case("attention with a mask", lambda: attention(section.small))
-    section.case("matrix product", lambda: {"TFLOP/s": peak(section.small) / 1e12})
+    section.case("matrix product", lambda: product(section.small))
     section.case("copies", lambda: copies(2**24 if section.small else COPIED))
 
 
@@ -79,10 +79,10 @@ def attention(small: bool) -> Figures:
     return found
 
 
-def peak(small: bool) -> float:
+def product(small: bool) -> Figures:
     from gpu.model import matrix_peak
 
-    return matrix_peak(256 if small else 8192)
+    return {"TFLOP/s": matrix_peak(small) / 1e12}
 
 
 def copies(size: int) -> Figures:

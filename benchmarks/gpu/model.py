@@ -54,8 +54,9 @@ def median_seconds(work: Callable[[], Any], rounds: int = ROUNDS) -> float:
     return statistics.median([seconds_of(work) for _ in range(rounds + 1)][1:])
 
 
-def matrix_peak(size: int) -> float:
+def matrix_peak(small: bool) -> float:
     """Floating-point operations a second of a matrix product of random values, the best of some."""
+    size = 256 if small else 8192
     a, b = (torch.randn(size, size, device=DEVICE).to(DTYPE) for _ in range(2))
     return 2 * size**3 / min(seconds_of(lambda: a @ b) for _ in range(12))
 

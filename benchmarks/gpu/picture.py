@@ -42,7 +42,7 @@ def profile(small: bool, out: Path) -> Figures:
     :return: Milliseconds by kind of work; ``idle`` is when nothing ran on the GPU.
     """
     model, batch = build_model("small" if small else "7B"), make_batch(8 if small else 256)
-    ideal = 3 * forward_flops(model, batch) / matrix_peak(256 if small else 8192)
+    ideal = 3 * forward_flops(model, batch) / matrix_peak(small)
     for _ in range(2):
         step(model, batch)
     with torch.profiler.profile() as profiler:

@@ -29,10 +29,7 @@ from gpu.record import Results, Section, describe
 
 # Seconds that a section may take of the 12 minutes, and those that it should take on an H200 (reckoned, not measured).
 SECTIONS = {
-    "environment": (
-        60,
-        25,
-    ),  # the first imports, from the disk; versions, GPU, the peak of a bf16 matrix product, copies
+    "environment": (60, 25),  # the first imports, from the disk; versions, GPU, a bf16 matrix product's peak, copies
     "training": (210, 120),  # train_colocate.py on the demo's model: ZeRO-3, ZeRO-2, LoRA, FSDP2, resume, offload
     "steps": (170, 110),  # steps of the 7B shape: MFU, memory, what each measure saves, the hf engine
     "planner": (90, 60),  # the memory that --plan computes, against what torch allocates
@@ -47,10 +44,8 @@ LEAST = 10.0  # seconds; with less left a section is not started
 
 def main() -> None:
     parser = make_parser(__doc__)
-    default = Path(os.environ.get("OUT", "results/gpu"))
-    parser.add_argument(
-        "--out", type=Path, default=default, help="folder of the results (default: $OUT or results/gpu)"
-    )
+    default, said = Path(os.environ.get("OUT", "results/gpu")), "folder of the results (default: $OUT or results/gpu)"
+    parser.add_argument("--out", type=Path, default=default, help=said)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of the whole call (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION[:CASE]", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--small", action="store_true", help="tiny sizes; without a GPU needed")
@@ -112,10 +107,8 @@ def run_section(args: argparse.Namespace, name: str, limit: float, cases: list[s
                 end_group(process)
     results = Results(path, args.small)
     section = results.section(name)
-    section |= {
-        "status": section["status"] if code == UNKNOWN else status,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    section["status"] = section["status"] if code == UNKNOWN else status
+    section["seconds"] = round(time.monotonic() - started, 1)
     for case in section["cases"].values():
         if case["status"] == "running":
             case["status"] = "not ended"

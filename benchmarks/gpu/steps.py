@@ -37,7 +37,7 @@ GIB = 2**30
 def run(section: Section) -> None:
     small = section.small
     model = functools.cache(lambda: build_model("small" if small else "7B"))
-    peak = functools.cache(lambda: matrix_peak(256 if small else 8192))
+    peak = functools.cache(lambda: matrix_peak(small))
 
     def build() -> Figures:
         seconds = seconds_of(model)
