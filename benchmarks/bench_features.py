@@ -43,11 +43,8 @@ def make_ways(path: str, clips: int = CLIPS) -> dict[str, Callable[[], Any]]:
 
     def extract(times: int) -> list[Any]:
         one = processor.feature_extractor
-        return [
-            one(wave, sampling_rate=SAMPLING_RATE, return_tensors="pt")["input_features"]
-            for wave in waves
-            for _ in range(times)
-        ]
+        settings = {"sampling_rate": SAMPLING_RATE, "return_tensors": "pt"}
+        return [one(wave, **settings)["input_features"] for wave in waves for _ in range(times)]
 
     def process(times: int) -> Any:
         return ours.process_multimodal_batch(prompts, audio, None, None, times)["all_images_pixel_values"]

@@ -74,12 +74,7 @@ def make_ways(model: Path, rows: list[tuple]) -> tuple[Any, dict[str, Callable[[
         items = maker.rollout(prompts, clips, references, labels, sampling, step=1)
         return [item.response_ids.tolist() for item in items]
 
-    ways = {
-        BASELINE: alone,
-        "generation": generation,
-        "whole rollout": whole,
-        "a request a sample": alone_by_sample,
-    }
+    ways = {BASELINE: alone, "generation": generation, "whole rollout": whole, "a request a sample": alone_by_sample}
     return engine, ways
 
 

@@ -97,11 +97,8 @@ def training_flags(demo_dir: Path, steps: int) -> list[str]:
         "actor_learning_rate": 1e-4,
         "zero_stage": 2,
     }
-    return [
-        "--use_kl_loss",
-        "--no-report",
-        *(str(part) for item in flags.items() for part in (f"--{item[0]}", item[1])),
-    ]
+    words = (str(part) for name, value in flags.items() for part in (f"--{name}", value))
+    return ["--use_kl_loss", "--no-report", *words]
 
 
 def train_both(flags: list[str], steps: int, folder: Path) -> tuple[Run, Run]:

@@ -1,12 +1,13 @@
 """Shared fixtures: a tiny warm-started model, and the demo's data processed as a user would."""
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -70,12 +71,29 @@ def python_on(processes: int) -> list[object]:
     return [sys.executable, *(torchrun if processes > 1 else [])]
 
 
-def wait_until_gone(pid: int, seconds: float = 10.0) -> None:
-    """Fail unless a process ends soon. A zombie has ended: whoever inherited it has not looked yet."""
-    stat, deadline = Path(f"/proc/{pid}/stat"), time.monotonic() + seconds
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline, f"process {pid} is still running"
-        time.sleep(0.05)
+def parse_flags(words: Iterable[object] = ()) -> argparse.Namespace:
+    """The flags of training, completed as train_colocate.py does."""
+    from aqa.training.flags import build_parser, finish
+    from lightrft.utils import add_arguments
+
+    args = build_parser(add_arguments).parse_args(list(map(str, words)))
+    finish(args)
+    return args
+
+
+def wait_for(condition: Callable[[], object], *processes: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until something is true. The test fails where it takes longer, or where one of the processes ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        assert all(process.poll() is None for process in processes), "a process ended before"
+        time.sleep(0.005)
+
+
+def wait_until_gone(pid: int) -> None:
+    """Wait until a process has ended. A zombie has: whoever inherited it has not looked yet."""
+    stat = Path(f"/proc/{pid}/stat")
+    wait_for(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z", seconds=10)
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -141,17 +159,12 @@ def problems(tmp_path):
     """``problems(world_size, flag=value, ...)``: what the flags' check says of an otherwise valid run."""
     from aqa.hosts.runtime import RuntimeHost
     from aqa.training.flag_rules import find_problems
-    from aqa.training.flags import build_parser, finish
-    from lightrft.utils import add_arguments
 
     model, data = tmp_path / "model", tmp_path / "data"
-    for folder, names in (
-        (model, ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")),
-        (data, ("train.parquet",)),
-    ):
-        folder.mkdir()
-        for name in names:
-            (folder / name).touch()
+    names = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
+    for path in (*(model / name for name in names), data / "train.parquet"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     (model / "model.safetensors").write_bytes(NO_WEIGHTS)
 
     def find(world_size: int = 1, local_world_size: int | None = None, **flags) -> list[str]:
@@ -162,8 +175,7 @@ def problems(tmp_path):
                 command.append(f"--{name}" if value else f"--no-{name}")
             elif value is not None:
                 command.append(f"--{name}={value}")
-        args = build_parser(add_arguments).parse_args(command)
-        finish(args)
+        args = parse_flags(command)
         return find_problems(args, world_size, local_world_size) + RuntimeHost().find_problems(args)
 
     return find

@@ -21,7 +21,7 @@ import os
 import runpy
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 ENVIRONMENT = {
@@ -183,6 +183,22 @@ def redirect_communication() -> None:
         adam.FusedAdam = torch.optim.AdamW  # the same update; the fused one would have to be compiled
 
 
+def spoil(tensors: Iterable[Any]) -> None:
+    """Fill tensors with what is wrong in any of them."""
+    for tensor in tensors:
+        tensor.data.fill_(7.0)
+
+
+def sleep(worker: Any, level: int) -> None:
+    """The GPU worker's ``sleep``: KV cache and parameters are lost, buffers stay. Level 1 would copy the weights."""
+    assert level == 2
+    model = worker.get_model()
+    spoil([*worker.model_runner.kv_caches, *model.parameters()])
+    for layer in model.modules():
+        if hasattr(layer, "cpu_linear"):
+            layer.cpu_linear = None  # it holds the weight of a linear layer, repacked
+
+
 def redirect_vllm() -> None:
     """Give LightRFT's worker vLLM's CPU worker as its base, and load weights as that one can."""
 
@@ -215,16 +231,6 @@ def redirect_vllm() -> None:
                     self.model_runner.reload_weights(weights_iterator=iter(received))
                 else:
                     self.model_runner.model.load_weights(received)
-
-        def sleep(self: Any, level: int) -> None:
-            """As on a GPU, where level 2 loses KV cache and parameters: they are filled with garbage."""
-            assert level == 2
-            model = self.get_model()
-            for tensor in (*self.model_runner.kv_caches, *model.parameters()):
-                tensor.data.fill_(7.0)
-            for layer in model.modules():
-                if hasattr(layer, "cpu_linear"):
-                    layer.cpu_linear = None  # it holds the weight of a linear layer, repacked
 
         module.WorkerWrap.update_weight, module.WorkerWrap.sleep = update_weight, sleep
 

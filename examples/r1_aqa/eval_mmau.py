@@ -67,11 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_question_flags(parser: argparse.ArgumentParser) -> None:
     flag = argparse.BooleanOptionalAction
     g = parser.add_argument_group("benchmark")
-    g.add_argument(
-        "--data_file",
-        required=True,
-        help="questions of a benchmark, or rows as avqa.py reads them",
-    )
+    g.add_argument("--data_file", required=True, help="questions of a benchmark, or rows as avqa.py reads them")
     g.add_argument(
         "--audio_dir",
         required=True,

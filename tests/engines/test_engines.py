@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import parse_flags
 from support.engine_sleep import let_sleep
 from support.rollouts import gaps, prompt_of, rollout
 
@@ -16,13 +17,11 @@ from aqa.families import Qwen2Audio
 from aqa.hosts.targets import patch_experience_maker_for_audio
 from aqa.patches.strategy import build_audio_inputs
 from aqa.rewards.r1_aqa import reward_fn
-from aqa.training.flags import build_parser, finish
 from lightrft.engines.base import Sampling
 from lightrft.engines.hf_engine import HFEngine
 from lightrft.trainer.advantages import KLController
 from lightrft.trainer.fast_exp_maker import FastExperienceMaker, forward
 from lightrft.trainer.replay_buffer import make_micro_batch
-from lightrft.utils import add_arguments
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -227,8 +226,7 @@ def test_nothing_but_the_sampling_decides(vllm_engine, parts, sampling_model, no
 def maker(vllm_engine, parts):
     """The experience maker on the real engine, in a single process."""
     actor, tokenizer, processor = parts
-    args = build_parser(add_arguments).parse_args(["--seed", "1", "--micro_rollout_batch_size", "4"])
-    finish(args)
+    args = parse_flags(["--seed", 1, "--micro_rollout_batch_size", 4])
 
     def generate(sampling_params, all_prompts, all_images, images_num, **_):
         return vllm_engine.generate(build_audio_inputs(all_prompts, all_images, images_num), sampling_params)
@@ -236,9 +234,8 @@ def maker(vllm_engine, parts):
     device = torch.device("cpu")
     strategy = SimpleNamespace(args=args, rank=0, world_size=1, device=device, gather_and_generate=generate)
     strategy.inference_engine = vllm_engine
-    sampling = Sampling(
-        n=4, max_tokens=12, end_ids=(2,), logit_bias={tokenizer.convert_tokens_to_ids("<|AUDIO|>"): -100.0}
-    )
+    bias = {tokenizer.convert_tokens_to_ids("<|AUDIO|>"): -100.0}
+    sampling = Sampling(n=4, max_tokens=12, end_ids=(2,), logit_bias=bias)
     actor.logit_bias = sampling.logit_bias
     made = FastExperienceMaker(actor, None, tokenizer, strategy, KLController(0), reward_fn, {}, sampling, True)
     with patch_experience_maker_for_audio(made, processor, tokenizer, 512):

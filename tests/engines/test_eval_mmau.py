@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ import pytest
 import soundfile
 import torch
 import train_colocate
-from conftest import EXAMPLE, NO_WEIGHTS, run_script
+from conftest import EXAMPLE, NO_WEIGHTS, run_script, wait_for
 from safetensors.torch import load_file, save_file
 from support.rollouts import perturbed
 
@@ -489,11 +488,7 @@ def test_a_killed_run_continues_to_the_same_file(tmp_path, tiny_model, demo_data
     wanted = 1 + 2 * int(np.random.default_rng().integers(1, 6))  # the head, and one to five batches
     command = [sys.executable, EXAMPLE / "eval_mmau.py", *flags, "--out_file", out, "--overwrite"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (partial.exists() and partial.read_bytes().count(b"\n") >= wanted):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for(lambda: partial.exists() and partial.read_bytes().count(b"\n") >= wanted, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert out.read_text() == "of an earlier run"

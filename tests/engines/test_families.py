@@ -13,9 +13,22 @@ import pytest
 import soundfile
 import torch
 from audio_dataset import AudioMultimodalProcessor
-from conftest import run_script
+from conftest import parse_flags, run_script
 from safetensors.torch import load_file, save_file
-from support.policies import AUDIO, DECODER, PAD, TOWER, as_actor, make_item, make_mel, mixed_cases, with_large_weights
+from support.policies import (
+    AUDIO,
+    DECODER,
+    PAD,
+    TOWER,
+    as_actor,
+    audio_embeddings,
+    check_gradients,
+    check_log_probs,
+    make_item,
+    make_mel,
+    mixed_cases,
+    with_large_weights,
+)
 from support.rollouts import SECONDS, gaps, make_noises, perturbed, prompt_of, rollout
 from support.training import answers_of, metrics_of, moved, train
 from transformers import AudioFlamingo3Config, Qwen2_5OmniThinkerConfig
@@ -31,14 +44,10 @@ from aqa.families.omni_processor import OmniAudioProcessor
 from aqa.hosts.runtime import RuntimeHost
 from aqa.patches.slots import GUARD_ROWS, audio_token_count, pack_clip, unpack_clips
 from aqa.policy.forward import encode_clips
-from aqa.training.flags import build_parser, finish
 from lightrft.engines.hf_engine import HFEngine
 from lightrft.engines.vllm_engine import VLLMEngine
 from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.models.lora import adapted_layers
-from lightrft.trainer.fast_exp_maker import forward
-from lightrft.trainer.replay_buffer import make_micro_batch
-from lightrft.utils import add_arguments
 from lightrft.utils.distributed import init_process_group
 from lightrft.utils.processor import get_tokenizer_processor_vl
 
@@ -67,7 +76,6 @@ class Case(NamedTuple):
 
     family: type[Qwen2Audio]
     config: Any
-    mask_name: str  # of the processor and transformers' forward
     frozen: tuple[str, ...]  # live names of what does not train
     layers: str  # the decoder's
     projector: tuple[str, str]  # one of its layers, and the name that --target_modules gives it
@@ -78,11 +86,11 @@ class Case(NamedTuple):
 FILES = ("processor_config.json", "chat_template.jinja")
 CASES = {
     "omni": Case(
-        *(Qwen2_5Omni, OMNI, "feature_attention_mask", ("visual.", "audio_tower.audio_bos_eos_token")),
+        *(Qwen2_5Omni, OMNI, ("visual.", "audio_tower.audio_bos_eos_token")),
         *("model.layers.", ("audio_tower.proj", "proj"), FILES, 30),
     ),
     "flamingo": Case(
-        *(AudioFlamingo3, FLAMINGO, "input_features_mask", ("model.audio_tower.embed_positions",)),
+        *(AudioFlamingo3, FLAMINGO, ("model.audio_tower.embed_positions",)),
         *("model.language_model.layers.", ("model.multi_modal_projector.linear_2", "linear_2"), FILES, 90),
     ),
 }
@@ -119,37 +127,6 @@ def noises() -> list:
     return make_noises((*SECONDS, 30.02, 65.0))
 
 
-def audio_inputs(model, mel, frames: int) -> dict[str, torch.Tensor]:
-    mask = (torch.arange(3000) < frames).long()[None]
-    mask_name = next(case.mask_name for case in CASES.values() if case.family is forward_family_of(model))
-    return {"input_features": mel[None].to(model.dtype), mask_name: mask}
-
-
-def embeddings_of(model, mel, frames: int) -> torch.Tensor:
-    """transformers' own; Omni's are projected by the tower, Audio Flamingo's are another output."""
-    out = model.get_audio_features(**audio_inputs(model, mel, frames))
-    return out.last_hidden_state if out.pooler_output is None else out.pooler_output
-
-
-def reference_log_probs(model, case) -> torch.Tensor:
-    """One unpadded sample by transformers' own forward; sampled placeholders, which it cannot take, by embeddings."""
-    item, mel, frames = case
-    ids = torch.cat([item.prompt_ids, item.response_ids])[None]
-    kwargs = {"input_ids": ids}
-    if frames is not None:
-        kwargs |= audio_inputs(model, mel, frames)
-        if (item.response_ids == AUDIO).any():
-            embeds = model.get_input_embeddings()(ids).clone()
-            here = torch.arange(ids.shape[1]) < len(item.prompt_ids)
-            embeds[here & (ids == AUDIO)] = embeddings_of(model, mel, frames)
-            kwargs = {"inputs_embeds": embeds}
-            if forward_family_of(model) is Qwen2_5Omni:
-                kwargs["position_ids"] = torch.arange(ids.shape[1]).expand(3, 1, -1)
-    logits = model(**kwargs, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-    predicting = logits.log_softmax(-1)[len(item.prompt_ids) - 1 : -1]
-    return predicting.gather(-1, item.response_ids[:, None])[:, 0]
-
-
 # ------------------------------------------------------------------------------------------------------ slot and tower
 @pytest.mark.parametrize("frames", LENGTHS)
 @torch.no_grad()
@@ -157,7 +134,7 @@ def test_a_packed_clip_gives_the_towers_own_output(plain, frames):
     """Omni's exactly: the guard rows are carried along for the others' sake, its tower does not see them."""
     mel = make_mel(frames)
     rows = pack_clip(mel, frames)
-    expected = embeddings_of(plain, mel, frames)
+    expected = audio_embeddings(plain, mel, frames)
     omni = forward_family_of(plain) is Qwen2_5Omni
     for guard in (rows[frames:], *([torch.full((GUARD_ROWS, 128), 1e3)] if omni else ())):
         clips = unpack_clips(torch.cat([rows[:frames], guard]), torch.tensor([[1, 1, len(rows)]]))
@@ -198,14 +175,8 @@ def test_text_and_sound_have_the_same_position_on_all_three_axes_of_omnis():
     assert torch.equal(positions[:, mask.bool()], ours.expand(3, -1, -1)[:, mask.bool()])
 
 
-@torch.no_grad()
 def test_log_probs_equal_plain_transformers(plain, policy):
-    cases = mixed_cases()  # shared prompts and clips, text alone, sampled placeholders
-    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
-    out = forward(as_actor(policy), batch)
-    for row, mask, case in zip(out, batch.response_mask, cases, strict=True):
-        torch.testing.assert_close(row[mask], reference_log_probs(plain, case), rtol=1e-5, atol=1e-5)
-        assert not row[~mask].any()
+    check_log_probs(policy, plain, mixed_cases())  # shared prompts and clips, text alone, sampled placeholders
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient_checkpointing"])
@@ -221,21 +192,7 @@ def test_gradients_equal_the_naive_ones(plain, case, checkpointing):
         make_item(333, 1, [20, 21, 22, 23]),  # a group with the first
         make_item(333, 5, [19], clip_seed=1),  # its clip, another prompt
     ]
-    weights = [torch.randn(len(one[0].response_ids), generator=torch.Generator().manual_seed(3)) for one in cases]
-    for one, weight in zip(cases, weights, strict=True):
-        (reference_log_probs(model, one) * weight).sum().backward()
-    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
-    rows = zip(forward(actor, batch), batch.response_mask, weights, strict=True)
-    sum((row[mask] * weight).sum() for row, mask, weight in rows).backward()
-    expected = dict(model.named_parameters())
-    for name, parameter in policy.named_parameters():
-        if name.startswith(case.frozen) or expected[name].grad is None:
-            assert name.startswith(case.frozen) and (parameter.grad is None) == (expected[name].grad is None)
-            continue
-        scale = expected[name].grad.abs().max()
-        assert scale > 0, f"{name}: nothing to compare"
-        error = (parameter.grad - expected[name].grad).abs().max() / scale
-        assert error < 1e-5, f"{name}: relative error {error}"
+    check_gradients(actor, model, cases, case.frozen)
 
 
 def test_a_model_of_no_family_is_refused(tmp_path):
@@ -461,7 +418,5 @@ def test_adapters_train_and_are_evaluated_merged_or_not(tiny, case, demo_parquet
 def test_a_model_that_cannot_be_trained_is_named_without_a_traceback(tmp_path):
     """A hub name's type is known only when it is loaded."""
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    args = build_parser(add_arguments).parse_args(["--pretrain", str(tmp_path)])
-    finish(args)
     with pytest.raises(SystemExit, match=r"--pretrain .*model_type 'gpt2' is none of qwen2_audio"):
-        RuntimeHost().load_actor(args, None)
+        RuntimeHost().load_actor(parse_flags(["--pretrain", tmp_path]), None)

@@ -1,6 +1,5 @@
 """LoRA on a base of 4 bits, with the real bitsandbytes where it is installed (it runs on a CPU, too)."""
 
-import argparse
 import importlib.util
 import sys
 from types import SimpleNamespace
@@ -10,11 +9,9 @@ import torch
 from support.training import metrics_of, train
 
 from aqa.families import family_of
-from aqa.training.flags import build_parser, finish
 from lightrft.models.actor_al import ActorAL, load_model
 from lightrft.models.four_bit import unpacked
 from lightrft.strategy.deepspeed_strategy import DeepspeedStrategy
-from lightrft.utils import add_arguments
 
 IDS = torch.arange(20, 60)[None]
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
@@ -31,9 +28,8 @@ def tiny(request):
 def actor(tiny):
     """With adapters beside q and v, whose B is not zero as after some steps."""
     torch.manual_seed(0)
-    actor = ActorAL(
-        str(tiny), bf16=False, lora_rank=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], load_in_4bit=True
-    )
+    adapters = {"lora_rank": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    actor = ActorAL(str(tiny), bf16=False, load_in_4bit=True, **adapters)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in actor.model.named_parameters():
         if "lora_B" in name:
@@ -64,11 +60,8 @@ def sent(actor, tiny):
 @real
 def test_the_language_models_linear_layers_are_packed_and_no_others(actor):
     packed = {name for name, p in actor.model.named_parameters() if p.dtype == torch.uint8}
-    linear = {
-        name + ".weight"
-        for name, module in decoder(actor.model).named_modules()
-        if isinstance(module, torch.nn.Linear) and "lora_" not in name
-    }
+    layers = [name for name, each in decoder(actor.model).named_modules() if isinstance(each, torch.nn.Linear)]
+    linear = {f"{name}.weight" for name in layers if "lora_" not in name}
     assert all(any(name.endswith(f".{one}") for one in linear) for name in packed)
     assert not [name for name in packed if "audio" in name or "visual" in name or "lm_head" in name]
     assert len(packed) == 2 * 7
@@ -128,12 +121,6 @@ def test_without_bitsandbytes_the_remedy_is_named(tiny_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
         ActorAL(str(tiny_model), lora_rank=2, load_in_4bit=True)
-
-
-def flags(*more) -> argparse.Namespace:
-    args = build_parser(add_arguments).parse_args(["--load_in_4bit", *more])
-    finish(args)
-    return args
 
 
 @real

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLE, LAUNCH_SCRIPT, ROOT, child_environment, python_on, run_command
+from conftest import EXAMPLE, LAUNCH_SCRIPT, ROOT, child_environment, python_on, run_command, wait_for
 from fault_runner import POINTS
 from safetensors.torch import load_file
 from support.training import SMALL, comparable, end, metrics_of, same_weights
@@ -153,11 +153,8 @@ def test_a_full_disk_costs_one_checkpoint_at_most(whole, tiny_model, demo_parque
     folder = out / "_actor"
     assert "File too large" in shown, shown[-3000:]
     assert processes > 1 or "Traceback (most recent call last)" not in shown, shown[-3000:]  # torchrun has its own
-    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".py") == [
-        "latest",
-        "run.json",
-        "step_000002",
-    ]
+    left = sorted(path.name for path in folder.iterdir() if path.suffix != ".py")
+    assert left == ["latest", "run.json", "step_000002"]
     assert damage(folder / "step_000002") is None
     if action == "warn":
         assert process.returncode == 0 and "step 4 could not be saved (rank 0: " in shown, shown[-3000:]
@@ -226,10 +223,7 @@ def test_a_loss_that_is_no_number_ends_the_run_or_costs_one_step(
 def test_a_second_ctrl_c_leaves_at_once(tiny_model, demo_parquet, tmp_path):
     out = tmp_path / "run"
     process = start(tiny_model, demo_parquet, out, "--engine_type", "hf", "--num_episodes", "50")
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < 1:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.2)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and metrics_of(out), process)
     # stopped in between, it cannot finish its step before the second one
     os.kill(process.pid, signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
@@ -246,10 +240,7 @@ def test_the_launch_script_saves_on_a_signal_and_resumes(tiny_model, demo_parque
     command = ["bash", str(LAUNCH_SCRIPT), "--engine_type", "hf", "--num_episodes"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
     process = subprocess.Popen([*command, "50"], env=environment, start_new_session=True, **pipes)
-    deadline = time.monotonic() + 120
-    while not any(metrics_of(path.parent) for path in tmp_path.glob("results/*/*/metrics.jsonl")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.2)
+    wait_for(lambda: any(metrics_of(path.parent) for path in tmp_path.glob("results/*/*/metrics.jsonl")), process)
     os.killpg(process.pid, signal.SIGUSR1)  # as Slurm does
     shown = end(process)
     assert process.returncode == 138 and "SIGUSR1: step" in shown, shown[-2000:]

@@ -167,10 +167,7 @@ IN_AN_EVALUATION: dict[str, tuple[Make, str]] = {
     "no questions": (lambda d: d.evaluate(data_file=d.write("none.json")), "none.json: no rows"),
     "the recordings are missing": (lambda d: d.evaluate(audio_dir=d.tmp / "no"), "--audio_dir {d.tmp}/no: is no"),
     "a file as recordings": (lambda d: d.evaluate(audio_dir=d.file), "--audio_dir {d.file}: is no folder"),
-    "an empty folder as recordings": (
-        lambda d: d.evaluate(audio_dir=d.folder("empty")),
-        "the audio of 2 of 2 items cannot be used",
-    ),
+    "no recordings": (lambda d: d.evaluate(audio_dir=d.folder("empty")), "the audio of 2 of 2 items cannot be used"),
     "a folder as --out_file": (lambda d: d.evaluate(out_file=d.folder("x.json")), "x.json beside it would be writ"),
     "a folder as the scores": (
         lambda d: d.evaluate("--overwrite", out_file=d.folder("x.score.json").with_name("x.json")),
@@ -195,20 +192,11 @@ IN_AN_EVALUATION: dict[str, tuple[Make, str]] = {
         lambda d: ("eval_mmau.py", ["score", d.answers, "--out_file", d.answers]),
         "answers.json: is a result file itself; name another",
     ),
-    "scores of the questions": (
-        lambda d: ("eval_mmau.py", ["score", d.data / "demo-test.json"]),
-        "this is no result file of MMAU",
-    ),
+    "scored questions": (lambda d: ("eval_mmau.py", ["score", d.data / "demo-test.json"]), "no result file of MMAU"),
     "no rows to prepare": (lambda d: d.prepare(input_jsonl=d.tmp / "no"), "--input_jsonl {d.tmp}/no: no such file"),
     "a folder of rows": (lambda d: d.prepare(input_jsonl=d.data), "a folder; name the file in it"),
-    "prepared into a file": (
-        lambda d: d.prepare(local_save_dir=d.file),
-        "file is no folder that can be written to; name another place",
-    ),
-    "prepared into a file's folder": (
-        lambda d: d.prepare(local_save_dir=d.file / "x"),
-        "file is no folder that can be written to; name another place",
-    ),
+    "prepared into a file": (lambda d: d.prepare(local_save_dir=d.file), "is no folder that can be written to; name"),
+    "prepared below one": (lambda d: d.prepare(local_save_dir=d.file / "x"), "is no folder that can be written to; na"),
 }
 
 

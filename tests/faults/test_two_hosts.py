@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCH_SCRIPT, child_environment
+from conftest import LAUNCH_SCRIPT, child_environment, wait_for
 from hosts import CABLE, Host, Pair, cannot
 from support.training import comparable, end
 
@@ -64,10 +64,7 @@ def wait_for_steps(folder: Path, count: int, processes: list[subprocess.Popen]) 
 
 
 def assert_nothing_is_left(host: Host) -> None:
-    deadline = time.monotonic() + 10  # tee ends after the launch script
-    while (left := (host.processes(), host.listening())) != ([], []):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
+    wait_for(lambda: (host.processes(), host.listening()) == ([], []), seconds=10)  # tee ends after the launch script
 
 
 @pytest.fixture
@@ -149,10 +146,7 @@ def test_a_cut_cable_ends_both_hosts(hosts, tiny_model, demo_parquet, tmp_path, 
 def test_the_host_that_the_others_meet_at_dies(hosts, tiny_model, demo_parquet, tmp_path):
     """Node 0, where torchrun's store is; and it dies at the start, before or after the ranks have met."""
     processes = start(hosts, tmp_path, environment(tiny_model, demo_parquet, 400), "--engine_type", "hf")
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("results/x/*-run/logs/rank1.log")):
-        assert time.monotonic() < deadline and processes[1].poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: list(tmp_path.glob("results/x/*-run/logs/rank1.log")), processes[1])
     killed = time.monotonic()
     hosts[0].kill()
     shown = end(processes[1], 60)

@@ -91,10 +91,8 @@ def test_engine_and_trainer_agree_in_every_step(checkout, run):
         assert 0.5 < m["rollout/format_reward"] <= 1 and 0 < m["rollout/accuracy_reward"] < 1
     assert metrics[0]["train/kl"] == pytest.approx(0, abs=1e-4)  # the reference model hears the same
     assert "eval/accuracy_reward" in metrics[1] and "eval/accuracy_reward" not in metrics[0]
-    assert (
-        "host      LightRFT 0.1.1 at commit" in done.stdout
-        and f"(tested: 0.1.1 at commit 49e62cb), {checkout}" in done.stdout
-    )
+    said = f"(tested: 0.1.1 at commit 49e62cb), {checkout}"
+    assert "host      LightRFT 0.1.1 at commit" in done.stdout and said in done.stdout
     assert "step 3/3  reward" in done.stdout
 
 
@@ -103,11 +101,8 @@ def test_every_parameter_moves_and_the_folder_is_whole(run, tiny_model):
     before, after = load_file(tiny_model / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     # a step of AdamW moves a weight by the learning rate, which is too little for a gain of 1 in bfloat16
-    frozen = (
-        ("embed_positions",)
-        if after["audio_tower.conv1.weight"].dtype == torch.float32
-        else ("embed_positions", "norm")
-    )
+    in_float32 = after["audio_tower.conv1.weight"].dtype == torch.float32
+    frozen = ("embed_positions",) if in_float32 else ("embed_positions", "norm")
     stuck = [
         n for n in before if torch.equal(before[n].to(after[n].dtype), after[n]) and not any(f in n for f in frozen)
     ]

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 import vllm
+from conftest import parse_flags
 from safetensors.torch import load_file
 from support.policies import PAD, build_model, make_item, mixed_cases
 from support.rollouts import QUESTION, prompt_of
@@ -29,11 +30,9 @@ from aqa.hosts.lightrft.audio import EngineOutput, find_actor, patch_actor
 from aqa.hosts.lightrft.host import LightRFTHost, complete_flags
 from aqa.hosts.targets import patch_actor_for_audio
 from aqa.patches.strategy import build_audio_inputs
-from aqa.training.flags import build_parser
 from lightrft.models.actor_al import ActorAL
 from lightrft.trainer.fast_exp_maker import forward
 from lightrft.trainer.replay_buffer import make_micro_batch
-from lightrft.utils import add_arguments
 from lightrft.utils.distributed import init_process_group
 
 EOS = 60
@@ -227,9 +226,8 @@ def test_prompts_that_differ_between_engine_and_trainer_are_refused():
 
 def test_weights_reach_vllm_by_the_checkpoints_names(tiny_model):
     model = Qwen2AudioForConditionalGeneration.from_pretrained(tiny_model)
-    assert {Qwen2Audio.checkpoint_name(name) for name in model.state_dict()} == load_file(
-        tiny_model / "model.safetensors"
-    ).keys()
+    names = {Qwen2Audio.checkpoint_name(name) for name in model.state_dict()}
+    assert names == load_file(tiny_model / "model.safetensors").keys()
     sent = []
     executor = SimpleNamespace(collective_rpc=lambda method, kwargs: sent.append((method, kwargs)))
     engine = SimpleNamespace(llm_engine=SimpleNamespace(model_executor=executor))
@@ -453,7 +451,7 @@ OWN = {"packing_samples": False, "sp_size": 1, "fused_linear_logprob": False}  #
     ],
 )
 def test_what_lightrft_cannot_do_is_refused(change, message):
-    args = build_parser(add_arguments).parse_args(GOOD.split())
+    args = parse_flags(GOOD.split())
     vars(args).update(OWN | change)
     problems = LightRFTHost().find_problems(args)
     assert len(problems) == (message is not None)

@@ -9,36 +9,16 @@ import functools
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import lightrft_launcher
-import torch
-
-GARBAGE = 7.0
-
-
-def spoil(tensors: Iterable[torch.Tensor]) -> None:
-    """Fill tensors with what is wrong in any of them."""
-    for tensor in tensors:
-        tensor.data.fill_(GARBAGE)
-
-
-def sleep(worker: Any, level: int) -> None:
-    """The GPU worker's ``sleep``: KV cache and parameters are lost, buffers stay. Level 1 would copy the weights."""
-    assert level == 2
-    model = worker.get_model()
-    spoil(worker.model_runner.kv_caches)
-    spoil(model.parameters())
-    for layer in model.modules():
-        if hasattr(layer, "cpu_linear"):
-            layer.cpu_linear = None  # it holds the weight of a linear layer, repacked
 
 
 def discard(worker: Any, tags: tuple[str, ...]) -> None:
     """The GPU worker's ``discard``."""
     assert tuple(tags) == ("kv_cache",)
-    spoil(worker.model_runner.kv_caches)
+    lightrft_launcher.spoil(worker.model_runner.kv_caches)
 
 
 def let_sleep(engine: Any, keep_weights: bool, put: Callable[[Any, str, Any], Any] = setattr) -> None:
@@ -47,7 +27,7 @@ def let_sleep(engine: Any, keep_weights: bool, put: Callable[[Any, str, Any], An
     :param put: Sets an attribute; a test's ``monkeypatch.setattr`` takes all back.
     """
     worker = engine.llm.collective_rpc(lambda wrapper: wrapper.worker)[0]
-    put(worker, "sleep", functools.partial(sleep, worker))
+    put(worker, "sleep", functools.partial(lightrft_launcher.sleep, worker))
     put(worker, "discard", functools.partial(discard, worker))
     put(worker, "wake_up", lambda tags=None: None)
     put(engine, "_can_sleep", True)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import EXAMPLE, child_environment
+from conftest import EXAMPLE, ROOT, RUNTIME, child_environment
 
 SCRIPTS = ("train_colocate", "eval_mmau", "avqa")
 HEAVY = ("audio_dataset", "datasets", "deepspeed", "lightrft.strategy", "lightrft.trainer.spmd_ppo_trainer")
@@ -24,10 +24,8 @@ class ForkServer:
     """
 
     def __init__(self, imports: tuple[str, ...] = ()) -> None:
-        paths = map(
-            str, (EXAMPLE, EXAMPLE / "data_preprocess", EXAMPLE.parents[1] / "runtime", Path(__file__).parents[1])
-        )
-        environment = child_environment() | {"PYTHONPATH": os.pathsep.join(paths)}
+        folders = (EXAMPLE, EXAMPLE / "data_preprocess", RUNTIME, ROOT / "tests")
+        environment = child_environment() | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
         command = [sys.executable, "-m", "support.fork_server", *imports]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, env=environment, **pipes)

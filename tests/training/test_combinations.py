@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 from support.training import metrics_of, moved, train
 
-SHARDING = {
-    "ZeRO-0": ("--zero_stage", 0),
-    "ZeRO-2": ("--zero_stage", 2),
-    "ZeRO-3": ("--zero_stage", 3),
-    "FSDP2": ("--fsdp",),
-}
+SHARDING = {f"ZeRO-{stage}": ("--zero_stage", stage) for stage in (0, 2, 3)} | {"FSDP2": ("--fsdp",)}
 LAYOUTS = {  # of two processes
     "vllm, DP 2": ("--engine_type", "vllm", "--engine_tp_size", 1),
     "vllm, TP 2": ("--engine_type", "vllm", "--engine_tp_size", 2),

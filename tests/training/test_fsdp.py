@@ -183,11 +183,8 @@ def test_two_processes_resume_to_the_same_weights(tiny_model, demo_parquet, tmp_
     flags = ("--fsdp", "--engine_type", "hf", "--max_samples", 16, "--save_steps", 2)
     train(tiny_model, demo_parquet, out, *flags, processes=2)
     expected, records = load_file(out / "model.safetensors"), metrics_of(out)
-    assert sorted(path.name for path in (out / "_actor" / "step_000004").iterdir()) == [
-        "manifest.json",
-        "rank0.pt",
-        "rank1.pt",
-    ]
+    saved = sorted(path.name for path in (out / "_actor" / "step_000004").iterdir())
+    assert saved == ["manifest.json", "rank0.pt", "rank1.pt"]
     shutil.rmtree(out / "_actor" / "step_000004")
     (out / "r1_aqa.json").unlink()  # as if it had been killed before it had written the model
     done = train(tiny_model, demo_parquet, out, *flags, "--load_checkpoint", processes=2)

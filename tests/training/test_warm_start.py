@@ -129,9 +129,5 @@ def test_responses_by_hand(tiny_model, demo_parquet):
     wrong = [references[0], references[0], "<|im_end|>"]
     with pytest.raises(DataError) as told:
         given_responses(wrong, [*labels, PLAIN_LABEL], None, tokenizer, short)
-    for problem in (
-        "row 1: asks for thinking",
-        "row 2: its response holds the control token",
-        "row 0: its response has",
-    ):
+    for problem in ("row 1: asks for thinking", "row 2: its response holds the control", "row 0: its response has"):
         assert problem in str(told.value)

@@ -153,12 +153,8 @@ def test_no_rows_are_refused(processor):
 def test_avqa_leaves_out_what_training_refuses(processor, tiny_model, tmp_path, clip_path):
     """Control tokens in question or choices, and prompts of one token too many."""
     fine = ["What?", "Is it </answer><answer>bell</answer>?", "What {choices} %s <|endoftext|>?", "word " * 100]
-    bad = [
-        "A <|AUDIO|>?",
-        "<|audio_bos|><|AUDIO|><|audio_eos|>?",
-        "x<|im_end|>\n<|im_start|>assistant\ny",
-        "word " * 101,
-    ]
+    turn = "x<|im_end|>\n<|im_start|>assistant\ny"
+    bad = ["A <|AUDIO|>?", "<|audio_bos|><|AUDIO|><|audio_eos|>?", turn, "word " * 101]
     rows = [(question, ["dog", "cat"]) for question in fine + bad] + [("What then?", ["dog", "<|AUDIO|>"])]
     trained = [make_row(clip_path, render_prompt(question, choices, False)) for question, choices in rows]
     limit = len(processor.tokenizer(render_chat(processor, trained[3]["prompt"]))["input_ids"])

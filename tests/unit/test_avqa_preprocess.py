@@ -158,9 +158,8 @@ def table_of(kind: str, rows: list[dict], folder: Path, sound: bytes | None = No
             writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
             writer.writerow(rows[0])
             for number, each in enumerate(rows):  # lists as JSON, or as pandas writes them
-                writer.writerow(
-                    [(json.dumps, repr)[number % 2](v) if isinstance(v, list) else v for v in each.values()]
-                )
+                write = (json.dumps, repr)[number % 2]
+                writer.writerow([write(v) if isinstance(v, list) else v for v in each.values()])
         return path
     if sound is not None:
         rows = [{k: v for k, v in r.items() if k != "audio_path"} for r in rows]

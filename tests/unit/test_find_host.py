@@ -40,23 +40,23 @@ def test_the_runtime_is_accepted_and_described():
     assert describe_host() == f"this repository's runtime {lightrft.__version__}, {folder}"
 
 
-def test_the_empty_package_from_pypi_is_refused(tmp_path):
-    done = ask("check_host()", make_package(tmp_path, ""))
+@pytest.mark.parametrize(
+    ("call", "package", "says"),
+    [
+        ("check_host()", "", "lightrft in {}/lightrft/__init__.py is the empty package from PyPI: pip uninstall lig"),
+        ("check_host()", None, "no lightrft to run on"),  # a folder without __init__.py
+        ("check_host()", "no folder", "no lightrft to run on"),
+        ("find_host()", "no folder", "LIGHTRFT_HOME={} holds no lightrft/__init__.py"),
+    ],
+)
+def test_what_is_no_host_is_refused(tmp_path, monkeypatch, call, package, says):
+    if call == "find_host()":
+        monkeypatch.setenv("LIGHTRFT_HOME", str(tmp_path))
+    if package != "no folder":
+        make_package(tmp_path, package)
+    done = ask(call, tmp_path)
     assert done.returncode == 1
-    assert f"the lightrft in {tmp_path / 'lightrft' / '__init__.py'} is the empty package from PyPI" in done.stderr
-    assert "pip uninstall lightrft" in done.stderr
-    assert "LIGHTRFT_HOME" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("namespace", [False, True], ids=["nothing", "a folder without __init__.py"])
-def test_nothing_is_refused(tmp_path, namespace):
-    if namespace:
-        make_package(tmp_path, None)
-    done = ask("check_host()", tmp_path)
-    assert done.returncode == 1
-    assert "no lightrft to run on" in done.stderr
-    assert "LIGHTRFT_HOME" in done.stderr
+    assert says.format(tmp_path) in done.stderr and "LIGHTRFT_HOME" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -87,14 +87,6 @@ FIND = "find_host()\nprint(describe_host())"
 def test_lightrft_home_comes_first(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTRFT_HOME", str(make_package(tmp_path, "__version__ = '0.1.1'", trainer=True)))
     assert ask(FIND).stdout.strip() == f"LightRFT 0.1.1{TESTED}, {tmp_path / 'lightrft'}"
-
-
-def test_a_wrong_lightrft_home_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIGHTRFT_HOME", str(tmp_path))
-    done = ask("find_host()")
-    assert done.returncode == 1
-    assert f"LIGHTRFT_HOME={tmp_path} holds no lightrft/__init__.py" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_without_it_the_runtime_beside_the_example(monkeypatch):

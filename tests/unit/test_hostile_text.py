@@ -631,13 +631,8 @@ def test_a_text_that_crashes_math_verify_is_not_equal(monkeypatch):
 
 def test_odd_texts_cost_no_worker(checker):
     pid = checker._process.pid
-    for said in (
-        "$\ud800 4$",
-        "$\x00$",
-        "$" + "-" * 900 + "4$",
-        "$\\begin{pmatrix}1&2\\\\3\\end{pmatrix}$",
-        "$\\frac{1}{0}$",
-    ):
+    matrix = "$\\begin{pmatrix}1&2\\\\3\\end{pmatrix}$"
+    for said in ("$\ud800 4$", "$\x00$", "$" + "-" * 900 + "4$", matrix, "$\\frac{1}{0}$"):
         assert rewards.accuracy_reward_fn(said, "about 5 dogs") == 0.0
     assert checker._process.pid == pid
 

@@ -178,11 +178,7 @@ class NoProcessor:
             "OtherBuild._build_multimodal_inputs",
             r"takes \['prompts', 'images'\], without \['all_prompts', 'all_images', 'images_num'",
         ),
-        (
-            lambda p: patch_strategy_for_audio(OtherSave(), p),
-            "OtherSave.add_model_files",
-            r"takes \['path'\], without \['folder'\]",
-        ),
+        (lambda p: patch_strategy_for_audio(OtherSave(), p), "OtherSave.add_model_files", r"takes \['path'\], without"),
         (
             lambda p: patch_experience_maker_for_audio(NoProcessor(), p, p.tokenizer, 512),
             "NoProcessor.multimodal_processor",

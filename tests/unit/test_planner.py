@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import parse_flags, run_script
 from harness import allocated
 from support.training import FLAGS
 from transformers import CONFIG_MAPPING
@@ -16,12 +16,10 @@ from aqa.patches.actor import patch_policy
 from aqa.policy import token_log_probs
 from aqa.training import planner
 from aqa.training.flag_rules import find_problems
-from aqa.training.flags import build_parser, finish
 from aqa.training.freezing import freeze
 from aqa.training.planner import GIB, PHASES, Plan, SizeError, count, parameters, read_sizes, sizes_of
 from lightrft.models.lora import add_adapters
 from lightrft.strategy.fsdp_strategy import FSDPStrategy
-from lightrft.utils import add_arguments
 
 SEVEN_B = "Qwen/Qwen2-Audio-7B-Instruct"
 SIZES = read_sizes(SEVEN_B)
@@ -30,9 +28,7 @@ AUDIO, VOCABULARY, ROWS = 7, 6000, 4  # ROWS responses to one prompt
 
 
 def plan(given: str, gpus=8, gib=80.0, sizes=SIZES) -> Plan:
-    args = build_parser(add_arguments).parse_args(["--plan", "--pretrain", SEVEN_B, *given.split()])
-    finish(args)
-    return Plan(args, sizes, gpus, gib)
+    return Plan(parse_flags(["--plan", "--pretrain", SEVEN_B, *given.split()]), sizes, gpus, gib)
 
 
 def cell(planned: Plan, phase: str, row: str) -> float:

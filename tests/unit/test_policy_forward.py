@@ -10,9 +10,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.policies import AUDIO, PAD, as_actor, build_model, make_item, make_mel, mixed_cases
+from support.policies import (
+    AUDIO,
+    PAD,
+    as_actor,
+    audio_embeddings,
+    batch_of,
+    build_model,
+    check_gradients,
+    check_log_probs,
+    make_item,
+    make_mel,
+    mixed_cases,
+)
 from transformers import Qwen2AudioForConditionalGeneration
-from transformers.masking_utils import create_bidirectional_mask
 
 from aqa.patches.slots import audio_token_count, pack_clip, unpack_clips
 from aqa.policy import forward as policy_forward
@@ -34,87 +45,28 @@ def policy(plain) -> Qwen2AudioForConditionalGeneration:
     return copy.deepcopy(plain)
 
 
-def audio_embeddings(model, mel: torch.Tensor, frames: int) -> torch.Tensor:
-    """Tower and projector, called as transformers' own forward does: 3,000 frames and a mask."""
-    tower = model.model.audio_tower
-    states, tokens = tower._get_feat_extract_output_lengths(torch.tensor([frames]))
-    mask = create_bidirectional_mask(
-        config=tower.config,
-        inputs_embeds=torch.zeros(1, 1500, 1, dtype=mel.dtype),
-        attention_mask=(torch.arange(1500)[None] < states[:, None]).long(),
-    )
-    hidden = tower(mel[None], attention_mask=mask).last_hidden_state
-    return model.model.multi_modal_projector(hidden)[0, : int(tokens)]
-
-
-def reference_log_probs(model, case, temperature: float = 1.0, logit_bias: dict | None = None) -> torch.Tensor:
-    """Log-probs of one sample's response by plain transformers.
-
-    A response without audio placeholders goes through the ordinary forward. With one, transformers would take the
-    placeholder for a clip's, so the audio is put at the prompt's placeholders by hand.
-    """
-    item, mel, frames = case
-    ids = torch.cat([item.prompt_ids, item.response_ids])[None]
-    kwargs = {"input_ids": ids}
-    if frames is not None:
-        dtype = model.lm_head.weight.dtype
-        features = mel.to(dtype)
-        if (item.response_ids == AUDIO).any() or audio_token_count(frames) == 1:
-            embeds = model.get_input_embeddings()(ids).clone()
-            prompt = torch.zeros_like(ids, dtype=torch.bool)
-            prompt[:, : len(item.prompt_ids)] = True
-            embeds[prompt & (ids == AUDIO)] = audio_embeddings(model, features, frames)
-            kwargs = {"inputs_embeds": embeds}
-        else:
-            mask = (torch.arange(3000) < frames).long()[None]
-            kwargs |= {"input_features": features[None], "feature_attention_mask": mask}
-    logits = model(**kwargs, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-    for token, bias in (logit_bias or {}).items():
-        logits = logits.index_add(1, torch.tensor([token]), torch.full((len(logits), 1), bias, dtype=logits.dtype))
-    log_probs = (logits / temperature).log_softmax(-1)
-    predicting = log_probs[len(item.prompt_ids) - 1 : -1]  # position t predicts token t + 1
-    return predicting.gather(-1, item.response_ids[:, None])[:, 0]
-
-
 @pytest.mark.parametrize(
     ("temperature", "logit_bias"),
     [(1.0, None), (0.7, None), (1.0, {AUDIO: -100.0, 9: 1.5}), (1.6, {10: -2.0, 14: 3.0})],
     ids=["plain", "temperature", "bias", "both"],
 )
-@torch.no_grad()
 def test_log_probs_equal_plain_transformers(plain, policy, temperature, logit_bias):
     cases = mixed_cases()
-    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
-    assert not batch.attention_mask[:, 0].all()  # there is padding on the left
-    assert not batch.attention_mask[:, -1].all()  # and on the right
-    out = forward(as_actor(policy, temperature, logit_bias), batch)
-    assert out.dtype == torch.float32
-    for row, mask, case in zip(out, batch.response_mask, cases, strict=True):
-        expected = reference_log_probs(plain, case, temperature, logit_bias)
-        # float32 sums over other widths, in another order; a bias of -100 makes log-probs of -100, hence the rtol
-        torch.testing.assert_close(row[mask], expected, rtol=1e-5, atol=1e-5)
-        assert not row[~mask].any()
+    mask = batch_of(cases).attention_mask
+    assert not mask[:, 0].all() and not mask[:, -1].all()  # there is padding on the left and on the right
+    check_log_probs(policy, plain, cases, temperature, logit_bias)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-@torch.no_grad()
 def test_responses_of_a_single_token(plain, policy, batch_size):
-    cases = [make_item(40, 1, [9]), make_item(40, 1, [10])][:batch_size]
-    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
-    out = forward(as_actor(policy), batch)
-    for row, mask, case in zip(out, batch.response_mask, cases, strict=True):
-        torch.testing.assert_close(row[mask], reference_log_probs(plain, case), rtol=1e-5, atol=1e-5)
+    check_log_probs(policy, plain, [make_item(40, 1, [9]), make_item(40, 1, [10])][:batch_size])
 
 
-@torch.no_grad()
 def test_prompts_that_differ_in_a_real_padding_token_alone(plain, policy):
     """The padding token may also be a word: then the same columns are padding in one prompt and read in the other."""
     cases = [make_item(None, 1, [9, 10]), make_item(None, 1, [11, 12])]
     cases[1][0].prompt_ids = torch.cat([torch.tensor([PAD]), cases[0][0].prompt_ids])
-    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
-    out = forward(as_actor(policy), batch)
-    for row, case in zip(out, cases, strict=True):
-        torch.testing.assert_close(row, reference_log_probs(plain, case), rtol=1e-5, atol=1e-5)
+    check_log_probs(policy, plain, cases)
 
 
 @torch.no_grad()
@@ -126,14 +78,10 @@ def test_the_model_hears(policy):
     assert ((out[0] - out[1]).abs() > 1e-2).all()
 
 
-@torch.no_grad()
 def test_a_batch_of_text_alone(plain, policy):
     cases = [make_item(None, 1, [9, 10]), make_item(None, 2, [11], text=8)]
-    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
-    assert batch.audio_values is None
-    out = forward(as_actor(policy), batch)
-    for row, mask, case in zip(out, batch.response_mask, cases, strict=True):
-        torch.testing.assert_close(row[mask], reference_log_probs(plain, case), rtol=1e-5, atol=1e-5)
+    assert batch_of(cases).audio_values is None
+    check_log_probs(policy, plain, cases)
 
 
 @torch.no_grad()
@@ -171,10 +119,6 @@ def test_each_different_clip_is_encoded_once(policy, monkeypatch):
     ("attention", "checkpointing"), [("sdpa", False), ("sdpa", True), ("eager", True)], ids=["plain", "gc", "eager gc"]
 )
 def test_gradients_of_shared_clips_equal_the_naive_ones(plain, attention, checkpointing):
-    """The loss is a weighted sum of log-probs, the weights as different as advantages are.
-
-    In float64, because gradients add up along other paths; the log-probs themselves are made in float32.
-    """
     model = copy.deepcopy(plain).double()
     policy = copy.deepcopy(plain).double().train()
     policy.set_attn_implementation(attention)
@@ -191,29 +135,8 @@ def test_gradients_of_shared_clips_equal_the_naive_ones(plain, attention, checkp
         make_item(101, 1, [24, 25], clip_seed=7),  # its prompt, another clip
         make_item(None, 3, [26]),  # a group with the third
     ]
-    weights = [torch.randn(len(case[0].response_ids), generator=torch.Generator().manual_seed(3)) for case in cases]
-    for case, weight in zip(cases, weights, strict=True):
-        (reference_log_probs(model, case, temperature=0.9) * weight).sum().backward()
-    batch = make_micro_batch([item for item, _, _ in cases], PAD, torch.device("cpu"))
-    out = forward(actor, batch)
-    sum(
-        (row[mask] * weight).sum() for row, mask, weight in zip(out, batch.response_mask, weights, strict=True)
-    ).backward()
-
-    expected = dict(model.named_parameters())
-    compared = 0
-    for name, parameter in policy.named_parameters():
-        reference = expected[name].grad
-        assert (parameter.grad is None) == (reference is None), name
-        if reference is None:
-            assert name == "model.audio_tower.embed_positions.weight"  # frozen by transformers
-            continue
-        scale = reference.abs().max()
-        assert scale > 0, f"{name}: nothing to compare"
-        error = (parameter.grad - reference).abs().max() / scale
-        assert error < 1e-5, f"{name}: relative error {error}"
-        compared += 1
-    assert compared == sum(1 for _ in policy.parameters()) - 1
+    frozen = ("model.audio_tower.embed_positions.weight",)  # by transformers
+    check_gradients(actor, model, cases, frozen, temperature=0.9)
 
 
 def test_the_decoder_gets_each_prompt_once_and_each_response_once(policy):

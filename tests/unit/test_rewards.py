@@ -1,14 +1,13 @@
 """The rewards are R1-AQA's, on the response alone, for any text, in any thread and in bounded time.
 
-The tables were checked once against R1-AQA's own functions (``src/utils/rewards.py``); the patterns repeated here are
-the rule itself, which two of the functions under test restate in linear time.
+The tables were checked once against R1-AQA's own functions (``src/utils/rewards.py``). The rule's own
+patterns are in ``literal_rule.py``, with which ``test_hostile_text.py`` compares these rewards.
 """
 
 import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -17,13 +16,13 @@ import literal_rule
 import pytest
 import torch
 from conftest import EXAMPLE, run_code, wait_until_gone
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqa.data.prompts import choices_in, render_prompt
 from aqa.rewards import matching
 from aqa.rewards import r1_aqa as rewards
-from aqa.rewards.matching import MathChecker, MathCheckUnavailable, first_answer, may_hold_math
+from aqa.rewards.matching import MathChecker, MathCheckUnavailable, may_hold_math
 from aqa.rewards.named import NAMED, RewardError, find_reward
 from aqa.training.flags import REWARDS
 from demo.tiny_model import build_processor
@@ -31,17 +30,11 @@ from demo.tiny_model import build_processor
 HEADER = "<|im_start|>assistant\n"
 QUESTION = "What barks? Please choose the answer from the following options: ['dog', 'cat']."
 FORM = "Output the final answer in <answer> </answer>."
-
-
-def prompt_text(question: str = f"{QUESTION} {FORM}", clips: int = 3) -> str:
-    """A decoded Qwen2-Audio prompt with expanded audio placeholders."""
-    return (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        f"Audio 1: <|audio_bos|>{'<|AUDIO|>' * clips}<|audio_eos|>\n{question}<|im_end|>\n{HEADER}"
-    )
-
-
-PROMPT = prompt_text()
+# a decoded Qwen2-Audio prompt with expanded audio placeholders
+PROMPT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    f"Audio 1: <|audio_bos|>{'<|AUDIO|>' * 3}<|audio_eos|>\n{QUESTION} {FORM}<|im_end|>\n{HEADER}"
+)
 END = "<|im_end|>"
 PAD = "<|endoftext|>"
 
@@ -75,8 +68,6 @@ ACCURACY = [
 ]
 
 
-TAGS = st.sampled_from(["<answer>", "</answer>", "<think>", "</think>", "\n", " ", "a", "<", "\r", "\u2028", "</"])
-TAGGED = st.lists(TAGS, max_size=12).map("".join)
 MATHS = st.lists(
     st.one_of(
         st.sampled_from(
@@ -107,22 +98,6 @@ def checker():
 def test_accuracy_table(content, gold, expected, why):
     assert rewards.accuracy_reward_fn(content, gold) == expected, why
     assert rewards.accuracy_reward_fn(content, f"<answer>{gold}</answer>") == expected, f"{why} (wrapped by the caller)"
-
-
-@given(text=TAGGED)
-@example("<answer>dog</answer>\n")
-@example("So: <answer>dog</answer>")
-@example("<think>hm</think>\n<answer>dog</answer>")
-@example("So: <think>hm</think><answer>dog</answer>")
-@example("<think>hm</think> so <answer>dog</answer>")
-@example("<think>hm</think> so</think><answer>a\nb</answer>")
-def test_linear_rules_equal_the_patterns_they_restate(text):
-    match = re.search(r"<answer>(.*?)</answer>", text)
-    assert first_answer(text) == (match.group(1) if match else None)
-    plain = re.fullmatch(r"<answer>.*?</answer>", text, re.DOTALL)
-    think = re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer>", text, re.DOTALL)
-    assert rewards.format_reward_fn(text) == float(plain is not None)
-    assert rewards.format_reward_fn(text, enable_think=True) == float(think is not None)
 
 
 @settings(max_examples=400, deadline=None)
@@ -241,10 +216,8 @@ def test_an_unknown_label_means_the_plain_rule_and_is_warned_of_once(caplog):
         for labels in (["mystery"] * 2, ["mystery", "avqa_rule"], ["avqa_think_rule"] * 2, None):
             total, _ = rewards.reward_fn([], labels, [query] * 2, ["dog"] * 2, {})
             assert total.tolist() == ([1.0, 1.0] if labels == ["avqa_think_rule"] * 2 else [2.0, 2.0])
-    assert [record.message.split(":")[0] for record in caplog.records] == [
-        "unknown label 'mystery'",
-        "unknown label 'None'",
-    ]
+    warned = [record.message.split(":")[0] for record in caplog.records]
+    assert warned == ["unknown label 'mystery'", "unknown label 'None'"]
 
 
 def test_a_query_without_a_header_is_a_response_and_is_warned_of(caplog):
@@ -258,13 +231,6 @@ def test_a_query_without_a_header_is_a_response_and_is_warned_of(caplog):
 def test_an_absent_reference_is_an_error_that_names_the_sample(empty):
     with pytest.raises(ValueError, match=r"sample 1 \(label 'avqa_think_rule'\): the reference must be"):
         rewards.reward_fn([], ["avqa_rule", "avqa_think_rule"], [PROMPT, PROMPT], ["dog", empty], {})
-
-
-def test_the_format_rule_takes_linear_time():
-    text = "<think>" + "</think><answer>" * 65_536 + "</answer>x</answer"
-    begin = time.process_time()
-    assert rewards.format_reward_fn(text, enable_think=True) == 0.0
-    assert time.process_time() - begin < 1.0  # the pattern it restates tries every pair of borders
 
 
 def test_a_check_ends_with_its_share_of_cpu_time():
@@ -328,7 +294,7 @@ LIFE = textwrap.dedent(
     if child == 0:
         assert matching._CHECKER._process is None
         if end == "killed":
-            os.close(1)  # the test reads it to its end
+            os.closerange(1, 3)  # the test reads output and errors to their end
             time.sleep(20)  # a fork that outlives its parent
             os._exit(0)
         agreed = matching.answers_agree("$1/4$", "$0.25$") and matching._CHECKER._process.pid != worker
@@ -348,12 +314,7 @@ LIFE = textwrap.dedent(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("end", ["exit", "killed"])
 def test_no_worker_outlives_its_parent_and_a_fork_gets_its_own(end):
-    done = subprocess.run(
-        [sys.executable, "-c", LIFE, end],
-        env={**os.environ, "PYTHONPATH": str(EXAMPLE)},
-        stdout=subprocess.PIPE,
-        timeout=60,
-    )
+    done = run_code(LIFE, end, check=False)
     assert done.returncode == (-signal.SIGKILL if end == "killed" else 0)
     worker, child = map(int, done.stdout.split())
     try:

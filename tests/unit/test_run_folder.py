@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import train_colocate
-from conftest import LAUNCH_SCRIPT, NO_WEIGHTS, run_command, run_script
+from conftest import LAUNCH_SCRIPT, NO_WEIGHTS, parse_flags, run_command, run_script
 
 from aqa.report.page import session_rows
 from aqa.report.run_data import Run
 from aqa.training.flag_rules import find_problems, has_checkpoint
-from aqa.training.flags import build_parser, finish
+from aqa.training.flags import build_parser
 from aqa.training.length import has_ended
 from aqa.training.run_folder import EARLIER, FIXED, FREE, open_run
 from lightrft.utils import add_arguments
@@ -35,17 +35,13 @@ def session(tmp_path):
         (tmp_path / name).write_text(text)
 
     def work(prompts=0, trained=8, files=(), **flags):
-        given = {
-            "pretrain": tmp_path / "model",
-            "prompt_data": tmp_path / "data",
-            "save_path": tmp_path / "run",
-        } | flags
+        folders = {"pretrain": "model", "prompt_data": "data", "save_path": "run"}
+        given = {name: tmp_path / folder for name, folder in folders.items()} | flags
         command = []
         for name, value in given.items():
             values = value if isinstance(value, list) else [value]
             command += [f"--{name}", *([] if value is True else map(str, values))]
-        args = PARSER.parse_args(command)
-        finish(args)
+        args = parse_flags(command)
         with open_run(args, PARSER) as folder:
             notes = folder.begin(prompts // args.rollout_batch_size, {})
             note = train_colocate.model_notes(folder, 0.0, trained)["r1_aqa.json"]
@@ -267,8 +263,7 @@ def test_a_finished_run_without_checkpoints_is_known_as_finished(session, tmp_pa
     places = {"save_path": str(tmp_path / "run"), "ckpt_path": str(tmp_path / ("checkpoints" if apart else "run"))}
     first, _, _ = session(files=["config.json"], trained=8, **places)
     shutil.rmtree(Path(places["ckpt_path"]) / "_actor")
-    args = PARSER.parse_args([f"--{name}={value}" for name, value in places.items()] + ["--load_checkpoint"])
-    finish(args)
+    args = parse_flags([*(f"--{name}={value}" for name, value in places.items()), "--load_checkpoint"])
     assert not any("checkpoint" in problem for problem in find_problems(args, 1))
     again, _, folder = session(load_checkpoint=True, **places)
     assert again == first and folder.work_done == 8
@@ -312,7 +307,7 @@ def test_a_second_training_is_refused(session, tmp_path):
     (tmp_path / "model" / "model.safetensors").write_bytes(NO_WEIGHTS)
     command = ["--pretrain", tmp_path / "model", "--prompt_data", tmp_path / "data", "--engine_type", "hf"]
     command += ["--save_path", tmp_path / "a", "--ckpt_path", tmp_path / "b"]
-    args = PARSER.parse_args(list(map(str, command)))
+    args = parse_flags(command)
     with open_run(args, PARSER):
         before = content(tmp_path / "a")
         done = run_script("train_colocate.py", *command, check=False)
@@ -397,8 +392,7 @@ def test_each_session_is_recorded_and_shown(session, tmp_path):
     ],
 )
 def test_how_a_session_ended(tmp_path, error, how):
-    args = PARSER.parse_args([f"--save_path={tmp_path}", "--pretrain=a/b", f"--prompt_data={tmp_path / 'data'}"])
-    finish(args)
+    args = parse_flags([f"--save_path={tmp_path}", "--pretrain=a/b", f"--prompt_data={tmp_path / 'data'}"])
     with pytest.raises(type(error)), open_run(args, PARSER) as folder:
         folder.begin(0, {})
         raise error

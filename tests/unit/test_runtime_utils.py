@@ -52,12 +52,9 @@ def test_a_folder_is_read_by_split_and_a_file_as_it_is(tmp_path):
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
 def test_other_formats(tmp_path, suffix):
     rows = [{"name": "a", "count": 1}, {"name": "b", "count": 2}]
-    text = {
-        "json": json.dumps(rows),
-        "jsonl": "".join(json.dumps(row) + "\n" for row in rows),
-        "csv": "name,count\na,1\nb,2\n",
-    }[suffix]
-    (tmp_path / f"train.{suffix}").write_text(text, encoding="utf-8")
+    texts = {"json": json.dumps(rows), "csv": "name,count\na,1\nb,2\n"}
+    texts["jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / f"train.{suffix}").write_text(texts[suffix], encoding="utf-8")
     data = blending_datasets(str(tmp_path), "1.0", return_eval=False)
     assert list(data) == rows
 
@@ -144,14 +141,8 @@ subprocess.run(["echo", "child chatter"], check=True)
 console.print("one line", "for people")
 console.warn("look here")
 """
-NOISE = [
-    "python chatter",
-    "python errors",
-    "descriptor chatter",
-    "descriptor errors",
-    "native chatter",
-    "child chatter",
-]
+NOISE = [f"{source} chatter" for source in ("python", "descriptor", "native", "child")]
+NOISE += ["python errors", "descriptor errors"]
 
 
 def test_chatter_goes_to_the_file_and_our_lines_to_both(tmp_path):
@@ -246,10 +237,8 @@ def test_frozen_layers_are_sent_once(tiny_model):
     everything = {Qwen2Audio.checkpoint_name(name) for name, _ in actor.model.named_parameters()}
     assert set(first) == everything and len(first) == len(everything)
     # vLLM keeps q, k and v of a block in one layer, so that a frozen q goes with its k and v
-    assert all(
-        everything - set(names) == {n for n in everything if n.startswith("audio_tower.") or "embed_tokens" in n}
-        for names in later
-    )
+    left_out = {name for name in everything if name.startswith("audio_tower.") or "embed_tokens" in name}
+    assert all(everything - set(names) == left_out for names in later)
 
 
 def test_a_whole_reference_model_waits_in_pinned_memory_and_is_not_copied_back(monkeypatch):

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLE
+from conftest import EXAMPLE, wait_for
 
 SCRIPT = EXAMPLE / "slurm.sbatch"
 SRUN = """#!/bin/bash
@@ -85,10 +85,7 @@ def test_a_requeued_job_goes_on_and_settings_win(job, tmp_path):
 def test_a_signal_reaches_the_training_and_the_job_goes_back_into_the_queue(job, tmp_path, tenths):
     """Not, if the training was at its end anyway."""
     process = job(TENTHS=tenths)
-    deadline = time.monotonic() + 30
-    while not all((tmp_path / f"node{node}.txt").exists() for node in (0, 1)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: all((tmp_path / f"node{node}.txt").exists() for node in (0, 1)))
     time.sleep(0.3)
     if tenths == "20":
         assert process.wait(30) == 0

@@ -21,12 +21,8 @@ from lightrft.utils.console import Console, paint
 from lightrft.utils.progress import step_lines
 
 METRICS = {"rollout/reward": 1.2265, "rollout/accuracy_reward": 0.5, "rollout/response_length": 8.04}
-METRICS |= {
-    "train/kl": 0.08151,
-    "rollout/logprob_gap_mean": 1.4e-8,
-    "rollout/logprob_gap_max": 1.4e-6,
-    "time/data": 0.004,
-}
+METRICS |= {"train/kl": 0.08151, "rollout/logprob_gap_mean": 1.4e-8, "rollout/logprob_gap_max": 1.4e-6}
+METRICS["time/data"] = 0.004
 METRICS |= {"time/rollout": 0.531, "time/logprobs": 0.1, "time/train": 0.13, "time/sync": 0.04, "time/step": 1.26}
 SCRIPT = """
 import os, sys

@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from support.policies import PAD, as_actor, build_model, mixed_cases
+from support.policies import as_actor, batch_of, build_model, mixed_cases
 
 from aqa.policy import forward as policy
 from aqa.policy.tower_cache import TowerCache, share_tower_outputs
 from lightrft.trainer.fast_exp_maker import forward
-from lightrft.trainer.replay_buffer import make_micro_batch
 
 
 def freeze_tower(model):
@@ -33,7 +32,7 @@ def test_values_and_gradients_are_those_without_it(monkeypatch):
     monkeypatch.setattr(
         policy, "_tower_states", lambda tower, x, n: encoded.append(n.tolist()) or original(tower, x, n)
     )
-    batch = make_micro_batch([item for item, *_ in mixed_cases()], PAD, torch.device("cpu"))
+    batch = batch_of(mixed_cases())
     expected, grads = log_probs_and_grads(plain, batch)
     encoded.clear()
     for _ in range(2):

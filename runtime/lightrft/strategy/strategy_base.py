@@ -73,14 +73,8 @@ class StrategyBase(ABC):
 
     # ------------------------------------------------------------ training
     @contextmanager
-    def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
-        """Where models are loaded.
-
-        :param meta_init: LightRFT's FSDP option; must be False here.
-        :raises ValueError: if it is not.
-        """
-        if meta_init:
-            raise ValueError("meta_init: this runtime loads models into CPU memory; leave it False")
+    def init_model_context(self) -> Iterator[None]:
+        """Where models are loaded: here into CPU memory, as without it."""
         yield
 
     def prepare_models_and_optimizers(
@@ -270,8 +264,6 @@ class StrategyBase(ABC):
         all_prompts: Sequence[str] | None = None,
         all_images: Sequence[Any] | None = None,
         images_num: Sequence[int] | None = None,
-        all_videos: Sequence[Any] | None = None,
-        videos_num: Sequence[int] | None = None,
     ) -> list[RolloutOutput]:
         """Generate for this rank's prompts; the ranks of a tensor-parallel engine put theirs together.
 
@@ -280,13 +272,8 @@ class StrategyBase(ABC):
         self.inference_engine.wake_up()
         multimodal = all_images is not None
         if multimodal:
-            inputs = self._build_multimodal_inputs(
-                all_prompts=all_prompts,
-                all_images=all_images,
-                images_num=images_num,
-                all_videos=all_videos,
-                videos_num=videos_num,
-            )
+            audio = {"all_prompts": all_prompts, "all_images": all_images, "images_num": images_num}
+            inputs = self._build_multimodal_inputs(**audio, all_videos=None, videos_num=None)
         else:
             inputs = list(all_prompt_token_ids)
         shares = gather_objects((inputs, list(sampling_params)), self.engine_mp_group)
@@ -394,12 +381,7 @@ class StrategyBase(ABC):
         """
 
     def save_ckpt(
-        self,
-        model: Any,
-        save_dir: str,
-        tag: str,
-        max_num: int = 3,
-        client_state: dict[str, Any] | None = None,
+        self, model: Any, save_dir: str, tag: str, max_num: int = 3, client_state: dict[str, Any] | None = None
     ) -> None:
         """Write a checkpoint for resuming, aside and then renamed; delete the oldest beyond ``max_num``.
 

@@ -29,6 +29,7 @@ from lightrft.trainer.replay_buffer import Experience, MicroBatch, make_micro_ba
 from lightrft.trainer.step_metrics import has_spread, normalised_parts, reward_parts
 from lightrft.utils.preemption import stop_request
 
+NOT_PATCHED = "the image slot carries nothing yet: call patch_experience_maker_for_audio(experience_maker, ...)"
 AUDIO_GAIN = "audio_gain_reward"  # a part of the reward that takes the policy's own log-probs
 
 
@@ -37,9 +38,7 @@ def normalize_images(raw_images: Sequence[Any]) -> list[Any]:
 
     :raises RuntimeError: always: this runtime carries audio only, and ``patch_experience_maker_for_audio`` says how.
     """
-    raise RuntimeError(
-        "the image slot carries nothing yet: call patch_experience_maker_for_audio(experience_maker, ...)"
-    )
+    raise RuntimeError(NOT_PATCHED)
 
 
 def get_images_num(all_images: Sequence[Any]) -> list[int]:
@@ -47,9 +46,7 @@ def get_images_num(all_images: Sequence[Any]) -> list[int]:
 
     :raises RuntimeError: always, as :func:`normalize_images`.
     """
-    raise RuntimeError(
-        "the image slot carries nothing yet: call patch_experience_maker_for_audio(experience_maker, ...)"
-    )
+    raise RuntimeError(NOT_PATCHED)
 
 
 class FastExperienceMaker:

@@ -17,12 +17,7 @@ def records(items: list[Experience], step: int, n_samples: int, count: int) -> l
     :param count: Responses to record, rounded up to whole groups.
     """
     return [
-        {
-            "step": step,
-            "group": number // n_samples,
-            **describe(item),
-            "advantage": float(item.advantages[-1]),
-        }
+        {"step": step, "group": number // n_samples, **describe(item), "advantage": float(item.advantages[-1])}
         for number, item in enumerate(items[: -(-count // n_samples) * n_samples])
     ]
 

@@ -26,11 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same as --no-enable_engine_sleep, LightRFT's spelling",
     )
     group.add_argument(
-        "--fsdp", **SWITCH, help="shard with PyTorch's FSDP2 instead of DeepSpeed; --zero_stage is then unused"
+        "--fsdp", **SWITCH, help="shard with PyTorch's FSDP2, not DeepSpeed; --zero_stage is then unused"
     )
-    group.add_argument(
-        "--fsdp_cpu_offload", **SWITCH, help="with --fsdp: shards, gradients and optimizer in CPU memory"
-    )
+    group.add_argument("--fsdp_cpu_offload", **SWITCH, help="with --fsdp: shards, gradients, optimizer in CPU memory")
     group.add_argument(
         "--param_offload",
         **SWITCH,

@@ -22,12 +22,10 @@ class Console:
     """Rank-aware output. Until :meth:`redirect` it writes to the ordinary standard output.
 
     Colours are for terminals, unless the environment variable ``NO_COLOR`` is set (no-color.org).
-
-    :param rank: This process's rank; lines of :meth:`print` come from rank 0 alone.
     """
 
-    def __init__(self, rank: int = 0) -> None:
-        self.rank = rank
+    def __init__(self) -> None:
+        self.rank = 0  # of this process; lines of print() come from rank 0 alone
         self.stream: TextIO = sys.stdout
         self.log_file: Path | None = None
         self.quiet = False  # the terminal shows only warnings, errors and lines marked as needed; the log file has all

@@ -21,12 +21,7 @@ from vllm.model_executor.models.qwen2_audio import (
     Qwen2AudioMultiModalProcessor,
     Qwen2AudioProcessingInfo,
 )
-from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
-    WeightsMapper,
-    init_vllm_registered_model,
-    maybe_prefix,
-)
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from aqa.families.omni_processor import OmniAudioProcessor

@@ -269,10 +269,7 @@ METHOD_RULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
         lambda a: a.load_in_4bit and a.lora_rank == 0,
         "--load_in_4bit: weights at 4 bits cannot train; add adapters with --lora_rank 16",
     ),
-    (
-        lambda a: a.load_in_4bit and a.fsdp,
-        "--load_in_4bit with --fsdp: FSDP2 cannot split packed weights; drop --fsdp",
-    ),
+    (lambda a: a.load_in_4bit and a.fsdp, "--load_in_4bit with --fsdp: FSDP2 cannot split packed weights; drop --fsdp"),
     (
         lambda a: a.load_in_4bit and a.zero_stage == 3,
         "--load_in_4bit with --zero_stage 3: ZeRO-3 cannot split packed weights; use --zero_stage 2",

@@ -102,10 +102,7 @@ DATA: Flags = {
         {"metavar": "FILE"},
     ),
     "--eval_audio_dir": (str, "its recordings; one folder for all, or one each", {"metavar": "FOLDER"}),
-    "--eval_think": (
-        bool,
-        "ask its questions for the thinking process, too; default: as all training rows do, else not",
-    ),
+    "--eval_think": (bool, "ask its questions for the thinking, too; default: as all training rows do, else not"),
     "--input_key": ("prompt", "column with the chat messages"),
     "--images_key": ("audio_path", "column with the audio file (LightRFT's image slot)"),
     "--reference_key": ("reference", "column with the gold answer"),
@@ -127,11 +124,7 @@ DATA: Flags = {
         "memory of a rank for decoded clips, MiB, for training data, evaluation data and each benchmark: 1024 hold "
         "1,677 clips of 10 s, whose files are not decoded again in the next episode; 0: none",
     ),
-    "--confine_audio": (
-        str,
-        "refuse audio outside this folder, links resolved: for foreign data",
-        {"metavar": "FOLDER"},
-    ),
+    "--confine_audio": (str, "refuse audio outside this folder, links resolved (foreign data)", {"metavar": "FOLDER"}),
     "--sandbox_audio": (False, "decode in a process of its own with limits of memory and time: for foreign data"),
 }
 
@@ -208,10 +201,7 @@ GRPO: Flags = {
     "--eps_clip": (0.2, "PPO's clip range"),
     "--eps_clip_high": (float, "its upper half (DAPO's clip-higher); default: --eps_clip"),
     "--use_gspo": (False, "one ratio a response, not a token (GSPO)"),
-    "--use_cispo": (
-        False,
-        "weigh a token by its ratio, at most 1 + --eps_clip_high, where PPO would leave it out (CISPO)",
-    ),
+    "--use_cispo": (False, "weigh a token by its ratio, at most 1 + --eps_clip_high, where PPO leaves it out (CISPO)"),
     "--audio_token_weights": (
         0.0,
         "share of the loss, 0 to 1, in which a token weighs by how much its probability changes when silence takes "
@@ -245,10 +235,7 @@ GRPO: Flags = {
     "--init_kl_coef": (0.04, "weight of the KL to the start model; 0: none"),
     "--kl_target": (float, "adapt the weight so that the KL stays near this"),
     "--kl_estimator": ("k3", "k3 is GRPO's; as a loss k2 or k3, in the reward k1", {"choices": ("k1", "k2", "k3")}),
-    "--use_kl_loss": (
-        True,
-        "KL as a term of the loss (GRPO); --no-use_kl_loss puts it into the reward, token by token",
-    ),
+    "--use_kl_loss": (True, "KL as a term of the loss (GRPO); --no-use_kl_loss puts it in the reward, token by token"),
 }
 
 
@@ -320,10 +307,7 @@ OUTPUT: Flags = {
 
 
 PLANNING: Flags = {
-    "--plan": (
-        False,
-        "load nothing; print memory a GPU, the batch's arithmetic and what to change so that it fits, and end",
-    ),
+    "--plan": (False, "load nothing; print memory a GPU, the batch's arithmetic and what to change to make it fit"),
     "--plan_gpus": (int, "GPUs to plan for; default: WORLD_SIZE or those here, else 8"),
     "--plan_gpu_gib": (float, "memory of each in GiB; default: what those here have, else 80"),
     "--plan_clip_seconds": (float, "longest clip to plan for (default: --audio_seconds)"),

@@ -258,11 +258,7 @@ class RunFolder:
             kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
             how = f"{kind}{error}".splitlines()[0][:200]
         records = read_metrics(self.save / "metrics.jsonl")
-        self.config["sessions"][-1] |= {
-            "ended": _now(),
-            "how": how,
-            "last_step": records[-1]["step"] if records else 0,
-        }
+        self.config["sessions"][-1] |= {"ended": _now(), "how": how, "last_step": records[-1]["step"] if records else 0}
         with suppress(OSError):  # a full disk has been reported by whatever ended the run; this session has no end then
             self._write_config()
 
