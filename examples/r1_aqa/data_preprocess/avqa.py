@@ -166,9 +166,7 @@ def add_checks(checks: argparse._ArgumentGroup) -> None:
         help="how many audio files are probed at a time (default: %(default)s)",
     )
     either = checks.add_mutually_exclusive_group()
-    either.add_argument(
-        "--skip_bad", action="store_true", help="leave out rows whose audio is missing or unreadable, too"
-    )
+    either.add_argument("--skip_bad", action="store_true", help="also leave out rows without readable audio")
     either.add_argument(
         "--strict",
         action="store_true",
@@ -202,9 +200,7 @@ def check_args(args: argparse.Namespace) -> list[str]:
     if not 0 <= args.val_ratio < 1:  # false for NaN as well
         problems.append(f"--val_ratio {args.val_ratio}: expected 0 <= ratio < 1, for example 0.02")
     if args.val_file and args.val_ratio:
-        problems.append(
-            f"--val_ratio {args.val_ratio} with --val_file: that file is the whole validation part; drop one"
-        )
+        problems.append(f"--val_ratio {args.val_ratio} with --val_file: it is the whole validation part; drop one")
     if args.thinking_field and not args.enable_think:
         problems.append(f"--thinking_field {args.thinking_field}: the prompts would not ask for it; add --enable_think")
     if args.split_by and not args.val_ratio and not args.val_file:

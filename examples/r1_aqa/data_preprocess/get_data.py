@@ -93,9 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         required=True,
         help="mmau-test-mini.json, MMAR's JSON lines, or MMAU's parquet file or folder of parquet files",
     )
-    mmau.add_argument(
-        "--archive", type=Path, help="tar.gz or zip of the recordings; without it, --out_dir is only checked"
-    )
+    mmau.add_argument("--archive", type=Path, help="tar.gz or zip of the recordings; without it --out_dir is checked")
     for command in (avqa, mmau):
         command.add_argument("--out_dir", type=Path, required=True, help="folder for the sounds and report.json")
     args = parser.parse_args(argv)

@@ -483,9 +483,7 @@ def _check_answer(answer: object, choices: list[str], first: int) -> int:
         raise RowError("bad_answer", f"answer is {show_value(answer)}, {expected}")
     if not 0 <= answer - first < len(choices):
         last = len(choices) - 1 + first
-        raise RowError(
-            "answer_out_of_range", f"answer is {show_value(answer)}, but there are choices {first} to {last}"
-        )
+        raise RowError("answer_out_of_range", f"answer is {show_value(answer)}, but the choices are {first} to {last}")
     return int(answer) - first
 
 

@@ -463,9 +463,7 @@ def _share_problems(args: argparse.Namespace) -> list[str]:
     if ordered and (args.num_episodes != 1 or args.max_steps is not None):
         flag = "--easy_first" if args.easy_first else "--prompt_data_probs_end"
         given = f"--num_episodes {args.num_episodes}" if args.num_episodes != 1 else f"--max_steps {args.max_steps}"
-        problems.append(
-            f"{given} with {flag}: the curriculum is one episode; drop it, and set the rows by --max_samples"
-        )
+        problems.append(f"{given} with {flag}: the curriculum is one episode; drop it, and set rows by --max_samples")
     return problems
 
 
@@ -478,9 +476,7 @@ def _evaluation_problems(args: argparse.Namespace) -> list[str]:
     if files:
         folders = (args.eval_audio_dir or "").split(",")
         if len(folders) not in (1, len(files)):
-            problems.append(
-                f"--eval_audio_dir {args.eval_audio_dir}: one folder, or one for each of {len(files)} files"
-            )
+            problems.append(f"--eval_audio_dir {args.eval_audio_dir}: one folder or one for each of {len(files)} files")
         problems += [
             f"--eval_audio_dir {folder or 'is missing: it'}: must be the folder of --eval_benchmark's recordings"
             for folder in folders

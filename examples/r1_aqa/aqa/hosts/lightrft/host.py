@@ -101,9 +101,7 @@ class LightRFTHost(Host):
     def find_problems(self, args: argparse.Namespace) -> list[str]:
         problems = []
         if args.engine_type == "hf":
-            problems.append(
-                "--engine_type hf: LightRFT rolls out with vllm or sglang; hf is this repository's runtime's"
-            )
+            problems.append("--engine_type hf: LightRFT rolls out by vllm or sglang; hf is this repository's runtime's")
         problems += lacks("sglang", "--engine_type sglang") if args.engine_type == "sglang" else []
         if args.packing_samples:
             problems.append("--packing_samples: LightRFT packs text only, the audio would be lost; drop it")
