@@ -36,10 +36,11 @@ def find_host() -> None:
     :raises SystemExit: if nothing is found, if ``LIGHTRFT_HOME`` is no checkout, or if what is found is the empty
         package of that name from PyPI.
     """
+    here = Path(__file__).resolve().parents[2]
     home = os.path.expanduser(os.environ.get("LIGHTRFT_HOME", ""))
     if home and not (Path(home) / "lightrft" / "__init__.py").is_file():
         raise SystemExit(f"LIGHTRFT_HOME={home} holds no lightrft/__init__.py: it must be the folder of a checkout")
-    for folder in (home, EXAMPLE.parents[1] / "runtime", EXAMPLE.parents[1]):
+    for folder in (home, here.parents[1] / "runtime", here.parents[1]):
         if folder and (Path(folder) / "lightrft" / "__init__.py").is_file():
             sys.path.insert(0, str(Path(folder).resolve()))
             break
