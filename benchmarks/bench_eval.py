@@ -48,9 +48,10 @@ def main() -> None:
     args = parse(parser)
 
     from aqa.audio.decode import load_audio
+    from aqa.common.console import output_to_log
     from aqa.evaluation import engines
     from aqa.evaluation.checkpoints import resolve_model
-    from aqa.evaluation.engines import HFEngine, Job, Settings, load_processor, output_to_log, render
+    from aqa.evaluation.engines import HFEngine, Job, Settings, load_processor, render
     from aqa.evaluation.items import make_items, read_rows
 
     report, data = Report("eval", args.rounds), args.demo_dir / "data"

@@ -14,8 +14,9 @@ import numpy as np
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from aqa.audio.decode import AudioError, probe_all, show
+from aqa.audio.decode import AudioError, show
 from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
+from aqa.audio.probe import probe_all
 from aqa.audio.reader import AudioReader
 from aqa.common.console import several
 from aqa.common.constants import SAMPLING_RATE

@@ -455,10 +455,20 @@ def test_rows_without_audio_stay_in_and_are_reported(run, capsys):
         "seconds_min": 1.0,
         "seconds_median": 2.0,
         "seconds_max": 3.0,
-        "longer_than_30_s": 0,
+        "longer_than_audio_seconds": 0,
         "sampling_rates": {"8000": 1, "16000": 1},
     }
     assert f"line 3: audio_missing: no such file: {run.audio / wav_of(2)}\n" in capsys.readouterr().err
+
+
+def test_a_clip_that_begins_with_silence_is_judged_by_what_training_hears(run, capsys):
+    write_wav(run.audio / wav_of(1), 1)
+    soundfile.write(run.audio / wav_of(2), np.concatenate([np.zeros(32 * 8000), np.ones(8000)]), 8000)
+    assert run([row(1), row(2)], "--skip_bad") == 0
+    assert "zero; of its 33.0 s the first 30 are heard (--audio_seconds)\n" in capsys.readouterr().err
+    assert run([row(1), row(2)], "--skip_bad", "--audio_seconds", "32.5") == 0
+    assert "longer than 32.5 s: 1, of which the first 32.5 s are heard (--audio_seconds)\n" in capsys.readouterr().err
+    assert len(run.rows()) == 2
 
 
 def test_messages_show_what_the_row_has(run, capsys):

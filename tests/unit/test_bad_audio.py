@@ -23,8 +23,8 @@ from conftest import EXAMPLE, run_code, wait_until_gone
 from support.processors import make_dataset, training_row
 
 from aqa.audio import decode
-from aqa.audio.decode import AudioError, load_audio, probe_all, read_header
-from aqa.audio.probe import probe_clip
+from aqa.audio.decode import AudioError, load_audio, read_header
+from aqa.audio.probe import probe_all, probe_clip
 from aqa.audio.reader import AudioReader
 from aqa.audio.sandbox import Sandbox, escape_of
 from aqa.evaluation import asking
@@ -319,7 +319,7 @@ def test_a_sound_file_is_decoded_right(tmp_path, reader, title):
     inner = slice(case.edge, min(len(result), len(expected)) - case.edge)
     np.testing.assert_allclose(result[inner], expected[inner], rtol=0, atol=case.atol)
     np.testing.assert_array_equal(outcome(reader.load, path), result)
-    assert probe_all([path]) == probe_all([path], reader=load_audio) == []
+    assert probe_all([path], read_header) == probe_all([path], load_audio) == []
     assert evaluated(path, reader) == ({0: [len(result)]}, {}, [])
     assert probe_clip(path).kind is None
     np.testing.assert_array_equal(dataset_of(path, reader=reader)[0][1][0], result)
@@ -334,8 +334,8 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path, reader, title):
     assert isinstance(result, str)
     assert result.startswith(f"{named}: ") and "\n" not in result and error in result
     assert outcome(reader.load, path) == result
-    assert probe_all([path], reader=load_audio) == [result]
-    header = probe_all([path])
+    assert probe_all([path], load_audio) == [result]
+    header = probe_all([path], read_header)
     assert len(header) == (title in SHOWN_BY_THE_HEADER) and all(text.startswith(f"{named}: ") for text in header)
     clip = probe_clip(path, reader)
     assert clip.kind == ("audio_missing" if title in ("missing", "name that is too long") else "audio_unreadable")
@@ -370,7 +370,7 @@ def test_a_file_that_may_not_be_read_is_named():
                 os.seteuid(65534)  # root may read everything
             with pytest.raises(AudioError, match=r"clip\.wav: cannot be opened \(Permission denied\)"):
                 load_audio(path)
-            assert "Permission denied" in probe_all([path])[0]
+            assert "Permission denied" in probe_all([path], read_header)[0]
         finally:
             os.seteuid(user)
 
@@ -411,9 +411,8 @@ def test_probing_many_files_keeps_their_order_and_opens_each_once(tmp_path, monk
     opened, info = [], soundfile.info
     monkeypatch.setattr(decode.soundfile, "info", lambda path: opened.append(path) or info(path))
     missing = [str(tmp_path / name) for name in ("z.wav", "a.wav")]
-    assert probe_all([good, missing[0], good, missing[1], missing[0]]) == [
-        f"{path}: does not exist" for path in missing
-    ]
+    paths = [good, missing[0], good, missing[1], missing[0]]
+    assert probe_all(paths, read_header) == [f"{path}: does not exist" for path in missing]
     assert sorted(opened) == sorted([good, *missing])
 
 

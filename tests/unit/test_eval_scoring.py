@@ -172,7 +172,7 @@ def test_real_gold_answers(name, benchmark, tmp_path):
     [
         *((text, True) for text in ("B", " B\n", "Bee", "B. dog", "The answer is B.", "(B)", "Is it B?", "A or B")),
         *((text, False) for text in ("A", "D", "Cat", "", " ", "None", "The answer is C.", "All of these")),
-        *((text, None) for text in ("b", "dog", "x", "The answer is B", "None.", "1", "**dog**")),
+        *((text, None) for text in ("b", "dog", "x", "The answer is B", "None.", "1", "**dog**", None, 1, ["B"])),
         ("D. no, B.", False),  # the first character comes first
         ("\nB\n", True),
     ],

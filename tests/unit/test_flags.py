@@ -342,7 +342,7 @@ def test_several_sources_each_need_a_share(problems, tmp_path):
 
 
 def test_benchmarks_need_their_recordings(problems, tmp_path):
-    for name in ("a.json", "b.jsonl"):
+    for name in ("a.json", "b.jsonl", "a_silent.json"):
         (tmp_path / name).touch()
     files = f"{tmp_path}/a.json,{tmp_path}/b.jsonl"
     known = {"eval_benchmark": files, "eval_steps": 5}
@@ -351,8 +351,9 @@ def test_benchmarks_need_their_recordings(problems, tmp_path):
     assert problems(**known, eval_audio_dir=f"{tmp_path},{tmp_path}") == []
     assert "one for each of 2 files" in problems(**known, eval_audio_dir=",".join([str(tmp_path)] * 3))[0]
     assert "--eval_benchmark without an evaluation" in problems(**known | {"eval_steps": -1}, eval_audio_dir=".")[0]
-    twice = f"{tmp_path}/a.json,{tmp_path}/../{tmp_path.name}/a.json"
-    assert "two files have one name" in problems(**known | {"eval_benchmark": twice}, eval_audio_dir=".")[0]
+    for again in (f"../{tmp_path.name}/a.json", "a_silent.json"):  # whose files would be a's answers to silence
+        twice = f"{tmp_path}/a.json,{tmp_path}/{again}"
+        assert "two files have one name" in problems(**known | {"eval_benchmark": twice}, eval_audio_dir=".")[0]
 
 
 @pytest.mark.parametrize("shares", ["a", "0.5;0.5", ""])

@@ -70,12 +70,11 @@ def test_the_line_of_a_step():
 
 def test_evaluations_have_a_line_of_their_own():
     evaluated = {"eval/accuracy_reward": 0.25, "eval/accuracy_reward_silent": 0.125, "eval/mmau/accuracy": 0.5}
-    evaluated |= {"eval/mmau_silent/accuracy": 0.375, "eval/reward": 1.0}
+    evaluated |= {"eval/mmau_silent/accuracy": 0.375, "eval/reward": 1.0, "eval/my_silent/accuracy": 0.75}
     lines = step_lines(4, 4, METRICS | evaluated)
     assert len(lines) == 2
-    assert lines[1] == paint(
-        "eval 4/4  accuracy 0.250  accuracy in silence 0.125  mmau 0.500  mmau in silence 0.375", "bold"
-    )
+    said = "accuracy 0.250  accuracy in silence 0.125  mmau 0.500  mmau in silence 0.375  my_silent 0.750"
+    assert lines[1] == paint(f"eval 4/4  {said}", "bold")
 
 
 def test_verbose_adds_the_phases(monkeypatch):
@@ -154,12 +153,13 @@ def records(count: int) -> list[dict]:
 
 def test_the_summary_compares_first_last_and_recent_steps():
     rows = [{"step": 0, "eval/accuracy_reward": 0.25}, *records(20)]
-    rows[20] |= {"eval/accuracy_reward": 0.75, "eval/mmau_silent/accuracy": 0.5}
+    rows[20] |= {"eval/accuracy_reward": 0.75, "eval/mmau_silent/accuracy": 0.5, "eval/mmau/accuracy": 0.75}
+    rows[20] |= {"eval/my_silent/accuracy": 0.25}  # my_silent.json, with sound
     rows[-1] |= {"health/anomalies": 2.0}
     lines = summary_table(rows)
     assert lines[0].split() == ["step", "1", "step", "20", "mean", "of", "10"]
     cells = {line[:18].strip(): line[18:].split() for line in lines[1:]}
-    assert cells["mmau in silence"] == ["0.500", "at", "step", "20"]
+    assert cells["mmau in silence"] == ["0.500", "at", "step", "20"] and "my_silent" in cells
     assert cells["reward"] == ["0.100", "2.000", "1.550"]  # 1.1 to 2.0: 15.5 / 10
     assert cells["held-out accuracy"] == ["0.250", "at", "step", "0", "to", "0.750", "at", "step", "20"]
     assert "gradient norm" not in cells

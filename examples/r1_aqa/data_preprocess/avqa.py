@@ -160,6 +160,13 @@ def add_checks(checks: argparse._ArgumentGroup) -> None:
         help="read audio files in a process of its own, with limits of memory and time; for data that is not trusted",
     )
     checks.add_argument(
+        "--audio_seconds",
+        type=float,
+        default=30.0,
+        help="longest clip that training will hear, as for train_colocate.py: a recording that is silent up to there "
+        "is bad (default: 30)",
+    )
+    checks.add_argument(
         "--num_workers",
         type=int,
         default=min(32, 4 * (os.cpu_count() or 1)),
@@ -205,6 +212,8 @@ def check_args(args: argparse.Namespace) -> list[str]:
         problems.append(f"--thinking_field {args.thinking_field}: the prompts would not ask for it; add --enable_think")
     if args.split_by and not args.val_ratio and not args.val_file:
         problems.append(f"--split_by {args.split_by}: nothing is split; add --val_ratio 0.2, or --val_file")
+    if not 0.02 < args.audio_seconds < float("inf"):
+        problems.append(f"--audio_seconds {args.audio_seconds:g}: must be above 0.02")
     if args.num_workers < 1:
         problems.append(f"--num_workers {args.num_workers}: expected at least 1")
     if args.pretrain:

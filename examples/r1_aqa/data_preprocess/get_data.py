@@ -32,7 +32,6 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +264,7 @@ def check_recordings(names: Sequence[str], folder: Path) -> dict[str, tuple[str,
     :return: For each that is missing or broken, which of the two it is, and why.
     """
     from aqa.audio.decode import AudioError, load_audio
+    from aqa.audio.probe import probe_clips
 
     def check(name: str) -> tuple[str, str] | None:
         path = folder / name
@@ -274,13 +274,7 @@ def check_recordings(names: Sequence[str], folder: Path) -> dict[str, tuple[str,
             return ("broken" if path.exists() else "missing"), str(error)
         return None
 
-    problems = {}
-    with ThreadPoolExecutor(8) as pool, progress("checking", len(names)) as advance:
-        for name, problem in zip(names, pool.map(check, names), strict=True):
-            if problem is not None:
-                problems[name] = problem
-            advance()
-    return problems
+    return {name: problem for name, problem in probe_clips(names, 8, check).items() if problem is not None}
 
 
 # --------------------------------------------------------------------------------------------------------------- output

@@ -1,5 +1,6 @@
 """The terminal's view of a step: a bar that names the phase, and lines of at most 80 columns."""
 
+import re
 import time
 from typing import Any
 
@@ -75,8 +76,14 @@ def step_lines(step: int, total: int, metrics: dict[str, float]) -> list[str]:
 
 def evaluation_lines(step: int, total: int, metrics: dict[str, float]) -> list[str]:
     """The line of a step's evaluation, if it had one."""
+
+    def title(name: str) -> str:
+        heard = re.sub("_silent(?=/|$)", "", name)  # a file's own name may end so
+        in_silence = " in silence" if heard != name and heard in metrics else ""
+        return (heard if in_silence else name).split("/")[1].replace("_reward", "") + in_silence
+
     accuracies = [
-        f"{name.split('/')[1].replace('_reward', '').replace('_silent', ' in silence')} {fit(value, 3)}"
+        f"{title(name)} {fit(value, 3)}"
         for name, value in metrics.items()
         if name.startswith("eval/") and name.endswith(("/accuracy_reward", "/accuracy_reward_silent", "/accuracy"))
     ]

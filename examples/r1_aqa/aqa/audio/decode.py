@@ -6,14 +6,11 @@ Every file ends in its waveform or in an :class:`AudioError` that names it.
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
 from aqa.common.constants import HOP_LENGTH, MAX_FRAMES, MIN_FRAMES, SAMPLING_RATE
 
@@ -67,9 +64,9 @@ def load_audio(path: str | Path, silence_ok: bool = False, seconds: float = MAX_
         _refuse_special(path)
         with soundfile.SoundFile(str(path)) as file:
             _check_header(path, file, seconds)
-            rate = file.samplerate
+            rate, whole = file.samplerate, file.frames
             # a few samples more, for the resampler's filter; cut below
-            left = min(file.frames, int((seconds + 0.1) * rate))
+            left = min(whole, int((seconds + 0.1) * rate))
             slack = _MP3_SLACK if file.format == "MP3" else 0
             blocks = [np.empty(0, dtype=np.float32)]
             while left > 0:
@@ -102,7 +99,9 @@ def load_audio(path: str | Path, silence_ok: bool = False, seconds: float = MAX_
         raise AudioError(f"{name}: {_too_short(len(wave) / SAMPLING_RATE)}")
     wave = np.ascontiguousarray(wave[: int(seconds * SAMPLING_RATE)], dtype=np.float32)
     if not silence_ok and not wave.any():
-        raise AudioError(f"{name}: is digital silence: every sample that the model would hear is zero")
+        more = f"; of its {whole / rate:.1f} s the first {seconds:g} are heard (--audio_seconds)"
+        reason = "is digital silence: every sample that the model would hear is zero"
+        raise AudioError(f"{name}: {reason}{more if whole > seconds * rate else ''}")
     return wave
 
 
@@ -211,30 +210,3 @@ def describe_failure(path: str | Path, error: Exception) -> str:
             reason = "no MP3 frame in it"
         return f"cannot be read as audio ({reason}); if a player plays it, convert it: ffmpeg -i IN OUT.wav"
     return f"cannot be read as audio ({error})"
-
-
-def probe_audio(path: str | Path, reader: Callable[[str], Any] | None = None) -> str | None:
-    """What is wrong with a file, the path included; None if it looks usable.
-
-    :param reader: Raises AudioError if something is wrong: :func:`read_header` if None, :func:`load_audio` to decode.
-    """
-    try:
-        (reader or read_header)(path)
-    except AudioError as error:
-        return str(error)
-    return None
-
-
-def probe_all(
-    paths: Iterable[str | Path], show_progress: bool = False, reader: Callable[[str], Any] | None = None
-) -> list[str]:
-    """Check many files in parallel.
-
-    :param paths: Files; each different one is checked once.
-    :return: What is wrong, one entry for each bad file, in the order of the paths.
-    """
-    different = list(dict.fromkeys(map(str, paths)))
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        results = pool.map(lambda path: probe_audio(path, reader), different, chunksize=64)
-        bar = tqdm(results, total=len(different), desc="checking audio", unit="file", disable=not show_progress)
-        return [problem for problem in bar if problem is not None]

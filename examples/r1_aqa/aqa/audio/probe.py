@@ -9,10 +9,15 @@ import hashlib
 import os
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from aqa.common.console import progress
 
 if TYPE_CHECKING:
     from aqa.audio.reader import AudioReader
+
+T = TypeVar("T")
 
 
 class Clip(NamedTuple):
@@ -48,24 +53,46 @@ def probe_clip(path: str, reader: AudioReader | None = None) -> Clip:
     return Clip(frames / rate, rate)
 
 
-def probe_clips(paths: Iterable[str], workers: int, probe: Callable[[str], Clip] = probe_clip) -> dict[str, Clip]:
-    """Read many files, each once, with a progress bar on stderr.
+def probe_clips(
+    paths: Iterable[str], workers: int, probe: Callable[[str], T] = probe_clip, show: bool = True
+) -> dict[str, T]:
+    """Look at many files, each once.
 
     In threads, because most of the time is spent waiting for a disk or a network.
 
     :param paths: Audio files; a file may occur several times.
     :param workers: How many files are open at a time.
+    :param show: Show a progress bar on stderr.
     :return: What was found, by path, in the order of first appearance.
     """
-    from tqdm import tqdm
-
     unique = list(dict.fromkeys(paths))
-    pool = ThreadPoolExecutor(workers)
-    try:
-        clips = tqdm(pool.map(probe, unique), total=len(unique), desc="probing audio", unit="file")
-        return dict(zip(unique, clips, strict=True))
-    finally:
-        pool.shutdown(cancel_futures=True)  # otherwise Ctrl-C would wait for all files that are left
+    bar = progress("probing audio", len(unique), quiet=True) if show else nullcontext(lambda: None)
+    clips = {}
+    with bar as advance, ThreadPoolExecutor(workers) as pool:
+        # the pool's results are held by the loop alone: Ctrl-C drops them, and with them the files that are left
+        for path, clip in zip(unique, pool.map(probe, unique), strict=True):
+            clips[path] = clip
+            advance()
+    return clips
+
+
+def probe_all(paths: Iterable[str], reader: Callable[[str], object]) -> list[str]:
+    """Check many files in parallel.
+
+    :param paths: Files; each different one is checked once.
+    :param reader: Raises AudioError if something is wrong, as :func:`aqa.audio.decode.read_header` does.
+    :return: What is wrong, one entry for each bad file, in the order of the paths.
+    """
+    from aqa.audio.decode import AudioError
+
+    def problem(path: str) -> str | None:
+        try:
+            reader(path)
+        except AudioError as error:
+            return str(error)
+        return None
+
+    return [found for found in probe_clips(paths, 16, problem, show=False).values() if found is not None]
 
 
 def first_copies(paths: Iterable[str], workers: int) -> dict[str, str]:

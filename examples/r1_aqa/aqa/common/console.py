@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TextIO
 
 SHOWN_PROBLEMS = 3  # of each kind, on the screen; the report holds all
@@ -38,18 +40,42 @@ def several(title: str, lines: Sequence[str], most: int = 20) -> str:
 
 
 @contextmanager
+def output_to_log(log: Path) -> Iterator[TextIO]:
+    """Redirect stdout and stderr, also those of C++ libraries, to the end of a file.
+
+    :return: The terminal, for what a person should see meanwhile.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    with log.open("ab") as file, os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8") as screen:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield screen
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+@contextmanager
 def progress(
-    what: str, total: int, unit: str = "file", done: int = 0, screen: TextIO | None = None
+    what: str, total: int, unit: str = "file", done: int = 0, screen: TextIO | None = None, quiet: bool = False
 ) -> Iterator[Callable[..., object]]:
     """Show a bar with rate and remaining time, redrawn often on a terminal and every half minute in a file.
 
     :param screen: Where; stderr by default.
+    :param quiet: Drop all other output meanwhile: of a damaged MP3 mpg123 prints lines that do not name it.
     :return: A function that advances it, by one or by its argument.
     """
     from tqdm import tqdm
 
-    screen = screen or sys.stderr
-    often = 0.1 if screen.isatty() else 30.0
-    kind = {"unit": unit, "initial": done, "file": screen}
-    with tqdm(desc=what, total=total, mininterval=often, maxinterval=2 * often, **kind) as bar:
+    with ExitStack() as stack:
+        screen = stack.enter_context(output_to_log(Path(os.devnull))) if quiet else screen or sys.stderr
+        often = 0.1 if screen.isatty() else 30.0
+        kind = {"unit": unit, "initial": done, "file": screen}
+        bar = stack.enter_context(tqdm(desc=what, total=total, mininterval=often, maxinterval=2 * often, **kind))
         yield bar.update

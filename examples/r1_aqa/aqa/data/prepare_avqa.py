@@ -206,7 +206,7 @@ def probe(args: argparse.Namespace, paths: list[str]) -> dict[str, Clip]:
         return {}
     from aqa.audio.reader import AudioReader
 
-    reader = AudioReader(args.sandbox_audio)
+    reader = AudioReader(args.sandbox_audio, seconds=args.audio_seconds)
     clips = probe_clips(paths, args.num_workers, functools.partial(probe_clip, reader=reader))
     reader.close()
     return clips
@@ -351,13 +351,16 @@ def build_report(settings: dict, sources: list[Source], parts: dict[str, list[st
             "audio_missing": kinds["audio_missing"] if checked else None,
             "audio_unreadable": kinds["audio_unreadable"] if checked else None,
         },
-        "clips": count_clips(parts, clips, checked),
+        "clips": count_clips(parts, clips, checked, settings["audio_seconds"]),
         "problems": problems,
     }
 
 
-def count_clips(parts: dict[str, list[str]], clips: dict[str, Clip], checked: bool) -> dict:
-    """The part of the report about the files; parameters as for :func:`build_report`."""
+def count_clips(parts: dict[str, list[str]], clips: dict[str, Clip], checked: bool, limit: float) -> dict:
+    """The part of the report about the files; parameters as for :func:`build_report`.
+
+    :param limit: ``--audio_seconds``.
+    """
     used = {path for paths in parts.values() for path in paths}
     kinds = Counter(clip.kind for clip in clips.values())
     heard = [clip for path, clip in clips.items() if path in used and clip.kind is None]
@@ -376,7 +379,7 @@ def count_clips(parts: dict[str, list[str]], clips: dict[str, Clip], checked: bo
         "seconds_min": seconds[0] if seconds else None,
         "seconds_median": (seconds[(len(seconds) - 1) // 2] + seconds[len(seconds) // 2]) / 2 if seconds else None,
         "seconds_max": seconds[-1] if seconds else None,
-        "longer_than_30_s": sum(length > 30 for length in seconds) if checked else None,
+        "longer_than_audio_seconds": sum(length > limit for length in seconds) if checked else None,
         "sampling_rates": {str(rate): number for rate, number in sorted(rates.items())},
     }
 
@@ -433,8 +436,9 @@ def say_summary(folder: str, report: dict, removed: bool) -> None:
         rates = ", ".join(f"{rate} Hz: {number}" for rate, number in clips["sampling_rates"].items())
         lengths = f"{low:.2f} to {high:.2f} s (median {median:.2f} s)"
         say(f"  audio: {clips['readable']} files, {clips['hours']:.2f} h, {lengths}; {rates}")
-        if long := clips["longer_than_30_s"]:
-            say(f"  longer than 30 s: {long}, of which the first 30 s are heard unless training has --audio_seconds")
+        if long := clips["longer_than_audio_seconds"]:
+            heard = report["settings"]["audio_seconds"]
+            say(f"  longer than {heard:g} s: {long}, of which the first {heard:g} s are heard (--audio_seconds)")
     elif not clips["checked"]:
         say("  audio: not checked (--no_check_audio)")
     say(f"  {REPORT_FILE}: all counts, and all problems ({len(report['problems'])})")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqa.common import gpu
-from aqa.common.console import progress
+from aqa.common.console import output_to_log, progress
 from aqa.common.files import explain
 from aqa.common.versions import installed_versions, not_installed
 from aqa.evaluation.checkpoints import Model
@@ -171,7 +171,7 @@ def check_audio(
         return list(map(len, waves)), not all(wave.any() for wave in waves)
 
     lengths, bad, silent = {}, {}, []
-    with ThreadPoolExecutor(max_workers=8) as pool, progress("checking audio", len(items), "q") as advance:
+    with progress("checking audio", len(items), "q", quiet=True) as advance, ThreadPoolExecutor(8) as pool:
         for item, result in zip(items, pool.map(check, items), strict=True):
             if isinstance(result, str):
                 bad[item.index] = result
@@ -206,7 +206,7 @@ def ask(
     :return: Durations in seconds, and how many questions were asked.
     :raises EvalError: for what the user can correct.
     """
-    from aqa.evaluation.engines import HFEngine, Settings, VLLMEngine, load_processor, longest_sequence, output_to_log
+    from aqa.evaluation.engines import HFEngine, Settings, VLLMEngine, load_processor, longest_sequence
 
     sizes = args.max_new_tokens, args.batch_size, args.dtype, args.tensor_parallel_size
     settings = Settings(*sizes, args.seed, samples, temperature, args.audio_seconds)

@@ -49,9 +49,11 @@ def _is_closed(row: Row) -> bool:
 
 
 def _verdict_by_letter(row: Row, key: str) -> bool | None:
-    """MMSU's: the letter's choice has the text of ``answer_gt``. Without a letter, an empty text and "None" are wrong,
-    and all else is left out."""
+    """MMSU's: the letter's choice has the text of ``answer_gt``. Without a letter, an empty text and "None" are wrong
+    (its script takes the letter of the row before), and all else is left out."""
     said = row.get(key, "")
+    if not isinstance(said, str):  # its script prints "Error prediction!" and goes on
+        return None
     letter = mmsu_letter(said)
     if letter is None:
         return False if said.strip().replace("\n", "") in ("", "None") else None
@@ -97,6 +99,7 @@ class Benchmark:
     asked: Callable[[Row], bool] = lambda row: True  # which of its rows are asked and scored
     is_whole: bool = False  # questions are about all of a recording, also of one that is longer than what models hear
     leaves_out: bool = True  # its script leaves out a row without a prediction key; else such a row is wrong
+    skips_no_text: bool = False  # its script leaves out a row whose prediction is null or another value but a text
     prints_fractions: bool = False  # its script prints 0.2687 and not 26.87 %, which rounds halves otherwise
     rule: str = "official rule"
 
@@ -156,6 +159,7 @@ MMSU = Benchmark(
     written=_letter,
     said=_text_of_letter,
     leaves_out=False,
+    skips_no_text=True,
     prints_fractions=True,
 )
 ADQA = Benchmark(

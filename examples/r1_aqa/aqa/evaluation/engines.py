@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from aqa.common.constants import HOP_LENGTH, SAMPLING_RATE
 from aqa.data.prompts import end_tokens, render_chat
@@ -147,28 +147,6 @@ def ahead(function: Callable[[Any], Any], tasks: Iterable[Any], depth: int, work
         finally:
             for _, future in waiting:
                 future.cancel()
-
-
-@contextlib.contextmanager
-def output_to_log(log: Path) -> Iterator[TextIO]:
-    """Redirect stdout and stderr, also those of C++ libraries, to the end of a file.
-
-    :return: The terminal, for what a person should see meanwhile.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = [os.dup(1), os.dup(2)]
-    with log.open("ab") as file, os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8") as screen:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield screen
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, copy in zip((1, 2), saved, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
 
 
 # --------------------------------------------------------------------------------------------------------- transformers

@@ -61,9 +61,10 @@ class Verdicts:
         return bool(self.benchmark.verdict(answered, self.benchmark.prediction_keys[0]))
 
 
-def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
+def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark, leave_out: bool = True) -> Verdicts:
     """Judge every row of a result file as the official script does.
 
+    :param leave_out: Leave out what the script does; False: such a row is wrong.
     :raises EvalError: if no row has a prediction key, or a row lacks what the rule needs.
     """
     key = next((key for key in benchmark.prediction_keys if any(key in row for row in rows)), None)
@@ -79,7 +80,7 @@ def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
         )
     problems = []
     for row in answered:
-        for field in (key, "answer"):
+        for field in (*(() if benchmark.skips_no_text else (key,)), "answer"):
             if not isinstance(row.get(field, "" if field == key else None), str):
                 problems.append(f"id {row.get('id')}: {field} is {row.get(field)!r:.60}, expected a text")
         choices = row.get("choices")
@@ -87,7 +88,8 @@ def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> Verdicts:
             problems.append(f"id {row.get('id')}: choices is {choices!r:.60}, expected a list of texts")
     if problems:
         raise EvalError(several(f"{len(problems)} fields of the result file cannot be scored", problems))
-    judged = [(row, verdict) for row in answered if (verdict := benchmark.verdict(row, key)) is not None]
+    verdicts = [(row, benchmark.verdict(row, key)) for row in answered]
+    judged = [(row, bool(verdict)) for row, verdict in verdicts if verdict is not None or not leave_out]
     right = [verdict for _, verdict in judged]
     return Verdicts(benchmark, key, [row for row, _ in judged], right, len(rows) - len(judged))
 
@@ -376,15 +378,16 @@ def comparison_table(comparison: dict[str, Any], names: tuple[str, str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-def judge_file(path: Path, benchmark: str = "auto") -> Verdicts:
+def judge_file(path: Path, benchmark: str = "auto", leave_out: bool = True) -> Verdicts:
     """Read and judge a result file of a benchmark, ours or another program's.
 
     :param benchmark: Its name, or ``auto``.
+    :param leave_out: As for :func:`judge`.
     :raises EvalError: if it cannot be read or scored; the message names it.
     """
     found, rows = read_rows(path, benchmark)
     try:
-        return judge(rows, found)
+        return judge(rows, found, leave_out)
     except EvalError as error:
         raise EvalError(f"{path}: {error}") from error
 

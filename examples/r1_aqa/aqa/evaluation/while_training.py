@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from aqa.audio.decode import SAMPLING_RATE, probe_all
+from aqa.audio.decode import SAMPLING_RATE
 from aqa.audio.prefetch import DECODE_THREADS, WaveformCache
+from aqa.audio.probe import probe_all
 from aqa.audio.reader import AudioReader
 from aqa.common.console import several
 from aqa.data.prompts import choices_in
@@ -148,11 +149,11 @@ class BenchmarkEvaluator:
             suffixes = self.benchmark.suffixes
             suffix = self.path.suffix if self.path.suffix in suffixes else suffixes[0]
             self._write(results, f"{name}_step_{step:06d}{suffix}")
-        scores = score(judge(results, self.benchmark))
+# what MMSU's script leaves out is wrong here, else a model could win by one readable answer
+        scores = score(judge(results, self.benchmark, leave_out=False))
         main = next(iter(scores["by"].values()), {})
         by_value = {f"eval/{name}/{value}": entry["accuracy"] for value, entry in main.items()}
-        # of all questions: what MMSU's script leaves out would let a model win by one readable answer
-        return results, {f"eval/{name}/accuracy": scores["of_all"]["accuracy"]} | by_value
+        return results, {f"eval/{name}/accuracy": scores["accuracy"]} | by_value
 
     def ask_all(self, ask: Ask, silent: bool) -> list[str]:
         """The answers to all questions, in the file's order, on every rank."""

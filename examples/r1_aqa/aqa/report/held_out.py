@@ -198,7 +198,8 @@ def read_benchmarks(run: Run, problems: list[str]) -> list[HeldOut]:
         held = HeldOut(f"benchmark {name}", {}, [])
         for step, path in chosen:
             try:
-                add_round(held, f"step {step}", judge_file(path), benchmark_folder(run, name))
+                verdicts = judge_file(path, leave_out=False)  # as the run's metrics count
+                add_round(held, f"step {step}", verdicts, benchmark_folder(run, name))
             except EvalError as error:
                 problems.append(str(error))
         found += [held] if held.rounds else []

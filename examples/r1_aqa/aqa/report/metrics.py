@@ -299,8 +299,9 @@ PATTERNS = {
     "eval/<file>/<task>": Metric(
         "Benchmark",
         "share",
-        "right by the official rule: accuracy for the whole --eval_benchmark file, and by task; collapsed is as "
-        "eval/collapsed; with --eval_silent <file>_silent is the same in silence",
+        "right by the official rule: accuracy for the whole --eval_benchmark file, and by task; an answer that MMSU's "
+        "script cannot read and leaves out is wrong here; collapsed is as eval/collapsed; with --eval_silent "
+        "<file>_silent is the same in silence",
         "Falls while rollout/accuracy_reward rises: it learns the training data by heart; --keep_best keeps the best.",
     ),
 }

@@ -229,8 +229,9 @@ def grouped(present: set[str], apart: bool) -> Iterator[tuple[str, tuple[str, ..
         if found := BY_KIND.fullmatch(name):
             title = f"{metric_title(found['metric'])} by {found['kind'].replace('_', ' ')}"
         elif (found := BENCHMARK.fullmatch(name)) and is_benchmark(name):
-            silent = ", in silence" if found["kind"].endswith("_silent") else ""
-            title = f"Benchmark {found['kind'].removesuffix('_silent')}{silent}"
+            heard = found["kind"].removesuffix("_silent")  # or the name of a file that ends so
+            is_silent = heard != found["kind"] and f"eval/{heard}/accuracy" in present
+            title = f"Benchmark {heard}, in silence" if is_silent else f"Benchmark {found['kind']}"
         else:
             continue
         groups.setdefault(title, []).append((name, found["value"]))

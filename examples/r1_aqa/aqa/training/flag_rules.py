@@ -471,7 +471,7 @@ def _evaluation_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     files = args.eval_benchmark.split(",") if args.eval_benchmark else []
     problems += [f"--eval_benchmark {file}: no such file" for file in files if not Path(file).is_file()]
-    if len({Path(file).stem for file in files}) < len(files):
+    if len({Path(file).stem.removesuffix("_silent") for file in files}) < len(files):  # _silent: its answers to silence
         problems.append(f"--eval_benchmark {args.eval_benchmark}: two files have one name, and the metrics go by it")
     if files:
         folders = (args.eval_audio_dir or "").split(",")

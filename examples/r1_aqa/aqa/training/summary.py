@@ -3,6 +3,7 @@
 import argparse
 import glob
 import json
+import re
 import textwrap
 from collections.abc import Mapping
 from itertools import chain, count
@@ -181,11 +182,15 @@ def summary_table(records: list[dict[str, Any]]) -> list[str]:
             recent = [r[name] for r in records[-RECENT:] if r.get(name) is not None] or values[-1:]
             cells = (values[0], values[-1], sum(recent) / len(recent))
             lines.append(f"{label:18}" + "".join(f"{format(value, form):>12}" for value in cells))
-    for name in sorted({name for record in measured for name in record if is_accuracy(name)}):
+    names = {name for record in measured for name in record if is_accuracy(name)}
+    for name in sorted(names):
         found = [record for record in measured if record.get(name) is not None]
         if found:
             ends = [f"{record[name]:.3f} at step {record['step']}" for record in (found[0], found[-1])]
-            label = name.split("/")[1].replace("accuracy_reward", "held-out accuracy").replace("_silent", " in silence")
+            heard = re.sub("_silent(?=/|$)", "", name)  # a file's own name may end so
+            in_silence = " in silence" if heard != name and heard in names else ""
+            label = (heard if in_silence else name).split("/")[1].replace("accuracy_reward", "held-out accuracy")
+            label += in_silence
             lines.append(f"{label:18} {' to '.join(dict.fromkeys(ends))}")
     lines += [f"{int(records[-1][name])} {what}" for name, what in COUNTS.items() if records[-1].get(name)]
     return lines
