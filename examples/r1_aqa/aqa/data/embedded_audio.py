@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aqa.common.files import draft_of, remove_drafts
 from aqa.data.rows import show_value
 from aqa.data.unpack_audio import MAX_FILE, UnpackError
+from aqa.families import BY_TYPE
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -164,7 +165,9 @@ def write_recording(data: bytes, target: Path) -> bool:
     try:
         draft.write_bytes(data)
         try:
-            wave = load_audio(draft, silence_ok=True)
+            # as much as any model hears: --audio_seconds of a later command decides
+            longest = max(family.longest_seconds for family in BY_TYPE.values())
+            wave = load_audio(draft, silence_ok=True, seconds=longest)
         except AudioError as error:
             raise AudioError(str(error).replace(str(draft), target.name)) from error
         if not is_wav:  # of floats: 16 bits would round what the decoder gives
