@@ -149,7 +149,7 @@ class BenchmarkEvaluator:
             suffixes = self.benchmark.suffixes
             suffix = self.path.suffix if self.path.suffix in suffixes else suffixes[0]
             self._write(results, f"{name}_step_{step:06d}{suffix}")
-# what MMSU's script leaves out is wrong here, else a model could win by one readable answer
+        # what MMSU's script leaves out is wrong here, else a model could win by one readable answer
         scores = score(judge(results, self.benchmark, leave_out=False))
         main = next(iter(scores["by"].values()), {})
         by_value = {f"eval/{name}/{value}": entry["accuracy"] for value, entry in main.items()}
