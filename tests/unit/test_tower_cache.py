@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.policies import as_actor, batch_of, build_model, mixed_cases
 
+from aqa.families.qwen2_audio import encode_valid_frames
 from aqa.policy import forward as policy
 from aqa.policy.tower_cache import TowerCache, share_tower_outputs
 from lightrft.trainer.fast_exp_maker import forward
@@ -85,3 +86,24 @@ def test_a_reference_model_on_another_device_is_compared_there(monkeypatch):
     monkeypatch.setattr(torch, "equal", lambda a, b: devices.append((a.device.type, b.device.type)) or True)
     share_tower_outputs(policy_model, reference)
     assert set(devices) == {("cpu", "cpu"), ("meta", "meta")}
+
+
+def test_vllms_tower_gives_the_same_with_it_and_encodes_each_clip_once():
+    """``encode_valid_frames`` is what vLLM calls; that the engine agrees with the trainer, training tests show."""
+    tower = policy.parts_of(build_model()).tower.eval()
+    frames = torch.tensor([57, 300, 301])
+    clips = torch.randn(3, tower.config.num_mel_bins, 3000)
+    states = (frames - 1) // 2 + 1
+    mask = torch.zeros(3, 1, 1500, 1500).masked_fill(torch.arange(1500) >= states[:, None, None, None], -torch.inf)
+    tokens = (states // 2).tolist()
+    encoded = []
+    tower.layers[0].register_forward_pre_hook(lambda layer, args: encoded.append(len(args[0])))
+    cache = TowerCache()
+    with torch.inference_mode():
+        expected = encode_valid_frames(tower, None, clips, mask)
+        for order in ([0, 1], [1, 2, 0], [0]):
+            found = encode_valid_frames(tower, cache, clips[order], mask[order])
+            assert found.shape[1] == max(tokens[i] for i in order)
+            for clip, i in zip(found, order, strict=True):
+                torch.testing.assert_close(clip[: tokens[i]], expected[i, : tokens[i]], atol=1e-5, rtol=0)
+    assert encoded == [3, 2, 1]

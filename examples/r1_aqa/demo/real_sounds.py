@@ -281,16 +281,19 @@ def ask(kind: str, answers: list[str], clip: Clip, file: str, answer: str, rng: 
     return Question(clip, file, kind, [str(options[i]) for i in rng.permutation(NUM_OPTIONS)], answer)
 
 
-def draw_questions(pools: Pools, count: int, rng: np.random.Generator) -> list[Question]:
-    """Training questions: all kinds, and all answers of a kind, come equally often, in random order."""
+def draw_questions(pools: Pools, shares: Counter[str], count: int, rng: np.random.Generator) -> list[Question]:
+    """Training questions: all answers of a kind come equally often.
+
+    :param shares: How often each kind comes, in any unit.
+    """
     questions = []
-    for i in range(count):
-        kind = list(QUESTIONS)[i % len(QUESTIONS)]
+    weights = [shares[kind] / shares.total() for kind in QUESTIONS]
+    for kind in rng.choice(list(QUESTIONS), count, p=weights).tolist():
         answers = sorted(pools[kind])
         answer = str(rng.choice(answers))
         clip, file = pools[kind][answer][rng.integers(len(pools[kind][answer]))]
         questions.append(ask(kind, answers, clip, file, answer, rng))
-    return [questions[i] for i in rng.permutation(count)]
+    return questions
 
 
 def test_questions(pools: Pools, rng: np.random.Generator) -> list[Question]:
@@ -314,8 +317,9 @@ def make_data(out_dir: Path, downloads: Path, seed: int, count: int) -> None:
     train_rng, test_rng = (np.random.default_rng([seed, stream]) for stream in range(2))
     with written(out_dir, "demo-test.json") as folder:
         pools = write_clips(list(find_clips(unpacked)), seed, folder)
-        train = draw_questions(pools["train"], count, train_rng)
         test = test_questions(pools["test"], test_rng)
+        # what is asked more often there, because it has more answers or recordings, also takes more practice
+        train = draw_questions(pools["train"], Counter(q.kind for q in test), count, train_rng)
         rows = [
             train_row(i, QUESTIONS[q.kind], q.options, q.answer, q.file)
             | {"question_type": q.kind, "group": q.clip.group}

@@ -171,14 +171,16 @@ def warm_start(
 
 
 def noisy(embedding: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A word as a sound might bring it: more or less of it, the same noise in all tokens, and new noise in each.
+    """A word as a sound might bring it: a little of it, noise that all tokens share, and more that is each one's own.
+
+    So the word is found by looking at all tokens, and a sound that is new is read better than by the clearest token.
 
     :param embedding: ``(hidden size,)``.
-    :return: 8 to 39 tokens, ``(tokens, hidden size)``, of variance 1.
+    :return: 8 to 75 tokens, as many as a sound of 0.3 to 3 s has, ``(tokens, hidden size)``, of variance 1.
     """
     size = len(embedding)
-    tokens, share = int(rng.integers(8, 40)), rng.random()
-    noise = (rng.standard_normal((1, size)) + rng.standard_normal((tokens, size))) / 2**0.5
+    tokens, share = int(rng.integers(8, 76)), 0.6 * rng.random()
+    noise = 0.5 * rng.standard_normal((1, size)) + 0.75**0.5 * rng.standard_normal((tokens, size))
     direction = embedding.detach() / embedding.detach().norm() * size**0.5
     return share * direction + (1 - share**2) ** 0.5 * torch.from_numpy(noise).float()
 

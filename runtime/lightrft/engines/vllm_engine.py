@@ -140,6 +140,13 @@ class VLLMEngine:
         # does not depend on weights, but clips are seldom repeated and it would grow to 4 GiB
         self.llm.reset_mm_cache()
 
+    def keep_tower_outputs(self, cache: Any) -> None:
+        """Encode each clip once in the run; for an audio tower that does not train.
+
+        :param cache: Of the example (``aqa.policy.tower_cache``).
+        """
+        self.llm.collective_rpc(_tune, args=(self.family, cache))
+
     def sleep(self) -> None:
         if self._can_sleep and not self._asleep:
             self._asleep = True
@@ -225,9 +232,9 @@ def _name_shared_memory() -> None:
     Shared._init_cpu_shm = init
 
 
-def _tune(worker: Any, family: Family) -> None:
+def _tune(worker: Any, family: Family, cache: Any = None) -> None:
     """Let the family change vLLM's model, inside the worker."""
-    family.tune_vllm(worker.get_model())
+    family.tune_vllm(worker.get_model(), cache)
 
 
 def _load(

@@ -30,6 +30,6 @@ class AudioFlamingo3(Qwen2Audio):
         return {"mm_processor_kwargs": {"max_audio_len": 30 * math.ceil(seconds / 30)}}
 
     @classmethod
-    def tune_vllm(cls, model: Any) -> None:
+    def tune_vllm(cls, model: Any, cache: Any = None) -> None:
         """As Qwen2-Audio, but that vLLM's tower returns the states themselves."""
-        model.audio_tower.forward = functools.partial(encode_valid_frames, model.audio_tower)
+        model.audio_tower.forward = functools.partial(encode_valid_frames, model.audio_tower, cache)

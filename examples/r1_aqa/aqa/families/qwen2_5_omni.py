@@ -67,8 +67,8 @@ class Qwen2_5Omni(Qwen2Audio):
         return {"hf_overrides": {"architectures": [ARCHITECTURE]}}
 
     @classmethod
-    def tune_vllm(cls, model: Any) -> None:
-        """Nothing: its tower sees valid frames alone."""
+    def tune_vllm(cls, model: Any, cache: Any = None) -> None:
+        """Nothing: its tower sees valid frames alone, and its outputs are not kept, since it holds the projector."""
 
     @staticmethod
     def prefill(model: Any, inputs: dict[str, Any], positions: Any, cache: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from typing import Any, ClassVar, NamedTuple
@@ -103,15 +104,16 @@ class Qwen2Audio:
         return {}
 
     @classmethod
-    def tune_vllm(cls, model: Any) -> None:
+    def tune_vllm(cls, model: Any, cache: Any = None) -> None:
         """Change vLLM's model in a way that changes no value: here, encode the valid frames alone.
 
         :param model: As vLLM's worker has it.
+        :param cache: Keeps the outputs of a tower that does not train (``aqa.policy.tower_cache``).
         """
         from transformers.modeling_outputs import BaseModelOutput
 
-        tower = model.audio_tower
-        tower.forward = lambda *args, **kwargs: BaseModelOutput(encode_valid_frames(tower, *args, **kwargs))
+        encode = functools.partial(encode_valid_frames, model.audio_tower, cache)
+        model.audio_tower.forward = lambda *args, **kwargs: BaseModelOutput(encode(*args, **kwargs))
 
     @staticmethod
     def prefill(model: Any, inputs: dict[str, Any], positions: Any, cache: Any) -> None:
@@ -171,23 +173,32 @@ def _padding_mask(tower: Any, hidden: Any, valid: Any) -> Any:
     return create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=valid.long())
 
 
-def encode_valid_frames(tower: Any, input_features: Any, attention_mask: Any) -> Any:
+def encode_valid_frames(tower: Any, cache: Any, input_features: Any, attention_mask: Any) -> Any:
     """vLLM's tower without the padding behind the longest clip: 2 s cost a fifteenth of 30 s, or less.
 
     Masked keys weigh exactly 0, so that leaving them out changes no value. transformers' own forward insists on 30 s.
 
+    :param cache: Knows the outputs of clips that came before; None: nothing is kept.
     :param input_features: Mel spectrograms ``(clips, n_mels, 3000)``.
     :param attention_mask: 0 at valid states and -inf at padding, ``(clips, 1, 1500, 1500)``.
     :return: States of the longest clip's audio tokens, ``(clips, tokens, d_model)``.
     """
     from torch.nn.functional import gelu
+    from torch.nn.utils.rnn import pad_sequence
 
-    states = int((attention_mask[:, 0, 0] == 0).sum(-1).max())
-    # two frames a state, and one of context behind the last: the second convolution leaves one out
-    hidden = input_features[..., : 2 * states + 1].to(tower.conv1.weight.dtype)
-    hidden = gelu(tower.conv2(gelu(tower.conv1(hidden))))[..., :states].transpose(1, 2)
-    hidden = hidden + tower.embed_positions.weight[:states]
-    for layer in tower.layers:
-        hidden = layer(hidden, attention_mask[..., :states, :states])
-    hidden = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
-    return tower.layer_norm(hidden)
+    valid = (attention_mask[:, 0, 0] == 0).sum(-1)
+
+    def encode(clips: list[int]) -> list[Any]:
+        states = int(valid[clips].max())
+        # two frames a state, and one of context behind the last: the second convolution leaves one out
+        hidden = input_features[clips, :, : 2 * states + 1].to(tower.conv1.weight.dtype)
+        hidden = gelu(tower.conv2(gelu(tower.conv1(hidden))))[..., :states].transpose(1, 2)
+        hidden = hidden + tower.embed_positions.weight[:states]
+        for layer in tower.layers:
+            hidden = layer(hidden, attention_mask[clips, :, :states, :states])
+        hidden = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
+        hidden = tower.layer_norm(hidden)
+        return [clip[: count // 2] for clip, count in zip(hidden, valid[clips].tolist(), strict=True)]
+
+    outputs = cache.states(input_features, 2 * valid, encode) if cache else encode(list(range(len(valid))))
+    return pad_sequence(outputs, batch_first=True)

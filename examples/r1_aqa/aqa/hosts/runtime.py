@@ -78,14 +78,16 @@ class RuntimeHost(Host):
         return WithoutAdapters(actor)
 
     def share_tower(self, args: argparse.Namespace, strategy: Any, models: Sequence[Any]) -> None:
-        """Only where every rank holds whole models: sharded ones must run the same modules on all ranks."""
-        if args.zero_stage == 3 or args.fsdp:
-            return
+        """Models that are sharded must run the same modules on all ranks. vLLM keeps its own, of inference mode."""
         from aqa.policy.forward import parts_of
-        from aqa.policy.tower_cache import share_tower_outputs
+        from aqa.policy.tower_cache import TowerCache, share_tower_outputs
 
         modules = [strategy.unwrap_model(model.model) for model in models]
-        if not any(parameter.requires_grad for parameter in parts_of(modules[0]).tower.parameters()):
+        if any(parameter.requires_grad for parameter in parts_of(modules[0]).tower.parameters()):
+            return
+        if args.engine_type == "vllm":
+            strategy.inference_engine.keep_tower_outputs(TowerCache())
+        if args.zero_stage != 3 and not args.fsdp:
             share_tower_outputs(*modules)
 
     def complete_trainer(

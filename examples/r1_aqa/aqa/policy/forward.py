@@ -11,7 +11,7 @@ on either host, with transformers 4.57 and 5. It differs from transformers' own 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,23 +54,13 @@ def encode_clips(model: Any, features: torch.Tensor, frames: torch.Tensor) -> tu
     tower, projector, _, _ = parts_of(model)
     tokens = tower._get_feat_extract_output_lengths(frames)[1]
     cache = getattr(model, "tower_cache", None)  # of a frozen tower (``share_tower_outputs``)
-    states = _tower_states(tower, features, frames) if cache is None else _known_states(cache, tower, features, frames)
-    return projector(states), tokens
+    if cache is None:
+        return projector(_tower_states(tower, features, frames)), tokens
 
+    def encode(clips: list[int]) -> Sequence[torch.Tensor]:
+        return _tower_states(tower, features[clips], frames[clips]).split(tokens[clips].tolist())
 
-def _known_states(cache: Any, tower: Any, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """The states of a frozen tower, as :func:`_tower_states`; computed only for clips that its cache lacks."""
-    keys = [cache.key(clip, count) for clip, count in zip(features, frames.tolist(), strict=True)]
-    kept = [cache.get(key) for key in keys]
-    missing = [i for i, states in enumerate(kept) if states is None]
-    if missing:
-        with torch.no_grad():
-            new = _tower_states(tower, features[missing], frames[missing])
-        sizes = tower._get_feat_extract_output_lengths(frames[missing])[1].tolist()
-        for i, states in zip(missing, new.split(sizes), strict=True):
-            kept[i] = states
-            cache.put(keys[i], states)
-    return torch.cat([states.to(features.device, non_blocking=True) for states in kept])
+    return projector(torch.cat(cache.states(features, frames, encode))), tokens
 
 
 def _tower_states(tower: Any, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,25 @@ class TowerCache:
         """
         columns = features[:, : frames + 2].detach().float().contiguous().cpu()
         return hashlib.blake2b(columns.numpy().tobytes(), digest_size=16, key=str(frames).encode()).digest()
+
+    def states(
+        self, features: torch.Tensor, frames: torch.Tensor, encode: Callable[[list[int]], Sequence[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """The outputs of clips, each ``(audio tokens, d_model)``, on the device of their features.
+
+        :param features: Mel spectrograms ``(clips, n_mels, width)``.
+        :param frames: Valid frames ``(clips,)``.
+        :param encode: Computes the outputs of the clips of these numbers, which are not kept yet.
+        """
+        keys = [self.key(clip, count) for clip, count in zip(features, frames.tolist(), strict=True)]
+        kept = [self.get(key) for key in keys]
+        missing = [i for i, states in enumerate(kept) if states is None]
+        if missing:
+            with torch.no_grad():
+                for i, states in zip(missing, encode(missing), strict=True):
+                    kept[i] = states
+                    self.put(keys[i], states)
+        return [states.to(features.device, non_blocking=True) for states in kept]
 
     def get(self, key: bytes) -> torch.Tensor | None:
         """The output of a clip, ``(audio tokens, d_model)``, if it is kept.
