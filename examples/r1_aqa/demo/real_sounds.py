@@ -281,14 +281,14 @@ def ask(kind: str, answers: list[str], clip: Clip, file: str, answer: str, rng: 
     return Question(clip, file, kind, [str(options[i]) for i in rng.permutation(NUM_OPTIONS)], answer)
 
 
-def draw_questions(pools: Pools, shares: Counter[str], count: int, rng: np.random.Generator) -> list[Question]:
-    """Training questions: all answers of a kind come equally often.
+def draw_questions(pools: Pools, asked: Counter[str], count: int, rng: np.random.Generator) -> list[Question]:
+    """Training questions: all answers of a kind come equally often, and a kind that is asked more often takes more.
 
-    :param shares: How often each kind comes, in any unit.
+    :param asked: Test questions of each kind; the shares are their square roots, so that rare kinds are learned, too.
     """
     questions = []
-    weights = [shares[kind] / shares.total() for kind in QUESTIONS]
-    for kind in rng.choice(list(QUESTIONS), count, p=weights).tolist():
+    weights = np.sqrt([asked[kind] for kind in QUESTIONS])
+    for kind in rng.choice(list(QUESTIONS), count, p=weights / weights.sum()).tolist():
         answers = sorted(pools[kind])
         answer = str(rng.choice(answers))
         clip, file = pools[kind][answer][rng.integers(len(pools[kind][answer]))]
@@ -318,7 +318,6 @@ def make_data(out_dir: Path, downloads: Path, seed: int, count: int) -> None:
     with written(out_dir, "demo-test.json") as folder:
         pools = write_clips(list(find_clips(unpacked)), seed, folder)
         test = test_questions(pools["test"], test_rng)
-        # what is asked more often there, because it has more answers or recordings, also takes more practice
         train = draw_questions(pools["train"], Counter(q.kind for q in test), count, train_rng)
         rows = [
             train_row(i, QUESTIONS[q.kind], q.options, q.answer, q.file)

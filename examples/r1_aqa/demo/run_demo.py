@@ -53,7 +53,7 @@ SYNTHETIC = Setting("synthetic sounds", 4, 100, 16, 8, ("--actor_learning_rate",
 REAL = Setting(
     "real recordings",
     3,
-    100,
+    120,
     32,
     16,  # the start model is sure of its answers, so that of few responses to a question all are wrong
     (
