@@ -71,7 +71,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--audio_dir",
         required=True,
-        help="folder of the recordings, which are looked up in it by relative path, then by file name",
+        help="folder of the recordings; of a path that does not exist the longest end that is in it counts",
     )
     g.add_argument(
         "--benchmark", choices=["auto", *BENCHMARKS], default="auto", help="auto: by the fields (default: auto)"

@@ -119,6 +119,10 @@ def test_recordings_are_found_by_path_or_name(tmp_path):
     assert find_audio("./sub/a.wav", tmp_path) == tmp_path / "sub/a.wav"
     assert find_audio("./sub/b.wav", tmp_path) == tmp_path / "b.wav"
     assert find_audio(str(tmp_path / "b.wav"), Path("/elsewhere")) == tmp_path / "b.wav"
+    for name in ("a.wav", "c/a.wav"):  # two of a name
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_audio("/where/it/was/sub/a.wav", tmp_path) == tmp_path / "sub/a.wav"
     assert find_audio("./sub/none.wav", tmp_path) == tmp_path / "sub/none.wav"
 
 

@@ -172,7 +172,10 @@ def test_short_empty_and_cut_runs(tmp_path):
     assert summary_table([]) == []
     args = Namespace(save_path=str(tmp_path), eval_benchmark=None, eval_data=None, report=True, sft_steps=0)
     learned, _, *places = summary(args).strip().splitlines()
-    assert learned.startswith("learned   not measured on held-out data: add --eval_steps")
+    assert learned.startswith("learned   not measured on held-out data: add --eval_steps 100, and hold rows out")
+    (tmp_path / "validation.parquet").touch()
+    held_out = lesson(tmp_path, {"prompt_data": str(tmp_path), "eval_split": "validation"})
+    assert held_out == "not measured on held-out data: add --eval_steps 100"
     assert places == [f"model     {tmp_path}", f"metrics   {tmp_path}/metrics.jsonl"]
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records(3)) + '{"step": 4, "roll')

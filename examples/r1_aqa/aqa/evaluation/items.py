@@ -282,15 +282,15 @@ def fits_utf8(text: str) -> bool:
 
 
 def find_audio(name: str, audio_dir: Path) -> Path:
-    """The path of a recording: its relative path below the folder, else its file name in the folder itself.
+    """The path of a recording: what the question names, else the longest end of that path that the folder holds.
 
-    :param name: As the question names it, such as ``./test-mini-audios/ID.wav``.
-    :return: If neither file exists, the first of the two paths.
+    :param name: As the question names it, such as ``./test-mini-audios/ID.wav``, or where the recording was once.
+    :return: If no such file exists, the path that the question names.
     """
-    relative = audio_dir / name
-    by_name = audio_dir / Path(name).name
+    parts = Path(name).parts
+    paths = [audio_dir / name, *(audio_dir.joinpath(*parts[i:]) for i in range(1, len(parts)))]
     # not Path.exists, which raises for a name that is too long
-    return by_name if not os.path.exists(relative) and os.path.exists(by_name) else relative
+    return next((path for path in paths if os.path.exists(path)), paths[0])
 
 
 def result_rows(

@@ -13,6 +13,7 @@ from typing import Any
 from aqa.common.arguments import shell_command
 from aqa.data.prepare_avqa import QUESTIONS_FILE, REPORT_FILE
 from aqa.evaluation.scoring import SURE, WHAT_P_IS, paired
+from aqa.training.flags import has_split
 
 EVALUATION_FOLDER = "eval/rows"  # a file for each evaluation, with a record for each answer
 RESULT_ENDS = (".json", ".partial.jsonl")  # of a finished evaluation and of an unfinished one
@@ -81,7 +82,9 @@ def lesson(run: Path, flags: Mapping[str, Any]) -> str:
     if not files and any(is_accuracy(name) for record in records for name in record):
         return "see the evaluation's accuracies; their answers, which a test needs, were not kept"
     if not files:
-        held_out = "" if flags.get("eval_data") else ", and hold rows out by avqa.py --val_ratio 0.2"
+        sources = (flags.get("eval_data") or flags.get("prompt_data") or "none").split(",")
+        there = flags.get("eval_data") or all(has_split(source, flags.get("eval_split", "")) for source in sources)
+        held_out = "" if there else ", and hold rows out by avqa.py --val_ratio 0.2"
         return f"not measured on held-out data: add --eval_steps 100{held_out}"
     first, last = read_verdicts(files[0]), read_verdicts(files[-1])
     if not first[False].keys() & last[False].keys():
