@@ -103,7 +103,8 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         "--skip_bad_audio",
         action=flag,
         default=False,
-        help="count items whose audio is missing or broken as wrong, instead of stopping before the first question",
+        help="do not ask items whose audio is missing or broken, and count them as wrong, instead of stopping before "
+        "the first question",
     )
     g = parser.add_argument_group("untrusted benchmarks")
     g.add_argument(
@@ -226,9 +227,9 @@ def ask_and_score(
     results = result_rows(items, pairs, benchmark, args.silent_audio == "only")
     ways = (args.option_orders, args.silent_audio == "also", stride)
     results = [row | further_answers(item, done, *ways) for row, item in zip(results, items, strict=True)]
-    scores = None
+    counts, scores = describe_answers(answers, responses, args.think), None
     if items[0].gold is not None:
-        scores = score(judge(results, benchmark)) | describe_answers(answers, responses, args.think)
+        scores = score(judge(results, benchmark)) | counts
         scores["bad_audio"] = [items[i].row.get("id") for i in bad]
         if heard := len(items) - len(bad):
             scores["of_asked"] = {"accuracy": scores["correct"] / heard, "correct": scores["correct"], "total": heard}
@@ -237,7 +238,7 @@ def ask_and_score(
         write_atomically(out.with_suffix(".score.json"), to_json(scores))
     write_rows([benchmark.without_copies(row) for row in results], out)
     partial.remove()
-    show_result(out, benchmark, scores, results)
+    show_result(out, benchmark, scores, results, counts, len(bad))
 
 
 def ask_items(
@@ -311,12 +312,14 @@ def report_audio(items: Sequence[Item], bad: dict[int, str], silent: Sequence[in
     """
     if bad:
         message = several(f"the audio of {len(bad)} of {len(items)} items cannot be used", list(bad.values()))
+        scored = items[0].gold is not None
         if not skip_bad:
-            raise EvalError(f"{message}\n--skip_bad_audio counts such items as wrong.")
-        print(f"{message}\ncounted as wrong", file=sys.stderr)
+            raise EvalError(f"{message}\n--skip_bad_audio {'counts such items as wrong' if scored else 'skips them'}.")
+        print(f"{message}\n{'counted as wrong' if scored else 'not asked'}", file=sys.stderr)
     if silent:
         title = f"WARNING: {len(silent)} of {len(items)} items are digital silence; they are asked like all others"
-        print(several(title, [items[i].label for i in silent]), file=sys.stderr)
+        named = [f"{items[i].label}: {', '.join(map(str, (items[i].audio, *items[i].further)))}" for i in silent]
+        print(several(title, named), file=sys.stderr)
 
 
 def title_of(benchmark: Benchmark, scores: dict[str, Any]) -> str:
@@ -328,24 +331,32 @@ def title_of(benchmark: Benchmark, scores: dict[str, Any]) -> str:
 
 
 def show_result(
-    out: Path, benchmark: Benchmark, scores: dict[str, Any] | None, results: Sequence[dict[str, Any]]
+    out: Path,
+    benchmark: Benchmark,
+    scores: dict[str, Any] | None,
+    results: Sequence[dict[str, Any]],
+    counts: dict[str, int],
+    bad: int,
 ) -> None:
     """Print the table of scores, or the first answers where there are none to compare them with, and where the files
-    are."""
+    are.
+
+    :param counts: What :func:`describe_answers` says.
+    :param bad: Items that were not asked, because of their recordings.
+    """
+    named = f"answers that name one choice: {counts['names_a_choice']}, in the asked-for form: {counts['asked_form']}"
     print()
     if scores is None:
         for row in results[:SHOWN_ANSWERS]:
             names = benchmark.audio_key, "question", benchmark.prediction_keys[0]
             print("  ".join(show_value(row[name]) for name in names))
-        print(f"results  {out}: all {len(results)} answers")
+        print(f"\n{named}, of {len(results) - bad}" + f"\nnot asked because of their recordings: {bad}" * (bad > 0))
+        print(f"results  {out}: all answers")
         return
-    bad, asked = len(scores["bad_audio"]), scores.get("of_asked")
     print(score_table(scores, title_of(benchmark, scores)))
-    print(
-        f"\nanswers that name one choice: {scores['names_a_choice']}, in the asked-for form: {scores['asked_form']}, "
-        f"of {scores['total']}"
-    )
+    print(f"\n{named}, of {scores['total']}")
     if bad:
+        asked = scores.get("of_asked")
         of_asked = f"; of the {asked['total']} that were asked {percent(asked['accuracy'])} are right" if asked else ""
         print(f"not asked, and counted as wrong, because of their recordings: {bad}{of_asked}")
     print(f"results  {out}\nscores   {out.with_suffix('.score.json')}")
@@ -403,7 +414,7 @@ def compare_files(argv: Sequence[str]) -> None:
         epilog=asking.EXIT_STATUS,
     )
     parser.add_argument("first", type=Path, help="result file to compare with, such as that of the start model")
-    parser.add_argument("others", type=Path, nargs="+", help="result files of the same benchmark")
+    parser.add_argument("others", type=Path, nargs="+", help="result files of the same questions")
     parser.add_argument("--benchmark", choices=["auto", *BENCHMARKS], default="auto", help="auto: by the fields")
     parser.add_argument("--out_file", type=Path, help="write the comparisons here too, as JSON")
     args = parser.parse_args(argv)

@@ -452,15 +452,23 @@ def test_limit_think_and_files_without_answers(tmp_path, flags, questions, capsy
     rows = json.loads(questions.read_text())
     for row in rows:
         del row["answer"]
+    rows[2]["audio_id"] = "missing.wav"
     questions.write_text(json.dumps(rows))
     out = tmp_path / "out.json"
+    status, text = run_main(capsys, *flags, "--out_file", out)
+    assert status == 2 and "missing.wav: does not exist\n--skip_bad_audio skips them." in text
+    flags = [*flags, "--skip_bad_audio"]
     status, text = run_main(capsys, *flags, "--out_file", out, "--max_new_tokens", 2048)
     assert status == 2 and "more than the model's 2048; lower that or --audio_seconds" in text
-    text = evaluate(capsys, *flags, "--out_file", out, "--limit", 2, "--think", "--dtype", "bfloat16")
+    text = evaluate(capsys, *flags, "--out_file", out, "--limit", 3, "--think", "--dtype", "bfloat16")
     assert "the file holds no answers (the first is None)" in text
-    for row in json.loads(out.read_text()):  # they are shown: a person asks for them
+    results = json.loads(out.read_text())
+    for row in results:  # they are shown: a person asks for them
         assert f"{row['audio_id']!r}  {row['question']!r}  {row['model_output']!r}\n" in text
-    assert [row["id"] for row in json.loads(out.read_text())] == ["test_00000", "test_00001"]
+    assert [row["id"] for row in results] == ["test_00000", "test_00001", "test_00002"]
+    named = sum(row["model_output"] in row["choices"] for row in results)
+    assert f"answers that name one choice: {named}, in the asked-for form: " in text
+    assert "of 2\nnot asked because of their recordings: 1\n" in text and "counted as wrong" not in text
     assert not out.with_suffix(".score.json").exists()
 
 

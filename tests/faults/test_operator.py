@@ -192,7 +192,7 @@ IN_AN_EVALUATION: dict[str, tuple[Make, str]] = {
         lambda d: ("eval_mmau.py", ["score", d.answers, "--out_file", d.answers]),
         "answers.json: is a result file itself; name another",
     ),
-    "scored questions": (lambda d: ("eval_mmau.py", ["score", d.data / "demo-test.json"]), "no result file of MMAU"),
+    "scored questions": (lambda d: ("eval_mmau.py", ["score", d.data / "demo-test.json"]), "is no result file; eva"),
     "no rows to prepare": (lambda d: d.prepare(input_jsonl=d.tmp / "no"), "--input_jsonl {d.tmp}/no: no such file"),
     "a folder of rows": (lambda d: d.prepare(input_jsonl=d.data), "a folder; name the file in it"),
     "prepared into a file": (lambda d: d.prepare(local_save_dir=d.file), "is no folder that can be written to; name"),

@@ -339,7 +339,7 @@ def test_compare_refuses_what_cannot_be_paired():
         compare(judge([MMSU.as_question(MMSU_ROW | {"response": "A"})], MMSU), unread)
     with pytest.raises(EvalError, match="share no item"):
         compare(first, judge([row | {"id": "z" + row["id"]} for row in rows], MMAU))
-    with pytest.raises(EvalError, match=r"different releases(?s:.*)id q0: 'dog' and 'cat'"):
+    with pytest.raises(EvalError, match=r"have other questions(?s:.*)id q0: 'dog' and 'cat'"):
         compare(first, judge([row | {"answer": "cat"} for row in rows], MMAU))
     with pytest.raises(EvalError, match="one file is of MMAU, the other of MMAR"):
         compare(first, judge(rows_of("dog", key="answer_prediction"), MMAR))

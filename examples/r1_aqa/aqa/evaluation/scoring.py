@@ -71,7 +71,7 @@ def judge(rows: Sequence[dict[str, Any]], benchmark: Benchmark, leave_out: bool 
     if key is None:
         raise EvalError(
             f"none of the {len(rows)} rows has a prediction under {' or '.join(benchmark.prediction_keys)}: this is "
-            f"no result file of {benchmark.title}"
+            "no result file; eval_mmau.py --data_file asks a model such questions"
         )
     answered = [row for row in rows if key in row] if benchmark.leaves_out else list(rows)
     if all(answer is None for answer in answer_texts(answered)):
@@ -307,7 +307,7 @@ def compare(first: Verdicts, second: Verdicts) -> dict[str, Any]:
     places = [_places_by_id(verdicts) for verdicts in (first, second)]
     shared = [identity for identity in places[0] if identity in places[1]]
     if not shared:
-        raise EvalError("the files share no item; both must be results of the same benchmark file")
+        raise EvalError("the files share no item; both must be results of the same questions")
     pairs = [(places[0][identity], places[1][identity]) for identity in shared]
     changed = [
         f"id {identity}: {first.rows[i][field]!r:.60} and {second.rows[j][field]!r:.60}"
@@ -316,7 +316,8 @@ def compare(first: Verdicts, second: Verdicts) -> dict[str, Any]:
         if first.rows[i][field] != second.rows[j][field]
     ]
     if changed:
-        raise EvalError(several("the files come from different releases of the benchmark", changed))
+        title = "the same ids have other questions (another release of a benchmark, or rows that were prepared anew)"
+        raise EvalError(several(f"{title}; evaluate both models on one file", changed, 6))
     verdicts = [(first.right[i], second.right[j]) for i, j in pairs]
     main = first.benchmark.main_breakdown(first.rows)
     groups = group([first.rows[i] for i, _ in pairs], lambda row: first.benchmark.value(row, main))
