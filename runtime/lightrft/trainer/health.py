@@ -82,8 +82,9 @@ class Health:
             )
         if kl > KL_LIMIT:
             signs["kl"] = (
-                f"the model is {kl:.2g} nats a token from the one it started from, more than {KL_LIMIT:g}: lower the "
-                "learning rate or raise --init_kl_coef"
+                f"the model is {kl:.2g} nats a token from the one it started from, more than {KL_LIMIT:g}: if the next "
+                "steps' kl is as high, lower the learning rate or raise --init_kl_coef (a single step's k3 can be "
+                "that of one improbable token)"
             )
         if metrics["rollout/truncated_fraction"] == 1:
             signs["truncated"] = "no response ended by itself: raise --generate_max_len, or the model has forgotten how"
