@@ -58,6 +58,7 @@ REAL = Setting(
     16,  # the start model is sure of its answers, so that of few responses to a question all are wrong
     (
         *("--freeze_prefix", "audio_tower", "language_model", "--actor_learning_rate", "4e-3"),
+        *("--temperature", "1.5"),  # samples are all right only by a wide margin, which unheard voices and drums need
         *("--train_batch_size", "256", "--max_epochs", "2"),  # a rollout costs more than training on it
         *("--micro_train_batch_size", "128", "--micro_rollout_batch_size", "128"),
     ),
