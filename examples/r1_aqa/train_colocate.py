@@ -202,7 +202,11 @@ def refuse_beyond_positions(args: argparse.Namespace) -> None:
     prompt, seconds, response = args.prompt_max_len, args.audio_seconds, args.generate_max_len
     audio = audio_token_count(math.ceil(seconds * 100)) * args.limit_mm_image_per_prompt
     made = f"--prompt_max_len {prompt}, --audio_seconds {seconds:g} and --generate_max_len {response}"
-    if problem := beyond_positions(args.pretrain, prompt + audio + response, made, "one of them"):
+    try:
+        problem = beyond_positions(args.pretrain, prompt + audio + response, made, "one of them")
+    except (OSError, ValueError) as error:  # no such model, or half of one
+        raise SystemExit(f"--pretrain {args.pretrain}: {error}") from error
+    if problem:
         raise SystemExit(problem)
 
 

@@ -194,6 +194,7 @@ def test_mmsu_reads_the_first_letter_else_the_last_but_one(response, verdict):
         scores = score(judge(rows[:1], MMSU))
         assert (scores["accuracy"], scores["total"], scores["of_all"]["total"]) == (0, 0, 1)
         assert "overall        0       0     0.00 %   0.0 to 100.0\n" in score_table(scores, "title")
+    assert score(judge(rows, MMSU, leave_out=False))["total"] == 3  # while training all count
 
 
 def test_what_mmar_rubrics_judges_is_written(tmp_path):

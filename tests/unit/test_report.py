@@ -136,6 +136,9 @@ def test_rollouts_are_sampled_within_the_limits(tmp_path):
     clips.places, clips.encoded = {Path(f"mine/{kind}/alpha/a.ogg"): i for i, kind in enumerate("ef")}, [{}, {}]
     clips.name_all()
     assert [clip["name"] for clip in clips.encoded] == ["mine/e/alpha/a.ogg", "mine/f/alpha/a.ogg"]
+    clips.places = ["/home/someone/mine/e/a.ogg", "/data/f/a.ogg"]  # on several disks
+    clips.name_all()
+    assert [clip["name"] for clip in clips.encoded] == ["e/a.ogg", "f/a.ogg"]
 
 
 # ------------------------------------------------------------------------------------------------------------- held out

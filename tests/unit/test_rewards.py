@@ -233,6 +233,13 @@ def test_an_absent_reference_is_an_error_that_names_the_sample(empty):
         rewards.reward_fn([], ["avqa_rule", "avqa_think_rule"], [PROMPT, PROMPT], ["dog", empty], {})
 
 
+def test_the_format_rule_takes_linear_time():
+    text = "<think>" + "</think><answer>" * 65_536 + "</answer>x</answer"
+    begin = time.process_time()
+    assert rewards.format_reward_fn(text, enable_think=True) == 0.0
+    assert time.process_time() - begin < 1.0  # the pattern it restates tries every pair of borders
+
+
 def test_a_check_ends_with_its_share_of_cpu_time():
     """math_verify's own limit is 5 s a step, and does not end one step in C."""
     brief = MathChecker(cpu_limit_s=0.5)

@@ -1,14 +1,20 @@
 """A frozen tower's outputs, kept and shared: the same values and gradients, each clip encoded once, memory bounded."""
 
 import copy
+import functools
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.policies import as_actor, batch_of, build_model, mixed_cases
 
-from aqa.families.qwen2_audio import encode_valid_frames
+from aqa.families.audio_flamingo3 import AudioFlamingo3
+from aqa.families.qwen2_audio import Qwen2Audio, encode_valid_frames
+from aqa.hosts.runtime import RuntimeHost
 from aqa.policy import forward as policy
 from aqa.policy.tower_cache import TowerCache, share_tower_outputs
+from lightrft.engines.vllm_engine import VLLMEngine
 from lightrft.trainer.fast_exp_maker import forward
 
 
@@ -88,9 +94,19 @@ def test_a_reference_model_on_another_device_is_compared_there(monkeypatch):
     assert set(devices) == {("cpu", "cpu"), ("meta", "meta")}
 
 
-def test_vllms_tower_gives_the_same_with_it_and_encodes_each_clip_once():
-    """``encode_valid_frames`` is what vLLM calls; that the engine agrees with the trainer, training tests show."""
+@pytest.mark.parametrize("family", [Qwen2Audio, AudioFlamingo3])
+def test_vllms_tower_gives_the_same_with_it_and_encodes_each_clip_once(family):
+    """The tower as vLLM calls it; that the engine agrees with the trainer, training tests show."""
     tower = policy.parts_of(build_model()).tower.eval()
+    engine = SimpleNamespace(family=family, llm=None, keep_tower_outputs=None)
+    worker = SimpleNamespace(get_model=lambda: SimpleNamespace(audio_tower=tower))
+    engine.llm = SimpleNamespace(collective_rpc=lambda function, args: function(worker, *args))
+    caches = []
+    engine.keep_tower_outputs = lambda cache: caches.append(cache) or VLLMEngine.keep_tower_outputs(engine, cache)
+    models = [SimpleNamespace(model=freeze_tower(build_model()))]
+    strategy = SimpleNamespace(inference_engine=engine, unwrap_model=lambda model: model)
+    RuntimeHost().share_tower(Namespace(engine_type="vllm", zero_stage=3, fsdp=False), strategy, models)
+    cache, encode = caches[0], functools.partial(encode_valid_frames, tower, None)
     frames = torch.tensor([57, 300, 301])
     clips = torch.randn(3, tower.config.num_mel_bins, 3000)
     states = (frames - 1) // 2 + 1
@@ -98,12 +114,12 @@ def test_vllms_tower_gives_the_same_with_it_and_encodes_each_clip_once():
     tokens = (states // 2).tolist()
     encoded = []
     tower.layers[0].register_forward_pre_hook(lambda layer, args: encoded.append(len(args[0])))
-    cache = TowerCache()
     with torch.inference_mode():
-        expected = encode_valid_frames(tower, None, clips, mask)
+        expected = encode(clips, mask)
         for order in ([0, 1], [1, 2, 0], [0]):
-            found = encode_valid_frames(tower, cache, clips[order], mask[order])
+            found = tower(clips[order], mask[order])
+            found = found if family is AudioFlamingo3 else found.last_hidden_state
             assert found.shape[1] == max(tokens[i] for i in order)
             for clip, i in zip(found, order, strict=True):
                 torch.testing.assert_close(clip[: tokens[i]], expected[i, : tokens[i]], atol=1e-5, rtol=0)
-    assert encoded == [3, 2, 1]
+    assert encoded == [3, 2, 1] and (cache.hits, cache.misses) == (3, 3)

@@ -39,7 +39,7 @@ class Format(NamedTuple):
 
     def as_question(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as one of MMAU's questions, unchecked; fields that MMAU does not have keep their names."""
-        own = ("id", self.question, *self.choices, self.answer, self.audio)
+        own = ("id", self.question, *self.choices, self.answer, self.audio, "task")  # MMAU's name for the type
         fields = map(row.get, ("id", self.audio, self.question, self.answer, self.kind))
         further = {name: value for name, value in row.items() if name not in own}
         return further | make_question(*fields, self.choices_of(row), row.get(self.dataset) or self.title)

@@ -80,9 +80,12 @@ def _letter(row: Row, prediction: str, raw: str) -> Row:
 
 
 def _text_of_letter(row: Row, key: str) -> str:
-    letter = mmsu_letter(row.get(key, ""))
+    said = row.get(key, "")
+    if not isinstance(said, str):
+        return ""
+    letter = mmsu_letter(said)
     place = None if letter is None else LETTERS.index(letter)
-    return row.get(key, "") if place is None or place >= len(row["choices"]) else row["choices"][place]
+    return said if place is None or place >= len(row["choices"]) else row["choices"][place]
 
 
 @dataclass(frozen=True)

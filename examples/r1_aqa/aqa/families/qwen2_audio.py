@@ -178,7 +178,7 @@ def encode_valid_frames(tower: Any, cache: Any, input_features: Any, attention_m
 
     Masked keys weigh exactly 0, so that leaving them out changes no value. transformers' own forward insists on 30 s.
 
-    :param cache: Knows the outputs of clips that came before; None: nothing is kept.
+    :param cache: Of earlier clips' outputs; None: every clip is encoded.
     :param input_features: Mel spectrograms ``(clips, n_mels, 3000)``.
     :param attention_mask: 0 at valid states and -inf at padding, ``(clips, 1, 1500, 1500)``.
     :return: States of the longest clip's audio tokens, ``(clips, tokens, d_model)``.

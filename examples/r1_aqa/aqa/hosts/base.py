@@ -62,7 +62,7 @@ class Host:
         """The reference model of a LoRA run: the actor with its adapters off."""
 
     def share_tower(self, args: argparse.Namespace, strategy: Any, models: Sequence[Any]) -> None:
-        """Let actor and reference model encode each clip once between them, where their audio tower is frozen."""
+        """Let actor and reference model, and vLLM, encode each clip once where the audio tower is frozen."""
 
     def complete_trainer(
         self,

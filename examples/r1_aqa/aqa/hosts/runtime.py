@@ -78,7 +78,10 @@ class RuntimeHost(Host):
         return WithoutAdapters(actor)
 
     def share_tower(self, args: argparse.Namespace, strategy: Any, models: Sequence[Any]) -> None:
-        """Models that are sharded must run the same modules on all ranks. vLLM keeps its own, of inference mode."""
+        """Not for sharded models, which must run the same modules on all ranks.
+
+        vLLM has a cache of its own, because autograd takes no tensors that were made in inference mode.
+        """
         from aqa.policy.forward import parts_of
         from aqa.policy.tower_cache import TowerCache, share_tower_outputs
 

@@ -1,4 +1,4 @@
-"""Outputs of a frozen audio tower, computed once per clip for all passes of actor and reference model."""
+"""Outputs of a frozen audio tower, computed once a clip for all passes of actor and reference model, and for vLLM."""
 
 import hashlib
 from collections import OrderedDict
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-LIMIT_BYTES = 2 * 2**30  # CPU memory a process: some 3,000 clips of 10 s of Qwen2-Audio-7B in bfloat16
+LIMIT_BYTES = 2**30  # CPU memory a cache, of two a process: 1,500 clips of 10 s of Qwen2-Audio-7B in bfloat16
 
 
 class TowerCache:

@@ -57,10 +57,14 @@ class Clips:
         return True
 
     def name_all(self) -> None:
-        """Name each clip by its path from the folder that holds them all: file names recur among speakers and kinds."""
+        """Name each clip by its path from the folder that holds them all: file names recur among speakers and kinds.
+
+        Of clips on several disks the last folder and the file name are shown.
+        """
         paths = [os.path.abspath(path) for path in self.places]
-        root = os.path.dirname(os.path.commonpath(map(os.path.dirname, paths))) if paths else ""
+        common = os.path.commonpath(map(os.path.dirname, paths)) if paths else ""
         for path, clip in zip(paths, self.encoded, strict=True):
+            root = os.path.dirname(os.path.dirname(path) if common == os.path.dirname(common) else common)
             clip["name"] = os.path.relpath(path, root)
 
 

@@ -472,7 +472,8 @@ def _evaluation_problems(args: argparse.Namespace) -> list[str]:
     files = args.eval_benchmark.split(",") if args.eval_benchmark else []
     problems += [f"--eval_benchmark {file}: no such file" for file in files if not Path(file).is_file()]
     if len({Path(file).stem.removesuffix("_silent") for file in files}) < len(files):  # _silent: its answers to silence
-        problems.append(f"--eval_benchmark {args.eval_benchmark}: two files have one name, and the metrics go by it")
+        name = "one name, less an ending _silent"
+        problems.append(f"--eval_benchmark {args.eval_benchmark}: two files have {name}, and the metrics go by it")
     if files:
         folders = (args.eval_audio_dir or "").split(",")
         if len(folders) not in (1, len(files)):
