@@ -64,9 +64,7 @@ def main() -> None:
 
         def through(engine: Any) -> Callable[[], list[str]]:
             def answer() -> list[str]:
-                done: dict[int, str] = {}
-                for part in engine.answer(jobs, set()):
-                    done.update((index, texts[0]) for index, texts in part)
+                done = {index: texts[0] for part in engine.answer(jobs, set()) for index, texts in part}
                 return [done[job.index] for job in jobs]
 
             return answer

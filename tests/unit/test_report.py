@@ -147,7 +147,7 @@ def only_kinds_of_one_answer(held: held_out.HeldOut) -> held_out.HeldOut:
 
 
 def test_held_out_answers_by_question_type(tmp_path):
-    """Of make_evaluations: accuracies, what is confused, what has changed, what is compared."""
+    """Of make_evaluations."""
     run = run_data.read_run(make_run(tmp_path / "run", rollouts=True))
     run.metrics["rollout/accuracy_reward/question_type/horn"] = run.metrics["rollout/share/question_type/horn"] = [0.5]
     run.config["chance"] = {"all": 0.5, "question_type/drum": 0.25, "question_type/horn": 0.5}
@@ -174,6 +174,10 @@ def test_held_out_answers_by_question_type(tmp_path):
     assert drum.interval == pytest.approx((0.2993, 0.7007), abs=1e-4)  # Wilson's of 10 of 20 prompts, by hand
     assert rows[HOSTILE[0]][1][0] is None  # the metrics do not have this type
 
+
+def test_what_is_confused_compared_and_listened_to(tmp_path):
+    """Of make_evaluations."""
+    (held,), _ = held_out.read_held_out([run_data.read_run(make_run(tmp_path / "run", rollouts=True))], {})
     mistakes = held_out.confusions(held)
     assert (mistakes["right"], mistakes["total"]) == (8, 12)
     pairs = {(p["kind"], p["gold"], p["said"]): (p["times"], p["of"]) for p in mistakes["pairs"]}
