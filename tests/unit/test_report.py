@@ -5,6 +5,7 @@ import base64
 import csv
 import io
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -108,8 +109,11 @@ def test_every_beginning_of_the_order_is_spread():
     assert sorted(run_data.spread(101)[:5]) == [0, 25, 50, 75, 100]
 
 
-def test_rollouts_are_sampled_within_the_limits(tmp_path):
+def test_rollouts_are_sampled_within_the_limits(tmp_path, capsys):
     folder = make_run(tmp_path / "run", rollouts=True)
+    page.write_report(folder, [], tmp_path / "report.html", 3)
+    warning = capsys.readouterr()
+    assert re.search(r"WARNING: \d+ of \d+ sounds cannot be heard in the page: .* does not exist", "".join(warning))
 
     def sample(most, room=10**7):
         clips = listening.Clips(room)

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from aqa.common.console import say
 from aqa.common.files import write_atomically
 from aqa.evaluation.scoring import WHAT_P_IS
 from aqa.report.held_out import OTHER, HeldOut, accuracy_table, comparisons, confusions, read_held_out
@@ -79,6 +80,10 @@ def write_report(folder: Path, compare_with: Sequence[Path], out: Path, groups: 
     curves = {"runs": [run_values(run) for run in runs], "panels": panels(runs)}
     room = min(CLIP_BYTES, PAGE_BYTES - json_size(curves))
     listening = sample(folder, runs[0].steps[-1], sets, groups, room)
+    if silent := [group["silent"] for group in listening["groups"] if group["silent"]]:
+        problems.append(f"{len(silent)} of {len(listening['groups'])} sounds cannot be heard in the page: {silent[0]}")
+    for problem in problems:
+        say(f"WARNING: {problem}")
     page = render(runs, curves, sets, listening, problems).encode("utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(runs[0], out.with_name("metrics.csv"))
