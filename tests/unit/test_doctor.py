@@ -37,7 +37,8 @@ def test_a_bare_python_misses_all_and_still_gets_every_line(tmp_path):
     missing = "torch, vllm, deepspeed, transformers, soundfile, packages"
     assert lines[-1] == f"missing: {missing}"
     assert ", ".join(name for name, word in status.items() if word == MISSING) == missing
-    assert status["ffmpeg"] == WARNING and status["lightrft"] == status["disk"] == OK
+    assert status["ffmpeg"] == WARNING and status["lightrft"] == OK
+    assert {"disk", "memory"} <= status.keys()  # whether there is room depends on the machine
     assert "-> make setup" in done.stdout
 
 
