@@ -226,12 +226,15 @@ def test_a_run_resolves_to_its_final_model_or_newest_checkpoint(tmp_path):
 def test_what_is_no_model_is_explained(tmp_path):
     make_folder(tmp_path / "ds/_actor", "latest")
     make_folder(tmp_path / "ours/_actor/step_000001", "manifest.json")
+    make_folder(tmp_path / "known/_actor/step_000001", "manifest.json")
+    (tmp_path / "known/run_config.json").write_text('{"flags": {"pretrain": "start"}}')
     make_folder(tmp_path / "torn/hf_step_000001", "config.json")
     make_folder(tmp_path / "bare", "config.json", "model.safetensors", "tokenizer_config.json")
     make_folder(tmp_path / "whole")
     make_folder(tmp_path / "lora", "adapter_config.json")
     for path, message in (
-        ("ours", r"(?s)for resuming.*export_checkpoint.py --checkpoint .*ours/_actor --pretrain"),
+        ("ours", r"(?s)for resuming.*export_checkpoint.py --checkpoint .*ours/_actor --pretrain START_MODEL"),
+        ("known/_actor", r"--pretrain start --out .*known/_actor_exported"),
         ("ds", "DeepSpeed checkpoint of LightRFT(?s:.*)--load_checkpoint"),
         ("torn", r"hf_step_000001 lacks \*.safetensors"),
         ("bare", "processor_config.json .copy it from the start model"),

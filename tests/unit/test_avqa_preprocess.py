@@ -211,6 +211,8 @@ def test_sound_inside_a_dataset_becomes_files(run, tmp_path, kind):
         # as pandas writes an index, and NumPy a list, of which Python would make one text
         ("\n\tquestion\tchoices\n0\tq\t['a', 'b']\n1\tq", [{"choices": ["a", "b"]}, "2 cells, but the header has 3"]),
         ("question,choices\nq,['a' 'b']\n", [{"choices": "['a' 'b']"}]),
+        # no name is known: the rows' messages list them
+        ("sound,q,answers\na.wav,?,a|b\n", [{"sound": "a.wav", "answers": "a|b"}]),
         ("question,question\nq,q\n", "the column 'question' occurs twice"),
         ('question,choices\nq,[]\n"q,x\n', "line 3: unexpected end of data, after 1 whole rows"),
     ],

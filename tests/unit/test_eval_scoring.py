@@ -586,6 +586,8 @@ def test_rows_of_other_data_sets_are_questions(tmp_path, row, benchmark, kept, w
     assert [item.gold for item in found] == ["b", "a", "horse"]  # the last is warned of, and no prediction matches
     assert [item.audio.name for item in found] == ["0.wav", "1.wav", "2.wav"]
     assert "following options: ['a', 'b'" in found[0].prompt
+    without_ids = items(*({k: v for k, v in r.items() if k != "id"} for r in rows))
+    assert [item.row["id"] for item in without_ids] == [1, 2, 3]  # by which compare pairs the answers
     results = result_rows(found, [("b", "<answer>b</answer>")] * 3, benchmark, False)
     assert results[0].items() >= {**kept, **written}.items()
     written = [benchmark.without_copies(result) for result in results]

@@ -29,6 +29,7 @@ _MMAUS = {"context", "instruction", "other_attributes"}  # its parquet's columns
 _QUESTIONS = {DCASE.question, AUDIO_MCQ.question}
 _LISTS = (DCASE.choices[0], AUDIO_MCQ.choices[0])
 _AUDIO = AUDIO_MCQ.audio
+_NAME = re.compile(r"\s*\w[\w -]*")  # of a column
 _NUMBER = re.compile(r"[-_.]?\d+(-of-\d+.*)?$")  # of one file of several, such as train-00000-of-00002
 
 
@@ -150,17 +151,19 @@ def _plain(value: Any) -> Any:
 
 # ----------------------------------------------------------------------------------------------------------------- text
 def separator_of(data: bytes) -> str | None:
-    """What separates the cells of a table with a header that names a question; None for what is no such table."""
+    """What separates the cells of a table with a header; None for what is no table."""
     line = re.split(rb"[\r\n]", data.removeprefix(b"\xef\xbb\xbf").lstrip(), maxsplit=1)[0].decode("utf-8", "replace")
     if line.startswith(("{", "[")):
         return None
     try:
-        for separator in "\t,;":
-            if _QUESTIONS & {name.strip() for name in next(csv.reader([line], delimiter=separator), [])}:
-                return separator
+        headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in "\t,;"}
     except csv.Error:  # of a line that is too long for a header
         return None
-    return None
+    for separator, names in headers.items():
+        if _QUESTIONS & {name.strip() for name in names}:
+            return separator
+    # none of the names is known, which the rows' messages will say
+    return next((each for each, names in headers.items() if len(names) > 2 and all(map(_NAME.fullmatch, names))), None)
 
 
 def read_cells(data: bytes, separator: str, source: str) -> list[Record]:

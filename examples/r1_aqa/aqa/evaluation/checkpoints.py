@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aqa.common.arguments import shell_command
 from aqa.common.model_type import cut_weights, has_weights, missing_tokenizer
 from aqa.evaluation.items import EvalError
 
@@ -99,10 +100,13 @@ def resolve_model(model_path: str, base_model: str | None = None, lora_scale: fl
         )
     for checkpoints in (folder / "_actor", folder):
         if any(checkpoints.glob("*/manifest.json")):
+            config = _config_of(folder) or _config_of(folder.parent)
+            start = config.get("flags", {}).get("pretrain", "START_MODEL")
+            where = ("--checkpoint", checkpoints, "--pretrain", start, "--out", f"{folder}_exported")
+            command = shell_command("export_checkpoint.py", *where)
             raise EvalError(
                 f"--model_path {model_path}: holds checkpoints for resuming and no Hugging Face folder. Make one of "
-                f"the newest, then evaluate that:\n  python {EXAMPLE / 'export_checkpoint.py'} "
-                f"--checkpoint {checkpoints} --pretrain START_MODEL --out FOLDER"
+                f"the newest, then evaluate that:\n  {command}"
             )
         if (checkpoints / "latest").is_file():
             raise EvalError(
@@ -115,9 +119,14 @@ def resolve_model(model_path: str, base_model: str | None = None, lora_scale: fl
 
 def _last_step(folder: Path) -> float:
     """The step of the final model in a run's folder; infinite where the run does not say."""
-    config = folder / "run_config.json"
-    sessions = _read_json(config).get("sessions", []) if config.is_file() else []
+    sessions = _config_of(folder).get("sessions", [])
     return next((each["last_step"] for each in reversed(sessions) if each.get("how") == "finished"), math.inf)
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """A run's record of itself; empty where the folder has none."""
+    config = folder / "run_config.json"
+    return _read_json(config) if config.is_file() else {}
 
 
 def missing_files(folder: Path) -> list[str]:

@@ -178,7 +178,7 @@ def make_items(
     confine: bool = False,
     limit: int | None = None,
 ) -> list[Item]:
-    """Check every question and render its prompt.
+    """Check every question and render its prompt. Where no row has an id, their numbers are their ids.
 
     :param audio_dir: Folder of the recordings.
     :param think: Ask for the thinking process.
@@ -186,6 +186,8 @@ def make_items(
     :param limit: Make only the first questions; how answers are to be read is seen from all rows.
     :raises EvalError: naming all rows that cannot be asked, or not be scored.
     """
+    if all(row.get("id") is None for row in rows):  # as avqa.py numbers them
+        rows = [row | {"id": number} for number, row in enumerate(rows, 1)]
     answers = answer_texts(rows)
     has_answers = any(answer is not None for answer in answers)
     problems, items = [], []
