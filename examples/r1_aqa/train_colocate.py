@@ -174,6 +174,7 @@ def load_models(args: argparse.Namespace, strategy: Any) -> tuple[Any, Any]:
 
     :raises SystemExit: if ``--pretrain`` cannot be loaded, or has too few positions.
     """
+    from aqa.families import family_of
     from aqa.training.freezing import freeze, trainable
 
     refuse_beyond_positions(args)
@@ -183,7 +184,7 @@ def load_models(args: argparse.Namespace, strategy: Any) -> tuple[Any, Any]:
         if args.init_kl_coef > 0 and args.lora_rank == 0 and args.sft_steps == 0:
             initial_model = HOST.load_actor(args, None if args.fsdp else strategy.get_ds_eval_config(offload=False))
     if args.freeze_prefix:
-        strategy.print(freeze(actor.model, args.freeze_prefix))
+        strategy.print(freeze(actor.model, args.freeze_prefix, family_of(actor.model).checkpoint_name))
     if args.lora_rank > 0:
         strategy.print(f"LoRA of rank {args.lora_rank}: {trainable(actor.model)}")
     if args.gradient_checkpointing:

@@ -181,7 +181,10 @@ def test_a_recordings_name_says_what_is_asked_of_it(tmp_path):
     assert {clip.group for clip in sides["test"]} == hold_out(clips, 0)
     files = sorted(Path(tmp_path / "data").rglob("*.wav"))
     assert len(files) == len(clips)
-    assert max(soundfile.info(path).duration for path in files) == 3.0  # only the beginning of longer recordings
+    longest = max(files, key=lambda path: soundfile.info(path).duration)
+    wave, rate = soundfile.read(longest)
+    assert len(wave) == 3.75 * rate  # only the beginning of longer recordings, within silence
+    assert np.flatnonzero(wave)[0] >= 0.25 * rate and np.flatnonzero(wave)[-1] < 3.25 * rate
 
 
 def test_the_test_set_is_drawn_and_holds_no_language_that_training_lacks():

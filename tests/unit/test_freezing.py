@@ -36,6 +36,15 @@ def test_counts(model):
     )
 
 
+def test_a_head_beside_the_language_model_belongs_to_it(model):
+    """As transformers 5 has it, and no checkpoint."""
+    freeze(model, ["lm"], lambda name: f"lm.{name}" if name.startswith("head.") else name)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
+        "tower.weight",
+        "tower.bias",
+    }
+
+
 @pytest.mark.parametrize("part", ["towe", "layers.2", "weight", "fc.layers"])
 def test_a_part_that_is_not_there_is_refused(model, part):
     with pytest.raises(SystemExit, match=f"--freeze_prefix {part}: the model has no parameter"):

@@ -59,7 +59,7 @@ def build(config, args=None, device="cpu"):
     for part in (*family.unheard, *family.fixed):
         model.get_submodule(part).requires_grad_(False)
     if args and args.freeze_prefix:
-        freeze(model, args.freeze_prefix)
+        freeze(model, args.freeze_prefix, family.checkpoint_name)
     if args and args.lora_rank:
         add_adapters(model, args.lora_rank, 16, args.target_modules, "base")
     return model
@@ -82,14 +82,15 @@ def test_every_parameter(name):
         "",
         "--freeze_prefix multi_modal_projector layers.[01]",
         "--freeze_prefix embed_tokens lm_head *norm",
+        "--freeze_prefix audio_tower language_model",
         "--lora_rank 8",
         "--lora_rank 8 --target_modules q_proj fc1",
     ],
 )
 @pytest.mark.parametrize("name", ["grouped queries", "Qwen/Qwen2.5-Omni-7B", "nvidia/audio-flamingo-3-hf"])
 def test_what_trains(given, name):
-    if "multi_modal_projector" in given and "Omni" in name:
-        given = given.replace("multi_modal_projector", "audio_tower.proj")
+    if "freeze" in given and "Omni" in name:
+        given = given.replace("multi_modal_projector", "audio_tower.proj").replace("language_model", "model lm_head")
     config = planner.KNOWN.get(name, GROUPED)
     planned = plan(given, sizes=sizes_of(config))
     model = build(config, planned.args, "meta")

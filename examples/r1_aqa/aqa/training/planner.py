@@ -204,10 +204,10 @@ def trained(s: Sizes, args: argparse.Namespace) -> list[Parameter]:
     every = [p for p in parameters(s) if not p.name.startswith(names.unheard)]
     if rank == 0:
         for part in frozen:
-            if not any(is_below(p.name, part) for p in parameters(s)):
+            if not any(is_below(p.name, part, names.checkpoint_name) for p in parameters(s)):
                 raise SizeError(f"--freeze_prefix {part}: the model has no parameter below a module of that name")
         learned = [p for p in every if not p.name.endswith("embed_positions.weight")]  # those are sinusoids
-        return [p for p in learned if not any(is_below(p.name, part) for part in frozen)]
+        return [p for p in learned if not any(is_below(p.name, part, names.checkpoint_name) for part in frozen)]
     linear = [p for p in every if p.is_linear and p.block != "lm_head"]
     for target in sorted(targets):
         if not any(target in p.name.split(".") for p in linear):
