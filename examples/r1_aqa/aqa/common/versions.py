@@ -31,7 +31,10 @@ def not_installed(*packages: str) -> list[str]:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if not missing:
         return []
-    remedy = f"activate its environment, or see Prerequisites in {Path(__file__).parents[2] / 'README.md'}"
+    example = Path(__file__).resolve().parents[2]
+    remedy, made = f"see Prerequisites in {example / 'README.md'}", example.parents[1] / ".venv"  # by make setup
+    if (made / "bin" / "activate").is_file():
+        remedy = "make setup" if Path(sys.prefix) == made else f"source {made}/bin/activate"
     return [f"{', '.join(missing)}: not installed for {sys.executable}; {remedy}"]
 
 
