@@ -566,14 +566,14 @@ def describe(plan: Plan, source: str) -> str:
         f"model      {args.pretrain}: {count(plan.parameters):,} parameters, {plan.values:,} train",
         f"GPUs       {plan.gpus} x {plan.limit / GIB:g} GiB ({source}); {', '.join(kind)}",
         f"longest    {plan.prompt} tokens of prompt ({plan.clips} x {plan.seconds:g} s of audio), "
-        f"{plan.response} of response",
+        f"{plan.response} of response: the most that the flags allow; the data is not read",
         f"batch      {args.rollout_batch_size} prompts x {args.n_samples_per_prompt} = {plan.responses} responses a "
         f"rollout, {share} a GPU, in {share // args.micro_train_batch_size} micro-batches of "
         f"{args.micro_train_batch_size}; {args.train_batch_size} responses an optimizer step",
         f"engine     {args.engine_type}: {max(0, plan.at_once):.0f} sequences of full length at once, "
         f"{share * args.engine_tp_size} in a rollout",
     ]
-    table = {"GiB a GPU": [*PHASES, "machine"]}
+    table = {"GiB a GPU": [*PHASES, "in RAM"]}
     for name, row in (plan.rows | {"total": plan.totals}).items():
         table |= {name: [f"{size / GIB:.2f}" if size else "-" for size in row]} if any(row) else {}
     table[""] = ["over" if total > plan.limit else "" for total in plan.totals[:-1]]
