@@ -42,10 +42,11 @@ REMEDY = (
     "the versions are Debian 12's (bookworm): there, run apt-get update once as root, and try again with a network; "
     "elsewhere, use a container of it (debian:bookworm)"
 )
-MAX_SECONDS = 3.0  # of longer recordings only the beginning is used, so that a step stays short
-# Seconds of silence before and after a clip. Whisper knows sounds within silence, and Qwen2-Audio shows it the clip's
-# own frames alone: of clips that are cut close, as most here are, it hears less.
-SILENCE = (0.25, 0.5)
+MAX_SECONDS = 1.5  # of longer recordings only the beginning is used, so that a step stays short
+# Every clip stands within silence and is as long as all others. Whisper knows sounds within silence, and Qwen2-Audio
+# shows it the clip's own frames alone: of clips that are cut close it hears less. Their length would tell a cymbal from
+# a kick, also in an evaluation with silence, which keeps it.
+SILENCE_BEFORE, CLIP_SECONDS = 0.25, 2.25
 NUM_OPTIONS = 3
 QUESTIONS = {
     "letter": "Which letter is read out?",
@@ -270,8 +271,10 @@ def write_clips(clips: list[Clip], seed: int, folder: Path) -> dict[str, Pools]:
         file = f"{'test-' if split == 'test' else ''}audios/{number:05d}.wav"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         wave, rate = sound
-        around = [int(seconds * rate) for seconds in SILENCE]
-        soundfile.write(folder / file, np.pad(wave, (around, (0, 0))), rate, subtype="PCM_16")
+        padded = np.zeros((int(CLIP_SECONDS * rate), wave.shape[1]))
+        start = int(SILENCE_BEFORE * rate)
+        padded[start : start + len(wave)] = wave
+        soundfile.write(folder / file, padded, rate, subtype="PCM_16")
         pools[split][clip.kind].setdefault(clip.label, []).append((clip, file))
         if clip.kind != "source":
             source = "drum" if clip.kind == "drum" else "voice"
