@@ -266,7 +266,8 @@ def ask_items(
             for item, text in zip(items, texts, strict=True)
         ]
 
-    return asking.ask(args, model, make_jobs, done, partial, Path(args.out_file).with_suffix(".log"))
+    golds = list(dict.fromkeys(item.gold for item in items if item.gold and item.row.get("choices")))
+    return asking.ask(args, model, make_jobs, done, partial, Path(args.out_file).with_suffix(".log"), golds=golds)
 
 
 def announce(args: argparse.Namespace, items: Sequence[Item], model: Model, trained_to_think: float | None) -> None:

@@ -35,7 +35,7 @@ from aqa.hosts.current import current_host, describe_host
 from aqa.hosts.locate import find_host
 from aqa.training import gloo_shutdown
 from aqa.training.flag_rules import find_problems, find_warnings, has_checkpoint, rank_problems
-from aqa.training.flags import build_parser, finish, has_split
+from aqa.training.flags import build_parser, finish, has_split, split_reward
 from aqa.training.length import Length, chance_levels, describe_chance, describe_length, has_ended, plan_length
 from aqa.training.run_config import describe_program, write_report
 from aqa.training.run_folder import RunFolder, open_run
@@ -493,6 +493,7 @@ def load_prompts(
     from aqa.audio.reader import AudioReader
     from aqa.data import mixing, selection
     from aqa.data.columns import THINKING_COLUMN
+    from aqa.training.responses import refuse_long_answers
 
     needed = [args.input_key, args.images_key, args.reference_key, args.label_key]
     needed += selection.rate_columns(args) if training else []
@@ -515,7 +516,7 @@ def load_prompts(
         strategy.print(mixing.describe_mix(rows))
     if training and args.easy_first:
         rows = selection.easy_first(rows, source)
-    return AudioPromptDataset(
+    dataset = AudioPromptDataset(
         rows,
         tokenizer,
         processor,
@@ -527,6 +528,9 @@ def load_prompts(
         tagged=HOST.row_tags,
         thinking=rows[THINKING_COLUMN] if THINKING_COLUMN in rows.column_names else None,
     )
+    if {"accuracy", "r1_aqa"} & set(split_reward(args.reward)) and ":" not in args.reward:  # a function may want less
+        refuse_long_answers(dataset.references, tokenizer, args.generate_max_len, source)
+    return dataset
 
 
 def shares_of(text: str | None) -> list[float]:

@@ -56,6 +56,13 @@ def questions(demo_data, tmp_path):
     return path
 
 
+def test_a_right_answer_that_is_too_long_is_warned_of(flags, tmp_path, capfd):
+    flags = [*flags, "--out_file", tmp_path / "out.json", "--limit", 1]
+    title = "WARNING: 1 right answers, in their tags, take more tokens than --max_new_tokens 2, such as "
+    assert title in evaluate(capfd, *flags, "--max_new_tokens", 2)
+    assert title[:9] not in evaluate(capfd, *flags, *TOKENS, "--overwrite")
+
+
 @pytest.fixture
 def flags(tiny_model, demo_data, questions):
     """Flags of an evaluation of the six questions, but for the result file."""

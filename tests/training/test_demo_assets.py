@@ -50,6 +50,17 @@ def test_what_the_demo_has_not_made_is_not_replaced(tmp_path, script, names):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
+def test_a_model_is_replaced_only_if_asked(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    command = ["--out_dir", str(tmp_path), "--warm_start_steps", "0"]
+    with pytest.raises(SystemExit, match="holds a model; --overwrite replaces it"):
+        make_model.main(command)
+    assert file.stat().st_size == 0
+    make_model.main([*command, "--overwrite"])
+    assert file.stat().st_size
+
+
 # --- sounds
 
 

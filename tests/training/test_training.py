@@ -290,8 +290,8 @@ def test_launch_script_fails_when_training_fails(tiny_model, tmp_path):
 
 
 def test_a_run_that_is_told_to_stops_and_has_saved(tiny_model, demo_parquet, tmp_path):
-    flags = ("--engine_type", "hf", "--generate_max_len", 2, "--on_anomaly", "stop", "--max_samples", 8)
-    done = train(tiny_model, demo_parquet, tmp_path, *flags, check=False)
+    flags = ("--engine_type", "hf", "--generate_max_len", 2, "--reward", "format", "--max_samples", 8)
+    done = train(tiny_model, demo_parquet, tmp_path, *flags, "--on_anomaly", "stop", check=False)
     assert done.returncode == 4
     assert "stopped by --on_anomaly stop: step 1: no response ended by itself" in done.stdout
     assert "step 1 is the last one that is done and saved; " in done.stdout

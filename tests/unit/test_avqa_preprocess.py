@@ -128,7 +128,7 @@ def test_rows_of_other_data_sets(run, name):
     wrong = [
         ({answer: "horse"}, "bad_answer: answer is 'horse', which is no choice of ['duck', 'Frog', 'cow',"),
         ({answer: "cow"}, "bad_answer: answer is 'cow', which is the text of choices 2 and "),
-        ({answer: 1}, "bad_answer: answer is 1, expected the text of a choice"),
+        ({answer: 1}, "bad_answer: answer is 1, expected the text of a choice, one of ['duck', 'Frog', 'cow',"),
         ({answer: None}, f"missing_field: no {answer}"),
         ({choices: None}, f"missing_field: no {choices}"),
         ({question: " "}, f"bad_question: {question} is ' '"),
@@ -351,7 +351,7 @@ BAD_ROWS = [
     ("malformed_json", '{"id": 1, "question'),
     ("malformed_json", "[" * 5000),
     ("malformed_json", '{"id": ' + "9" * 5000 + "}"),
-    ("not_an_object", "[1, 2]"),
+    *[("not_an_object", "[1, 2]")] * 10,
     ("not_an_object", "NaN"),
     *[("missing_field", row(1, **{name: None})) for name in row(1) if name != "id"],
     ("missing_field", {**row(1), "answer": None}),
@@ -399,7 +399,7 @@ def test_every_bad_row_is_left_out_and_reported(run, capsys):
     assert report["rows"]["read"] == len(BAD_ROWS) + 2 and report["rows"]["bad"] == len(BAD_ROWS)
     shown = capsys.readouterr().err
     counts = Counter(kind for kind, _ in BAD_ROWS)
-    shown_rows = sum(min(3, count) for count in counts.values())  # three of each kind
+    shown_rows = sum(min(10, count) for count in counts.values())  # ten of each kind
     assert shown.count("\n  line ") == shown_rows and f"... and {len(BAD_ROWS) - shown_rows} more" in shown
     assert "line 3: malformed_json: " in shown
     assert run(rows, "--no_check_audio", "--strict") == 2
@@ -452,6 +452,7 @@ def test_rows_without_audio_stay_in_and_are_reported(run, capsys):
         "in_both_parts": 0,
         "missing": 1,
         "unreadable": 2,
+        "silent": 0,
         "readable": 2,
         "hours": round(4 / 3600, 6),
         "seconds_min": 1.0,
@@ -468,6 +469,7 @@ def test_a_clip_that_begins_with_silence_is_judged_by_what_training_hears(run, c
     soundfile.write(run.audio / wav_of(2), np.concatenate([np.zeros(32 * 8000), np.ones(8000)]), 8000)
     assert run([row(1), row(2)], "--skip_bad") == 0
     assert "zero; of its 33.0 s the first 30 are heard (--audio_seconds)\n" in capsys.readouterr().err
+    assert run.report()["rows"]["audio_silent"] == run.report()["clips"]["silent"] == 1
     assert run([row(1), row(2)], "--skip_bad", "--audio_seconds", "32.5") == 0
     assert "longer than 32.5 s: 1, of which the first 32.5 s are heard (--audio_seconds)\n" in capsys.readouterr().err
     assert len(run.rows()) == 2
@@ -480,7 +482,7 @@ def test_messages_show_what_the_row_has(run, capsys):
     shown = capsys.readouterr().err
     assert "  question types: drum 1, none 1\n" in shown
     assert f"no such file: {run.audio / 'a.wav'}, nor 'kit/a.wav' in --audio_dir" in shown
-    assert "no question_text; the row has 'video_name'" in shown and "'qestion_text'" in shown
+    assert "no question_text; the row has 'video_name'" in shown and "'qestion_text'; rename its fields, or" in shown
 
 
 def test_skip_bad_and_strict(run, capsys):
@@ -613,6 +615,13 @@ def test_types_that_held_out_rows_cannot_measure_are_said(run, tmp_path, capsys)
         "  voice: 1 rows in training, 0 in validation\n"
         "  echo: 0 rows in training, 1 in validation\n"
     )
+
+
+@pytest.mark.parametrize(("count", "choices", "warned"), [(20, 4, True), (19, 4, False), (20, 2, False)])
+def test_an_answer_that_is_right_in_most_rows_is_warned_of(run, capsys, count, choices, warned):
+    rows = [row(n, multi_choice=list("abcd")[:choices], answer=int(n < 9), question_type="kit") for n in range(count)]
+    assert run(rows, "--no_check_audio") == 0
+    assert capsys.readouterr().err.count("WARNING: one answer is right in most training rows") == warned
 
 
 @pytest.mark.parametrize(

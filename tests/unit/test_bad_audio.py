@@ -338,7 +338,8 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path, reader, title):
     header = probe_all([path], read_header)
     assert len(header) == (title in SHOWN_BY_THE_HEADER) and all(text.startswith(f"{named}: ") for text in header)
     clip = probe_clip(path, reader)
-    assert clip.kind == ("audio_missing" if title in ("missing", "name that is too long") else "audio_unreadable")
+    missing = title in ("missing", "name that is too long")
+    assert clip.kind == f"audio_{'missing' if missing else 'silent' if title in SILENT else 'unreadable'}"
     assert named in clip.reason
     lengths, unusable, silent = evaluated(path, reader)
     if title in SILENT:

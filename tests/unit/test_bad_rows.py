@@ -503,7 +503,8 @@ def test_the_evaluation_decodes_in_the_sandbox_and_reports_silence(hostile, monk
                 assert [len(wave) for wave in job.load()] == [800]
                 yield [(job.index, ["a"])]
 
-    stubs = {"load_processor": lambda _: None, "longest_sequence": lambda *_: 0, "render": lambda *_: "?"}
+    processor = SimpleNamespace(tokenizer=lambda texts, **_: {"input_ids": texts})
+    stubs = {"load_processor": lambda _: processor, "longest_sequence": lambda *_: 0, "render": lambda *_: "?"}
     for name, stub in (stubs | {"HFEngine": Engine}).items():
         monkeypatch.setattr(f"aqa.evaluation.engines.{name}", stub)
     base = ["--model_path", "m", "--data_file", hostile / "q.json", "--audio_dir", hostile / "audio"]

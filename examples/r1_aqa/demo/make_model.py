@@ -48,7 +48,8 @@ def read_questions(path: Path) -> list[tuple[str, list[str]]]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line's flags."""
     parser = Parser(description="Make the demo's tiny model.", formatter_class=Defaults)
-    parser.add_argument("--out_dir", type=Path, required=True, help="folder to write; replaced if the demo has made it")
+    parser.add_argument("--out_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that the demo has made there")
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_audio", help="what kind of model")
     parser.add_argument(
         "--rows",
@@ -79,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.warm_start_steps < 0 or args.warm_start_batch_size < 1:
         raise SystemExit("--warm_start_steps must be at least 0 and --warm_start_batch_size at least 1.")
     refuse_foreign(args.out_dir, "model.safetensors")
+    if not args.overwrite and (args.out_dir / "model.safetensors").exists():
+        raise SystemExit(f"--out_dir {args.out_dir}: holds a model; --overwrite replaces it")
     rows = [question for path in args.rows or () for question in read_questions(path)]
     try:
         from demo.tiny_model import make_model  # torch and transformers take seconds to import

@@ -137,7 +137,7 @@ def make_assets(out: Path, args: argparse.Namespace, questions: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
     data, rows = out / "data", out / "data" / "train_qa.data"
-    model: tuple[object, ...] = ("--out_dir", out / "model", "--family", args.family, "--seed", args.seed)
+    model: list[object] = ["--out_dir", out / "model", "--overwrite", "--family", args.family, "--seed", args.seed]
     drawn = ("--out_dir", data, "--seed", args.seed, "--train_questions", questions)
     if args.real:
         run("demo/real_sounds.py", *drawn, "--downloads", args.downloads.resolve())

@@ -266,6 +266,7 @@ def make_model(args: argparse.Namespace, rows: Sequence[tuple[str, list[str]]]) 
     if args.sounds:
         centre_projector(model, processor, args.sounds)
     settings = (args.warm_start_steps, args.warm_start_batch_size, args.warm_start_lr)
-    warm_start(model, processor, *settings, seed=args.seed, rows=rows, reading=bool(args.sounds))
+    if args.warm_start_steps:
+        warm_start(model, processor, *settings, seed=args.seed, rows=rows, reading=bool(args.sounds))
     save(model, processor, args.out_dir)
     print(f"model: {time.perf_counter() - start:.1f} s -> {args.out_dir}")

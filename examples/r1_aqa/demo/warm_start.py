@@ -10,6 +10,7 @@ stands the embedding of one of the options, in noise, and the answer is that opt
 nothing is learned of which sounds go with which word: that is left to the projector, and GRPO.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -148,8 +149,9 @@ def warm_start(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.5 * steps), 1.0)
     )
+    first = math.ceil(TEXT_ONLY_SHARE * steps)
     for step in range(steps):
-        heard = sounds if step >= TEXT_ONLY_SHARE * steps else [sound[:0] for sound in sounds]
+        heard = sounds if step >= first else [sound[:0] for sound in sounds]
         source = (rng, rows, right_of)
         embeds, targets, options, ends = make_batch(processor, language_model, heard, word_ids, batch_size, *source)
         # The token at place p is predicted at place p - 1.
@@ -163,9 +165,10 @@ def warm_start(
         schedule.step()
         optimizer.zero_grad()
         if step % 30 == 0 or step == steps - 1:
+            new = "; sounds come in now, which the loss shows" if sounds and step == first else ""
             print(
                 f"warm start: step {step + 1}/{steps}, loss of the format {format_loss.item():.3f} (at best 0), "
-                f"of the choice {word_loss.item():.3f} (at best {(options >= 0).sum(1).log().mean().item():.3f})",
+                f"of the choice {word_loss.item():.3f} (at best {(options >= 0).sum(1).log().mean().item():.3f}){new}",
                 flush=True,
             )
 

@@ -19,6 +19,7 @@ MIN_SAMPLES = (MIN_FRAMES - 1) * HOP_LENGTH + 1  # shorter clips leave no audio 
 MIN_RATE, MAX_RATE, MAX_CHANNELS = 1_000, 768_000, 64  # a header with values beyond these is damaged
 MAX_PEAK = 100.0  # of float samples, whose full scale is 1; a larger peak means whole numbers stored as floats
 BLOCK = 2**16  # frames decoded at a time, so that eight channels cost the memory of one
+SILENCE = "is digital silence: every sample that the model would hear is zero"
 
 # The formats of libsndfile for which a file that is cut short can be told from a whole one.
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "FLAC", "OGG", "MP3")
@@ -100,8 +101,7 @@ def load_audio(path: str | Path, silence_ok: bool = False, seconds: float = MAX_
     wave = np.ascontiguousarray(wave[: int(seconds * SAMPLING_RATE)], dtype=np.float32)
     if not silence_ok and not wave.any():
         more = f"; of its {whole / rate:.1f} s the first {seconds:g} are heard (--audio_seconds)"
-        reason = "is digital silence: every sample that the model would hear is zero"
-        raise AudioError(f"{name}: {reason}{more if whole > seconds * rate else ''}")
+        raise AudioError(f"{name}: {SILENCE}{more if whole > seconds * rate else ''}")
     return wave
 
 

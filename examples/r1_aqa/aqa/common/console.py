@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
-SHOWN_PROBLEMS = 3  # of each kind, on the screen; the report holds all
+SHOWN_PROBLEMS = 10  # of each kind, on the screen; the report holds all
 
 
 def say(text: str) -> None:

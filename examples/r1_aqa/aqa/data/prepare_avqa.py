@@ -39,6 +39,7 @@ from aqa.families import family_named
 
 TRAIN_FILE, VALIDATION_FILE, REPORT_FILE = "train.parquet", "validation.parquet", "report.json"
 QUESTIONS_FILE = "validation.json"
+BAD_AUDIO = ("missing", "unreadable", "silent")
 
 
 @dataclass
@@ -318,6 +319,7 @@ def write(
     say_summary(args.local_save_dir, report, removed=stale and not validation)
     one_value = "; a type whose rows have only one value of --split_by needs another field" if args.split_by else ""
     remedy = "" if args.val_file else f"\n  Try another --seed{one_value}."
+    say_frequent_answers([rows[i] for i in train])
     say_types([rows[i] for i in train], [rows[i] for i in validation], remedy)
 
 
@@ -348,8 +350,7 @@ def build_report(settings: dict, sources: list[Source], parts: dict[str, list[st
             "bad": len(bad),
             "bad_by_reason": dict(Counter(problem.kind for problem in bad).most_common()),
             "left_out_for_audio": len(unheard) if settings["skip_bad"] else 0,
-            "audio_missing": kinds["audio_missing"] if checked else None,
-            "audio_unreadable": kinds["audio_unreadable"] if checked else None,
+            **{f"audio_{kind}": kinds[f"audio_{kind}"] if checked else None for kind in BAD_AUDIO},
         },
         "clips": count_clips(parts, clips, checked, settings["audio_seconds"]),
         "problems": problems,
@@ -372,8 +373,7 @@ def count_clips(parts: dict[str, list[str]], clips: dict[str, Clip], checked: bo
         "train": len(train),
         "validation": len(validation),
         "in_both_parts": len(train & validation),
-        "missing": kinds["audio_missing"] if checked else None,
-        "unreadable": kinds["audio_unreadable"] if checked else None,
+        **{kind: kinds[f"audio_{kind}"] if checked else None for kind in BAD_AUDIO},
         "readable": len(heard) if checked else None,
         "hours": round(sum(seconds) / 3600, 6) if checked else None,
         "seconds_min": seconds[0] if seconds else None,
@@ -415,6 +415,22 @@ def say_types(train: list[Row], validation: list[Row], remedy: str) -> None:
             lines.append(f"{text}, which all have the answer {show_value(*golds)}" if alike else text)
     if lines:
         say(several("WARNING: held-out rows cannot show what is learned of these question types", lines, 8) + remedy)
+
+
+def say_frequent_answers(rows: list[Row]) -> None:
+    """Warn of question types of which one answer is right in most training rows, and far more often than by chance."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(row.question_type, []).append(row)
+    lines = []
+    for kind, alike in kinds.items():
+        [(gold, count)] = Counter(row.gold for row in alike).most_common(1)
+        guessed = sum(1 / len(row.choices) for row in alike)
+        if len(alike) >= 20 and count > max(len(alike) / 2, 2 * guessed):
+            lines.append(f"{kind or 'no type'}: {show_value(gold)} in {count} of {len(alike)} rows")
+    if lines:
+        title = "WARNING: one answer is right in most training rows of a question type, and a model could learn it "
+        say(several(f"{title}instead of listening; balance the answers", lines, 8))
 
 
 def say_summary(folder: str, report: dict, removed: bool) -> None:

@@ -60,6 +60,12 @@ def prompt_lengths(tokenizer: Any, prompts: list[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
 
 
+def answer_lengths(tokenizer: Any, answers: list[str]) -> list[int]:
+    """Tokens of each answer, bare or in its tags, as a response: in its tags, with the end of turn."""
+    bare = (answer.replace("<answer>", "").replace("</answer>", "") for answer in answers)
+    return [length + 1 for length in prompt_lengths(tokenizer, [f"<answer>{text}</answer>" for text in bare])]
+
+
 def render_chat(processor: Any, messages: list[dict[str, Any]]) -> str:
     """Apply the chat template to messages that may come from parquet.
 

@@ -283,7 +283,8 @@ def parse_record(
         missing += [n for n in (fields.question, *fields.choices, fields.answer) if value.get(n) is None]
         missing += [f"{fields.audio} (or video_name)"] if no_audio else []
         held = ", ".join(show_value(name) for name in value if name != "id")  # tables without ids get some
-        raise RowError("missing_field", f"no {', '.join(missing)}; the row has {held}")
+        remedy = "" if fields.question in value else "; rename its fields, or the columns of the table"
+        raise RowError("missing_field", f"no {', '.join(missing)}; the row has {held}{remedy}")
 
     if not isinstance(question, str) or not question.strip():
         raise RowError("bad_question", f"{fields.question} is {show_value(question)}, expected text")
@@ -494,7 +495,8 @@ def _find_text(answer: object, choices: list[str], first: int) -> int:
     :raises RowError: unless it is the text of one choice.
     """
     if not isinstance(answer, str):
-        raise RowError("bad_answer", f"answer is {show_value(answer)}, expected the text of a choice")
+        expected = f"expected the text of a choice, one of {show_value(choices)}"
+        raise RowError("bad_answer", f"answer is {show_value(answer)}, {expected}")
     found = [number for number, choice in enumerate(choices) if choice == answer]
     folded = answer.casefold().split()
     found = found or [number for number, choice in enumerate(choices) if choice.casefold().split() == folded]

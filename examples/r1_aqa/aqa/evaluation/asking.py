@@ -19,6 +19,8 @@ from aqa.common import gpu
 from aqa.common.console import output_to_log, progress
 from aqa.common.files import explain
 from aqa.common.versions import installed_versions, not_installed
+from aqa.data.prompts import answer_lengths
+from aqa.data.rows import show_value
 from aqa.evaluation.checkpoints import Model
 from aqa.evaluation.items import EvalError, Item, PartialFile
 from aqa.hosts.locate import lacks
@@ -192,6 +194,7 @@ def ask(
     log: Path,
     samples: int = 1,
     temperature: float = 0.0,
+    golds: list[str] | None = None,
 ) -> dict[str, Any]:
     """Load the engine and ask the questions that have no answer yet.
 
@@ -203,6 +206,7 @@ def ask(
     :param log: Receives what the libraries print.
     :param samples: Responses to each question.
     :param temperature: 0: greedy.
+    :param golds: Right answers, for a warning of those that are too long to be given.
     :return: Durations in seconds, and how many questions were asked.
     :raises EvalError: for what the user can correct.
     """
@@ -214,6 +218,10 @@ def ask(
     with output_to_log(log) as screen:
         print(f"loading the model into {args.engine} ...", file=screen, flush=True)
         processor = load_processor(model)
+        lengths = answer_lengths(processor.tokenizer, golds) if golds else []
+        if long := [gold for gold, n in zip(golds or [], lengths, strict=True) if n > args.max_new_tokens]:
+            title = f"WARNING: {len(long)} right answers, in their tags, take more tokens than --max_new_tokens"
+            print(f"{title} {args.max_new_tokens}, such as {show_value(long[0])}; raise it", file=screen)
         jobs = make_jobs(processor)
         own = (model, processor, settings)
         longest = longest_sequence(*own, jobs)

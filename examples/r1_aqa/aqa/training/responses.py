@@ -5,11 +5,29 @@ from typing import Any
 
 from aqa.common.constants import THINK_LABEL
 from aqa.data.columns import THINKING_COLUMN, DataError
-from aqa.data.prompts import END_TOKENS
+from aqa.data.prompts import END_TOKENS, answer_lengths
+from aqa.data.rows import show_value
 from aqa.rewards.matching import ANSWER_CLOSE, ANSWER_OPEN
 from aqa.rewards.r1_aqa import special_tokens
 
 TAGS = ("<think>", "</think>", ANSWER_OPEN, ANSWER_CLOSE)
+
+
+def refuse_long_answers(references: list[str], tokenizer: Any, longest: int, source: str) -> None:
+    """Refuse rows whose right answer no response can give.
+
+    :param longest: ``--generate_max_len``.
+    :param source: Where the rows are from, for the message.
+    :raises DataError: naming the first of them.
+    """
+    lengths = answer_lengths(tokenizer, references)
+    if long := [row for row, length in enumerate(lengths) if length > longest]:
+        raise DataError(
+            f"{source}: the right answers of {len(long)} of {len(references)} rows, in their tags, take more tokens "
+            f"than --generate_max_len {longest}, so that no response can give them; the first, row {long[0]}: "
+            f"{show_value(references[long[0]])} takes {lengths[long[0]]}. Use {max(lengths)} or more. "
+            "The demo's tiny model spells choices that it was not made with: make it anew with make_model.py --rows."
+        )
 
 
 def given_responses(
