@@ -300,7 +300,11 @@ def compare(first: Verdicts, second: Verdicts) -> dict[str, Any]:
     :raises EvalError: if an id occurs twice, no item is shared, or the files are of different benchmarks.
     """
     if first.benchmark != second.benchmark:
-        raise EvalError(f"one file is of {first.benchmark.title}, the other of {second.benchmark.title}")
+        raise EvalError(
+            f"the first file is read as questions of {first.benchmark.title}, the second as questions of "
+            f"{second.benchmark.title}, which are scored by another rule; evaluate both models on the same form of data "
+            "file"
+        )
     for which, verdicts in (("first", first), ("second", second)):
         if not verdicts.rows:
             raise EvalError(f"the {which} file has no prediction that {first.benchmark.title}'s script can read")
