@@ -342,7 +342,7 @@ def test_compare_refuses_what_cannot_be_paired():
         compare(first, judge([row | {"id": "z" + row["id"]} for row in rows], MMAU))
     with pytest.raises(EvalError, match=r"have other questions(?s:.*)id q0: 'dog' and 'cat'"):
         compare(first, judge([row | {"answer": "cat"} for row in rows], MMAU))
-    with pytest.raises(EvalError, match="of MMAU, the second as questions of MMAR, .*; evaluate both models on the same form"):
+    with pytest.raises(EvalError, match=r"of MMAU, the second of MMAR, .*; evaluate both models on the same form"):
         compare(first, judge(rows_of("dog", key="answer_prediction"), MMAR))
 
 

@@ -144,9 +144,7 @@ def is_own(rows: Sequence[dict[str, Any]]) -> bool:
     fields = format_of(rows)
     if fields is not DCASE or any({DCASE.dataset, *ADQA.prediction_keys} & row.keys() for row in rows):
         return fields is R1_AQA and any(R1_AQA.question in row for row in rows)
-    return any(
-        isinstance(choices := DCASE.choices_of(row), list) and row.get(DCASE.answer) in choices for row in rows
-    )
+    return any(isinstance(choices := DCASE.choices_of(row), list) and row.get(DCASE.answer) in choices for row in rows)
 
 
 def own_questions(path: Path, records: list[Record]) -> list[dict[str, Any]]:
