@@ -324,11 +324,9 @@ def report_audio(items: Sequence[Item], bad: dict[int, str], silent: Sequence[in
 
 
 def title_of(benchmark: Benchmark, scores: dict[str, Any]) -> str:
-    """What a table of scores is headed with. Rows of one's own have the format of MMAU or ADQA, but lack a field."""
-    lacks = {"mmau": ("difficulty", "by the rule of MMAU's script"), "adqa": ("source_dataset", "by the choice's text")}
-    field, rule = lacks.get(benchmark.name, (None, ""))
-    own = field is not None and field not in scores["by"]
-    return f"own questions, {rule}" if own else f"{benchmark.title}: {benchmark.rule}"
+    """What a table of scores is headed with. Rows of one's own have MMAU's format, but no difficulty."""
+    own = benchmark.name == "mmau" and "difficulty" not in scores["by"]
+    return "own questions, by the rule of MMAU's script" if own else f"{benchmark.title}: {benchmark.rule}"
 
 
 def show_result(

@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aqa.common.arguments import Parser
+from aqa.common.arguments import Parser, shell_command
 from aqa.common.console import several
 from aqa.common.files import unwritable, write_files
 from aqa.common.lock import lock
+from aqa.data.prepare_avqa import REPORT_FILE
 from aqa.data.selection import PASS_RATE, SILENT_PASS_RATE
 from aqa.evaluation import asking, pass_rates
 from aqa.evaluation.checkpoints import Model, resolve_model
@@ -29,7 +30,7 @@ from aqa.evaluation.items import EvalError, PartialFile, digest
 from aqa.training.flags import REWARDS
 
 TRAIN = "train.parquet"
-BESIDE = ("validation.parquet", "validation.json")  # so that the folder can take the place of avqa.py's
+BESIDE = ("validation.parquet", "validation.json", REPORT_FILE)  # so that the folder can take the place of avqa.py's
 ESSENTIAL = ("--model_path", "--data_file", "--out_dir", "--engine", "--samples", "--max_new_tokens", "--overwrite")
 
 
@@ -48,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--out_dir",
         type=Path,
         required=True,
-        help=f"folder for {TRAIN} with the rates; a folder's validation part is copied into it",
+        help=f"folder for {TRAIN} with the rates; a folder's validation part and report are copied into it",
     )
     g.add_argument("--overwrite", action=flag, default=False, help="replace an earlier run's files, finished or not")
     asking.add_untrusted_flag(g)
@@ -137,8 +138,9 @@ def write(args: argparse.Namespace, model: Model, table: Any, items: Sequence[An
             writers[name] = lambda file, source=source: file.write(source.read_bytes())
     write_files(args.out_dir, f"--out_dir {args.out_dir}", writers, obsolete=(TRAIN, *BESIDE))
     print(f"\n{pass_rates.describe(rates, args.samples)}\n\nrates    {args.out_dir / TRAIN}")
-    choice = "--max_silent_pass_rate 0.5" if args.silent_audio else "--pass_rate 0.1 0.9"
-    print(f"next     train with --prompt_data {args.out_dir} {choice}")
+    choice = ("--max_silent_pass_rate", 0.5) if args.silent_audio else ("--pass_rate", 0.1, 0.9)
+    places = ("--pretrain", model.path, "--prompt_data", args.out_dir, "--save_path", f"{args.out_dir}_run")
+    print(f"next      {shell_command('train_colocate.py', *places, *choice)}")
 
 
 def identity(args: argparse.Namespace, model: Model) -> dict[str, Any]:

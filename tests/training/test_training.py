@@ -295,7 +295,7 @@ def test_a_run_that_is_told_to_stops_and_has_saved(tiny_model, demo_parquet, tmp
     assert done.returncode == 4
     assert "stopped by --on_anomaly stop: step 1: no response ended by itself" in done.stdout
     assert "step 1 is the last one that is done and saved; " in done.stdout
-    assert "; hf_step_000001 is its model" in done.stdout
+    assert f"; {tmp_path}/hf_step_000001 is its model" in done.stdout
     assert (tmp_path / "_actor" / "step_000001").is_dir()
     assert missing_files(tmp_path / "hf_step_000001") == []
     assert [record["step"] for record in metrics_of(tmp_path)] == [1]

@@ -342,7 +342,7 @@ def test_compare_refuses_what_cannot_be_paired():
         compare(first, judge([row | {"id": "z" + row["id"]} for row in rows], MMAU))
     with pytest.raises(EvalError, match=r"have other questions(?s:.*)id q0: 'dog' and 'cat'"):
         compare(first, judge([row | {"answer": "cat"} for row in rows], MMAU))
-    with pytest.raises(EvalError, match="one file is of MMAU, the other of MMAR"):
+    with pytest.raises(EvalError, match=r"of MMAU, the second of MMAR, .*; evaluate both models on the same form"):
         compare(first, judge(rows_of("dog", key="answer_prediction"), MMAR))
 
 
@@ -552,6 +552,7 @@ def test_rows_of_r1_aqa_are_questions(tmp_path, capsys):
 
 
 ADQA_ROW = {"question_text": "?", "multi_choice": ["a", "b"], "answer": "b", "question_type": "music"}
+ADQA_ROW |= {"source_dataset": "D"}
 AUDIOMCQ_ROW = {"question": "?", "choices": ["a", "b"], "answer": "b", "source_dataset": "D", "cot": "c"}
 MMSU_FIELDS = {"category": "Perception", "sub-category": "Semantics", "choice_d": ""}
 MMSU_ROW = {"question": "?", "answer_gt": "b", "choice_a": "a", "choice_b": "b", "choice_c": "c"} | MMSU_FIELDS
@@ -560,7 +561,7 @@ MMSU_ROW = {"question": "?", "answer_gt": "b", "choice_a": "a", "choice_b": "b",
 @pytest.mark.parametrize(
     ("row", "benchmark", "kept", "written", "breakdowns"),
     [
-        (ADQA_ROW, ADQA, {"question_type": "music"}, {"model_output": "b"}, ["question_type"]),
+        (ADQA_ROW, ADQA, {"question_type": "music"}, {"model_output": "b"}, ["question_type", "source_dataset"]),
         (
             *(AUDIOMCQ_ROW, MMAU, {"question_type": "D", "cot": "c"}),
             *({"model_output": "b", "model_prediction": "b"}, ["question_type"]),
@@ -597,8 +598,8 @@ def test_rows_of_other_data_sets_are_questions(tmp_path, row, benchmark, kept, w
     verdicts = judge(*read_rows(path)[::-1])
     assert verdicts.right == [True, False, False]  # a result is a result, and no question again
     assert list((scores := score(verdicts))["by"]) == breakdowns
-    titles = {ADQA: "own questions, by the choice's text", MMSU: "MMSU: official rule"}
-    assert title_of(benchmark, scores) == titles.get(benchmark, "own questions, by the rule of MMAU's script")
+    title = "own questions, by the rule of MMAU's script" if benchmark is MMAU else f"{benchmark.title}: "
+    assert title_of(benchmark, scores).startswith(title)
     assert [item.gold for item in items(*({k: v for k, v in r.items() if k != answer} for r in rows))] == [None] * 3
     for audio in ("audio_id", "audio_path"):  # MMAU's rows, and MMAR's, stay as they are
         own = {"question": "?", "choices": ["a"], "answer": "a", audio: "a.wav"}
@@ -606,6 +607,31 @@ def test_rows_of_other_data_sets_are_questions(tmp_path, row, benchmark, kept, w
         assert read_rows(path)[1] == [own]
     with pytest.raises(EvalError, match=rf"1 of 2 questions(?s:.*){benchmark.audio_key} is None"):
         items(rows[0], row | {"id": 9})
+
+
+def test_rows_of_ones_own_are_the_same_questions_in_both_forms(tmp_path):
+    """The rows, and the validation.json that avqa.py writes of them, can be compared."""
+    kinds = ["drum", "bell"] * 4
+    rows = [{"question_text": f"{i}?", "multi_choice": ["a", "b"], "answer": "ab"[i % 2]} for i in range(8)]
+    rows = [row | {"audio_path": f"{i}.wav", "question_type": kinds[i]} for i, row in enumerate(rows)]
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    places = ("--input_jsonl", path, "--audio_dir", tmp_path, "--local_save_dir", out, "--no_check_audio")
+    assert avqa.main([*map(str, places), "--val_ratio", "0.5"]) == 0
+    results = []
+    for file in (out / "validation.json", path):
+        benchmark, questions = read_rows(file)
+        items = make_items(questions, benchmark, tmp_path, False)
+        results.append(tmp_path / f"result_{file.stem}.json")
+        answers = [(item.gold, "") for item in items]
+        results[-1].write_text(json.dumps(result_rows(items, answers, benchmark, False)))
+    told = compare(*map(judge_file, results))
+    assert told["accuracy"] == [1, 1] and told["not_shared"] == [0, 8 - told["total"]] and 0 < told["total"] < 8
+    assert read_rows(path, "adqa")[0] is ADQA
+    old = [row | {"id": 1, "model_output": "a"} for row in rows]  # an older version scored them as ADQA's
+    for others in (old, [row | {"answer": "A"} for row in rows], [row | {"answer": "?"} for row in rows]):
+        path.write_text(json.dumps(others))
+        assert read_rows(path)[0] is ADQA
 
 
 @pytest.mark.parametrize("start, what", [(b"PK\x03\x04", "zip"), (b"\x1f\x8b", "gzip")])

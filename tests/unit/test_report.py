@@ -114,6 +114,8 @@ def test_rollouts_are_sampled_within_the_limits(tmp_path, capsys):
     page.write_report(folder, [], tmp_path / "report.html", 3)
     warning = capsys.readouterr()
     assert re.search(r"WARNING: \d+ of \d+ sounds cannot be heard in the page: .* does not exist", "".join(warning))
+    page.write_report(folder, [make_result(tmp_path / "run_result.json", 9)], tmp_path / "report.html", 3)
+    assert '<span class="note">run_<wbr>result</span>' in (tmp_path / "report.html").read_text()  # where it may break
 
     def sample(most, room=10**7):
         clips = listening.Clips(room)

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shlex
+from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -17,6 +20,7 @@ from aqa.data.selection import easy_first, select_rows
 from aqa.evaluation import asking, engines, pass_rates
 from aqa.evaluation.checkpoints import Model
 from aqa.evaluation.items import EvalError, Item, PartialFile
+from aqa.training.summary import held_out_files
 
 RATES = {"pass_rate": [0.0, 1.0, 0.5, 0.5, 0.1, 0.9], "pass_rate_silent": [0.0, 0.25, 0.5, 0.75, 1.0, 0.25]}
 
@@ -71,6 +75,7 @@ def run(tiny_model, demo_parquet, tmp_path, capsys):
     table = pq.read_table(demo_parquet / "train.parquet").slice(0, 4)
     pq.write_table(table, source / "train.parquet")
     (source / "validation.parquet").write_bytes((demo_parquet / "validation.parquet").read_bytes())
+    (source / "report.json").write_text(json.dumps({"settings": {"audio_dir": str(source / "sounds")}}))
 
     def select(*further, model=tiny_model, data=source):
         places = ("--model_path", model, "--data_file", data, "--out_dir", tmp_path / "rated")
@@ -96,9 +101,17 @@ def test_rates_are_written_beside_the_same_rows(run):
     assert [int(n) for n in shown[0][1:5]] == [sum(round(3 * rate) == k for rate in rates) for k in range(4)]
     assert about["samples"] == 3 and about["temperature"] == 1
     assert (run.out / "validation.parquet").is_file()
-    assert {path.name for path in run.out.iterdir()} == {"train.parquet", "validation.parquet", "select.log"}
+    names = {"train.parquet", "validation.parquet", "report.json"}
+    assert {path.name for path in run.out.iterdir()} == {*names, "select.log"}
+    held_out = Namespace(eval_data=f"{run.out}/validation.parquet", prompt_data=None)
+    (run.source / "sounds").mkdir()
+    assert held_out_files(held_out)[1].name == "sounds"  # which next evaluates the trained model with
+    words = shlex.split(text.partition("next      ")[2].partition("\n")[0])
+    further = dict(zip(words[2::2], words[3::2], strict=True))
+    assert further["--prompt_data"] == str(run.out) and Path(further["--pretrain"], "config.json").is_file()
+    assert not Path(further["--save_path"]).exists() and further["--max_silent_pass_rate"] == "0.5"
     status, text = run()
-    assert status == 2 and "holds train.parquet, validation.parquet; --overwrite replaces" in text
+    assert status == 2 and "holds train.parquet, validation.parquet, report.json; --overwrite replaces" in text
     (run.source / "validation.parquet").unlink()
     assert run("--overwrite", "--no-silent_audio")[0] == 0
     assert "pass_rate_silent" not in pq.read_schema(run.out / "train.parquet").names

@@ -15,6 +15,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aqa.data.prompts import render_prompt
 from aqa.training.summary import lesson, next_command, read_metrics, summary, summary_table
 from lightrft.utils import progress
 from lightrft.utils.console import Console, paint
@@ -163,7 +164,7 @@ def test_the_summary_compares_first_last_and_recent_steps():
     assert cells["reward"] == ["0.100", "2.000", "1.550"]  # 1.1 to 2.0: 15.5 / 10
     assert cells["held-out accuracy"] == ["0.250", "at", "step", "0", "to", "0.750", "at", "step", "20"]
     assert "gradient norm" not in cells
-    assert lines[-1].startswith("2 warnings in all steps, of which the first of each kind was printed")
+    assert lines[-1].startswith("2 warnings, printed once a kind; health/anomalies in metrics.jsonl counts all")
     assert max(map(len, lines)) <= 80
 
 
@@ -174,8 +175,10 @@ def test_short_empty_and_cut_runs(tmp_path):
     learned, _, *places = summary(args).strip().splitlines()
     assert learned.startswith("learned   not measured on held-out data: add --eval_steps 100, and hold rows out")
     (tmp_path / "validation.parquet").touch()
-    held_out = lesson(tmp_path, {"prompt_data": str(tmp_path), "eval_split": "validation"})
-    assert held_out == "not measured on held-out data: add --eval_steps 100"
+    held_out = {"prompt_data": str(tmp_path), "eval_split": "validation"}
+    assert lesson(tmp_path, held_out) == "not measured on held-out data: add --eval_steps 100"
+    hold_out = "hold rows out by avqa.py --val_ratio 0.2"  # what remains where --eval_steps was given
+    assert lesson(tmp_path, {"eval_steps": 5}) == f"not measured on held-out data: {hold_out}"
     assert places == [f"model     {tmp_path}", f"metrics   {tmp_path}/metrics.jsonl"]
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records(3)) + '{"step": 4, "roll')
@@ -258,3 +261,45 @@ def test_what_was_learned(tmp_path, steps, says):
     assert lesson(tmp_path, {"sft_steps": 5}) == says.replace(" before, ", " after the warm start, ")
     shutil.rmtree(folder)  # as where LightRFT evaluates, which keeps no answers
     assert lesson(tmp_path, {}).startswith("see the evaluation's accuracies; their answers")
+
+
+LISTENS = "in silence 0.500 (p=1e-07): it listens, no sign of it for: game"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "silent", "says"),
+    [
+        # what is answered to question i of 48, of which every fourth is of each option
+        (lambda i: "b" if i % 4 == 0 else "a", lambda i: "a", lambda i: "a",
+         "it gives one answer to nearly everything: more steps; in silence 0.250 (p=1): no sign that it listens"),
+        (lambda i: "x", lambda i: "abcd"[i % 4] if i < 16 else "x", None,
+         "better, but no better than guessing (0.250); --eval_silent would tell whether it listens"),
+        (lambda i: "x", lambda i: "abcd"[i % 4], lambda i: "abcd"[i % 4] if i % 2 else "x",
+         f"it has learned; {LISTENS}"),
+    ],
+    ids=["one answer", "guessing", "one type is not heard"],
+)  # fmt: skip
+def test_what_was_learned_beyond_guessing(tmp_path, monkeypatch, before, after, silent, says):
+    folder = tmp_path / "eval" / "rows"
+    folder.mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
+    for step, rounds in ((0, [before]), (9, [after, silent])):
+        lines = [
+            {"row": i, "prompt": render_prompt("?", list("abcd"), False), "reference": "abcd"[i % 4],
+             "tags": ["question_type/game" if i % 2 else "question_type/bird"], "silent": quiet, "reward": 0,
+             "response": f"<answer>{answer(i)}</answer>", "accuracy_reward": float(answer(i) == "abcd"[i % 4])}
+            for quiet, answer in zip((False, True), rounds, strict=False) if answer
+            for i in range(48)
+        ]  # fmt: skip
+        (folder / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert f"): {says}" in lesson(tmp_path, {})
+    (tmp_path / "_actor").mkdir()
+    args = Namespace(save_path=str(tmp_path), ckpt_path=str(tmp_path), fsdp=False, eval_data=None, prompt_data="none")
+    args.eval_benchmark = args.eval_split = None
+    typed = ["--max_steps", "9", "--pass_rate", "0.1", "0.9", "--init_kl_coef=0", "--load_checkpoint"]
+    monkeypatch.setattr(sys, "argv", ["examples/train_colocate.py", *typed, "--allow_changes", "max_steps"])
+    assert next_command(args) is None  # there is nothing to go on from
+    (tmp_path / "_actor" / "latest").touch()
+    goes_on = shlex.split(next_command(args) or "")[2:]
+    further = ["--load_checkpoint", "--max_steps", "18", "--allow_changes", "max_steps"]
+    assert goes_on == ([*typed[2:6], *further] if "it has learned" not in says else [])

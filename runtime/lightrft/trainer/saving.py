@@ -127,7 +127,7 @@ class RunSaver:
         try:
             if folder and self.point.step and self._writes_folder_on_stop():
                 self.save_folder(self._hf_folder())
-                said += f"; {self._hf_folder().name} is its model"
+                said += f"; {self._hf_folder()} is its model"
         except SaveError as error:
             said += f"; {error}"
         return said

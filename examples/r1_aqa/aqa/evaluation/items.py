@@ -56,8 +56,8 @@ def read_rows(
 ) -> tuple[Benchmark, list[dict[str, Any]]]:
     """Read a benchmark or result file: JSON, JSON lines or a table (:mod:`aqa.data.tables`), told apart by content.
 
-    Rows of R1-AQA and AudioMCQ, which are no benchmark, become questions in MMAU's format, and so do the parquet files
-    of ``avqa.py``.
+    Rows of R1-AQA and AudioMCQ, which are no benchmark, become questions in MMAU's format, and so do rows of one's own
+    and the parquet files of ``avqa.py``.
 
     :param wanted: Name of the benchmark, or ``auto``: by the fields of the rows.
     :param audio_dir: Where sound inside a table is written; None: refuse it.
@@ -73,7 +73,7 @@ def read_rows(
     except AvqaError as error:
         raise EvalError(str(error)) from error
     objects = [record.value for record in records if isinstance(record.value, dict)]
-    if wanted in ("auto", "mmau") and format_of(objects) is R1_AQA and any(R1_AQA.question in row for row in objects):
+    if wanted in ("auto", "mmau") and is_own(objects):
         return MMAU, own_questions(path, records)
     problems = [
         f"line {record.line}: {record.error or f'{show_value(record.value)} is no JSON object'}"
@@ -136,6 +136,15 @@ def find_benchmark(path: Path, rows: Sequence[dict[str, Any]], wanted: str) -> B
         f"{', '.join(key if key.isprintable() else ascii(key) for key in first)}; expected question, choices and "
         f"{keys}, which --benchmark tells apart, or as avqa.py reads them: question_text, multi_choice, audio_path"
     )
+
+
+def is_own(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether rows are R1-AQA's or one's own. DCASE's have the same fields and the name of their data set, and results
+    of older versions a prediction; where no answer is a choice's text, they may be letters, or withheld."""
+    fields = format_of(rows)
+    if fields is not DCASE or any({DCASE.dataset, *ADQA.prediction_keys} & row.keys() for row in rows):
+        return fields is R1_AQA and any(R1_AQA.question in row for row in rows)
+    return any(isinstance(choices := DCASE.choices_of(row), list) and row.get(DCASE.answer) in choices for row in rows)
 
 
 def own_questions(path: Path, records: list[Record]) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from aqa.common.console import several
 from aqa.evaluation.benchmarks import BENCHMARKS, Benchmark
 from aqa.evaluation.items import EvalError, answer_texts, read_rows
@@ -183,9 +185,9 @@ def find_collapsed(said: Sequence[Said], types: Sequence[Sequence[str]]) -> dict
     return {name: found[name] for name in found if name == "all questions"} or dict(sorted(found.items()))
 
 
-def describe_collapse(said: Sequence[Said]) -> str | None:
-    """A sentence about at least :data:`COLLAPSE_FROM` answers of which :data:`COLLAPSE_SHARE` are the same text, or the
-    same place among the choices, while that is right for at most :data:`COLLAPSE_RIGHT` of them; else None."""
+def describe_collapse(said: Sequence[Said], share: float = COLLAPSE_SHARE) -> str | None:
+    """A sentence about at least :data:`COLLAPSE_FROM` answers of which this share are the same text, or the same place
+    among the choices, while that is right for at most :data:`COLLAPSE_RIGHT` of them; else None."""
     if len(said) < COLLAPSE_FROM:
         return None
     texts = [(" ".join(s.prediction.casefold().split()), " ".join(s.answer.casefold().split())) for s in said]
@@ -196,7 +198,7 @@ def describe_collapse(said: Sequence[Said]) -> str | None:
     for what, pairs in (("", texts), ("choice ", places)):
         common, times = Counter(given for given, _ in pairs).most_common(1)[0]
         right = sum(given == wanted == common for given, wanted in pairs)
-        if common and times >= COLLAPSE_SHARE * len(said) and right <= COLLAPSE_RIGHT * len(said):
+        if common and times >= share * len(said) and right <= COLLAPSE_RIGHT * len(said):
             sentence = f"{times} of {len(said)} answers are {what}{common!r}, which is right for {right}"
             heard = [s for s in said if s.in_silence is not None]
             same = sum(s.prediction == s.in_silence for s in heard)
@@ -269,6 +271,17 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
+def guessing_p(right: int, chances: Sequence[float]) -> float:
+    """The probability that guessing answers at least so many questions right (Poisson binomial, exact).
+
+    :param chances: Of each question, the probability to guess it.
+    """
+    odds = np.ones(1)  # of 0, 1, ... right guesses
+    for chance in chances:
+        odds = np.convolve(odds, (1 - chance, chance))
+    return float(odds[right:].sum())
+
+
 def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     """Two results of the same items against each other.
 
@@ -300,7 +313,10 @@ def compare(first: Verdicts, second: Verdicts) -> dict[str, Any]:
     :raises EvalError: if an id occurs twice, no item is shared, or the files are of different benchmarks.
     """
     if first.benchmark != second.benchmark:
-        raise EvalError(f"one file is of {first.benchmark.title}, the other of {second.benchmark.title}")
+        raise EvalError(
+            f"the first file has questions of {first.benchmark.title}, the second of {second.benchmark.title}, which "
+            "are scored by another rule; evaluate both models on the same form of data file"
+        )
     for which, verdicts in (("first", first), ("second", second)):
         if not verdicts.rows:
             raise EvalError(f"the {which} file has no prediction that {first.benchmark.title}'s script can read")

@@ -75,7 +75,7 @@ def write_report(folder: Path, compare_with: Sequence[Path], out: Path, groups: 
     for run, name in zip(runs, unique_names([run.folder.resolve() for run in runs]), strict=True):
         run.name = name
     results = [path for path in compare_with if not path.is_dir()]
-    names = unique_names([path.resolve() for path in results], 1)
+    names = unique_names([path.resolve().with_suffix("") for path in results], 1)
     sets, problems = read_held_out(runs, dict(zip(names, results, strict=True)))
     curves = {"runs": [run_values(run) for run in runs], "panels": panels(runs)}
     room = min(CLIP_BYTES, PAGE_BYTES - json_size(curves))
@@ -132,6 +132,7 @@ def render(
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
     )
+    environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(visible(text).split("_"))
     return environment.get_template("page.html.j2").render(
         style=Markup(style),
         script=Markup(script),

@@ -3,20 +3,31 @@
 import argparse
 import glob
 import json
+import os
 import re
+import sys
 import textwrap
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from aqa.common.arguments import shell_command
+from aqa.common.constants import ASSISTANT_HEADER
 from aqa.data.prepare_avqa import QUESTIONS_FILE, REPORT_FILE
-from aqa.evaluation.scoring import SURE, WHAT_P_IS, paired
+from aqa.data.prompts import choices_in
+from aqa.evaluation.answers import extract_answer
+from aqa.evaluation.scoring import SURE, WHAT_P_IS, Said, describe_collapse, guessing_p, paired
+from aqa.training.flag_rules import has_checkpoint
 from aqa.training.flags import has_split
 
+TRAIN_SCRIPT = "train_colocate.py"
 EVALUATION_FOLDER = "eval/rows"  # a file for each evaluation, with a record for each answer
 RESULT_ENDS = (".json", ".partial.jsonl")  # of a finished evaluation and of an unfinished one
+ONE_ANSWER = 0.9  # so large a share of the answers is nearly all of them
+ENOUGH = 20  # questions of a type that tell whether the sound matters to it
+LEARNED, WORSE = "it has learned", "it has become worse"
 RECENT = 10  # steps of the last column's mean
 ROWS = (
     ("reward", "rollout/reward", ".3f"),
@@ -29,7 +40,7 @@ ROWS = (
     ("step, seconds", "time/step", ".1f"),
 )
 COUNTS = {
-    "health/anomalies": "warnings in all steps, of which the first of each kind was printed",
+    "health/anomalies": "warnings, printed once a kind; health/anomalies in metrics.jsonl counts all",
     "health/skipped_steps": "optimizer steps left out",
     "health/failed_saves": "checkpoints that could not be written",
 }
@@ -72,47 +83,62 @@ def lesson(run: Path, flags: Mapping[str, Any]) -> str:
 
     :param flags: Of the run; an older one may lack some.
     """
-    records = read_metrics(run / "metrics.jsonl")
-    files = sorted((run / EVALUATION_FOLDER).glob("step_*.jsonl"))
-    steps = [int(file.stem.removeprefix("step_")) for file in files]
-    if records:  # a run that was resumed to end earlier leaves files of later steps
-        files = [file for file, step in zip(files, steps, strict=True) if step <= records[-1]["step"]]
-    if not files and flags.get("eval_benchmark"):
-        return f"the answers to {flags['eval_benchmark']} are in {run / 'eval'}; compare a file's first with its last"
-    if not files and any(is_accuracy(name) for record in records for name in record):
-        return "see the evaluation's accuracies; their answers, which a test needs, were not kept"
+    files = evaluations(run)
     if not files:
-        sources = (flags.get("eval_data") or flags.get("prompt_data") or "none").split(",")
-        there = flags.get("eval_data") or all(has_split(source, flags.get("eval_split", "")) for source in sources)
-        held_out = "" if there else ", and hold rows out by avqa.py --val_ratio 0.2"
-        return f"not measured on held-out data: add --eval_steps 100{held_out}"
-    first, last = read_verdicts(files[0]), read_verdicts(files[-1])
+        return unmeasured(run, flags)
+    first, last = read_answers(files[min(files)]), read_answers(files[max(files)])
     if not first[False].keys() & last[False].keys():
-        return f"the first and the last evaluation, {files[0]} and {files[-1]}, asked different questions"
-    when = ("after the warm start" if flags.get("sft_steps") else "before") if steps[0] == 0 else f"at step {steps[0]}"
+        return (
+            f"the first and the last evaluation, {files[min(files)]} and {files[max(files)]}, asked different questions"
+        )
+    when = "before" if min(files) == 0 else f"at step {min(files)}"
+    when = "after the warm start" if when == "before" and flags.get("sft_steps") else when
     told = against(first[False], last[False])
     (before, after), questions = told["accuracy"], f"{told['total']} questions"
-    verdict = "too little for a difference"
-    if told["mcnemar_p"] < SURE:
-        verdict = "it has learned" if told["difference"] > 0 else "it has become worse"
-    sentence = f"held-out accuracy {before:.3f} {when}, {after:.3f} after step {steps[len(files) - 1]}"
-    sentence += f" ({questions}, p={told['mcnemar_p']:.1g}): {verdict}"
+    sentence = f"held-out accuracy {before:.3f} {when}, {after:.3f} after step {max(files)}"
+    sentence += f" ({questions}, p={told['mcnemar_p']:.1g}): {verdict(first[False], last[False])}"
     if len(files) == 1:
-        sentence = f"held-out accuracy {after:.3f} after step {steps[0]} ({questions}), not measured before"
+        sentence = f"held-out accuracy {after:.3f} after step {max(files)} ({questions}), not measured before"
     if last[True]:
         told = against(last[True], last[False])
-        sign = "it listens" if told["mcnemar_p"] < SURE and told["difference"] > 0 else "no sign that it listens"
+        sign = "it listens" if is_better(told) else "no sign that it listens"
+        if is_better(told) and (unheard := unheard_types(last)):
+            sign += f", no sign of it for: {', '.join(unheard)}"
         sentence += f"; in silence {told['accuracy'][0]:.3f} (p={told['mcnemar_p']:.1g}): {sign}"
     else:
         sentence += "; --eval_silent would tell whether it listens"
     return sentence + (f". {WHAT_P_IS}" if "p=" in sentence else "")
 
 
-def read_verdicts(file: Path) -> dict[bool, dict[tuple, bool]]:
-    """Which questions of an evaluation were answered rightly, with sound (False) and in silence (True)."""
-    found: dict[bool, dict[tuple, bool]] = {False: {}, True: {}}
+def unmeasured(run: Path, flags: Mapping[str, Any]) -> str:
+    """Why a run without answers to evaluation data has none, or where others are."""
+    if flags.get("eval_benchmark"):
+        return f"the answers to {flags['eval_benchmark']} are in {run / 'eval'}; compare a file's first with its last"
+    if any(is_accuracy(name) for record in read_metrics(run / "metrics.jsonl") for name in record):
+        return "see the evaluation's accuracies; their answers, which a test needs, were not kept"
+    sources = (flags.get("eval_data") or flags.get("prompt_data") or "none").split(",")
+    there = flags.get("eval_data") or all(has_split(source, flags.get("eval_split", "")) for source in sources)
+    advice = [] if flags.get("eval_steps", -1) > 0 else ["add --eval_steps 100"]
+    advice += [] if there else ["hold rows out by avqa.py --val_ratio 0.2"]
+    return "not measured on held-out data" + f": {', and '.join(advice)}" * bool(advice)
+
+
+def evaluations(run: Path) -> dict[int, Path]:
+    """Files of the answers to the evaluation data, by step, in no order."""
+    records = read_metrics(run / "metrics.jsonl")
+    files = {int(f.stem.removeprefix("step_")): f for f in (run / EVALUATION_FOLDER).glob("step_*.jsonl")}
+    # a run that was resumed to end earlier leaves files of later steps
+    return {step: file for step, file in files.items() if not records or step <= records[-1]["step"]}
+
+
+Answers = dict[tuple, dict[str, Any]]  # records of a file of answers, by question
+
+
+def read_answers(file: Path) -> dict[bool, Answers]:
+    """An evaluation's answers with sound (False) and in silence (True)."""
+    found: dict[bool, Answers] = {False: {}, True: {}}
     for record in read_metrics(file):
-        found[record["silent"]][row_key(record)] = record.get("accuracy_reward", record["reward"]) > 0
+        found[record["silent"]][row_key(record)] = record
     return found
 
 
@@ -121,15 +147,65 @@ def row_key(record: dict[str, Any]) -> tuple:
     return (record["row"], record["prompt"], record["reference"])
 
 
-def against(first: dict[tuple, bool], second: dict[tuple, bool]) -> dict[str, Any]:
+def is_right(record: dict[str, Any]) -> bool:
+    """Whether an answer is right."""
+    return record.get("accuracy_reward", record["reward"]) > 0
+
+
+def against(first: Answers, second: Answers) -> dict[str, Any]:
     """Both compared on the questions that both have, by McNemar's exact test."""
     shared = [key for key in first if key in second]
-    return paired([first[key] for key in shared], [second[key] for key in shared])
+    return paired([is_right(first[key]) for key in shared], [is_right(second[key]) for key in shared])
+
+
+def is_better(told: dict[str, Any]) -> bool:
+    """Whether a comparison's second answers are better than the first, and not by chance."""
+    return told["mcnemar_p"] < SURE and told["difference"] > 0
+
+
+def verdict(first: Answers, last: Answers) -> str:
+    """What the answers before and after training tell, and whether that is chance."""
+    if describe_collapse([said(record) for record in last.values()], ONE_ANSWER):
+        return "it gives one answer to nearly everything: more steps"
+    told = against(first, last)
+    if told["mcnemar_p"] >= SURE:
+        return "too little for a difference"
+    if told["difference"] < 0:
+        return WORSE
+    asked = [(is_right(record), choices) for record in last.values() if (choices := choices_in(record["prompt"]))]
+    chances = [1 / len(choices) for _, choices in asked]
+    if chances and guessing_p(sum(right for right, _ in asked), chances) >= SURE:
+        return f"better, but no better than guessing ({sum(chances) / len(chances):.3f})"
+    return LEARNED
+
+
+def said(record: dict[str, Any]) -> Said:
+    """The choice that an answer names, beside the right one."""
+    from aqa.rewards.r1_aqa import extract_response  # imports torch
+
+    choices = choices_in(record["prompt"]) or [record["reference"]]
+    response = extract_response(ASSISTANT_HEADER + record.get("response", ""))
+    return Said(extract_answer(response, choices).text, record["reference"], choices)
+
+
+def unheard_types(last: dict[bool, Answers]) -> list[str]:
+    """Question types, of enough questions, that are not answered better with sound than in silence."""
+    types: dict[str, list[tuple]] = defaultdict(list)
+    for key in last[False].keys() & last[True].keys():
+        for tag in last[False][key].get("tags", ()):
+            kind, _, name = tag.partition("/")
+            if kind == "question_type":
+                types[name].append(key)
+    parts = {name: [{k: last[quiet][k] for k in keys} for quiet in (True, False)] for name, keys in types.items()}
+    return sorted(name for name, part in parts.items() if len(part[0]) >= ENOUGH and not is_better(against(*part)))
 
 
 def next_command(args: argparse.Namespace) -> str | None:
-    """The command that evaluates the model on all held-out questions, into a new file; else the one that compares the
-    answers to ``--eval_benchmark`` before and after; None where there are neither."""
+    """The command that trains on where the model has not learned yet; else the one that evaluates it on all held-out
+    questions, into a new file; else the one that compares the answers to ``--eval_benchmark`` before and after; None
+    where there are none of these."""
+    if command := more_steps(args):
+        return command
     data = held_out_files(args)
     if data is None and args.eval_benchmark:
         name = glob.escape(Path(args.eval_benchmark.split(",")[0].strip()).stem)
@@ -146,6 +222,26 @@ def next_command(args: argparse.Namespace) -> str | None:
     if args.audio_seconds != 30:
         flags["--audio_seconds"] = args.audio_seconds
     return shell_command("eval_mmau.py", *chain(*flags.items()))
+
+
+def more_steps(args: argparse.Namespace) -> str | None:
+    """The user's command with twice the steps, where the evaluations do not tell that it has learned and there is a
+    checkpoint to go on from; None also of several processes, whose launcher's flags are not known here."""
+    files = evaluations(Path(args.save_path))
+    alone = Path(sys.argv[0]).name == TRAIN_SCRIPT and os.environ.get("WORLD_SIZE", "1") == "1"
+    if not alone or len(files) < 2 or not has_checkpoint(args.ckpt_path, args.fsdp):
+        return None
+    first, last = (read_answers(files[step])[False] for step in (min(files), max(files)))
+    if not first.keys() & last.keys() or verdict(first, last) in (LEARNED, WORSE):
+        return None
+    steps = 2 * read_metrics(Path(args.save_path) / "metrics.jsonl")[-1]["step"]
+    typed = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--load_checkpoint", "--no-load_checkpoint"):
+        typed.add_argument(flag, action="store_true")
+    typed.add_argument("--max_steps")
+    typed.add_argument("--allow_changes", nargs="*")
+    _, kept = typed.parse_known_args(sys.argv[1:])
+    return shell_command(TRAIN_SCRIPT, *kept, "--load_checkpoint", "--max_steps", steps, "--allow_changes", "max_steps")
 
 
 def held_out_files(args: argparse.Namespace) -> tuple[Path, Path] | None:
