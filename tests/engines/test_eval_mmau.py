@@ -324,7 +324,7 @@ def test_an_adapter_is_merged_times_its_scale(tiny_model, tmp_path):
 def test_settings_that_cannot_be_used_end_with_a_message_before_any_model_is_loaded(
     tmp_path, flags, demo_data, capsys, monkeypatch
 ):
-    monkeypatch.setattr("aqa.evaluation.asking.ask", lambda *_: pytest.fail("a model would have been loaded"))
+    monkeypatch.setattr("aqa.evaluation.asking.ask", lambda *_, **_kw: pytest.fail("a model would have been loaded"))
     out = tmp_path / "out.json"
     for more, message in (
         (("--out_file", out, "--batch_size", 0, "--limit", -1), r"settings(?s:.*)--batch_size 0(?s:.*)--limit -1"),

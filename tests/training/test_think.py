@@ -94,7 +94,7 @@ def test_the_evaluation_asks_as_the_training_did(
         (model / "r1_aqa.json").write_text(json.dumps({"asked_to_think": trained}))
     prompts = []
 
-    def ask(args, model, make_jobs, done, *_):
+    def ask(args, model, make_jobs, done, *_, **_kw):
         jobs = make_jobs(AutoProcessor.from_pretrained(model.processor))
         prompts.extend(job.text for job in jobs)
         done.update({job.index: "<think>one or two</think><answer>bell</answer>" for job in jobs})
