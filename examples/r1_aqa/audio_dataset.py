@@ -83,17 +83,19 @@ class AudioPromptDataset(Dataset):
         self.labels: list[str] = columns["label_key"]
         self.tags = tags_of(dataset, self.labels) if tagged else None
         self.prompts: list[str] = []
-        problems = check_types(columns)
-        if not problems:
+        texts, files = check_types(columns), []
+        if not texts:
             self.prompts = [render_chat(processor, messages) for messages in columns["input_key"]]
-            problems = self._check_texts() + self._check_files(strategy)
-        if problems:
-            title = f"{len(problems)} problems in {len(self.audio_paths)} rows of training data"
-            raise DataError(
-                f"{several(title, problems)}\n"
-                "Run data_preprocess/avqa.py again where the audio is: it leaves out rows that cannot be used, with "
-                "--skip_bad also those without audio, with --prompt_max_len and --pretrain those that are too long."
-            )
+            texts, files = self._check_texts(), self._check_files(strategy)
+        if texts or files:
+            title = f"{len(texts + files)} problems in {len(self.audio_paths)} rows of training data"
+            remedy = "Restore the recordings, or run data_preprocess/avqa.py again with --skip_bad to leave them out."
+            if texts:
+                remedy = (
+                    "Run data_preprocess/avqa.py again where the audio is: it leaves out what cannot be used, with "
+                    "--skip_bad also rows without audio, with --prompt_max_len and --pretrain those that are too long."
+                )
+            raise DataError(f"{several(title, texts + files)}\n{remedy}")
 
     def _check_texts(self) -> list[str]:
         problems = []
