@@ -88,8 +88,14 @@ def test_an_error_saves_what_is_whole_and_stays_the_same(error, ranks, whole, sa
     ("step", "saved", "full", "written", "said"),
     [
         (0, 0, "", [], "no step is done yet, so there is nothing to save"),
-        (8, 8, "", ["hf_step_000008.part"], "step 8 is .* --load_checkpoint goes .*; hf_step_000008 is its"),
-        (9, 8, "", ["step_000009", "hf_step_000009.part"], "step 9 .* saved; .* --load_checkpoint .*; hf_step_000009"),
+        (8, 8, "", ["hf_step_000008.part"], "step 8 is .* --load_checkpoint goes .*; /.*/hf_step_000008 is its"),
+        (
+            9,
+            8,
+            "",
+            ["step_000009", "hf_step_000009.part"],
+            "step 9 .* saved; .* --load_checkpoint .*; /.*/hf_step_000009",
+        ),
         (9, 8, "step_000009", [], "step 9 is the last one that is done, but could not be saved: full$"),
         (9, 8, "hf_step_000009.part", ["step_000009"], ".* and saved; .* --load_.* on from there; full$"),
     ],

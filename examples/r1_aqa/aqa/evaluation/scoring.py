@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from aqa.common.console import several
 from aqa.evaluation.benchmarks import BENCHMARKS, Benchmark
 from aqa.evaluation.items import EvalError, answer_texts, read_rows
@@ -276,6 +274,8 @@ def guessing_p(right: int, chances: Sequence[float]) -> float:
 
     :param chances: Of each question, the probability to guess it.
     """
+    import numpy as np  # not needed for the flags, which a Python without it explains
+
     odds = np.ones(1)  # of 0, 1, ... right guesses
     for chance in chances:
         odds = np.convolve(odds, (1 - chance, chance))
