@@ -493,7 +493,7 @@ def load_prompts(
     from aqa.audio.reader import AudioReader
     from aqa.data import mixing, selection
     from aqa.data.columns import THINKING_COLUMN
-    from aqa.training.responses import refuse_long_answers
+    from aqa.training.responses import doubt_long_answers
 
     needed = [args.input_key, args.images_key, args.reference_key, args.label_key]
     needed += selection.rate_columns(args) if training else []
@@ -528,8 +528,10 @@ def load_prompts(
         tagged=HOST.row_tags,
         thinking=rows[THINKING_COLUMN] if THINKING_COLUMN in rows.column_names else None,
     )
-    if {"accuracy", "r1_aqa"} & set(split_reward(args.reward)) and ":" not in args.reward:  # a function may want less
-        refuse_long_answers(dataset.references, tokenizer, args.generate_max_len, source)
+    needs_text = {"accuracy", "r1_aqa"} & set(split_reward(args.reward)) and ":" not in args.reward  # another may not
+    doubt = doubt_long_answers(dataset.references, tokenizer, args.generate_max_len, source) if needs_text else None
+    if doubt:
+        strategy.print(f"WARNING: {doubt}")
     return dataset
 
 

@@ -1,6 +1,7 @@
 """Supervised steps before GRPO: their gradient, what GRPO starts from, resuming in either phase, their responses."""
 
 import json
+import re
 import shutil
 
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from aqa.audio.decode import load_audio
 from aqa.data.columns import DataError
 from aqa.data.prompts import render_chat
 from aqa.rewards.r1_aqa import PLAIN_LABEL, THINK_LABEL
-from aqa.training.responses import given_responses, refuse_long_answers
+from aqa.training.responses import doubt_long_answers, given_responses
 
 FLAGS = ("--engine_type", "hf", "--max_samples", 8, "--audio_token_weights", 0.5)
 STEPS = ("--sft_steps", 3, "--sft_learning_rate", 5e-4, "--max_steps", 2)
@@ -126,9 +127,9 @@ def test_responses_by_hand(tiny_model, demo_parquet):
     with pytest.raises(DataError, match="row 1: its thinking holds <answer>"):
         given_responses(wrapped, labels, [None, "or <answer>a</answer>?"], tokenizer, 90)
     short = len(tokenizer(expected[0])["input_ids"]) - 1
-    refuse_long_answers(wrapped, tokenizer, 1 + short, "rows")
-    with pytest.raises(DataError, match=rf"of 2 of 2 rows, .* row 0: '{references[0]}' takes {1 + short}"):
-        refuse_long_answers(wrapped, tokenizer, short, "rows")
+    assert doubt_long_answers(wrapped, tokenizer, short, "rows") is None  # the end of turn earns nothing
+    told = doubt_long_answers(wrapped, tokenizer, short - 1, "rows")
+    assert re.search(rf"of 2 of 2 rows, .* row 0: '{references[0]}' takes {short}\. Use {short + 1}", told)
     wrong = [references[0], references[0], "<|im_end|>"]
     with pytest.raises(DataError) as told:
         given_responses(wrong, [*labels, PLAIN_LABEL], None, tokenizer, short)

@@ -612,7 +612,7 @@ def test_rows_of_other_data_sets_are_questions(tmp_path, row, benchmark, kept, w
 def test_rows_of_ones_own_are_the_same_questions_in_both_forms(tmp_path):
     """The rows, and the validation.json that avqa.py writes of them, can be compared."""
     kinds = ["drum", "bell"] * 4
-    rows = [{"question_text": f"{i}?", "multi_choice": ["a", "b"], "answer": "ab"[i % 2]} for i in range(8)]
+    rows = [{"question_text": f"{i}?", "multi_choice": ["ox", "cow"], "answer": ("ox", "cow")[i % 2]} for i in range(8)]
     rows = [row | {"audio_path": f"{i}.wav", "question_type": kinds[i]} for i, row in enumerate(rows)]
     path, out = tmp_path / "rows.jsonl", tmp_path / "out"
     path.write_text("\n".join(map(json.dumps, rows)))

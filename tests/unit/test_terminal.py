@@ -272,12 +272,14 @@ LISTENS = "in silence 0.500 (p=1e-07): it listens, no sign of it for: game"
         # what is answered to question i of 48, of which every fourth is of each option
         (lambda i: "b" if i % 4 == 0 else "a", lambda i: "a", lambda i: "a",
          "it gives one answer to nearly everything: more steps; in silence 0.250 (p=1): no sign that it listens"),
+        (lambda i: "abcd"[i % 4], lambda i: "a", None,
+         "it has become worse; --eval_silent would tell whether it listens"),
         (lambda i: "x", lambda i: "abcd"[i % 4] if i < 16 else "x", None,
-         "better, but no better than guessing (0.250); --eval_silent would tell whether it listens"),
+         "better, but it could be guessing (0.250); --eval_silent would tell whether it listens"),
         (lambda i: "x", lambda i: "abcd"[i % 4], lambda i: "abcd"[i % 4] if i % 2 else "x",
          f"it has learned; {LISTENS}"),
     ],
-    ids=["one answer", "guessing", "one type is not heard"],
+    ids=["one answer", "worse", "guessing", "one type is not heard"],
 )  # fmt: skip
 def test_what_was_learned_beyond_guessing(tmp_path, monkeypatch, before, after, silent, says):
     folder = tmp_path / "eval" / "rows"
@@ -302,4 +304,4 @@ def test_what_was_learned_beyond_guessing(tmp_path, monkeypatch, before, after, 
     (tmp_path / "_actor" / "latest").touch()
     goes_on = shlex.split(next_command(args) or "")[2:]
     further = ["--load_checkpoint", "--max_steps", "18", "--allow_changes", "max_steps"]
-    assert goes_on == ([*typed[2:6], *further] if "it has learned" not in says else [])
+    assert goes_on == ([*typed[2:6], *further] if "it has " not in says else [])

@@ -164,8 +164,9 @@ def warm_start(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 30 == 0 or step == steps - 1:
-            new = "; sounds come in now, which the loss shows" if sounds and step == first else ""
+        begins = bool(sounds) and step == first
+        if step % 30 == 0 or step == steps - 1 or begins:
+            new = "; sounds come in now, which the loss shows" if begins else ""
             print(
                 f"warm start: step {step + 1}/{steps}, loss of the format {format_loss.item():.3f} (at best 0), "
                 f"of the choice {word_loss.item():.3f} (at best {(options >= 0).sum(1).log().mean().item():.3f}){new}",

@@ -32,9 +32,9 @@ def not_installed(*packages: str) -> list[str]:
     if not missing:
         return []
     example = Path(__file__).resolve().parents[2]
-    remedy, made = f"see Prerequisites in {example / 'README.md'}", example.parents[1] / ".venv"  # by make setup
-    if (made / "bin" / "activate").is_file():
-        remedy = "make setup" if Path(sys.prefix) == made else f"source {made}/bin/activate"
+    made = example.parents[1] / ".venv" / "bin" / "activate"  # by make setup
+    active = sys.prefix != sys.base_prefix
+    remedy = f"see Prerequisites in {example / 'README.md'}" if active or not made.is_file() else f"source {made}"
     return [f"{', '.join(missing)}: not installed for {sys.executable}; {remedy}"]
 
 

@@ -426,7 +426,7 @@ def say_frequent_answers(rows: list[Row]) -> None:
     for kind, alike in kinds.items():
         [(gold, count)] = Counter(row.gold for row in alike).most_common(1)
         guessed = sum(1 / len(row.choices) for row in alike)
-        if len(alike) >= 20 and count > max(len(alike) / 2, 2 * guessed):
+        if len(alike) >= 20 and count > max(len(alike) / 2, 1.5 * guessed):
             lines.append(f"{kind or 'no type'}: {show_value(gold)} in {count} of {len(alike)} rows")
     if lines:
         title = "WARNING: one answer is right in most training rows of a question type, and a model could learn it "

@@ -61,9 +61,9 @@ def prompt_lengths(tokenizer: Any, prompts: list[str]) -> list[int]:
 
 
 def answer_lengths(tokenizer: Any, answers: list[str]) -> list[int]:
-    """Tokens of each answer, bare or in its tags, as a response: in its tags, with the end of turn."""
+    """Tokens of each answer, bare or in its tags, in its tags."""
     bare = (answer.replace("<answer>", "").replace("</answer>", "") for answer in answers)
-    return [length + 1 for length in prompt_lengths(tokenizer, [f"<answer>{text}</answer>" for text in bare])]
+    return prompt_lengths(tokenizer, [f"<answer>{text}</answer>" for text in bare])
 
 
 def render_chat(processor: Any, messages: list[dict[str, Any]]) -> str:

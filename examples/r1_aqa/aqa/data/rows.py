@@ -242,7 +242,7 @@ def parse_records(records: list[Record], enable_think: bool, answers_from: int =
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
     fields = format_of(record.value for record in records)
-    numbered = not any(isinstance(record.value, dict) and "id" in record.value for record in records)
+    numbered = not any(isinstance(record.value, dict) and record.value.get("id") is not None for record in records)
     for index, record in enumerate(records):
         try:
             row = parse_record(record, index, enable_think, answers_from, fields, numbered)

@@ -29,7 +29,7 @@ _MMAUS = {"context", "instruction", "other_attributes"}  # its parquet's columns
 _QUESTIONS = {DCASE.question, AUDIO_MCQ.question}
 _LISTS = (DCASE.choices[0], AUDIO_MCQ.choices[0])
 _AUDIO = AUDIO_MCQ.audio
-_NAME = re.compile(r"\s*\w[\w -]*")  # of a column
+_NAME = re.compile(r"\s*[^\W\d][\w.-]*\s*")  # of a column
 _NUMBER = re.compile(r"[-_.]?\d+(-of-\d+.*)?$")  # of one file of several, such as train-00000-of-00002
 
 

@@ -101,7 +101,7 @@ def resolve_model(model_path: str, base_model: str | None = None, lora_scale: fl
     for checkpoints in (folder / "_actor", folder):
         if any(checkpoints.glob("*/manifest.json")):
             config = _config_of(folder) or _config_of(folder.parent)
-            start = config.get("flags", {}).get("pretrain", "START_MODEL")
+            start = (config.get("flags") or {}).get("pretrain") or "START_MODEL"
             where = ("--checkpoint", checkpoints, "--pretrain", start, "--out", f"{folder}_exported")
             command = shell_command("export_checkpoint.py", *where)
             raise EvalError(

@@ -72,8 +72,7 @@ def read_rows(
         raise EvalError(f"{error.filename or path}: {error.strerror or error}") from error
     except AvqaError as error:
         raise EvalError(str(error)) from error
-    objects = [record.value for record in records if isinstance(record.value, dict)]
-    if wanted in ("auto", "mmau") and is_own(objects):
+    if wanted in ("auto", "mmau") and is_own(records):
         return MMAU, own_questions(path, records)
     problems = [
         f"line {record.line}: {record.error or f'{show_value(record.value)} is no JSON object'}"
@@ -138,13 +137,14 @@ def find_benchmark(path: Path, rows: Sequence[dict[str, Any]], wanted: str) -> B
     )
 
 
-def is_own(rows: Sequence[dict[str, Any]]) -> bool:
+def is_own(records: Sequence[Record]) -> bool:
     """Whether rows are R1-AQA's or one's own. DCASE's have the same fields and the name of their data set, and results
-    of older versions a prediction; where no answer is a choice's text, they may be letters, or withheld."""
-    fields = format_of(rows)
-    if fields is not DCASE or any({DCASE.dataset, *ADQA.prediction_keys} & row.keys() for row in rows):
+    of older versions a prediction; answers that are letters or withheld are no rows that ``avqa.py`` takes."""
+    rows = [record.value for record in records if isinstance(record.value, dict)]
+    fields, further = format_of(rows), (DCASE.dataset, *ADQA.prediction_keys)
+    if fields is not DCASE or any(row.get(name) is not None for row in rows for name in further):
         return fields is R1_AQA and any(R1_AQA.question in row for row in rows)
-    return any(isinstance(choices := DCASE.choices_of(row), list) and row.get(DCASE.answer) in choices for row in rows)
+    return not parse_records(list(records), enable_think=False)[1]
 
 
 def own_questions(path: Path, records: list[Record]) -> list[dict[str, Any]]:

@@ -183,7 +183,7 @@ def find_collapsed(said: Sequence[Said], types: Sequence[Sequence[str]]) -> dict
     return {name: found[name] for name in found if name == "all questions"} or dict(sorted(found.items()))
 
 
-def describe_collapse(said: Sequence[Said], share: float = COLLAPSE_SHARE) -> str | None:
+def describe_collapse(said: Sequence[Said]) -> str | None:
     """A sentence about at least :data:`COLLAPSE_FROM` answers of which this share are the same text, or the same place
     among the choices, while that is right for at most :data:`COLLAPSE_RIGHT` of them; else None."""
     if len(said) < COLLAPSE_FROM:
@@ -196,7 +196,7 @@ def describe_collapse(said: Sequence[Said], share: float = COLLAPSE_SHARE) -> st
     for what, pairs in (("", texts), ("choice ", places)):
         common, times = Counter(given for given, _ in pairs).most_common(1)[0]
         right = sum(given == wanted == common for given, wanted in pairs)
-        if common and times >= share * len(said) and right <= COLLAPSE_RIGHT * len(said):
+        if common and times >= COLLAPSE_SHARE * len(said) and right <= COLLAPSE_RIGHT * len(said):
             sentence = f"{times} of {len(said)} answers are {what}{common!r}, which is right for {right}"
             heard = [s for s in said if s.in_silence is not None]
             same = sum(s.prediction == s.in_silence for s in heard)

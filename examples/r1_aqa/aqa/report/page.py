@@ -75,7 +75,7 @@ def write_report(folder: Path, compare_with: Sequence[Path], out: Path, groups: 
     for run, name in zip(runs, unique_names([run.folder.resolve() for run in runs]), strict=True):
         run.name = name
     results = [path for path in compare_with if not path.is_dir()]
-    names = unique_names([path.resolve().with_suffix("") for path in results], 1)
+    names = unique_names([Path(re.sub(r"\.(jsonl?|parquet)$", "", str(path.resolve()))) for path in results], 1)
     sets, problems = read_held_out(runs, dict(zip(names, results, strict=True)))
     curves = {"runs": [run_values(run) for run in runs], "panels": panels(runs)}
     room = min(CLIP_BYTES, PAGE_BYTES - json_size(curves))

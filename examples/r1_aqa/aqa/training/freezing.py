@@ -21,6 +21,8 @@ def freeze(model: Any, parts: list[str], checkpoint_name: Callable[[str], str] =
         for parameter in parameters:
             parameter.requires_grad_(False)
         counts.append(f"{part} ({len(parameters)} tensors, {in_millions(parameters)})")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise SystemExit(f"--freeze_prefix {' '.join(parts)}: nothing is left that trains")
     return f"frozen: {', '.join(counts)}; {trainable(model)}"
 
 

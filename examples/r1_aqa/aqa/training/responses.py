@@ -13,21 +13,21 @@ from aqa.rewards.r1_aqa import special_tokens
 TAGS = ("<think>", "</think>", ANSWER_OPEN, ANSWER_CLOSE)
 
 
-def refuse_long_answers(references: list[str], tokenizer: Any, longest: int, source: str) -> None:
-    """Refuse rows whose right answer no response can give.
+def doubt_long_answers(references: list[str], tokenizer: Any, longest: int, source: str) -> str | None:
+    """A sentence about rows whose right answer, in its tags, is too long for a response; None if there are none.
 
     :param longest: ``--generate_max_len``.
-    :param source: Where the rows are from, for the message.
-    :raises DataError: naming the first of them.
+    :param source: Where the rows are from.
     """
     lengths = answer_lengths(tokenizer, references)
     if long := [row for row, length in enumerate(lengths) if length > longest]:
-        raise DataError(
+        return (
             f"{source}: the right answers of {len(long)} of {len(references)} rows, in their tags, take more tokens "
-            f"than --generate_max_len {longest}, so that no response can give them; the first, row {long[0]}: "
-            f"{show_value(references[long[0]])} takes {lengths[long[0]]}. Use {max(lengths)} or more. "
-            "The demo's tiny model spells choices that it was not made with: make it anew with make_model.py --rows."
+            f"than --generate_max_len {longest}; the first, row {long[0]}: {show_value(references[long[0]])} takes "
+            f"{lengths[long[0]]}. Use {max(lengths) + 1} or more. The demo's tiny model spells choices that it was not "
+            "made with: make it anew with make_model.py --rows FILE --overwrite."
         )
+    return None
 
 
 def given_responses(

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
@@ -18,7 +18,7 @@ from aqa.common.constants import ASSISTANT_HEADER
 from aqa.data.prepare_avqa import QUESTIONS_FILE, REPORT_FILE
 from aqa.data.prompts import choices_in
 from aqa.evaluation.answers import extract_answer
-from aqa.evaluation.scoring import SURE, WHAT_P_IS, Said, describe_collapse, guessing_p, paired
+from aqa.evaluation.scoring import SURE, WHAT_P_IS, guessing_p, paired
 from aqa.training.flag_rules import has_checkpoint
 from aqa.training.flags import has_split
 
@@ -27,7 +27,6 @@ EVALUATION_FOLDER = "eval/rows"  # a file for each evaluation, with a record for
 RESULT_ENDS = (".json", ".partial.jsonl")  # of a finished evaluation and of an unfinished one
 ONE_ANSWER = 0.9  # so large a share of the answers is nearly all of them
 ENOUGH = 20  # questions of a type that tell whether the sound matters to it
-LEARNED, WORSE = "it has learned", "it has become worse"
 RECENT = 10  # steps of the last column's mean
 ROWS = (
     ("reward", "rollout/reward", ".3f"),
@@ -52,7 +51,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     :param path: The result is empty if there is no such file. A last line that was cut off is left out.
     """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -137,7 +136,7 @@ Answers = dict[tuple, dict[str, Any]]  # records of a file of answers, by questi
 def read_answers(file: Path) -> dict[bool, Answers]:
     """An evaluation's answers with sound (False) and in silence (True)."""
     found: dict[bool, Answers] = {False: {}, True: {}}
-    for record in read_metrics(file):
+    for record in read_metrics(file):  # of which some of other origin have null
         found[record["silent"]][row_key(record)] = record
     return found
 
@@ -165,34 +164,52 @@ def is_better(told: dict[str, Any]) -> bool:
 
 def verdict(first: Answers, last: Answers) -> str:
     """What the answers before and after training tell, and whether that is chance."""
-    if describe_collapse([said(record) for record in last.values()], ONE_ANSWER):
-        return "it gives one answer to nearly everything: more steps"
     told = against(first, last)
-    if told["mcnemar_p"] >= SURE:
-        return "too little for a difference"
-    if told["difference"] < 0:
-        return WORSE
-    asked = [(is_right(record), choices) for record in last.values() if (choices := choices_in(record["prompt"]))]
-    chances = [1 / len(choices) for _, choices in asked]
-    if chances and guessing_p(sum(right for right, _ in asked), chances) >= SURE:
-        return f"better, but no better than guessing ({sum(chances) / len(chances):.3f})"
-    return LEARNED
+    sure = told["mcnemar_p"] < SURE
+    if sure and told["difference"] < 0:
+        return "it has become worse"
+    if gives_one_answer(last):
+        return "it gives one answer to nearly everything: more steps"
+    if sure and (chance := guessing(last)):
+        return f"better, but it could be guessing ({chance:.3f})"
+    return "it has learned" if sure else "too little for a difference"
 
 
-def said(record: dict[str, Any]) -> Said:
-    """The choice that an answer names, beside the right one."""
+def gives_one_answer(last: Answers) -> bool:
+    """Whether nearly all answers are one text, which earns as much as giving it always."""
+    given = Counter(said(record) for record in last.values())
+    [(text, times)] = given.most_common(1)
+    right = sum(plain(record["reference"]) == text for record in last.values())
+    return bool(text) and times >= ONE_ANSWER * len(last) and sum(map(is_right, last.values())) <= right < len(last)
+
+
+def guessing(last: Answers) -> float | None:
+    """The accuracy of guessing, where the answers are not surely better than that, and every question has choices."""
+    choices = [choices_in(record["prompt"] or "") for record in last.values()]
+    if not all(choices):
+        return None
+    chances = [1 / len(options) for options in choices]
+    return sum(chances) / len(chances) if guessing_p(sum(map(is_right, last.values())), chances) >= SURE else None
+
+
+def said(record: dict[str, Any]) -> str:
+    """The choice that an answer names, or its text."""
     from aqa.rewards.r1_aqa import extract_response  # imports torch
 
-    choices = choices_in(record["prompt"]) or [record["reference"]]
-    response = extract_response(ASSISTANT_HEADER + record.get("response", ""))
-    return Said(extract_answer(response, choices).text, record["reference"], choices)
+    response = extract_response(ASSISTANT_HEADER + (record.get("response") or ""))
+    return plain(extract_answer(response, choices_in(record["prompt"] or "") or []).text)
+
+
+def plain(text: Any) -> str:
+    """A text without answer tags, and with single spaces."""
+    return " ".join(re.sub("</?answer>", "", str(text)).split())
 
 
 def unheard_types(last: dict[bool, Answers]) -> list[str]:
     """Question types, of enough questions, that are not answered better with sound than in silence."""
     types: dict[str, list[tuple]] = defaultdict(list)
     for key in last[False].keys() & last[True].keys():
-        for tag in last[False][key].get("tags", ()):
+        for tag in last[False][key].get("tags") or ():
             kind, _, name = tag.partition("/")
             if kind == "question_type":
                 types[name].append(key)
@@ -225,16 +242,18 @@ def next_command(args: argparse.Namespace) -> str | None:
 
 
 def more_steps(args: argparse.Namespace) -> str | None:
-    """The user's command with twice the steps, where the evaluations do not tell that it has learned and there is a
-    checkpoint to go on from; None also of several processes, whose launcher's flags are not known here."""
+    """The user's command with twice the steps, where the answers are no better than guessing and there is a checkpoint
+    to go on from; None also of several processes, whose launcher's flags are not known here."""
     files = evaluations(Path(args.save_path))
     alone = Path(sys.argv[0]).name == TRAIN_SCRIPT and os.environ.get("WORLD_SIZE", "1") == "1"
     if not alone or len(files) < 2 or not has_checkpoint(args.ckpt_path, args.fsdp):
         return None
     first, last = (read_answers(files[step])[False] for step in (min(files), max(files)))
-    if not first.keys() & last.keys() or verdict(first, last) in (LEARNED, WORSE):
+    records = read_metrics(Path(args.save_path) / "metrics.jsonl")
+    worse = is_better(against(last, first)) if first.keys() & last.keys() else True
+    if not records or worse or not (gives_one_answer(last) or guessing(last)):
         return None
-    steps = 2 * read_metrics(Path(args.save_path) / "metrics.jsonl")[-1]["step"]
+    steps = 2 * records[-1]["step"]
     typed = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--load_checkpoint", "--no-load_checkpoint"):
         typed.add_argument(flag, action="store_true")
