@@ -49,3 +49,8 @@ def test_a_head_beside_the_language_model_belongs_to_it(model):
 def test_a_part_that_is_not_there_is_refused(model, part):
     with pytest.raises(SystemExit, match=f"--freeze_prefix {part}: the model has no parameter"):
         freeze(model, ["tower", part])
+
+
+def test_something_must_train(model):
+    with pytest.raises(SystemExit, match="--freeze_prefix tower lm head: nothing is left that trains"):
+        freeze(model, ["tower", "lm", "head"])

@@ -82,7 +82,7 @@ def test_every_parameter(name):
         "",
         "--freeze_prefix multi_modal_projector layers.[01]",
         "--freeze_prefix embed_tokens lm_head *norm",
-        "--freeze_prefix audio_tower language_model",
+        "--freeze_prefix audio_tower.layers language_model",
         "--lora_rank 8",
         "--lora_rank 8 --target_modules q_proj fc1",
     ],
