@@ -138,9 +138,9 @@ def write(args: argparse.Namespace, model: Model, table: Any, items: Sequence[An
             writers[name] = lambda file, source=source: file.write(source.read_bytes())
     write_files(args.out_dir, f"--out_dir {args.out_dir}", writers, obsolete=(TRAIN, *BESIDE[:2]))
     print(f"\n{pass_rates.describe(rates, args.samples)}\n\nrates    {args.out_dir / TRAIN}")
-    choice = ("--max_silent_pass_rate", 0.5) if args.silent_audio else ("--pass_rate", 0.1, 0.9)
-    if model.adapter:  # training starts from a whole model
+    if model.adapter:  # training starts from a whole model, whose rates these are not
         return
+    choice = ("--max_silent_pass_rate", 0.5) if args.silent_audio else ("--pass_rate", 0.1, 0.9)
     places = ("--pretrain", model.path, "--prompt_data", args.out_dir, "--save_path", f"{args.out_dir}_run")
     asked = ("--temperature", args.temperature, "--generate_max_len", args.max_new_tokens, "--reward", args.reward)
     seconds = () if args.audio_seconds == 30 else ("--audio_seconds", args.audio_seconds)

@@ -269,7 +269,7 @@ LISTENS = "in silence 0.500 (p=1e-07): it listens, no sign of it for: game"
 @pytest.mark.parametrize(
     ("before", "after", "silent", "says"),
     [
-        # what is answered to question i of 48, of which every fourth is of each option
+        # answers to question i of 48, whose right ones are a, b, c and d in turn: before, after, and in silence
         (lambda i: "b" if i % 4 == 0 else "a", lambda i: "a", lambda i: "a",
          "it gives one answer to nearly everything: more steps; in silence 0.250 (p=1): no sign that it listens"),
         (lambda i: "abcd"[i % 4], lambda i: "a", None,
