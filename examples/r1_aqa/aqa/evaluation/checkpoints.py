@@ -17,7 +17,6 @@ from aqa.evaluation.items import EvalError
 _STEP_FOLDERS = re.compile(r"(?:hf_step_|global_step|checkpoint-)(\d+)(?:_hf)?")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-EXAMPLE = Path(__file__).resolve().parents[2]
 NOTES_FILE = "r1_aqa.json"  # written by train_colocate.py into every model's folder
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 

@@ -184,8 +184,8 @@ def find_collapsed(said: Sequence[Said], types: Sequence[Sequence[str]]) -> dict
 
 
 def describe_collapse(said: Sequence[Said]) -> str | None:
-    """A sentence about at least :data:`COLLAPSE_FROM` answers of which this share are the same text, or the same place
-    among the choices, while that is right for at most :data:`COLLAPSE_RIGHT` of them; else None."""
+    """A sentence about at least :data:`COLLAPSE_FROM` answers of which :data:`COLLAPSE_SHARE` are the same text, or the
+    same place among the choices, while that is right for at most :data:`COLLAPSE_RIGHT` of them; else None."""
     if len(said) < COLLAPSE_FROM:
         return None
     texts = [(" ".join(s.prediction.casefold().split()), " ".join(s.answer.casefold().split())) for s in said]
